@@ -1,0 +1,1 @@
+"""ShareGPT dialogues in, supervised token ids out; imports nothing of `loop/`."""

@@ -1,0 +1,190 @@
+"""Every setting of a run: names, defaults, ranges, cross-checks, and the YAML left beside it."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from data.errors import UserError
+from loop.flags import flag, parse
+
+ROOT = Path(__file__).resolve().parent.parent
+MAIN_JOB = ROOT / "loop" / "main_job.yaml"
+DUMMY_DATA = ROOT / "data" / "dummy_conversation.json"
+
+Precision = Literal["no", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run; field names are flag names and YAML keys. `None` means: decided elsewhere."""
+
+    model_name_or_path: str | None = flag(
+        None, "folder or hub name; none: the embedded SmolLM2-135M-Instruct", "model"
+    )
+    cache_dir: str | None = flag(None, "where the hub's files are kept", "model")
+    trust_remote_code: bool = flag(False, "run code that comes with the model", "model")
+    flash_attn: bool = flag(False, "FlashAttention-2 in place of PyTorch's SDPA", "model")
+    gradient_checkpointing: bool = flag(
+        False, "recompute activations in the backward pass: less memory, slower", "model"
+    )
+    mixed_precision: Precision | None = flag(
+        None, "precision of the base model's weights and products; beats the accelerate config",
+        "model",
+    )
+    bf16: bool = flag(False, "short for --mixed_precision bf16", "model")
+    fp16: bool = flag(False, "short for --mixed_precision fp16", "model")
+    tf32: bool = flag(False, "TensorFloat-32 for fp32 products on GPUs that have it", "model")
+
+    lora_r: int = flag(8, "rank of the adapter", "LoRA", at_least=1)
+    lora_alpha: float = flag(16, "scale: the update is multiplied by alpha / r", "LoRA", above=0)
+    lora_dropout: float = flag(0.05, "dropout before the adapter", "LoRA", at_least=0, below=1)
+    lora_target_modules: tuple[str, ...] = flag(
+        ("q_proj", "v_proj"), "module names, or all-linear", "LoRA"
+    )
+    lora_bias: Literal["none", "all", "lora_only"] = flag(
+        "none", "which biases are trained", "LoRA"
+    )
+    lora_weight_path: str | None = flag(
+        None, "continue from this adapter; rank, alpha, targets and bias are its own", "LoRA"
+    )
+
+    data_path: str | None = flag(
+        None, "ShareGPT JSON or JSONL; none: the bundled dialogues", "data"
+    )
+    template: Literal["vicuna", "chat"] | None = flag(
+        None, "vicuna, or chat: the model's own; none: chat where the model has one", "data"
+    )
+    model_max_length: int = flag(2048, "tokens; longer dialogues are cut on the right", "data",
+                                 at_least=8)
+    on_bad_record: Literal["fail", "skip"] = flag(
+        "fail", "stop at a record that is wrong, or drop and count it", "data"
+    )
+
+    num_train_epochs: float = flag(3.0, "passes over the data", "training", above=0)
+    max_steps: int = flag(-1, "stop after so many steps; -1: by epochs", "training", at_least=-1)
+    per_device_train_batch_size: int = flag(
+        8, "most examples in one micro-batch of one rank", "training", at_least=1
+    )
+    gradient_accumulation_steps: int | None = flag(
+        None, "micro-batches a rank a step; none: 1, or what global_batch_size asks for",
+        "training", at_least=1,
+    )
+    global_batch_size: int | None = flag(
+        None, "examples a step over all ranks; none: ranks x accumulation x micro-batch",
+        "training", at_least=1,
+    )
+    learning_rate: float = flag(2e-5, "peak learning rate", "training", above=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = flag(
+        "cosine", "shape after the linear warm-up", "training"
+    )
+    warmup_ratio: float = flag(0.03, "share of the steps that warm up", "training", at_least=0,
+                               at_most=1)
+    weight_decay: float = flag(0.0, "AdamW's decoupled weight decay", "training", at_least=0)
+    max_grad_norm: float = flag(1.0, "clip the gradient's norm; 0: never", "training", at_least=0)
+    seed: int = flag(42, "of data order, adapter initialisation and dropout", "training",
+                     at_least=0)
+
+    output_dir: str = flag("runs/adapter", "adapter, tokenizer, metrics and settings", "output")
+    logging_steps: int = flag(10, "steps between two log entries", "output", at_least=1)
+    report_to: tuple[Literal["none", "wandb", "tensorboard"], ...] = flag(
+        ("none",), "trackers, several at once", "output"
+    )
+    run_name: str | None = flag(None, "name in the trackers; none: output_dir's", "output")
+    save_safetensors: bool = flag(True, "False: adapter_model.bin", "output")
+
+    @property
+    def data_file(self) -> Path:
+        """The dialogues to train on."""
+        return Path(self.data_path) if self.data_path else DUMMY_DATA
+
+    @property
+    def precision(self) -> Precision:
+        """The flags' precision, else the accelerate config's, else fp32."""
+        short: Precision | None = "bf16" if self.bf16 else "fp16" if self.fp16 else None
+        launched: Any = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        return self.mixed_precision or short or launched
+
+
+def read_config(argv: Sequence[str], description: str = "") -> Config:
+    """Return the run's settings from flags and YAML; no flag at all means the main job.
+
+    Raises UserError for anything that is wrong by itself or contradicts something else.
+    """
+    values = parse(Config, argv, description)
+    if values.pop("config", None) is None and not {"model_name_or_path", "data_path"} & {*values}:
+        values = parse(Config, ["--config", str(MAIN_JOB)], description) | values
+        values.pop("config")
+    if values.get("lora_weight_path"):
+        values |= _adapter_settings(Path(values["lora_weight_path"]), values)
+    config = Config(**values)
+    _cross_check(config)
+    return config
+
+
+def _cross_check(config: Config) -> None:
+    asked = {name for name in ("bf16", "fp16") if getattr(config, name)}
+    asked |= {config.mixed_precision} if config.mixed_precision else set()
+    if len(asked) > 1:
+        raise UserError(f"found both {' and '.join(sorted(asked))}; expected one precision. "
+                        "Give --mixed_precision alone.")
+    if config.precision not in ("no", "bf16", "fp16"):
+        raise UserError(
+            f"the accelerate config's mixed_precision is {config.precision}; expected no, bf16 or "
+            "fp16. Give --mixed_precision."
+        )
+    if config.max_steps == 0:
+        raise UserError("--max_steps: found 0; expected at least 1, or -1 to train by epochs.")
+    if "none" in config.report_to and len(config.report_to) > 1:
+        raise UserError("--report_to: found none beside a tracker; expected one or the other.")
+    if config.global_batch_size and config.gradient_accumulation_steps:
+        raise UserError(
+            f"found --global_batch_size {config.global_batch_size} and "
+            f"--gradient_accumulation_steps {config.gradient_accumulation_steps}; expected one of "
+            "them, since the first decides the second."
+        )
+
+
+def _adapter_settings(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of an existing adapter, which must agree with the flags given."""
+    file = folder / "adapter_config.json"
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--lora_weight_path: {file}: cannot be read: {error.strerror}. Give a "
+                        "folder with adapter_config.json and adapter_model.safetensors.") from None
+    except ValueError as error:
+        raise UserError(f"--lora_weight_path: {file}: not valid JSON: {error}.") from None
+    targets = saved["target_modules"]
+    settings = {
+        "lora_r": saved["r"],
+        "lora_alpha": saved["lora_alpha"],
+        "lora_bias": saved["bias"],
+        "lora_target_modules": (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+    }
+    for name, value in settings.items():
+        same = name not in given or (
+            set(given[name]) == set(value) if isinstance(value, tuple) else given[name] == value
+        )
+        if not same:
+            raise UserError(
+                f"--{name}: found {given[name]}, but the adapter {folder} has {value}. Leave the "
+                "flag out, or train a new adapter without --lora_weight_path."
+            )
+    return {"lora_dropout": saved["lora_dropout"], **given, **settings}
+
+
+def dump(config: Config) -> str:
+    """Return the settings as YAML that `--config` reads back."""
+    values = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+    }
+    values["mixed_precision"] = config.precision
+    header = "# Every setting of this run; give it to --config to repeat the run.\n"
+    return header + yaml.safe_dump(values, sort_keys=False)

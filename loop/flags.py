@@ -1,0 +1,181 @@
+"""Reads a frozen dataclass from the command line and a YAML file: one field, one flag."""
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from data.errors import UserError
+
+C = TypeVar("C")
+TRUE, FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
+
+
+def flag(
+    default: Any,
+    help: str,
+    group: str,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """Declare one field of a config dataclass as a flag, with its meaning, unit and range."""
+    bounds = {"at least": at_least, "above": above, "below": below, "at most": at_most}
+    bounds = {name: bound for name, bound in bounds.items() if bound is not None}
+    return dataclasses.field(
+        default=default, metadata={"help": help, "group": group, "bounds": bounds}
+    )
+
+
+def parse(config_type: type[C], argv: Sequence[str], description: str) -> dict[str, Any]:
+    """Return the values that were given, converted and range-checked; flags beat `--config`.
+
+    Raises UserError for an unknown key, naming the nearest known one, or a value out of range.
+    """
+    parser = _parser(config_type, description)
+    raw = vars(parser.parse_args([_underscores(argument) for argument in argv]))
+    values = _read_yaml(config_type, Path(raw["config"][-1])) if "config" in raw else {}
+    values |= {"config": raw.pop("config")[-1]} if "config" in raw else {}
+    fields = {field.name: field for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
+    hints = get_type_hints(config_type)
+    return values | {
+        name: convert(fields[name], hints[name], words, f"--{name}") for name, words in raw.items()
+    }
+
+
+def convert(field: dataclasses.Field[Any], hint: Any, words: list[str], where: str) -> Any:
+    """Convert a flag's words to its field's type, and check the range."""
+    optional = type(None) in get_args(hint)
+    kind = next(arg for arg in get_args(hint) if arg is not type(None)) if optional else hint
+    if optional and len(words) == 1 and words[0].lower() in ("none", "null"):
+        return None
+    if get_origin(kind) is tuple:
+        if not words:
+            raise UserError(f"{where}: found no value; expected one or more words.")
+        choices = get_args(get_args(kind)[0])
+        return tuple(_one(_choices(choices), word, where) if choices else word for word in words)
+    if kind is bool and not words:
+        return True
+    if len(words) != 1:
+        raise UserError(f"{where}: found {len(words)} values; expected one.")
+    expected = _choices(get_args(kind)) if get_origin(kind) is Literal else kind
+    value = _one(expected, words[0], where)
+    _check_bounds(value, field.metadata["bounds"], where)
+    return value
+
+
+def _one(kind: Any, word: str, where: str) -> Any:
+    if isinstance(kind, tuple):
+        if word not in kind:
+            raise UserError(f'{where}: found "{word}"; expected one of {", ".join(kind)}.')
+        return word
+    if kind is bool:
+        if word.lower() not in TRUE + FALSE:
+            raise UserError(f'{where}: found "{word}"; expected True or False.')
+        return word.lower() in TRUE
+    try:
+        return kind(word)
+    except ValueError:
+        names = {int: "a whole number", float: "a number"}
+        raise UserError(f'{where}: found "{word}"; expected {names[kind]}.') from None
+
+
+def _choices(values: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(value) for value in values)
+
+
+def _check_bounds(value: Any, bounds: dict[str, float], where: str) -> None:
+    holds = {
+        "at least": lambda bound: value >= bound,
+        "above": lambda bound: value > bound,
+        "below": lambda bound: value < bound,
+        "at most": lambda bound: value <= bound,
+    }
+    # A comparison with nan is false, so nan fails every bound.
+    if not all(holds[name](bound) for name, bound in bounds.items()):
+        expected = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items())
+        raise UserError(f"{where}: found {value}; expected a value {expected}.")
+
+
+def _read_yaml(config_type: type[Any], path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"--config {path}: expected lines of `key: value`.")
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
+    hints, values = get_type_hints(config_type), {}
+    for key, value in loaded.items():
+        where = f"--config {path}: {key}"
+        if key not in fields:
+            raise UserError(f"{where}: unknown key.{nearest(str(key), list(fields))}")
+        if isinstance(value, dict):
+            raise UserError(f"{where}: found a mapping; expected a value.")
+        # Through words, so that YAML 1.1's habits (1e-3 is a string, no is False) do no harm.
+        words = [str(item) for item in (value if isinstance(value, list) else [value])]
+        values[key] = convert(fields[key], hints[key], words, where)
+    return values
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return a sentence that names the nearest known name, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _underscores(argument: str) -> str:
+    """Accept --lora-r for --lora_r."""
+    name, equals, value = argument.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if (
+        name.startswith("--")
+    ) else argument
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: one message, the nearest flag named."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [option for action in self._actions for option in action.option_strings]
+            name = unknown[0].partition("=")[0]
+            raise UserError(f"{name}: unknown flag.{nearest(name, flags)} See --help.")
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See --help.")
+
+
+def _parser(config_type: type[Any], description: str) -> _Parser:
+    """Build the parser; every value is read as words and converted by `convert`."""
+    parser = _Parser(
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", nargs=1, help="YAML file of these keys; a flag beats it")
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(config_type):
+        name = field.metadata["group"]
+        group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
+        default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+        text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
+        group.add_argument(f"--{field.name}", nargs="*", help=text, metavar="VALUE")
+        if field.type is bool or field.type == (bool | None):
+            group.add_argument(
+                f"--no_{field.name}",
+                dest=field.name,
+                action="store_const",
+                const=["false"],
+                help=argparse.SUPPRESS,
+            )
+    return parser

@@ -1,0 +1,157 @@
+"""Loads the base model and its tokenizer and injects the LoRA adapter."""
+
+import importlib.util
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from data.errors import UserError
+from loop.backend import uses_zero3
+from loop.config import Config
+from loop.embedded import embedded_model
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def find_base_model(config: Config) -> str:
+    """Return the folder or hub name of the base model; a folder as an absolute path.
+
+    Raises UserError within seconds for one that does not exist.
+    """
+    name = config.model_name_or_path
+    if name is None:
+        return str(embedded_model())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--model_name_or_path {name}: the folder holds no config.json.")
+        return str(folder.resolve())
+    _check_hub(name, config.cache_dir)
+    return name
+
+
+def _check_hub(name: str, cache_dir: str | None) -> None:
+    """Ask the cache, then the hub, once: transformers alone would retry for about 25 s."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    what = f"--model_name_or_path {name}"
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise UserError(f"{what}: no such folder. Give a folder with config.json, or a hub name.")
+    if isinstance(try_to_load_from_cache(name, "config.json", cache_dir), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=2.0)
+    except HfHubHTTPError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"{what}: no such folder, and the hub says: {reason}") from None
+    except Exception as error:  # Offline mode, no route, no name server: each its own class.
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{what}: no such folder, not in the cache, and the hub cannot be asked ({reason})."
+        ) from None
+
+
+def load_tokenizer(base: str, config: Config) -> Any:
+    """Return the base model's tokenizer, with a pad token and padding on the right."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        base, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
+    )
+    if tokenizer.eos_token is None:
+        raise UserError(f"{base}: its tokenizer has no EOS token, so answers could not end.")
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(base: str, config: Config, accelerator: Accelerator) -> nn.Module:
+    """Return the base model in the run's precision with a LoRA adapter to train.
+
+    Raises UserError for a missing FlashAttention, and targets that the model does not have.
+    """
+    if config.flash_attn and importlib.util.find_spec("flash_attn") is None:
+        raise UserError(
+            "--flash_attn: the package flash_attn is not installed. Install it (pip install "
+            "flash-attn), or leave the flag out: PyTorch's SDPA is used."
+        )
+    model = _load_base(base, config)
+    model.config.use_cache = False
+    if config.gradient_checkpointing:
+        # Recomputed layers find their parameters partitioned again under ZeRO-3, which only the
+        # reentrant kind survives (transformers#47254); that kind needs inputs with a gradient.
+        reentrant = uses_zero3(accelerator)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
+    # DeepSpeed casts all parameters to one precision and keeps an fp32 master of the trained
+    # ones; elsewhere the adapter itself is fp32 and runs under autocast.
+    autocast = accelerator.state.deepspeed_plugin is None
+    torch.manual_seed(config.seed)  # lora_A's initial values
+    if config.lora_weight_path:
+        return PeftModel.from_pretrained(
+            model, config.lora_weight_path, is_trainable=True, autocast_adapter_dtype=autocast
+        )
+    adapter = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft computes alpha / r
+        lora_dropout=config.lora_dropout,
+        target_modules=_targets(model, config.lora_target_modules),
+        bias=config.lora_bias,
+        base_model_name_or_path=base,
+    )
+    return get_peft_model(model, adapter, autocast_adapter_dtype=autocast)
+
+
+def _load_base(base: str, config: Config) -> Any:
+    shared = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
+    base_config = AutoConfig.from_pretrained(base, **shared)
+    if base_config.is_encoder_decoder:
+        raise UserError(f"{base}: an encoder-decoder ({base_config.model_type}); expected a decoder.")
+    return AutoModelForCausalLM.from_pretrained(
+        base,
+        config=base_config,
+        dtype=DTYPES[config.precision],
+        attn_implementation="flash_attention_2" if config.flash_attn else "sdpa",
+        **shared,
+    )
+
+
+def _targets(model: nn.Module, asked: tuple[str, ...]) -> list[str] | str:
+    """Return the targets for peft, after making sure that each one matches a module."""
+    if asked == ("all-linear",):
+        return "all-linear"
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d)
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    for target in asked:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+            raise UserError(
+                f"--lora_target_modules: nothing in the model is named {target}. It has: {known}; "
+                "or give all-linear."
+            )
+    return list(asked)
+
+
+def describe_parameters(model: nn.Module) -> str:
+    """Say how many parameters there are and are trained, and the bytes of each dtype."""
+    total = trainable = 0
+    size: Counter[str] = Counter()
+    for parameter in model.parameters():
+        count = getattr(parameter, "ds_numel", parameter.numel())  # whole, also under ZeRO-3
+        total += count
+        trainable += count if parameter.requires_grad else 0
+        size[str(parameter.dtype).removeprefix("torch.")] += count * parameter.element_size()
+    by_dtype = ", ".join(f"{dtype} {n / 2**20:,.1f} MiB" for dtype, n in size.most_common())
+    return (
+        f"base {total - trainable:,} parameters, trainable {trainable:,} "
+        f"({100 * trainable / total:.3f} %); {by_dtype}"
+    )

@@ -1,0 +1,54 @@
+"""AdamW over the trainable parameters, and the learning rate as a pure function of the step."""
+
+from math import ceil, cos, pi
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from loop.config import Config
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Return AdamW; biases are not decayed."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in trainable if not name.endswith("bias")]},
+        {"params": [p for name, p in trainable if name.endswith("bias")], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def lr_at(step: int, total_steps: int, config: Config) -> float:
+    """Return the learning rate of the step that `step` steps went before.
+
+    Equal to transformers' schedules of the same names (optimization.py), whose k-th step, counted
+    from 1, uses the value at k - 1; the warm-up is ceil(warmup_ratio x steps).
+    """
+    shape = config.lr_scheduler_type
+    warmup = 0 if shape == "constant" else ceil(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return config.learning_rate * step / warmup
+    done = (step - warmup) / max(1, total_steps - warmup)
+    factor = {"cosine": 0.5 * (1 + cos(pi * done)), "linear": 1 - done}.get(shape, 1.0)
+    return config.learning_rate * max(0.0, factor)
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> float:
+    """Write the learning rate into every group and return it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    return learning_rate
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Any:
+    """Clip the window's gradient and return its norm before, a number or a tensor [].
+
+    Before the window's last micro-batch there is nothing to clip, and the norm is None.
+    DeepSpeed has clipped by then (backend.py gives it the limit) and only tells the norm.
+    """
+    if not accelerator.sync_gradients:
+        return None
+    return accelerator.clip_grad_norm_(model.parameters(), max_norm or float("inf"))

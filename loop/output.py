@@ -1,0 +1,94 @@
+"""The output folder: recognises a finished run, and leaves one."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from peft import PeftModel
+
+from data.errors import UserError
+from loop.config import Config, dump
+from loop.utils import save_adapter, write_json
+
+SETTINGS, STATE = "training_config.yaml", "trainer_state.json"
+
+
+def is_finished(config: Config) -> bool:
+    """Say whether the folder holds this very run, finished.
+
+    Raises UserError where it holds a finished run with other settings or other data.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder}: found a file; expected a folder, or nothing.")
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        settings = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False  # Nothing, or a run that was cut off.
+    if not state.get("finished"):
+        return False
+    now = {**yaml.safe_load(dump(config)), "data_sha256": fingerprint(config.data_file)}
+    settings["data_sha256"] = state.get("data_sha256")
+    changed = [
+        f"{key} was {settings.get(key)}, is {now.get(key)}"
+        for key in {**settings, **now}
+        if settings.get(key) != now.get(key)
+    ]
+    if changed:
+        raise UserError(
+            f"--output_dir {folder}: found a finished run with other settings "
+            f"({'; '.join(changed)}). Give another --output_dir, or remove the folder."
+        )
+    return True
+
+
+def write_settings(accelerator: Accelerator, config: Config) -> None:
+    """Write training_config.yaml, before the first step."""
+    folder = Path(config.output_dir)
+    if not accelerator.is_main_process:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STATE).unlink(missing_ok=True)
+        (folder / SETTINGS).write_text(dump(config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written: {error.strerror}.") from None
+
+
+def save_run(
+    accelerator: Accelerator,
+    model: PeftModel,
+    tokenizer: Any,
+    history: list[dict[str, Any]],
+    config: Config,
+) -> None:
+    """Write adapter and tokenizer, and last trainer_state.json, by which the run is finished."""
+    folder = Path(config.output_dir)
+    save_adapter(accelerator, model, folder, config.save_safetensors)
+    if not accelerator.is_main_process:
+        return
+    tokenizer.save_pretrained(folder)
+    last = history[-1]
+    state = {
+        "finished": True,
+        "global_step": last["step"],
+        "max_steps": last["step"],
+        "epoch": last["epoch"],
+        "data_sha256": fingerprint(config.data_file),
+        "log_history": history,
+    }
+    write_json(folder / STATE, state)
+    print(f"Saved and checked: {folder}. Talk to it: python -m loop chat --adapter {folder}")
+
+
+def fingerprint(file: Path) -> str:
+    """Return the SHA-256 of a file; raises UserError where it cannot be read."""
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}.") from None

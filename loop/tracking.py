@@ -1,0 +1,184 @@
+"""Tells how the run goes: console, metrics.jsonl, trainer_state.json, wandb and TensorBoard."""
+
+import dataclasses
+import json
+import math
+import netrc
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from torch import Tensor
+from tqdm import tqdm
+
+from loop.config import Config
+from loop.windows import Layout, Window
+
+PROJECT = "lora-loop"
+
+
+class Tracker:
+    """Collects what each window reports and logs it every `logging_steps`, on rank 0 alone.
+
+    A context manager, so that trackers are closed on every way out. The logged loss is the
+    quantity that is optimised: loss sums over the steps since the last log, divided once by their
+    supervised tokens, over all ranks. Rates are over all ranks and wall time, all included.
+    """
+
+    def __init__(self, config: Config, layout: Layout, accelerator: Accelerator) -> None:
+        self.config, self.layout, self.accelerator = config, layout, accelerator
+        self.folder = Path(config.output_dir)
+        self.history: list[dict[str, Any]] = []
+        self.trackers: dict[str, Any] = {}
+        self.supervised_tokens = 0
+        self._start_interval(torch.zeros((), device=accelerator.device))
+
+    def __enter__(self) -> "Tracker":
+        main = self.accelerator.is_main_process
+        if main:
+            self._open_trackers()
+            self.metrics = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")
+        self.started = self.logged_at = time.perf_counter()
+        self.bar = tqdm(
+            total=self.layout.total_steps,
+            unit="step",
+            disable=not main,
+            dynamic_ncols=True,
+            # A file or a pipe keeps every redraw: redraw rarely there.
+            mininterval=0.5 if sys.stderr.isatty() else 20.0,
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.bar.close()
+        if not self.accelerator.is_main_process:
+            return
+        self.metrics.close()
+        for name, tracker in self.trackers.items():
+            self._guarded(name, tracker.finish)
+
+    def observe(self, window: Window, loss_sum: Tensor, learning_rate: float, norm: Any) -> None:
+        """Count a window; where a log is due, every rank takes part in it.
+
+        Raises FloatingPointError for a loss that is not finite.
+        """
+        self.loss_sum += loss_sum
+        self.interval_supervised += window.supervised_tokens
+        self.interval_tokens += window.tokens
+        self.supervised_tokens += window.supervised_tokens
+        self.bar.update()
+        step = window.step + 1
+        if every(self.config.logging_steps, step) or step in (1, self.layout.total_steps):
+            total = self.accelerator.reduce(self.loss_sum, reduction="sum")
+            self._log(window, total.item() / self.interval_supervised, learning_rate, float(norm))
+            self._start_interval(torch.zeros_like(self.loss_sum))
+
+    def _start_interval(self, zero: Tensor) -> None:
+        self.loss_sum = zero
+        self.interval_supervised = self.interval_tokens = 0
+        self.logged_at = time.perf_counter()
+
+    def _log(self, window: Window, loss: float, learning_rate: float, norm: float) -> None:
+        step, now = window.step + 1, time.perf_counter()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"step {step}: the loss is {loss}; expected a finite number. Lower --learning_rate, "
+                "or train in bf16 or fp32 if this is fp16. Nothing was saved."
+            )
+        if not self.accelerator.is_main_process:
+            return
+        elapsed = now - self.logged_at
+        entry = {
+            "step": step,
+            "epoch": round(window.epoch, 4),
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "grad_norm": norm,
+            "supervised_tokens": self.supervised_tokens,
+            "tokens_per_second": self.interval_tokens / elapsed,
+            "supervised_tokens_per_second": self.interval_supervised / elapsed,
+            "seconds": now - self.started,
+        }
+        self.history.append(entry)
+        self.metrics.write(json.dumps(entry) + "\n")
+        self.metrics.flush()
+        for name, tracker in [*self.trackers.items()]:
+            values = {f"train/{key}": value for key, value in entry.items() if key != "step"}
+            self._guarded(name, lambda t=tracker, v=values: t.log(v, step=step))
+        rate = f"{entry['supervised_tokens_per_second']:,.0f} supervised tokens/s"
+        tqdm.write(
+            f"step {step:>{len(str(self.layout.total_steps))}}  loss {loss:.4f}  "
+            f"lr {learning_rate:.2e}  grad norm {norm:.3f}  {rate}"
+        )
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f}, lr {learning_rate:.1e}, {entry['tokens_per_second']:,.0f} tokens/s"
+        )
+
+    def _open_trackers(self) -> None:
+        settings = {
+            key: " ".join(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self.config).items()
+        }
+        settings |= dataclasses.asdict(self.layout)
+        name = self.config.run_name or self.folder.name
+        for kind in self.config.report_to:
+            if kind == "none":
+                continue
+            if kind == "wandb":
+                arguments: dict[str, Any] = {"name": name, "dir": str(self.folder)}
+                arguments |= self._wandb_mode()
+                tracker = LOGGER_TYPE_TO_CLASS[kind](PROJECT, **arguments)
+            else:
+                tracker = LOGGER_TYPE_TO_CLASS[kind](name, logging_dir=str(self.folder / kind))
+            self.trackers[kind] = tracker
+            self._guarded(kind, tracker.start)
+            if kind in self.trackers:
+                self._guarded(kind, lambda t=tracker: t.store_init_configuration(settings))
+
+    def _wandb_mode(self) -> dict[str, str]:
+        if "WANDB_MODE" in os.environ or _has_wandb_login():
+            return {}
+        print(
+            "wandb: no login found, so the run is kept offline. To upload it later: "
+            f"wandb login, then wandb sync {self.folder}/wandb/offline-run-*"
+        )
+        return {"mode": "offline"}
+
+    def _guarded(self, name: str, action: Any) -> None:
+        """Run a tracker's action; a tracker that fails is dropped, and training goes on."""
+        try:
+            action()
+        except Exception as error:
+            self.trackers = {kind: t for kind, t in self.trackers.items() if kind != name}
+            reason = str(error).strip().splitlines()[:1]
+            tqdm.write(f"{name}: {type(error).__name__}: {''.join(reason)}; going on without it.")
+
+
+def every(interval: int, step: int) -> bool:
+    """Whether something that happens each `interval` steps is due after `step` steps."""
+    return step % interval == 0
+
+
+def _has_wandb_login() -> bool:
+    """Look where wandb 0.31 looks (sdk/lib/wbauth): environment, then the netrc file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    for candidate in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        try:
+            if candidate and netrc.netrc(os.path.expanduser(candidate)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False

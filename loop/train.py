@@ -1,0 +1,84 @@
+"""Fine-tunes a LoRA adapter; this file is the first page, and reads in the order it runs.
+
+    accelerate launch --config_file accelerate_configs/zero2.yaml loop/train.py [--flag value ...]
+"""
+
+import os
+import sys
+from pathlib import Path
+
+# Run as a file, Python looks for imports in loop/; they are meant from the repository root.
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+
+from data.encode import encode_dialogues
+from data.sharegpt import read_dialogues
+from data.templates import default_template
+from loop.backend import build_accelerator
+from loop.config import Config, read_config
+from loop.model import describe_parameters, find_base_model, load_model, load_tokenizer
+from loop.objective import loss_scale, supervised_loss_sum
+from loop.optim import build_optimizer, clip_gradients, lr_at, set_learning_rate
+from loop.output import is_finished, save_run, write_settings
+from loop.tracking import Tracker
+from loop.utils import run_and_exit
+from loop.windows import plan_layout, windows
+
+
+def main() -> None:
+    """Read the settings; a run that its output folder already holds is not trained again."""
+    config = read_config(sys.argv[1:], __doc__ or "")
+    if is_finished(config):
+        print(f"{config.output_dir} already holds this run, finished; nothing was changed.")
+    else:
+        train(config)
+
+
+def train(config: Config) -> None:
+    """Fine-tune the adapter that `config` describes and save it in its output folder."""
+    base = find_base_model(config)
+    tokenizer = load_tokenizer(base, config)
+    template = config.template or default_template(tokenizer)
+    # Each rank reads for itself before the process group exists: no collective waits for it.
+    dialogues, tally = read_dialogues(config.data_file, config.on_bad_record)
+    examples = encode_dialogues(dialogues, template, tokenizer, config.model_max_length, tally)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    layout = plan_layout(config, len(examples), rank, world_size)
+
+    accelerator = build_accelerator(config, layout)
+    accelerator.print(f"data: {config.data_file}, template {template}: {tally}")
+    accelerator.print(f"plan: {layout}")
+    model = load_model(base, config, accelerator)
+    accelerator.print(f"model: {base}: {describe_parameters(model)}")
+    optimizer = build_optimizer(model, config)
+    # No scheduler is prepared: accelerate would step it once per process.
+    model, optimizer = accelerator.prepare(model, optimizer)
+    write_settings(accelerator, config)
+
+    with Tracker(config, layout, accelerator) as tracker:
+        model.train()
+        for window in windows(examples, layout, config.seed, tokenizer.pad_token_id):
+            # Before the backward pass: in its last one DeepSpeed makes the optimizer step.
+            lr = lr_at(window.step, layout.total_steps, config)
+            set_learning_rate(optimizer, lr)
+            scale = loss_scale(accelerator, window.supervised_tokens)
+            loss_sum = torch.zeros((), device=accelerator.device)
+            for micro_batch in window.micro_batches:
+                with accelerator.accumulate(model):
+                    micro_loss_sum = supervised_loss_sum(model, micro_batch.to(accelerator.device))
+                    accelerator.backward(micro_loss_sum * scale)
+                    grad_norm = clip_gradients(accelerator, model, config.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                loss_sum += micro_loss_sum.detach()
+            tracker.observe(window, loss_sum, lr, grad_norm)
+
+    model = accelerator.unwrap_model(model)
+    save_run(accelerator, model, tokenizer, tracker.history, config)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_and_exit(main)

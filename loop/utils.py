@@ -1,0 +1,130 @@
+"""What ranks do together: one message, one exit code, and the adapter gathered and saved."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data.errors import UserError
+
+STATUS_FILE = "LORA_LOOP_STATUS_FILE"
+
+
+def run_and_exit(main: Callable[[], None]) -> None:
+    """Run a rank's main function and leave with the run's exit code.
+
+    launch.sh names a status file, since `accelerate launch` turns every failure into 1 and adds
+    a trace. The first rank of the machine writes the code there; all ranks then leave with 0.
+    """
+    code, status = 0, os.environ.get(STATUS_FILE)
+    try:
+        main()
+    except UserError as error:
+        code = 2
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif not (status and _appears(Path(status))):
+            # The first rank did not fail so; the launcher must be told, or it would wait for us.
+            print(f"error, on rank {os.environ['RANK']} alone: {error}", file=sys.stderr)
+            sys.exit(code)
+    if status and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(status).write_text(str(code))
+    sys.exit(0 if status else code)
+
+
+def _appears(file: Path, seconds: float = 20.0) -> bool:
+    """Wait until the file holds something."""
+    deadline = time.monotonic() + seconds
+    while not (file.is_file() and file.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return file.is_file() and file.stat().st_size > 0
+
+
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return the trainable parameters whole, in fp32, on the CPU; every rank must call this.
+
+    Under DeepSpeed they come from the fp32 master, gathered over the ranks one at a time.
+    """
+    state = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        value: Tensor | None = None
+        if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            value = safe_get_full_fp32_param(parameter)
+        value = parameter if value is None else value
+        state[name] = value.detach().to("cpu", torch.float32, copy=True)
+    return state
+
+
+def save_adapter(
+    accelerator: Accelerator, model: PeftModel, folder: Path, safetensors: bool = True
+) -> None:
+    """Write adapter_config.json and the weights that peft loads; every rank must call this.
+
+    The file is opened again and checked. Raises RuntimeError where it is not what was trained.
+    """
+    state = trained_parameters(model)
+    if not accelerator.is_main_process:
+        return
+    # save_embedding_layers="auto" may ask the hub (peft 0.21, utils/save_and_load.py).
+    weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    name = "adapter_model.safetensors" if safetensors else "adapter_model.bin"
+    partial = folder / f"{name}.partial"
+    if safetensors:
+        save_file(weights, partial, metadata={"format": "pt"})
+    else:
+        torch.save(weights, partial)
+    saved = load_file(partial) if safetensors else torch.load(partial, weights_only=True)
+    _check_saved(saved, _expected_shapes(model), partial)
+    partial.replace(folder / name)
+    adapter_config = model.peft_config["default"]
+    adapter_config.inference_mode = True
+    adapter_config.save_pretrained(str(folder))
+    adapter_config.inference_mode = False
+
+
+def _expected_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
+    """Return what a whole adapter holds, from the model's own parameters, not from the save."""
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # peft leaves its adapter's name out of the file.
+            shapes[name.replace(".default.", ".")] = tuple(
+                getattr(parameter, "ds_shape", parameter.shape)
+            )
+    return shapes
+
+
+def _check_saved(
+    saved: dict[str, Tensor], expected: dict[str, tuple[int, ...]], file: Path
+) -> None:
+    wrong = sorted({*saved} ^ {*expected})
+    wrong += [name for name in saved if tuple(saved[name].shape) != expected.get(name)]
+    if wrong:
+        raise RuntimeError(f"{file}: missing, unknown or misshapen: {', '.join(wrong[:5])}")
+    infinite = [name for name, tensor in saved.items() if not tensor.isfinite().all()]
+    if infinite:
+        raise RuntimeError(f"{file}: not finite: {', '.join(infinite[:5])}")
+    lora_b = [tensor for name, tensor in saved.items() if "lora_B" in name or "embedding_B" in name]
+    if not any(tensor.any() for tensor in lora_b):
+        raise RuntimeError(f"{file}: every lora_B is zero: the adapter has learnt nothing")
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)

@@ -1,0 +1,100 @@
+"""Deals examples into windows: all micro-batches of one optimizer step over all ranks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+from data.collate import MicroBatch, collate
+from data.encode import Example
+from loop.config import Config
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a window is split; the gradient does not depend on it."""
+
+    rank: int
+    world_size: int
+    micro_batch_size: int  # most examples a rank runs at once
+    accumulation: int  # micro-batches a rank runs each step
+    global_batch_size: int  # examples in a full window, over all ranks
+    steps_per_epoch: int
+    total_steps: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.total_steps} steps, {self.steps_per_epoch} an epoch, of "
+            f"{self.global_batch_size} examples: {_many(self.world_size, 'rank')} x "
+            f"{_many(self.accumulation, 'micro-batch')} of at most {self.micro_batch_size}"
+        )
+
+
+@dataclass(frozen=True)
+class Window:
+    """One step's work: this rank's micro-batches and the counts over all ranks."""
+
+    step: int  # optimizer steps done before this one
+    epoch: float  # epochs done after it
+    micro_batches: list[MicroBatch]
+    examples: int
+    tokens: int  # padding not counted
+    supervised_tokens: int
+
+
+def plan_layout(config: Config, examples: int, rank: int, world_size: int) -> Layout:
+    """Split the global batch over ranks and accumulation; the last window of an epoch is short."""
+    per_device = config.per_device_train_batch_size
+    accumulation = config.gradient_accumulation_steps or 1
+    batch = config.global_batch_size or world_size * accumulation * per_device
+    accumulation = ceil(batch / (world_size * per_device))
+    per_device = min(per_device, ceil(batch / world_size))
+    per_epoch = ceil(examples / batch)
+    steps = config.max_steps if config.max_steps > 0 else ceil(config.num_train_epochs * per_epoch)
+    return Layout(rank, world_size, per_device, accumulation, batch, per_epoch, steps)
+
+
+def windows(
+    examples: Sequence[Example], layout: Layout, seed: int, pad_id: int
+) -> Iterator[Window]:
+    """Yield the run's windows for this rank, each epoch a permutation that is f(seed, epoch)."""
+    size = layout.global_batch_size
+    for step in range(layout.total_steps):
+        epoch, index = divmod(step, layout.steps_per_epoch)
+        if index == 0:
+            order = np.random.default_rng([seed, epoch]).permutation(len(examples))
+        chosen = [examples[i] for i in order[index * size : (index + 1) * size]]
+        yield Window(
+            step=step,
+            epoch=epoch + min(1.0, (index + 1) * size / len(examples)),
+            micro_batches=[
+                collate(part, pad_id, _random_seed(seed, step, layout.rank, slot))
+                for slot, part in enumerate(_deal(chosen, layout))
+            ],
+            examples=len(chosen),
+            tokens=sum(len(example.input_ids) for example in chosen),
+            supervised_tokens=sum(example.supervised_tokens for example in chosen),
+        )
+
+
+def _deal(chosen: list[Example], layout: Layout) -> list[list[Example]]:
+    """Return this rank's micro-batches, `accumulation` of them; some may be empty.
+
+    Neighbours in length share a micro-batch, which saves padding, and the ranks run neighbours at
+    the same time, which saves waiting.
+    """
+    by_length = sorted(chosen, key=lambda example: -len(example.input_ids))
+    parts = layout.accumulation * layout.world_size
+    cuts = [round(part * len(by_length) / parts) for part in range(parts + 1)]
+    mine = range(layout.rank, parts, layout.world_size)
+    return [by_length[cuts[part] : cuts[part + 1]] for part in mine]
+
+
+def _random_seed(*key: int) -> int:
+    """Return a 63-bit seed: resuming needs no stored generator, only (seed, step, rank, slot)."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("ch") else "s")
