@@ -76,9 +76,7 @@ def _encode(
             yield Example(dialogue.id, cut, labels, supervised), len(ids)
 
 
-def label(
-    input_ids: list[int], offsets: list[tuple[int, int]], rendered: Rendered
-) -> list[int]:
+def label(input_ids: list[int], offsets: list[tuple[int, int]], rendered: Rendered) -> list[int]:
     """Return the ids whose characters overlap a supervised span, -100 elsewhere.
 
     >>> label([5, 6, 7], [(0, 0), (0, 3), (3, 5)], Rendered("abcde", ((3, 5),), False))

@@ -109,10 +109,13 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             yield index, json.loads(line)
         except json.JSONDecodeError as error:
-            yield index, BadRecord(
-                "not valid JSON",
-                f"line {number}, column {error.colno}: not valid JSON: {error.msg} "
-                "(a file that does not begin with [ is read as one record a line)",
+            yield (
+                index,
+                BadRecord(
+                    "not valid JSON",
+                    f"line {number}, column {error.colno}: not valid JSON: {error.msg} "
+                    "(a file that does not begin with [ is read as one record a line)",
+                ),
             )
         except RecursionError:
             yield index, BadRecord("not valid JSON", f"line {number}: JSON nested too deeply")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -18,6 +18,9 @@ MAIN_JOB = ROOT / "loop" / "main_job.yaml"
 DUMMY_DATA = ROOT / "data" / "dummy_conversation.json"
 
 Precision = Literal["no", "bf16", "fp16"]
+
+
+C = TypeVar("C", bound="Config")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Config:
         False, "recompute activations in the backward pass: less memory, slower", "model"
     )
     mixed_precision: Precision | None = flag(
-        None, "precision of the base model's weights and products; beats the accelerate config",
+        None,
+        "precision of the base model's weights and products; beats the accelerate config",
         "model",
     )
     bf16: bool = flag(False, "short for --mixed_precision bf16", "model")
@@ -60,8 +64,9 @@ class Config:
     template: Literal["vicuna", "chat"] | None = flag(
         None, "vicuna, or chat: the model's own; none: chat where the model has one", "data"
     )
-    model_max_length: int = flag(2048, "tokens; longer dialogues are cut on the right", "data",
-                                 at_least=8)
+    model_max_length: int = flag(
+        2048, "tokens; longer dialogues are cut on the right", "data", at_least=8
+    )
     on_bad_record: Literal["fail", "skip"] = flag(
         "fail", "stop at a record that is wrong, or drop and count it", "data"
     )
@@ -72,23 +77,29 @@ class Config:
         8, "most examples in one micro-batch of one rank", "training", at_least=1
     )
     gradient_accumulation_steps: int | None = flag(
-        None, "micro-batches a rank a step; none: 1, or what global_batch_size asks for",
-        "training", at_least=1,
+        None,
+        "micro-batches a rank a step; none: 1, or what global_batch_size asks for",
+        "training",
+        at_least=1,
     )
     global_batch_size: int | None = flag(
-        None, "examples a step over all ranks; none: ranks x accumulation x micro-batch",
-        "training", at_least=1,
+        None,
+        "examples a step over all ranks; none: ranks x accumulation x micro-batch",
+        "training",
+        at_least=1,
     )
     learning_rate: float = flag(2e-5, "peak learning rate", "training", above=0)
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = flag(
         "cosine", "shape after the linear warm-up", "training"
     )
-    warmup_ratio: float = flag(0.03, "share of the steps that warm up", "training", at_least=0,
-                               at_most=1)
+    warmup_ratio: float = flag(
+        0.03, "share of the steps that warm up", "training", at_least=0, at_most=1
+    )
     weight_decay: float = flag(0.0, "AdamW's decoupled weight decay", "training", at_least=0)
     max_grad_norm: float = flag(1.0, "clip the gradient's norm; 0: never", "training", at_least=0)
-    seed: int = flag(42, "of data order, adapter initialisation and dropout", "training",
-                     at_least=0)
+    seed: int = flag(
+        42, "of data order, adapter initialisation and dropout", "training", at_least=0
+    )
 
     output_dir: str = flag("runs/adapter", "adapter, tokenizer, metrics and settings", "output")
     logging_steps: int = flag(10, "steps between two log entries", "output", at_least=1)
@@ -111,18 +122,18 @@ class Config:
         return self.mixed_precision or short or launched
 
 
-def read_config(argv: Sequence[str], description: str = "") -> Config:
+def read_config(argv: Sequence[str], config_type: type[C], description: str = "") -> C:
     """Return the run's settings from flags and YAML; no flag at all means the main job.
 
     Raises UserError for anything that is wrong by itself or contradicts something else.
     """
-    values = parse(Config, argv, description)
+    values = parse(config_type, argv, description)
     if values.pop("config", None) is None and not {"model_name_or_path", "data_path"} & {*values}:
-        values = parse(Config, ["--config", str(MAIN_JOB)], description) | values
+        values = parse(config_type, ["--config", str(MAIN_JOB)], description) | values
         values.pop("config")
     if values.get("lora_weight_path"):
         values |= _adapter_settings(Path(values["lora_weight_path"]), values)
-    config = Config(**values)
+    config = config_type(**values)
     _cross_check(config)
     return config
 
@@ -131,8 +142,10 @@ def _cross_check(config: Config) -> None:
     asked = {name for name in ("bf16", "fp16") if getattr(config, name)}
     asked |= {config.mixed_precision} if config.mixed_precision else set()
     if len(asked) > 1:
-        raise UserError(f"found both {' and '.join(sorted(asked))}; expected one precision. "
-                        "Give --mixed_precision alone.")
+        raise UserError(
+            f"found both {' and '.join(sorted(asked))}; expected one precision. "
+            "Give --mixed_precision alone."
+        )
     if config.precision not in ("no", "bf16", "fp16"):
         raise UserError(
             f"the accelerate config's mixed_precision is {config.precision}; expected no, bf16 or "
@@ -156,8 +169,10 @@ def _adapter_settings(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--lora_weight_path: {file}: cannot be read: {error.strerror}. Give a "
-                        "folder with adapter_config.json and adapter_model.safetensors.") from None
+        raise UserError(
+            f"--lora_weight_path: {file}: cannot be read: {error.strerror}. Give a "
+            "folder with adapter_config.json and adapter_model.safetensors."
+        ) from None
     except ValueError as error:
         raise UserError(f"--lora_weight_path: {file}: not valid JSON: {error}.") from None
     targets = saved["target_modules"]

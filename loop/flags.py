@@ -38,7 +38,12 @@ def parse(config_type: type[C], argv: Sequence[str], description: str) -> dict[s
     Raises UserError for an unknown key, naming the nearest known one, or a value out of range.
     """
     parser = _parser(config_type, description)
-    raw = vars(parser.parse_args([_underscores(argument) for argument in argv]))
+    known, unknown = parser.parse_known_args([_underscores(argument) for argument in argv])
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        flags = [option for action in parser._actions for option in action.option_strings]
+        raise UserError(f"{name}: unknown flag.{nearest(name, flags)} See --help.")
+    raw = vars(known)
     values = _read_yaml(config_type, Path(raw["config"][-1])) if "config" in raw else {}
     values |= {"config": raw.pop("config")[-1]} if "config" in raw else {}
     fields = {field.name: field for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
@@ -133,22 +138,14 @@ def nearest(name: str, known: list[str]) -> str:
 
 def _underscores(argument: str) -> str:
     """Accept --lora-r for --lora_r."""
-    name, equals, value = argument.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if (
-        name.startswith("--")
-    ) else argument
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours: one message, the nearest flag named."""
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
-        known, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = [option for action in self._actions for option in action.option_strings]
-            name = unknown[0].partition("=")[0]
-            raise UserError(f"{name}: unknown flag.{nearest(name, flags)} See --help.")
-        return known
+    """argparse whose errors are ours."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See --help.")
@@ -169,7 +166,9 @@ def _parser(config_type: type[Any], description: str) -> _Parser:
         group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
         default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
         text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
-        group.add_argument(f"--{field.name}", nargs="*", help=text, metavar="VALUE")
+        # Both --prompt a b and --prompt a --prompt b; of other flags the last one counts.
+        action = "extend" if isinstance(field.default, tuple) else "store"
+        group.add_argument(f"--{field.name}", nargs="*", action=action, help=text, metavar="VALUE")
         if field.type is bool or field.type == (bool | None):
             group.add_argument(
                 f"--no_{field.name}",

@@ -72,7 +72,7 @@ def load_tokenizer(base: str, config: Config) -> Any:
     return tokenizer
 
 
-def load_model(base: str, config: Config, accelerator: Accelerator) -> nn.Module:
+def load_model(base: str, config: Config, accelerator: Accelerator) -> PeftModel:
     """Return the base model in the run's precision with a LoRA adapter to train.
 
     Raises UserError for a missing FlashAttention, and targets that the model does not have.
@@ -102,7 +102,7 @@ def load_model(base: str, config: Config, accelerator: Accelerator) -> nn.Module
     adapter = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_r,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft computes alpha / r
+        lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=_targets(model, config.lora_target_modules),
         bias=config.lora_bias,
@@ -115,7 +115,9 @@ def _load_base(base: str, config: Config) -> Any:
     shared = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
     base_config = AutoConfig.from_pretrained(base, **shared)
     if base_config.is_encoder_decoder:
-        raise UserError(f"{base}: an encoder-decoder ({base_config.model_type}); expected a decoder.")
+        raise UserError(
+            f"{base}: an encoder-decoder ({base_config.model_type}); expected a decoder."
+        )
     return AutoModelForCausalLM.from_pretrained(
         base,
         config=base_config,

@@ -29,7 +29,7 @@ def loss_scale(accelerator: Accelerator, supervised_tokens: int) -> float:
     engine), and averaging gradients over ranks divides by the world size. Both are undone; what
     is left is one division by the supervised tokens of the whole window, over all ranks.
     """
-    undone = accelerator.num_processes * accelerator.gradient_accumulation_steps
+    undone: int = accelerator.num_processes * accelerator.gradient_accumulation_steps
     return undone / supervised_tokens
 
 

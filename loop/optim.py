@@ -13,7 +13,7 @@ from loop.config import Config
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Return AdamW; biases are not decayed."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for name, p in trainable if not name.endswith("bias")]},
         {"params": [p for name, p in trainable if name.endswith("bias")], "weight_decay": 0.0},
     ]

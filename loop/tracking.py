@@ -93,8 +93,8 @@ class Tracker:
         step, now = window.step + 1, time.perf_counter()
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"step {step}: the loss is {loss}; expected a finite number. Lower --learning_rate, "
-                "or train in bf16 or fp32 if this is fp16. Nothing was saved."
+                f"step {step}: the loss is {loss}; expected a finite number. Lower the "
+                "learning rate, or train in bf16 or fp32 if this is fp16. Nothing was saved."
             )
         if not self.accelerator.is_main_process:
             return

@@ -1,6 +1,6 @@
 """Fine-tunes a LoRA adapter; this file is the first page, and reads in the order it runs.
 
-    accelerate launch --config_file accelerate_configs/zero2.yaml loop/train.py [--flag value ...]
+accelerate launch --config_file accelerate_configs/zero2.yaml loop/train.py [--flag value ...]
 """
 
 import os
@@ -29,7 +29,7 @@ from loop.windows import plan_layout, windows
 
 def main() -> None:
     """Read the settings; a run that its output folder already holds is not trained again."""
-    config = read_config(sys.argv[1:], __doc__ or "")
+    config = read_config(sys.argv[1:], Config, __doc__ or "")
     if is_finished(config):
         print(f"{config.output_dir} already holds this run, finished; nothing was changed.")
     else:

@@ -1,0 +1,28 @@
+"""`python -m loop show|chat …`: dispatch only."""
+
+import importlib
+import sys
+
+from data.errors import UserError
+from loop.flags import nearest
+from loop.utils import run_and_exit
+
+COMMANDS = {
+    "show": "how dialogues are tokenised and which tokens are supervised",
+    "chat": "talk to an adapter, or compare it with its base",
+}
+
+
+def main() -> None:
+    """Run the command named first."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        lines = [f"  python -m loop {command:6} {text}" for command, text in COMMANDS.items()]
+        print("\n".join([*lines, "Each has --help. Training: ./launch.sh --help"]))
+        return
+    if name not in COMMANDS:
+        raise UserError(f"{name}: unknown command.{nearest(name, [*COMMANDS])} See --help.")
+    importlib.import_module(f"loop.{name}").main(sys.argv[2:])
+
+
+run_and_exit(main)
