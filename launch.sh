@@ -84,6 +84,9 @@ train() {
   status=$(mktemp)
   trap 'rm -f "$status"' RETURN
   # Port 0: a free one, so that two runs on one machine do not meet.
+  if [ "$(gpu_count)" = 0 ]; then
+    export DS_ACCELERATOR=cpu  # else DeepSpeed warns that it found no GPU
+  fi
   LORA_LOOP_STATUS_FILE=$status run accelerate launch --config_file "$config" \
     --num_processes "$processes" --main_process_port 0 loop/train.py "$@" || code=$?
   [ "$code" != 0 ] || code=$(cat "$status")

@@ -50,8 +50,11 @@ def _prepare_cpu(config: Config) -> None:
     # `accelerate launch` exports OMP_NUM_THREADS=1 when the user set nothing (accelerate 1.15,
     # commands/launch.py): that would leave all cores but one idle.
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
     # Without this, accelerate 1.15 sees one process under a DeepSpeed config (state.py).
     PartialState(cpu=True)
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError
 from loop.backend import uses_zero3
@@ -112,6 +115,10 @@ def load_model(base: str, config: Config, accelerator: Accelerator) -> PeftModel
 
 
 def _load_base(base: str, config: Config) -> Any:
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    # DeepSpeed 0.19 asks every module for every attribute, this deprecated one included.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     shared = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
     base_config = AutoConfig.from_pretrained(base, **shared)
     if base_config.is_encoder_decoder:

@@ -1,6 +1,7 @@
 """Tells how the run goes: console, metrics.jsonl, trainer_state.json, wandb and TensorBoard."""
 
 import dataclasses
+import datetime
 import json
 import math
 import netrc
@@ -45,14 +46,10 @@ class Tracker:
             self._open_trackers()
             self.metrics = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")
         self.started = self.logged_at = time.perf_counter()
-        self.bar = tqdm(
-            total=self.layout.total_steps,
-            unit="step",
-            disable=not main,
-            dynamic_ncols=True,
-            # A file or a pipe keeps every redraw: redraw rarely there.
-            mininterval=0.5 if sys.stderr.isatty() else 20.0,
-        )
+        # In a file or a pipe the log lines say the same, without a redrawn bar between them.
+        visible = main and sys.stderr.isatty()
+        total = self.layout.total_steps
+        self.bar = tqdm(total=total, unit="step", disable=not visible, dynamic_ncols=True)
         return self
 
     def __exit__(
@@ -116,14 +113,14 @@ class Tracker:
         for name, tracker in [*self.trackers.items()]:
             values = {f"train/{key}": value for key, value in entry.items() if key != "step"}
             self._guarded(name, lambda t=tracker, v=values: t.log(v, step=step))
-        rate = f"{entry['supervised_tokens_per_second']:,.0f} supervised tokens/s"
-        tqdm.write(
-            f"step {step:>{len(str(self.layout.total_steps))}}  loss {loss:.4f}  "
-            f"lr {learning_rate:.2e}  grad norm {norm:.3f}  {rate}"
+        total = self.layout.total_steps
+        left = entry["seconds"] / step * (total - step)
+        progress = (
+            f"loss {loss:.4f}  lr {learning_rate:.2e}  {entry['tokens_per_second']:,.0f} tokens/s  "
+            f"{entry['supervised_tokens_per_second']:,.0f} supervised/s"
         )
-        self.bar.set_postfix_str(
-            f"loss {loss:.3f}, lr {learning_rate:.1e}, {entry['tokens_per_second']:,.0f} tokens/s"
-        )
+        tqdm.write(f"step {step:>{len(str(total))}}/{total}  {progress}  {_clock(left)} left")
+        self.bar.set_postfix_str(progress)
 
     def _open_trackers(self) -> None:
         settings = {
@@ -168,6 +165,10 @@ class Tracker:
 def every(interval: int, step: int) -> bool:
     """Whether something that happens each `interval` steps is due after `step` steps."""
     return step % interval == 0
+
+
+def _clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def _has_wandb_login() -> bool:

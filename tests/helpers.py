@@ -1,0 +1,74 @@
+"""Runs the project's commands as a user would, and reads what they leave."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(*words: str | Path, seconds: int = 300, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command from the repository root and return what it printed."""
+    return subprocess.run(
+        [str(word) for word in words],
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **env},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+
+
+def launch(
+    config: str, output: Path, *flags: str | Path, processes: int = 1
+) -> list[dict[str, Any]]:
+    """Train through a real `accelerate launch` and return the log."""
+    done = command(
+        "accelerate", "launch",
+        "--config_file", f"accelerate_configs/{config}.yaml",
+        "--num_processes", str(processes),
+        "--main_process_port", "0",
+        "loop/train.py",
+        "--output_dir", output,
+        *flags,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return log_of(output)
+
+
+def log_of(output: Path) -> list[dict[str, Any]]:
+    """Return a run's log, after making sure that both copies of it agree."""
+    history: list[dict[str, Any]] = json.loads((output / "trainer_state.json").read_text())[
+        "log_history"
+    ]
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == history
+    return history
+
+
+def adapter_of(output: Path) -> dict[str, Tensor]:
+    """Return the adapter's weights."""
+    return load_file(output / "adapter_model.safetensors")
+
+
+def write_dialogues(file: Path, *dialogues: list[str]) -> Path:
+    """Write dialogues, each a list of alternating turns, as ShareGPT JSON."""
+    records = [
+        {
+            "id": f"d{number}",
+            "conversations": [
+                {"from": ("human", "gpt")[turn % 2], "value": text}
+                for turn, text in enumerate(turns)
+            ],
+        }
+        for number, turns in enumerate(dialogues)
+    ]
+    file.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    return file

@@ -1,0 +1,128 @@
+"""Flags and YAML give the settings that were meant, or one message that says what is wrong."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data.errors import UserError
+from loop.config import MAIN_JOB, Config, dump, read_config
+from loop.flags import parse
+
+MODEL = ["--model_name_or_path", "some/model"]
+
+
+def read(*argv: str) -> Config:
+    return read_config(argv, Config)
+
+
+def test_no_flag_means_the_main_job_and_a_flag_beats_it() -> None:
+    main_job = yaml.safe_load(MAIN_JOB.read_text())
+    assert read().learning_rate == main_job["learning_rate"] == 1e-3
+    assert read().output_dir == "runs/main_job"
+    assert read("--learning_rate", "3e-4").learning_rate == 3e-4
+    assert read("--learning_rate", "3e-4").output_dir == "runs/main_job"
+
+
+@pytest.mark.parametrize("flag", ["--model_name_or_path", "--data_path"])
+def test_a_model_or_data_means_the_general_defaults(flag: str) -> None:
+    config = read(flag, "x")
+    assert config.learning_rate == 2e-5
+    assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (8, 16, 0.05)
+    assert config.lora_target_modules == ("q_proj", "v_proj")
+    assert (config.num_train_epochs, config.warmup_ratio, config.max_grad_norm) == (3, 0.03, 1)
+
+
+def test_a_yaml_file_is_read_and_a_flag_beats_it(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    # 1e-3 is a string in YAML 1.1, and no a boolean: both must mean what they look like.
+    file.write_text("learning_rate: 1e-3\nlora_r: 4\nreport_to: [wandb]\nmixed_precision: no\n")
+    config = read("--config", str(file), "--lora_r", "16")
+    assert (config.learning_rate, config.lora_r, config.report_to) == (1e-3, 16, ("wandb",))
+    assert config.precision == "no"
+    assert config.output_dir == "runs/adapter"
+
+
+def test_the_dump_of_a_config_reads_back_as_itself(tmp_path: Path) -> None:
+    config = read(*MODEL, "--lora_target_modules", "q_proj", "k_proj", "--max_steps", "7", "--bf16")
+    (tmp_path / "run.yaml").write_text(dump(config))
+    again = read("--config", str(tmp_path / "run.yaml"))
+    assert dump(again) == dump(config)
+    assert again.lora_target_modules == ("q_proj", "k_proj")
+    assert again.precision == "bf16"
+
+
+@pytest.mark.parametrize("words", [["--bf16", "True"], ["--bf16"], ["--bf16=true"]])
+def test_booleans_take_every_usual_form(words: list[str]) -> None:
+    assert read(*MODEL, *words).precision == "bf16"
+    assert read(*MODEL, *words, "--no_bf16").precision == "no"
+    assert read(*MODEL, "--lora-r", "4").lora_r == 4
+
+
+def test_a_precision_flag_beats_the_accelerate_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert read(*MODEL).precision == "bf16"
+    assert read(*MODEL, "--mixed_precision", "no").precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(UserError, match="fp8"):
+        read(*MODEL)
+
+
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        (["--lora_rank", "8"], "--lora_rank: unknown flag. Did you mean --lora_r"),
+        (["--learnin_rate", "1"], "Did you mean --learning_rate"),
+        (["train.json"], "train.json: unknown flag"),
+        (["--lora_r", "0"], "--lora_r: found 0; expected a value at least 1"),
+        (["--lora_r", "many"], 'found "many"; expected a whole number'),
+        (["--lora_r", "1", "2"], "found 2 values; expected one"),
+        (["--lora_r"], "found 0 values; expected one"),
+        (["--lora_dropout", "1"], "at least 0 and below 1"),
+        (["--learning_rate", "nan"], "found nan"),
+        (["--learning_rate", "-1"], "found -1.0; expected a value above 0"),
+        (["--warmup_ratio", "1.5"], "at most 1"),
+        (["--max_steps", "0"], "--max_steps: found 0"),
+        (["--bf16", "maybe"], 'found "maybe"; expected True or False'),
+        (["--template", "alpaca"], "expected one of vicuna, chat"),
+        (["--report_to", "wandb", "mlfow"], 'found "mlfow"'),
+        (["--report_to", "none", "wandb"], "none beside a tracker"),
+        (["--bf16", "--fp16"], "found both bf16 and fp16"),
+        (["--bf16", "--mixed_precision", "fp16"], "found both bf16 and fp16"),
+        (["--global_batch_size", "8", "--gradient_accumulation_steps", "2"], "expected one of"),
+        (["--config", "missing.yaml"], "missing.yaml: cannot be read: No such file"),
+        (["--lora_weight_path", "missing"], "adapter_config.json: cannot be read"),
+    ],
+)
+def test_a_wrong_flag_is_one_message(argv: list[str], found: str) -> None:
+    with pytest.raises(UserError) as error:
+        read(*argv)
+    assert found in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("lora_rank: 8", "lora_rank: unknown key. Did you mean lora_r"),
+        ("lora_r: [1, 2]", "found 2 values"),
+        ("lora_r: {a: 1}", "found a mapping"),
+        ("just words", "expected lines of"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_a_wrong_yaml_is_named(text: str, found: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"run\.yaml") as error:
+        read("--config", str(file))
+    assert found in str(error.value)
+
+
+def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(Config, ["--help"], "")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "--lora_target_modules" in text
+    assert "(default: q_proj v_proj)" in text

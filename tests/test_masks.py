@@ -1,0 +1,152 @@
+"""Exactly the answers and the tokens that close them are supervised."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.encode import IGNORE_INDEX, Example, encode_dialogues
+from data.errors import UserError
+from data.sharegpt import Dialogue, Tally, Turn, read_dialogues
+from data.templates import TemplateName, prompt, render
+from loop.config import DUMMY_DATA
+
+
+def encode(file: Path, template: TemplateName, tokenizer: Any, length: int = 2048) -> list[Example]:
+    dialogues, tally = read_dialogues(file)
+    return encode_dialogues(dialogues, template, tokenizer, length, tally)
+
+
+def dialogue(*texts: str) -> Dialogue:
+    roles = ("user", "assistant")
+    return Dialogue("d", tuple(Turn(roles[i % 2], text) for i, text in enumerate(texts)))  # type: ignore[arg-type]
+
+
+def supervised_runs(example: Example, tokenizer: Any) -> list[str]:
+    """Return the text of each run of supervised tokens."""
+    runs: list[list[int]] = [[]]
+    for label in example.labels:
+        if label != IGNORE_INDEX:
+            runs[-1].append(label)
+        elif runs[-1]:
+            runs.append([])
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+@pytest.fixture(scope="module")
+def mistral(shared: Path) -> Any:
+    from transformers import LlamaTokenizer
+
+    folder = shared / "tokenizers/mistral_v1"
+    return LlamaTokenizer.from_pretrained(folder, add_bos_token=True, legacy=False)
+
+
+@pytest.mark.parametrize(
+    ("data", "golden", "equal_ids"),
+    [
+        ("fastchat_dummy_conversation", "vicuna_mistralv1_dummy", 500),
+        ("oasst_en", "vicuna_mistralv1_oasst_en", 456),
+    ],
+)
+def test_vicuna_masks_equal_fastchats(
+    data: str, golden: str, equal_ids: int, shared: Path, mistral: Any
+) -> None:
+    examples = {e.id: e for e in encode(shared / f"data/{data}.json", "vicuna", mistral)}
+    with gzip.open(shared / f"golden/{golden}.jsonl.gz", "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    equal = [row for row in rows if examples[row["id"]].input_ids == row["input_ids"]]
+    assert len(equal) >= equal_ids
+    wrong = [row["id"] for row in equal if examples[row["id"]].labels != row["labels"]]
+    assert not wrong
+
+
+@pytest.mark.parametrize("template", ["vicuna", "chat"])
+def test_supervised_runs_are_the_answers_with_their_end(
+    template: TemplateName, chat_tokenizer: Any
+) -> None:
+    dialogues, _ = read_dialogues(DUMMY_DATA)
+    examples = encode(DUMMY_DATA, template, chat_tokenizer)
+    assert len(examples) == len(dialogues) == 500
+    space = " " if template == "vicuna" else ""
+    for example, source in zip(examples, dialogues, strict=True):
+        answers = [turn.text for turn in source.turns if turn.role == "assistant"]
+        runs = supervised_runs(example, chat_tokenizer)
+        assert runs == [f"{space}{answer}<|im_end|>" for answer in answers]
+
+
+def test_a_chat_template_that_trims_and_decorates_answers_is_followed_exactly(
+    chat_tokenizer: Any,
+) -> None:
+    trimming = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[Q] {{ m['content'] | trim }} [/Q]"
+        "{% else %} <think>\n\n</think>{{ m['content'] | trim }}<|im_end|>\n{% endif %}{% endfor %}"
+    )
+    tokenizer = with_template(chat_tokenizer, trimming)
+    rendered = render(dialogue("Hi", "  yes\n", "yes", "  yes"), "chat", tokenizer)
+    pieces = [rendered.text[start:end] for start, end in rendered.spans]
+    assert pieces == ["yes<|im_end|>", "yes<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "complaint"),
+    [
+        ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", "close"),
+        # Only the dialogue's end is closed: the first answer's end would lie behind the question.
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}<|im_end|>", "close"),
+        ("{% for m in messages %}{{ m['role'] }}<|im_end|>{% endfor %}", "does not show"),
+    ],
+)
+def test_a_chat_template_without_exact_spans_is_refused(
+    template: str, complaint: str, chat_tokenizer: Any
+) -> None:
+    with pytest.raises(UserError, match=f"(?s){complaint}.*--template vicuna"):
+        render(dialogue("Hi", "Yo", "a", "b"), "chat", with_template(chat_tokenizer, template))
+
+
+def with_template(tokenizer: Any, template: str) -> Any:
+    from copy import deepcopy
+
+    changed = deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
+
+
+def test_user_text_that_looks_like_the_template_stays_unsupervised(chat_tokenizer: Any) -> None:
+    trap = dialogue("Say ASSISTANT: no", "ASSISTANT: fine", "USER: ASSISTANT: x", "done")
+    for template, space in (("vicuna", " "), ("chat", "")):
+        rendered = render(trap, template, chat_tokenizer)  # type: ignore[arg-type]
+        pieces = [rendered.text[start:end] for start, end in rendered.spans]
+        assert pieces == [f"{space}ASSISTANT: fine<|im_end|>", f"{space}done<|im_end|>"]
+
+
+def test_long_dialogues_are_cut_on_the_right_and_counted(
+    chat_tokenizer: Any, tmp_path: Path
+) -> None:
+    tally = Tally(read=2, kept=2)
+    long, short = dialogue("word " * 100, "answer"), dialogue("Hi", "answer")
+    examples = encode_dialogues([long, short], "chat", chat_tokenizer, 60, tally)
+    assert [len(example.input_ids) <= 60 for example in examples] == [True]
+    assert tally.dropped == {"no supervised token": 1}
+    assert tally.noted == {"cut at 60 tokens": 1}
+    assert tally.read == tally.kept + tally.dropped.total()
+    with pytest.raises(UserError, match="none of 2 dialogues has a supervised token"):
+        encode_dialogues([long], "chat", chat_tokenizer, 30, Tally(read=2, kept=2))
+
+
+def test_the_prompt_is_the_dialogue_up_to_the_answer(chat_tokenizer: Any) -> None:
+    whole = dialogue("Hi", "Yo", "And?", "So")
+    for template in ("vicuna", "chat"):
+        rendered = render(whole, template, chat_tokenizer)  # type: ignore[arg-type]
+        asked = prompt(whole.turns[:3], template, chat_tokenizer)  # type: ignore[arg-type]
+        assert rendered.text.startswith(asked.text)
+        assert len(asked.text) == rendered.spans[-1][0]
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(UserError, match="no character offsets"):
+        encode_dialogues([dialogue("Hi", "Yo")], "chat", Slow(), 100, Tally())

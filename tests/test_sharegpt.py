@@ -1,0 +1,117 @@
+"""Bad input is named exactly, or counted; nothing is lost in silence."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.errors import UserError
+from data.sharegpt import read_dialogues
+
+GOOD = {
+    "id": "a",
+    "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}],
+}
+
+
+def turns(*pairs: tuple[Any, Any]) -> dict[str, Any]:
+    return {"id": "bad", "conversations": [{"from": role, "value": text} for role, text in pairs]}
+
+
+BAD = {
+    "no conversations": ({"id": "bad", "messages": []}, "there is none"),
+    "conversations is text": ({"id": "bad", "conversations": "Hi"}, "it is a string"),
+    "no turns": ({"id": "bad", "conversations": []}, "is empty"),
+    "unknown role": (turns(("human", "Hi"), ("bot", "Yo")), 'turn 1 has the role "bot"'),
+    "two answers": (turns(("human", "Hi"), ("gpt", "1"), ("gpt", "2")), 'turn 2 is "gpt"'),
+    "two questions": (turns(("human", "Hi"), ("human", "Hey")), 'turn 1 is "human"'),
+    "empty value": (turns(("human", "Hi"), ("gpt", " \n")), 'turn 1: "value" is empty'),
+    "number": (turns(("human", "Hi"), ("gpt", 42)), '"value" is a number'),
+    "null": (turns(("human", None), ("gpt", "Yo")), '"value" is null'),
+    "turn is text": ({"id": "bad", "conversations": ["Hi"]}, "turn 0 is a string"),
+    "record is a list": ([GOOD], "found a list"),
+    "lone surrogate": (turns(("human", "\ud83d"), ("gpt", "Yo")), "surrogate"),
+    "answer alone": (turns(("gpt", "Yo")), "none is left"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_record_is_named_or_counted(name: str, suffix: str, tmp_path: Path) -> None:
+    record, found = BAD[name]
+    file = tmp_path / f"data.{suffix}"
+    records = [GOOD, record, GOOD]
+    lines = "\n".join(map(json.dumps, records))
+    file.write_text(json.dumps(records) if suffix == "json" else lines)
+    with pytest.raises(UserError) as error:
+        read_dialogues(file)
+    message = str(error.value)
+    assert found in message
+    assert f"{file}: record 1" in message
+    assert 'id "bad"' in message or not isinstance(record, dict)
+    assert "--on_bad_record skip" in message
+    assert "\n" not in message
+
+    dialogues, tally = read_dialogues(file, on_bad_record="skip")
+    assert [dialogue.id for dialogue in dialogues] == ["a", "a"]
+    assert (tally.read, tally.kept, tally.dropped.total()) == (3, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "empty"),
+        (" \n", "empty"),
+        ('[{"id": "a",\n  "conversations": oops}]', "line 2, column 20"),
+        ('{"id": "a", "conversations": []}\n{"id":', "record 0"),
+        ("[]", "no records"),
+        ("[" * 100_000, "nested"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_place(text: str, found: str, tmp_path: Path) -> None:
+    file = tmp_path / "data.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=found) as error:
+        read_dialogues(file)
+    assert str(file) in str(error.value)
+
+
+def test_a_broken_line_of_jsonl_is_named_with_line_and_column(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(f'{json.dumps(GOOD)}\n\n{{"id": oops}}\n')
+    with pytest.raises(UserError, match=r"record 1: line 3, column 8: not valid JSON"):
+        read_dialogues(file)
+    assert read_dialogues(file, "skip")[1].dropped == {"not valid JSON": 1}
+
+
+def test_missing_files_folders_and_other_encodings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        read_dialogues(tmp_path / "none.json")
+    with pytest.raises(UserError, match="directory"):
+        read_dialogues(tmp_path)
+    (tmp_path / "latin.json").write_bytes(b'[\n"\xe9"]')
+    with pytest.raises(UserError, match="line 2: byte 3 is not UTF-8"):
+        read_dialogues(tmp_path / "latin.json")
+
+
+def test_a_first_turn_that_is_not_human_is_skipped_and_counted(tmp_path: Path) -> None:
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([turns(("gpt", "Hello"), ("human", "Hi"), ("gpt", "Yo"))]))
+    dialogues, tally = read_dialogues(file)
+    assert [turn.text for turn in dialogues[0].turns] == ["Hi", "Yo"]
+    assert tally.noted == {"first turn not human, skipped": 1}
+
+
+def test_ids_are_optional_and_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    file = tmp_path / "data.json"
+    record = {"conversations": GOOD["conversations"]}
+    file.write_text(json.dumps([record, {**record, "id": 7}]), encoding="utf-8-sig")
+    assert [dialogue.id for dialogue in read_dialogues(file)[0]] == ["0", "7"]
+
+
+def test_jsonl_lines_may_hold_unicode_line_separators(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    record = json.dumps(turns(("human", "a\u2028b"), ("gpt", "c\u0085d")), ensure_ascii=False)
+    file.write_text(record + "\n" + record, encoding="utf-8")
+    assert len(read_dialogues(file)[0]) == 2

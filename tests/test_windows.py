@@ -1,0 +1,119 @@
+"""A window is the same whatever its layout; every example is seen once an epoch."""
+
+from collections import Counter
+
+import pytest
+import torch
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from data.encode import Example
+from loop.config import Config
+from loop.optim import lr_at
+from loop.windows import Window, plan_layout, windows
+
+EXAMPLES = [
+    Example(str(i), [100 + i] * n, [-100] + [100 + i] * (n - 1), n - 1)
+    for i, n in enumerate([3, 9, 4, 4, 7, 2, 5, 8, 6, 3, 11])
+]
+
+
+def config(**values: object) -> Config:
+    return Config(model_name_or_path="x", **values)  # type: ignore[arg-type]
+
+
+def run(rank: int, world_size: int, **values: object) -> list[Window]:
+    layout = plan_layout(config(num_train_epochs=2, **values), len(EXAMPLES), rank, world_size)
+    return list(windows(EXAMPLES, layout, seed=1, pad_id=0))
+
+
+def seen(window: Window) -> Counter[int]:
+    """Return the examples of a rank's micro-batches, known by their token."""
+    rows = [row for batch in window.micro_batches for row in batch.model_inputs["input_ids"]]
+    return Counter(int(row[0]) for row in rows if row[0] != 0)
+
+
+LAYOUTS = [
+    (world_size, {"global_batch_size": 4, "per_device_train_batch_size": per_device})
+    for world_size in (1, 2, 3, 8)
+    for per_device in (1, 2, 4)
+]
+
+
+@pytest.mark.parametrize(("world_size", "values"), LAYOUTS)
+def test_each_layout_holds_the_same_windows(world_size: int, values: dict[str, int]) -> None:
+    expected = [seen(window) for window in run(0, 1, global_batch_size=4)]
+    ranks = [run(rank, world_size, **values) for rank in range(world_size)]
+    assert [len(windows) for windows in ranks] == [6] * world_size
+    for step, parts in enumerate(zip(*ranks, strict=True)):
+        assert sum(map(seen, parts), Counter()) == expected[step]
+        assert len({len(part.micro_batches) for part in parts}) == 1
+        assert len({(p.tokens, p.supervised_tokens, p.examples) for p in parts}) == 1
+        targets = sum(len(b.targets) for part in parts for b in part.micro_batches)
+        assert targets == parts[0].supervised_tokens
+        rows = [b.model_inputs["input_ids"] for part in parts for b in part.micro_batches]
+        assert max(map(len, rows)) <= values["per_device_train_batch_size"]
+
+
+def test_every_example_is_seen_once_an_epoch_in_a_new_order() -> None:
+    all_windows = run(0, 1, global_batch_size=4)
+    first = [seen(window) for window in all_windows[:3]]
+    second = [seen(window) for window in all_windows[3:]]
+    once = Counter(example.input_ids[0] for example in EXAMPLES)
+    assert sum(first, Counter()) == sum(second, Counter()) == once
+    assert first != second
+    assert [len(list(part.elements())) for part in first] == [4, 4, 3]
+    assert [window.epoch for window in all_windows] == [4 / 11, 8 / 11, 1, 15 / 11, 19 / 11, 2]
+
+
+def test_ranks_and_slots_have_seeds_of_their_own() -> None:
+    seeds = [
+        batch.seed
+        for rank in (0, 1)
+        for window in run(rank, 2, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+        for batch in window.micro_batches
+    ]
+    assert len({*seeds}) == len(seeds)
+
+
+def test_neighbours_in_length_share_a_micro_batch() -> None:
+    window = run(0, 1, global_batch_size=11, per_device_train_batch_size=3)[0]
+    padded = sum(batch.model_inputs["input_ids"].numel() for batch in window.micro_batches)
+    assert window.tokens == 62
+    assert padded == 75  # 121 as one batch
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}, (2, 3, 12)),
+        ({"per_device_train_batch_size": 4, "global_batch_size": 12}, (4, 2, 12)),
+        ({"per_device_train_batch_size": 4, "global_batch_size": 5}, (3, 1, 5)),
+        ({}, (8, 1, 16)),
+    ],
+)
+def test_the_batch_arithmetic_of_two_ranks(
+    values: dict[str, int], expected: tuple[int, int, int]
+) -> None:
+    layout = plan_layout(config(**values), 100, 0, 2)
+    assert (layout.micro_batch_size, layout.accumulation, layout.global_batch_size) == expected
+
+
+def test_steps_follow_epochs_or_max_steps() -> None:
+    assert plan_layout(config(num_train_epochs=1.5), 100, 0, 1).total_steps == 20  # 13 an epoch
+    assert plan_layout(config(max_steps=3), 100, 0, 1).total_steps == 3
+
+
+@pytest.mark.parametrize("steps", [1, 10, 101])
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)],
+)
+def test_the_learning_rate_is_transformers_value(name: str, schedule: object, steps: int) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-5)
+    warmup = -(-3 * steps // 100)
+    theirs = schedule(optimizer, warmup, steps)  # type: ignore[operator]
+    for step in range(steps):
+        ours = lr_at(step, steps, config(lr_scheduler_type=name))
+        assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-12, abs=1e-20)
+        optimizer.step()
+        theirs.step()
