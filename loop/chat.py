@@ -18,7 +18,7 @@ from data.sharegpt import Turn
 from data.templates import TemplateName, default_template, prompt
 from loop.config import Config, read_config
 from loop.flags import flag, parse
-from loop.model import DTYPES
+from loop.model import DTYPES, quiet
 from loop.output import SETTINGS
 
 
@@ -100,6 +100,7 @@ def load_speaker(config: ChatConfig) -> Speaker:
     tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else base)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[trained.precision] if settings.is_file() else "auto"
+    quiet()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device)
     model = PeftModel.from_pretrained(model, str(folder)).eval()
     return Speaker(model, tokenizer, trained.template or default_template(tokenizer), config)

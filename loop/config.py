@@ -46,7 +46,7 @@ class Config:
     tf32: bool = flag(False, "TensorFloat-32 for fp32 products on GPUs that have it", "model")
 
     lora_r: int = flag(8, "rank of the adapter", "LoRA", at_least=1)
-    lora_alpha: float = flag(16, "scale: the update is multiplied by alpha / r", "LoRA", above=0)
+    lora_alpha: int = flag(16, "scale: the update is multiplied by alpha / r", "LoRA", at_least=1)
     lora_dropout: float = flag(0.05, "dropout before the adapter", "LoRA", at_least=0, below=1)
     lora_target_modules: tuple[str, ...] = flag(
         ("q_proj", "v_proj"), "module names, or all-linear", "LoRA"

@@ -5,13 +5,12 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
 from data.errors import UserError
 
-C = TypeVar("C")
 TRUE, FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
 
 
@@ -32,7 +31,7 @@ def flag(
     )
 
 
-def parse(config_type: type[C], argv: Sequence[str], description: str) -> dict[str, Any]:
+def parse(config_type: type[Any], argv: Sequence[str], description: str) -> dict[str, Any]:
     """Return the values that were given, converted and range-checked; flags beat `--config`.
 
     Raises UserError for an unknown key, naming the nearest known one, or a value out of range.
@@ -46,7 +45,7 @@ def parse(config_type: type[C], argv: Sequence[str], description: str) -> dict[s
     raw = vars(known)
     values = _read_yaml(config_type, Path(raw["config"][-1])) if "config" in raw else {}
     values |= {"config": raw.pop("config")[-1]} if "config" in raw else {}
-    fields = {field.name: field for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
     hints = get_type_hints(config_type)
     return values | {
         name: convert(fields[name], hints[name], words, f"--{name}") for name, words in raw.items()
@@ -109,7 +108,8 @@ def _check_bounds(value: Any, bounds: dict[str, float], where: str) -> None:
 
 def _read_yaml(config_type: type[Any], path: Path) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # All words, no types: YAML 1.1 would read 1e-3 as text and no as a boolean.
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -124,7 +124,6 @@ def _read_yaml(config_type: type[Any], path: Path) -> dict[str, Any]:
             raise UserError(f"{where}: unknown key.{nearest(str(key), list(fields))}")
         if isinstance(value, dict):
             raise UserError(f"{where}: found a mapping; expected a value.")
-        # Through words, so that YAML 1.1's habits (1e-3 is a string, no is False) do no harm.
         words = [str(item) for item in (value if isinstance(value, list) else [value])]
         values[key] = convert(fields[key], hints[key], words, where)
     return values

@@ -115,10 +115,7 @@ def load_model(base: str, config: Config, accelerator: Accelerator) -> PeftModel
 
 
 def _load_base(base: str, config: Config) -> Any:
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    # DeepSpeed 0.19 asks every module for every attribute, this deprecated one included.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    quiet()
     shared = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
     base_config = AutoConfig.from_pretrained(base, **shared)
     if base_config.is_encoder_decoder:
@@ -132,6 +129,14 @@ def _load_base(base: str, config: Config) -> Any:
         attn_implementation="flash_attention_2" if config.flash_attn else "sdpa",
         **shared,
     )
+
+
+def quiet() -> None:
+    """Silence what other packages say about themselves while a model is loaded."""
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    # DeepSpeed 0.19 asks every module for every attribute, this deprecated one included.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 
 def _targets(model: nn.Module, asked: tuple[str, ...]) -> list[str] | str:

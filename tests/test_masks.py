@@ -20,8 +20,8 @@ def encode(file: Path, template: TemplateName, tokenizer: Any, length: int = 204
 
 
 def dialogue(*texts: str) -> Dialogue:
-    roles = ("user", "assistant")
-    return Dialogue("d", tuple(Turn(roles[i % 2], text) for i, text in enumerate(texts)))  # type: ignore[arg-type]
+    turns = [Turn("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
+    return Dialogue("d", tuple(turns))
 
 
 def supervised_runs(example: Example, tokenizer: Any) -> list[str]:
@@ -116,7 +116,7 @@ def with_template(tokenizer: Any, template: str) -> Any:
 def test_user_text_that_looks_like_the_template_stays_unsupervised(chat_tokenizer: Any) -> None:
     trap = dialogue("Say ASSISTANT: no", "ASSISTANT: fine", "USER: ASSISTANT: x", "done")
     for template, space in (("vicuna", " "), ("chat", "")):
-        rendered = render(trap, template, chat_tokenizer)  # type: ignore[arg-type]
+        rendered = render(trap, template, chat_tokenizer)
         pieces = [rendered.text[start:end] for start, end in rendered.spans]
         assert pieces == [f"{space}ASSISTANT: fine<|im_end|>", f"{space}done<|im_end|>"]
 
@@ -138,8 +138,8 @@ def test_long_dialogues_are_cut_on_the_right_and_counted(
 def test_the_prompt_is_the_dialogue_up_to_the_answer(chat_tokenizer: Any) -> None:
     whole = dialogue("Hi", "Yo", "And?", "So")
     for template in ("vicuna", "chat"):
-        rendered = render(whole, template, chat_tokenizer)  # type: ignore[arg-type]
-        asked = prompt(whole.turns[:3], template, chat_tokenizer)  # type: ignore[arg-type]
+        rendered = render(whole, template, chat_tokenizer)
+        asked = prompt(whole.turns[:3], template, chat_tokenizer)
         assert rendered.text.startswith(asked.text)
         assert len(asked.text) == rendered.spans[-1][0]
 

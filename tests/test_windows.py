@@ -18,7 +18,7 @@ EXAMPLES = [
 
 
 def config(**values: object) -> Config:
-    return Config(model_name_or_path="x", **values)  # type: ignore[arg-type]
+    return Config(model_name_or_path="x", **values)
 
 
 def run(rank: int, world_size: int, **values: object) -> list[Window]:
@@ -62,7 +62,14 @@ def test_every_example_is_seen_once_an_epoch_in_a_new_order() -> None:
     assert sum(first, Counter()) == sum(second, Counter()) == once
     assert first != second
     assert [len(list(part.elements())) for part in first] == [4, 4, 3]
-    assert [window.epoch for window in all_windows] == [4 / 11, 8 / 11, 1, 15 / 11, 19 / 11, 2]
+    assert [window.epoch for window in all_windows] == [
+        4 / 11,
+        8 / 11,
+        1,
+        1 + 4 / 11,
+        1 + 8 / 11,
+        2,
+    ]
 
 
 def test_ranks_and_slots_have_seeds_of_their_own() -> None:
@@ -79,7 +86,7 @@ def test_neighbours_in_length_share_a_micro_batch() -> None:
     window = run(0, 1, global_batch_size=11, per_device_train_batch_size=3)[0]
     padded = sum(batch.model_inputs["input_ids"].numel() for batch in window.micro_batches)
     assert window.tokens == 62
-    assert padded == 75  # 121 as one batch
+    assert padded == 71  # 121 as one batch
 
 
 @pytest.mark.parametrize(
@@ -111,7 +118,7 @@ def test_steps_follow_epochs_or_max_steps() -> None:
 def test_the_learning_rate_is_transformers_value(name: str, schedule: object, steps: int) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-5)
     warmup = -(-3 * steps // 100)
-    theirs = schedule(optimizer, warmup, steps)  # type: ignore[operator]
+    theirs = schedule(optimizer, warmup, steps)
     for step in range(steps):
         ours = lr_at(step, steps, config(lr_scheduler_type=name))
         assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-12, abs=1e-20)

@@ -1,0 +1,179 @@
+"""What a run leaves loads elsewhere, proves itself, and is not overwritten."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data.errors import UserError
+from loop import train as training
+from loop.config import Config, read_config
+from loop.output import is_finished
+from loop.utils import _check_saved
+from tests.helpers import adapter_of, log_of, write_dialogues
+
+Train = Callable[..., Path]
+
+
+@pytest.fixture
+def train(tiny_model: Path, tmp_path: Path) -> Train:
+    """Train in this process: the tiny model on two dialogues, four steps."""
+    data = write_dialogues(tmp_path / "data.json", ["Hi", "Hello there."], ["And?", "So."])
+
+    def run(name: str, *flags: str | Path) -> Path:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        argv = ["--model_name_or_path", tiny_model, "--data_path", data, "--max_steps", "4"]
+        argv += ["--output_dir", tmp_path / name, "--learning_rate", "1e-2", *flags]
+        training.train(read_config([str(word) for word in argv], Config))
+        return tmp_path / name
+
+    return run
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model.eval()(torch.arange(30).view(1, -1)).logits
+    return found
+
+
+def test_a_run_leaves_what_the_design_lists_and_peft_loads_it(
+    train: Train, tiny_model: Path
+) -> None:
+    folder = train("run")
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "trainer_state.json", "metrics.jsonl", "training_config.yaml",
+    }  # fmt: skip
+    assert not [name for name in names if "partial" in name]
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    before = logits(base)
+    after = logits(PeftModel.from_pretrained(base, str(folder)))
+    assert (after - before).abs().max() > 1e-3
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_model)
+    assert (config["r"], config["lora_alpha"], config["inference_mode"]) == (8, 16, True)
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert (state["global_step"], state["max_steps"], state["epoch"]) == (4, 4, 4.0)
+
+
+def test_the_log_holds_what_the_design_lists(train: Train) -> None:
+    history = log_of(train("run", "--logging_steps", "2"))
+    assert [entry["step"] for entry in history] == [1, 2, 4]
+    keys = {
+        "step", "epoch", "loss", "learning_rate", "grad_norm", "supervised_tokens",
+        "tokens_per_second", "supervised_tokens_per_second", "seconds",
+    }  # fmt: skip
+    assert all({*entry} >= keys for entry in history)
+    per_step = history[0]["supervised_tokens"]
+    assert [entry["supervised_tokens"] for entry in history] == [n * per_step for n in (1, 2, 4)]
+
+
+def test_adapter_model_bin_is_loaded_by_peft(train: Train, tiny_model: Path) -> None:
+    safe, pickled = train("safe"), train("bin", "--save_safetensors", "False")
+    assert not (pickled / "adapter_model.safetensors").exists()
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    found = logits(PeftModel.from_pretrained(model, str(pickled)))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert torch.equal(found, logits(PeftModel.from_pretrained(model, str(safe))))
+
+
+def test_training_twice_gives_the_same_adapter_bit_for_bit(train: Train) -> None:
+    one, two = adapter_of(train("one")), adapter_of(train("two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_gradient_checkpointing_changes_nothing(train: Train) -> None:
+    one, two = adapter_of(train("one")), adapter_of(train("two", "--gradient_checkpointing"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+def test_an_adapter_is_continued_with_its_own_shape(train: Train) -> None:
+    first = train("first", "--lora_r", "4", "--lora_target_modules", "q_proj", "o_proj")
+    second = train("second", "--lora_weight_path", first, "--learning_rate", "1e-12")
+    before, after = adapter_of(first), adapter_of(second)
+    assert {*before} == {*after}
+    assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
+    with pytest.raises(UserError, match=r"--lora_r: found 16, but the adapter .* has 4"):
+        train("third", "--lora_weight_path", first, "--lora_r", "16")
+    with pytest.raises(UserError, match="--lora_target_modules: found"):
+        train("third", "--lora_weight_path", first, "--lora_target_modules", "q_proj")
+
+
+def test_all_linear_reaches_every_linear_layer_but_the_head(train: Train) -> None:
+    names = adapter_of(train("run", "--lora_target_modules", "all-linear"))
+    layers = {name.split(".")[-3] for name in names}
+    assert layers == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+
+
+def test_a_target_that_matches_nothing_is_refused_with_the_names_that_exist(train: Train) -> None:
+    with pytest.raises(UserError, match=r"named query.*k_proj, lm_head, o_proj, q_proj"):
+        train("run", "--lora_target_modules", "q_proj", "query")
+
+
+def test_a_wrong_save_is_an_error(train: Train) -> None:
+    file = train("run") / "adapter_model.safetensors"
+    good = load_file(file)
+    shapes = {name: tuple(tensor.shape) for name, tensor in good.items()}
+    _check_saved(good, shapes, file)
+    name = next(name for name in good if "lora_B" in name)
+    zeros = {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in good.items()}
+    for wrong, complaint in (
+        ({n: t for n, t in good.items() if n != name}, "missing"),
+        ({**good, "other": good[name].clone()}, "unknown"),
+        ({**good, name: torch.zeros(0)}, "misshapen"),
+        ({**good, name: good[name] * torch.inf}, "not finite"),
+        (zeros, "learnt nothing"),
+    ):
+        save_file(wrong, file)
+        with pytest.raises(RuntimeError, match=complaint):
+            _check_saved(load_file(file), shapes, file)
+
+
+def test_a_finished_run_is_recognised_and_other_settings_are_refused(train: Train) -> None:
+    folder = train("run")
+    settings = ["--config", str(folder / "training_config.yaml")]
+    assert is_finished(read_config(settings, Config))
+    with pytest.raises(UserError, match=r"other settings \(seed was 42, is 7\)"):
+        is_finished(read_config([*settings, "--seed", "7"], Config))
+    data = Path(yaml.safe_load((folder / "training_config.yaml").read_text())["data_path"])
+    write_dialogues(data, ["Hi", "Other."])
+    with pytest.raises(UserError, match="data_sha256 was"):
+        is_finished(read_config(settings, Config))
+    (folder / "trainer_state.json").unlink()
+    assert not is_finished(read_config(settings, Config))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"step \d+: the loss is (nan|inf)"):
+        train("run", "--learning_rate", "1e38", "--max_grad_norm", "0", "--logging_steps", "1")
+    assert not (tmp_path / "run/trainer_state.json").exists()
+
+
+def test_fp16_without_a_gpu_is_refused_with_the_reason(train: Train) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match="loss scaling"):
+        train("run", "--fp16")
+    with pytest.raises(UserError, match="no GPU, which FlashAttention-2 needs"):
+        train("run", "--flash_attn")
+
+
+def test_bf16_trains_an_fp32_adapter(train: Train) -> None:
+    folder = train("run", "--bf16")
+    assert {tensor.dtype for tensor in adapter_of(folder).values()} == {torch.float32}
+    exact = log_of(train("exact"))
+    for mine, theirs in zip(log_of(folder), exact, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-2)

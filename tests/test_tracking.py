@@ -1,0 +1,92 @@
+"""Trackers hold what was logged, and a tracker that fails never stops training."""
+
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import command, log_of, write_dialogues
+
+BLOCK = 32768
+
+
+def read_wandb(file: Path) -> list[Any]:
+    """Return the records of a `.wandb` file: a 7-byte header, then a LevelDB log (wandb 0.31)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, records, parts = file.read_bytes(), 7, [], b""
+    while at + 7 <= len(data):
+        if BLOCK - at % BLOCK < 7:  # No header fits in the rest of a block; it is padding.
+            at += BLOCK - at % BLOCK
+            continue
+        size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = Record()
+            record.ParseFromString(parts)
+            records.append(record)
+            parts = b""
+    return records
+
+
+def train(tiny_model: Path, folder: Path, *flags: str, **env: str) -> Any:
+    data = write_dialogues(folder / "data.json", ["Hi", "Hello there."], ["And?", "So."])
+    return command(
+        "python", "loop/train.py",
+        "--model_name_or_path", tiny_model,
+        "--data_path", data,
+        "--output_dir", folder / "run",
+        "--learning_rate", "1e-2",
+        "--max_steps", "3",
+        "--logging_steps", "1",
+        "--report_to", *flags,
+        WANDB_API_KEY="",
+        NETRC=str(folder / "no-netrc"),
+        HOME=str(folder),
+        **env,
+    )  # fmt: skip
+
+
+def test_wandb_offline_and_tensorboard_hold_every_logged_step(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    done = train(tiny_model, tmp_path, "wandb", "tensorboard")
+    assert done.returncode == 0, done.stderr
+    assert "wandb sync" in done.stdout
+    history = log_of(tmp_path / "run")
+    (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    rows = []
+    records = read_wandb(file)
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append({i.key or "/".join(i.nested_key): float(i.value_json) for i in items})
+    assert [row["_step"] for row in rows] == [1, 2, 3]
+    keys = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
+    for row, entry in zip(rows, history, strict=True):
+        for key in keys:
+            assert math.isclose(row[f"train/{key}"], entry[key], rel_tol=1e-6)
+    assert any(record.WhichOneof("record_type") == "exit" for record in records), "not closed"
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (tmp_path / "run/tensorboard").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert losses == [(e["step"], pytest.approx(e["loss"], rel=1e-6)) for e in history]
+
+
+def test_a_tracker_that_fails_never_stops_training(tiny_model: Path, tmp_path: Path) -> None:
+    # A file where TensorBoard's folder should be, and a mode that wandb does not know.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/tensorboard").write_text("")
+    done = train(tiny_model, tmp_path, "tensorboard", "wandb", WANDB_MODE="nonsense")
+    assert done.returncode == 0, done.stderr
+    assert "tensorboard: " in done.stdout
+    assert "wandb: " in done.stdout
+    assert done.stdout.count("going on without it") == 2
+    assert len(log_of(tmp_path / "run")) == 3
