@@ -9,7 +9,8 @@ usage() {
 ./launch.sh [CONFIG.yaml] [--flag value ...]    train with an accelerate config (default: zero2.yaml)
 ./launch.sh setup                               only set up .venv and the embedded model
 ./launch.sh test [pytest arguments]             set up, then lint, type checks and tests
-./launch.sh -h                                  this text; ./launch.sh --help lists the training flags
+./launch.sh -h                                  this text
+./launch.sh --help                              the training flags, with defaults
 
 Environment: NUM_PROCESSES (default: the number of GPUs, or 1), PYTHON (default: python3).
 Exit codes: 0 done, 2 the configuration or data is wrong, 75 stopped on request, 1 anything else.
@@ -81,6 +82,7 @@ train() {
     */cpu.yaml | */single_gpu.yaml) processes=1 ;;
   esac
   [ "$processes" -ge 1 ] 2>/dev/null || processes=1
+  python -m loop check "$@"
   status=$(mktemp)
   trap 'rm -f "$status"' RETURN
   # Port 0: a free one, so that two runs on one machine do not meet.
@@ -107,6 +109,10 @@ case "${1:-}" in
     run ruff format --check .
     run mypy
     run python -m pytest -m "not slow" "$@"
+    ;;
+  --help)
+    setup
+    python -m loop check --help
     ;;
   "")
     setup

@@ -5,10 +5,11 @@ import sys
 
 from data.errors import UserError
 from loop.flags import nearest
-from loop.utils import run_and_exit
+from loop.leave import run_and_exit
 
 COMMANDS = {
     "show": "how dialogues are tokenised and which tokens are supervised",
+    "check": "whether a launch's flags are right, within a second",
     "chat": "talk to an adapter, or compare it with its base",
 }
 

@@ -150,30 +150,52 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. See --help.")
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows what a flag takes, in place of argparse's `[VALUE ...]`."""
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return str(action.metavar or default_metavar)
+
+
 def _parser(config_type: type[Any], description: str) -> _Parser:
     """Build the parser; every value is read as words and converted by `convert`."""
     parser = _Parser(
+        usage="%(prog)s [--flag value ...]",
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
-    parser.add_argument("--config", nargs=1, help="YAML file of these keys; a flag beats it")
+    parser.add_argument(
+        "--config", nargs=1, metavar="FILE", help="YAML of these keys; flags beat it"
+    )
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(config_type):
-        name = field.metadata["group"]
+        name, default = field.metadata["group"], field.default
         group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
-        default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
-        text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
+        text = field.metadata["help"].replace("%", "%%")
+        if default not in (None, ()):
+            shown = " ".join(default) if isinstance(default, tuple) else default
+            text += f" (default: {shown})"
         # Both --prompt a b and --prompt a --prompt b; of other flags the last one counts.
-        action = "extend" if isinstance(field.default, tuple) else "store"
-        group.add_argument(f"--{field.name}", nargs="*", action=action, help=text, metavar="VALUE")
-        if field.type is bool or field.type == (bool | None):
+        action = "extend" if isinstance(default, tuple) else "store"
+        group.add_argument(
+            f"--{field.name}", nargs="*", action=action, help=text, metavar=_metavar(field.type)
+        )
+        if field.type is bool:
+            off = f"--no_{field.name}"
             group.add_argument(
-                f"--no_{field.name}",
-                dest=field.name,
-                action="store_const",
-                const=["false"],
-                help=argparse.SUPPRESS,
+                off, dest=field.name, action="store_const", const=["false"], help=argparse.SUPPRESS
             )
     return parser
+
+
+def _metavar(hint: Any) -> str:
+    """Say what a field of this type takes, as --help shows it."""
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    if hint in (int, float, str, bool):
+        return {int: "N", float: "X", str: "TEXT", bool: "True|False"}[hint]
+    if get_origin(hint) is tuple:
+        return f"{_metavar(get_args(hint)[0])} ..."
+    return next(_metavar(part) for part in get_args(hint) if part is not type(None))

@@ -1,11 +1,9 @@
 """Loads the base model and its tokenizer and injects the LoRA adapter."""
 
 import importlib.util
-import re
 import sys
 import warnings
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,48 +16,8 @@ from transformers.utils import logging as transformers_logging
 from data.errors import UserError
 from loop.backend import uses_zero3
 from loop.config import Config
-from loop.embedded import embedded_model
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def find_base_model(config: Config) -> str:
-    """Return the folder or hub name of the base model; a folder as an absolute path.
-
-    Raises UserError within seconds for one that does not exist.
-    """
-    name = config.model_name_or_path
-    if name is None:
-        return str(embedded_model())
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"--model_name_or_path {name}: the folder holds no config.json.")
-        return str(folder.resolve())
-    _check_hub(name, config.cache_dir)
-    return name
-
-
-def _check_hub(name: str, cache_dir: str | None) -> None:
-    """Ask the cache, then the hub, once: transformers alone would retry for about 25 s."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
-
-    what = f"--model_name_or_path {name}"
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise UserError(f"{what}: no such folder. Give a folder with config.json, or a hub name.")
-    if isinstance(try_to_load_from_cache(name, "config.json", cache_dir), str):
-        return
-    try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=2.0)
-    except HfHubHTTPError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{what}: no such folder, and the hub says: {reason}") from None
-    except Exception as error:  # Offline mode, no route, no name server: each its own class.
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{what}: no such folder, not in the cache, and the hub cannot be asked ({reason})."
-        ) from None
 
 
 def load_tokenizer(base: str, config: Config) -> Any:
