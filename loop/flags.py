@@ -160,7 +160,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 def _parser(config_type: type[Any], description: str) -> _Parser:
     """Build the parser; every value is read as words and converted by `convert`."""
     parser = _Parser(
-        usage="%(prog)s [--flag value ...]",
+        usage="[--flag value ...]",
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
