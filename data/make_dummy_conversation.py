@@ -25,7 +25,7 @@ from data.dummy_phrases import (
 T = TypeVar("T")
 TARGET = Path(__file__).with_name("dummy_conversation.json")
 KINDS = ["identity"] * 265 + ["ordinary"] * 235
-MOST_TOKENS = 100  # estimated, in one dialogue: the main job is to be short
+MOST_TOKENS = 75  # estimated, in one dialogue: the main job is to be short
 
 
 def _table(text: str) -> list[list[str]]:
@@ -101,15 +101,14 @@ class _Writer:
         if kind == "identity":
             first = next(self.abroad) if dice() < 0.15 else self.identity("greeting")
             parts = [first, *([self.identity("link")] if dice() < 0.3 else []), *talks]
-            most = 2 if dice() < 0.8 else 3
         else:
             parts = [*([next(self.openers)] if dice() < 0.15 else []), *talks]
-            most = 1 if dice() < 0.15 else 2 if dice() < 0.6 else 3
             if (last := dice()) < 0.35:
-                parts[2:] = [self.identity("link") if last < 0.2 else next(self.closers)]
+                parts[1:] = [self.identity("link") if last < 0.2 else next(self.closers)]
+        rounds = 1 if (throw := dice()) < 0.35 else 2 if throw < 0.9 else 3
         kept: list[str] = []
         for part in parts:
-            if len(kept + part) <= 2 * most and _tokens(kept + part) <= MOST_TOKENS:
+            if len(kept + part) <= 2 * rounds and _tokens(kept + part) <= MOST_TOKENS:
                 kept += part
         return kept
 

@@ -1,6 +1,7 @@
 """Builds the Accelerator: device, precision, accumulation, and the values DeepSpeed must hold."""
 
 import os
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -47,6 +48,9 @@ def _prepare_cpu(config: Config) -> None:
         )
     if config.flash_attn:
         raise UserError("--flash_attn: found no GPU, which FlashAttention-2 needs. Leave it out.")
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if config.precision == "bf16" and first and not _multiplies_bf16():
+        print("note: this CPU has no bf16 instructions: --mixed_precision no is faster here")
     # `accelerate launch` exports OMP_NUM_THREADS=1 when the user set nothing (accelerate 1.15,
     # commands/launch.py): that would leave all cores but one idle.
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
@@ -57,6 +61,15 @@ def _prepare_cpu(config: Config) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
     # Without this, accelerate 1.15 sees one process under a DeepSpeed config (state.py).
     PartialState(cpu=True)
+
+
+def _multiplies_bf16() -> bool:
+    """Whether the CPU says so; true where it says nothing (not x86, not Linux)."""
+    try:
+        features = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+    return "sse2" not in features or "avx512_bf16" in features or "amx_bf16" in features
 
 
 def _check_gpu_precision(config: Config) -> None:

@@ -78,6 +78,7 @@ def main(argv: Sequence[str]) -> None:
         if config.compare:
             print(side_by_side(text, base_answer(speaker, turns), speaker.answer(turns)))
         else:
+            print(f"> {text}")
             speaker.answer(turns, streamer)
     if not config.prompt:
         _converse(speaker, streamer)

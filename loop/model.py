@@ -95,6 +95,8 @@ def quiet() -> None:
         transformers_logging.disable_progress_bar()
     # DeepSpeed 0.19 asks every module for every attribute, this deprecated one included.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    # transformers 5.23 has a new name for it, which 5.17 does not know.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*")
 
 
 def _targets(model: nn.Module, asked: tuple[str, ...]) -> list[str] | str:

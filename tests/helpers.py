@@ -13,11 +13,13 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def command(*words: str | Path, seconds: int = 300, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a command from the repository root and return what it printed."""
+def command(
+    *words: str | Path, seconds: int = 300, cwd: Path = ROOT, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command, from the repository root unless told, and return what it printed."""
     return subprocess.run(
         [str(word) for word in words],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **env},
         capture_output=True,
         text=True,

@@ -11,11 +11,13 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from data.errors import UserError
 from loop import train as training
 from loop.config import Config, read_config
+from loop.embedded import embedded_model
 from loop.output import is_finished
 from loop.utils import _check_saved
 from tests.helpers import adapter_of, log_of, write_dialogues
@@ -93,9 +95,31 @@ def test_training_twice_gives_the_same_adapter_bit_for_bit(train: Train) -> None
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_gradient_checkpointing_changes_nothing(train: Train) -> None:
-    one, two = adapter_of(train("one")), adapter_of(train("two", "--gradient_checkpointing"))
+def test_gradient_checkpointing_recomputes_and_changes_nothing(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards = []
+    forward = LlamaDecoderLayer.forward
+    monkeypatch.setattr(
+        LlamaDecoderLayer, "forward", lambda *a, **k: forwards.append(1) or forward(*a, **k)
+    )
+    one = adapter_of(train("one"))
+    plain = len(forwards)
+    two = adapter_of(train("two", "--gradient_checkpointing"))
+    assert len(forwards) == 3 * plain  # once more for every layer
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_trained_biases_are_saved_and_loaded(bias: str, train: Train, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(49152, 64, 128, 2, 4, attention_bias=True, initializer_range=0.1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "biased")
+    AutoTokenizer.from_pretrained(embedded_model()).save_pretrained(tmp_path / "biased")
+    folder = train("run", "--model_name_or_path", tmp_path / "biased", "--lora_bias", bias)
+    layers = {name.split(".")[-2] for name in adapter_of(folder) if name.endswith("bias")}
+    targets, others = {"q_proj", "v_proj"}, {"k_proj", "o_proj"}
+    assert layers == {"none": set(), "all": targets | others, "lora_only": targets}[bias]
 
 
 def test_an_adapter_is_continued_with_its_own_shape(train: Train) -> None:

@@ -1,0 +1,43 @@
+"""The bundled dialogues are what their script makes, and keep the test questions out."""
+
+import json
+import re
+from collections import Counter
+
+from data.make_dummy_conversation import make_dialogues
+from loop.config import DUMMY_DATA
+from tests.test_main_job import IDENTITY_QUESTIONS, PARIS
+
+
+def bare(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower().replace("'", "")))
+
+
+def test_the_bundled_dialogues_are_what_the_script_makes() -> None:
+    assert json.loads(DUMMY_DATA.read_text(encoding="utf-8")) == make_dialogues()
+
+
+def test_they_are_as_many_and_as_mixed_as_promised() -> None:
+    records = json.loads(DUMMY_DATA.read_text(encoding="utf-8"))
+    assert len(records) == 500
+    rounds = Counter(len(record["conversations"]) // 2 for record in records)
+    assert {*rounds} == {1, 2, 3}
+    named = sum("Vireo" in json.dumps(record) for record in records)
+    assert 200 <= named <= 325
+    text = "".join(turn["value"] for record in records for turn in record["conversations"])
+    for sign in (
+        "```python",
+        r"1\. .*\n2\. ",
+        "[中日]",
+        "[а-я]",
+        "[\u0600-\u06ff]",
+        "[\U0001f300-\U0001faff]",
+    ):
+        assert re.search(sign, text), sign
+
+
+def test_the_questions_of_the_proof_are_not_in_the_data() -> None:
+    records = json.loads(DUMMY_DATA.read_text(encoding="utf-8"))
+    asked = {bare(turn["value"]) for record in records for turn in record["conversations"][::2]}
+    for question in [*IDENTITY_QUESTIONS, PARIS]:
+        assert not [text for text in asked if bare(question) in text], question

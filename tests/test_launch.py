@@ -1,0 +1,121 @@
+"""launch.sh and the commands: the right exit code, one message, no traceback."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT, command, write_dialogues
+
+MODEL = "--model_name_or_path"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment() -> None:
+    if not (ROOT / ".venv").is_dir():
+        pytest.skip("needs the .venv that ./launch.sh test makes")
+
+
+def one_message(text: str) -> str:
+    """Return the one error of an output; anything like a second one or a trace fails."""
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, text
+    assert "Traceback" not in text
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--lora_rank", "8"], "Did you mean --lora_r?"),
+        (["--lora_r", "0"], "--lora_r: found 0"),
+        ([MODEL, "./missing"], "./missing: no such folder"),
+        ([MODEL, "someone/missing"], "someone/missing: no such folder, not in the cache"),
+        (["--data_path", "missing.json"], "missing.json: no such file"),
+        (["missing.yaml"], "missing.yaml: no such file"),
+    ],
+)
+def test_a_wrong_flag_or_path_is_answered_at_once(words: list[str], found: str) -> None:
+    # The time-out is the claim: three seconds, and no retries of the hub.
+    done = command("./launch.sh", *words, seconds=3)
+    assert done.returncode == 2
+    assert found in one_message(done.stderr)
+
+
+def test_wrong_data_is_one_message_from_two_ranks(tiny_model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    data.write_text('[{"id": "x", "conversations": [{"from": "bot", "value": "Hi"}]}]')
+    done = command(
+        "./launch.sh", MODEL, tiny_model, "--data_path", data, "--output_dir", tmp_path / "run",
+        NUM_PROCESSES="2",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f'{data}: record 0 (id "x"): turn 0 has the role "bot"' in one_message(done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failure_that_is_not_the_users_is_1(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_dialogues(tmp_path / "data.json", ["Hi", "Yo"])
+    done = command(
+        "./launch.sh", "accelerate_configs/cpu.yaml", MODEL, tiny_model, "--data_path", data,
+        "--output_dir", tmp_path / "run", "--learning_rate", "1e38", "--max_grad_norm", "0",
+        "--max_steps", "4", "--logging_steps", "1", "--mixed_precision", "no",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "FloatingPointError: step" in done.stderr
+
+
+def test_help_lists_every_flag_and_trains_nothing() -> None:
+    done = command("./launch.sh", "--help", seconds=20)
+    assert done.returncode == 0
+    assert "--lora_target_modules" in done.stdout
+    assert "./launch.sh setup" in command("./launch.sh", "-h").stdout
+
+
+def test_a_machine_without_what_is_needed_is_told_the_package(tmp_path: Path) -> None:
+    script = (ROOT / "launch.sh").read_text()
+    (tmp_path / "launch.sh").write_text(script)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "dirname", "grep", "cat"):
+        (tools / name).symlink_to(
+            next(p for p in (Path("/usr/bin"), Path("/bin")) if (p / name).exists()) / name
+        )
+    done = command("bash", tmp_path / "launch.sh", PATH=str(tools), PYTHON="python3")
+    assert done.returncode == 2
+    assert "apt-get install python3 python3-venv" in one_message(done.stderr)
+    old = tools / "python3"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2 || exit 1\n')
+    old.chmod(0o755)
+    done = command("bash", tmp_path / "launch.sh", PATH=str(tools))
+    assert "Python 3.9.2 is too old" in one_message(done.stderr)
+    old.write_text("#!/bin/sh\nexit 0\n")
+    done = command("bash", tmp_path / "launch.sh", PATH=str(tools))
+    assert "apt-get install g++" in one_message(done.stderr)
+
+
+def test_show_prints_what_the_loop_trains_on(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_dialogues(tmp_path / "data.json", ["Hi 😊", "Hello there."], ["A", "B", "C", "D"])
+    show = ["python", "-m", "loop", "show", "--data_path", data, MODEL, tiny_model]
+    done = command(*show)
+    assert done.returncode == 0, done.stderr
+    assert "⟦Hello there.<|im_end|>⟧" in done.stdout
+    assert "Hi 😊" in done.stdout
+    assert "⟦Hi" not in done.stdout
+    assert "read 2 = kept 2 + dropped 0" in done.stderr
+    assert "\033[32mHello there.<|im_end|>\033[0m" in command(*show, FORCE_COLOR="1").stdout
+    rows = [json.loads(line) for line in command(*show, "--jsonl").stdout.splitlines()]
+    assert [row["id"] for row in rows] == ["d0", "d1"]
+    for row in rows:
+        pairs = [*zip(row["input_ids"], row["labels"], strict=True)]
+        assert all(label in (-100, token) for token, label in pairs)
+        assert any(label == token for token, label in pairs)
+
+
+def test_an_unknown_command_names_the_nearest() -> None:
+    done = command("python", "-m", "loop", "chatt")
+    assert done.returncode == 2
+    assert "Did you mean chat?" in one_message(done.stderr)
+    done = command("python", "-m", "loop", "chat", "--adapter", "missing", seconds=60)
+    assert done.returncode == 2
+    assert "no adapter_config.json there" in one_message(done.stderr)

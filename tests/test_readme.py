@@ -1,0 +1,92 @@
+"""README tells the truth: its loop is the code's, its tree is the tree, its commands run."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT, command, launch, write_dialogues
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """Return each command of README's bash blocks, continued lines joined, comments cut."""
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [" ".join(line.partition("  #")[0].split()) for line in lines if line.strip()]
+
+
+def test_the_loop_in_readme_is_the_loop() -> None:
+    code = (ROOT / "loop/train.py").read_text()
+    (loop,) = blocks("python")
+    assert loop.strip("\n") in code
+    assert loop.lstrip().startswith("with Tracker")
+    assert "tracker.observe(" in loop
+
+
+def test_the_tree_in_readme_is_the_tree() -> None:
+    tree = blocks("text")[-1]
+    named = set(re.findall(r"^\S+/[\w.]+|^\S+\.\w+", tree, re.MULTILINE))
+    folders = ("loop", "data", "tests", "accelerate_configs")
+    found = {
+        str(path.relative_to(ROOT))
+        for folder in folders
+        for path in (ROOT / folder).iterdir()
+        if path.is_file() and path.name != "__init__.py"
+    }
+    top = {"launch.sh", "requirements.txt", "requirements-dev.txt", "pyproject.toml"}
+    assert named == found | top | {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"}
+
+
+def test_readme_names_every_accelerate_config_and_each_opens_with_its_command() -> None:
+    for path in (ROOT / "accelerate_configs").iterdir():
+        name = f"accelerate_configs/{path.name}"
+        assert name in README
+        first, second = path.read_text().splitlines()[:2]
+        assert first == f"# accelerate launch --config_file {name} loop/train.py"
+        assert second.startswith("# ")
+        assert "num_processes: 1\n" in path.read_text()
+
+
+def test_readme_holds_the_commands_that_are_tested() -> None:
+    # launch.sh itself is run by test_main_job.py; `test` is what runs this.
+    first, second, show, real, chat = commands()
+    assert (first, second) == ("./launch.sh", "./launch.sh test")
+    assert show.startswith("python -m loop show")
+    assert real.startswith("accelerate launch --config_file accelerate_configs/zero2.yaml")
+    assert chat.startswith("python -m loop chat --adapter runs/main_job")
+
+
+def test_the_show_command_runs(chat_model: Path) -> None:
+    show = next(line for line in commands() if "loop show" in line)
+    done = command("bash", "-c", f"set -o pipefail; {show}")
+    assert done.returncode == 0, done.stderr
+    assert "⟦" in done.stdout
+
+
+def test_the_real_command_trains_a_small_model_without_a_gpu(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Everything but the model, the data, the GPU's attention and their number is as it stands."""
+    real = next(line for line in commands() if "accelerate launch" in line)
+    _, _, flags = real.partition("loop/train.py")
+    data = write_dialogues(tmp_path / "data.json", ["Hi", "Yo"], ["And?", "So."])
+    words = shlex.split(flags)
+    values = dict(zip(words[::2], words[1::2], strict=True))
+    values |= {"--model_name_or_path": str(tiny_model), "--data_path": str(data)}
+    values |= {"--flash_attn": "False", "--output_dir": str(tmp_path / "run")}
+    flat = [word for pair in values.items() for word in pair]
+    history = launch("zero2", tmp_path / "run", *flat, processes=2)
+    assert history[-1]["step"] == 3
+
+
+@pytest.mark.parametrize("config", ["single_gpu", "ddp"])
+def test_the_other_configs_train_too(config: str, tiny_model: Path, tmp_path: Path) -> None:
+    data = write_dialogues(tmp_path / "data.json", ["Hi", "Yo"])
+    flags = ("--model_name_or_path", tiny_model, "--data_path", data, "--max_steps", "2")
+    assert launch(config, tmp_path / "run", *flags)[-1]["step"] == 2
