@@ -98,7 +98,11 @@ class Config:
     weight_decay: float = flag(0.0, "AdamW's decoupled weight decay", "training", at_least=0)
     max_grad_norm: float = flag(1.0, "clip the gradient's norm; 0: never", "training", at_least=0)
     seed: int = flag(
-        42, "of data order, adapter initialisation and dropout", "training", at_least=0
+        42,
+        "of data order, adapter initialisation and dropout",
+        "training",
+        at_least=0,
+        at_most=2**63 - 1,
     )
 
     output_dir: str = flag("runs/adapter", "adapter, tokenizer, metrics and settings", "output")

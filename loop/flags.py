@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -82,11 +83,14 @@ def _one(kind: Any, word: str, where: str) -> Any:
         if word.lower() not in TRUE + FALSE:
             raise UserError(f'{where}: found "{word}"; expected True or False.')
         return word.lower() in TRUE
+    names = {int: "a whole number", float: "a finite number", str: "a text"}
     try:
-        return kind(word)
+        value = kind(word)
+        if value == "" or (kind is float and not math.isfinite(value)):
+            raise ValueError
     except ValueError:
-        names = {int: "a whole number", float: "a number"}
         raise UserError(f'{where}: found "{word}"; expected {names[kind]}.') from None
+    return value
 
 
 def _choices(values: tuple[Any, ...]) -> tuple[str, ...]:
@@ -100,7 +104,6 @@ def _check_bounds(value: Any, bounds: dict[str, float], where: str) -> None:
         "below": lambda bound: value < bound,
         "at most": lambda bound: value <= bound,
     }
-    # A comparison with nan is false, so nan fails every bound.
     if not all(holds[name](bound) for name, bound in bounds.items()):
         expected = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items())
         raise UserError(f"{where}: found {value}; expected a value {expected}.")
@@ -113,7 +116,9 @@ def _read_yaml(config_type: type[Any], path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not valid YAML: {error}") from None
+        raise UserError(
+            f"--config {path}: not valid YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(loaded, dict):
         raise UserError(f"--config {path}: expected lines of `key: value`.")
     fields = {field.name: field for field in dataclasses.fields(config_type)}

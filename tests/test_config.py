@@ -79,7 +79,10 @@ def test_a_precision_flag_beats_the_accelerate_config(monkeypatch: pytest.Monkey
         (["--lora_r", "1", "2"], "found 2 values; expected one"),
         (["--lora_r"], "found 0 values; expected one"),
         (["--lora_dropout", "1"], "at least 0 and below 1"),
-        (["--learning_rate", "nan"], "found nan"),
+        (["--learning_rate", "nan"], 'found "nan"; expected a finite number'),
+        (["--num_train_epochs", "inf"], "expected a finite number"),
+        (["--seed", "99999999999999999999"], "--seed: found 99999999999999999999"),
+        (["--output_dir", ""], "expected a text"),
         (["--learning_rate", "-1"], "found -1.0; expected a value above 0"),
         (["--warmup_ratio", "1.5"], "at most 1"),
         (["--max_steps", "0"], "--max_steps: found 0"),
@@ -117,6 +120,7 @@ def test_a_wrong_yaml_is_named(text: str, found: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run\.yaml") as error:
         read("--config", str(file))
     assert found in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ def commands() -> list[str]:
 def test_the_loop_in_readme_is_the_loop() -> None:
     code = (ROOT / "loop/train.py").read_text()
     (loop,) = blocks("python")
-    assert loop.strip("\n") in code
-    assert loop.lstrip().startswith("with Tracker")
+    assert textwrap.indent(loop, "    ") in code
+    assert loop.startswith("with Tracker")
     assert "tracker.observe(" in loop
 
 
