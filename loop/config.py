@@ -126,6 +126,13 @@ class Config:
         return self.mixed_precision or short or launched
 
 
+def shown(path: str | Path) -> str:
+    """Return a path as a person reads it: from the working directory where it lies below."""
+    path = Path(path)
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
 def read_config(argv: Sequence[str], config_type: type[C], description: str = "") -> C:
     """Return the run's settings from flags and YAML; no flag at all means the main job.
 

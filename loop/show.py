@@ -12,7 +12,7 @@ from data.encode import IGNORE_INDEX, Example, encode_dialogues
 from data.sharegpt import read_dialogues
 from data.templates import default_template
 from loop.base import find_base_model
-from loop.config import Config, read_config
+from loop.config import Config, read_config, shown
 from loop.flags import flag
 from loop.model import load_tokenizer
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     tokens = sum(len(example.input_ids) for example in examples)
     supervised = sum(example.supervised_tokens for example in examples)
     share = f"{supervised:,} of {tokens:,} tokens supervised ({100 * supervised / tokens:.1f} %)"
-    print(f"{config.data_file}, template {template}: {tally}; {share}", file=sys.stderr)
+    print(f"{shown(config.data_file)}, template {template}: {tally}; {share}", file=sys.stderr)
 
 
 def as_json(example: Example) -> str:

@@ -18,7 +18,7 @@ from data.sharegpt import read_dialogues
 from data.templates import default_template
 from loop.backend import build_accelerator
 from loop.base import find_base_model
-from loop.config import Config, read_config
+from loop.config import Config, read_config, shown
 from loop.leave import run_and_exit
 from loop.model import describe_parameters, load_model, load_tokenizer
 from loop.objective import loss_scale, supervised_loss_sum
@@ -49,10 +49,10 @@ def train(config: Config) -> None:
     layout = plan_layout(config, len(examples), rank, world_size)
 
     accelerator = build_accelerator(config, layout)
-    accelerator.print(f"data: {config.data_file}, template {template}: {tally}")
+    accelerator.print(f"data: {shown(config.data_file)}, template {template}: {tally}")
     accelerator.print(f"plan: {layout}")
     model = load_model(base, config, accelerator)
-    accelerator.print(f"model: {base}: {describe_parameters(model)}")
+    accelerator.print(f"model: {shown(base)}: {describe_parameters(model)}")
     optimizer = build_optimizer(model, config)
     # No scheduler is prepared: accelerate would step it once per process.
     model, optimizer = accelerator.prepare(model, optimizer)
