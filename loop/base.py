@@ -1,7 +1,8 @@
-"""Finds the base model, or says within seconds that it does not exist."""
+"""Finds the base model, or says within seconds that it does not exist; loads its tokenizer."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 from data.errors import UserError
 from loop.config import Config
@@ -45,3 +46,18 @@ def _check_hub(name: str, cache_dir: str | None) -> None:
         raise UserError(
             f"{what}: no such folder, not in the cache, and the hub cannot be asked ({reason})."
         ) from None
+
+
+def load_tokenizer(base: str, config: Config) -> Any:
+    """Return the base model's tokenizer, with a pad token and padding on the right."""
+    from transformers import AutoTokenizer  # here, since `check` has no use for its import time
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        base, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
+    )
+    if tokenizer.eos_token is None:
+        raise UserError(f"{base}: its tokenizer has no EOS token, so answers could not end.")
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer

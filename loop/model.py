@@ -1,4 +1,4 @@
-"""Loads the base model and its tokenizer and injects the LoRA adapter."""
+"""Loads the base model and injects the LoRA adapter."""
 
 import importlib.util
 import sys
@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError
@@ -18,19 +18,6 @@ from loop.backend import uses_zero3
 from loop.config import Config
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def load_tokenizer(base: str, config: Config) -> Any:
-    """Return the base model's tokenizer, with a pad token and padding on the right."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(
-        base, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
-    )
-    if tokenizer.eos_token is None:
-        raise UserError(f"{base}: its tokenizer has no EOS token, so answers could not end.")
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
 
 
 def load_model(base: str, config: Config, accelerator: Accelerator) -> PeftModel:

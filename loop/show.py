@@ -11,10 +11,9 @@ from typing import Any
 from data.encode import IGNORE_INDEX, Example, encode_dialogues
 from data.sharegpt import read_dialogues
 from data.templates import default_template
-from loop.base import find_base_model
+from loop.base import find_base_model, load_tokenizer
 from loop.config import Config, read_config, shown
 from loop.flags import flag
-from loop.model import load_tokenizer
 
 GREEN, PLAIN = "\033[32m", "\033[0m"
 

@@ -17,10 +17,10 @@ from data.encode import encode_dialogues
 from data.sharegpt import read_dialogues
 from data.templates import default_template
 from loop.backend import build_accelerator
-from loop.base import find_base_model
+from loop.base import find_base_model, load_tokenizer
 from loop.config import Config, read_config, shown
 from loop.leave import run_and_exit
-from loop.model import describe_parameters, load_model, load_tokenizer
+from loop.model import describe_parameters, load_model
 from loop.objective import loss_scale, supervised_loss_sum
 from loop.optim import build_optimizer, clip_gradients, lr_at, set_learning_rate
 from loop.output import is_finished, save_run, write_settings
