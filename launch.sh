@@ -13,13 +13,17 @@ usage() {
 ./launch.sh --help                              the training flags, with defaults
 
 Environment: NUM_PROCESSES (default: the number of GPUs, or 1), PYTHON (default: python3).
-Exit codes: 0 done, 2 the configuration or data is wrong, 75 stopped on request, 1 anything else.
+Exit codes: 0 done, 2 the configuration or data is wrong, 1 anything else.
 USAGE
 }
 
 fail() { echo "error: $1" >&2; exit 2; }
 
 gpu_count() {
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then  # It says which of them are ours; -1 or "": none.
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -cv '^-\|^$' || true
+    return
+  fi
   { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c GPU || true
 }
 
@@ -72,9 +76,12 @@ run() {
 
 # Runs the loop and returns the exit code that the loop meant: `accelerate launch` knows only 0 and 1.
 train() {
-  local config=accelerate_configs/zero2.yaml processes status code=0
+  local config=accelerate_configs/zero2.yaml processes status told code=0
   case "${1:-}" in
     *.yaml | *.yml) config=$1; shift ;;
+  esac
+  case " $* " in
+    *" --help "* | *" -h "*) python -m loop check --help; return ;;
   esac
   [ -f "$config" ] || fail "$config: no such file. The ones at hand: $(echo accelerate_configs/*.yaml)"
   processes=${NUM_PROCESSES:-$(gpu_count)}
@@ -85,14 +92,15 @@ train() {
   python -m loop check "$@"
   status=$(mktemp)
   trap 'rm -f "$status"' RETURN
-  # Port 0: a free one, so that two runs on one machine do not meet.
   if [ "$(gpu_count)" = 0 ]; then
     export DS_ACCELERATOR=cpu  # else DeepSpeed warns that it found no GPU
   fi
+  # Port 0: a free one, so that two runs on one machine do not meet.
   LORA_LOOP_STATUS_FILE=$status run accelerate launch --config_file "$config" \
     --num_processes "$processes" --main_process_port 0 loop/train.py "$@" || code=$?
-  [ "$code" != 0 ] || code=$(cat "$status")
-  return "${code:-1}"
+  told=$(cat "$status")  # Empty where the first rank did not live to tell.
+  [ "${told:-1}" = 0 ] || code=${told:-1}
+  return "$code"
 }
 
 case "${1:-}" in
@@ -108,11 +116,7 @@ case "${1:-}" in
     run ruff check .
     run ruff format --check .
     run mypy
-    run python -m pytest -m "not slow" "$@"
-    ;;
-  --help)
-    setup
-    python -m loop check --help
+    run python -m pytest "$@"
     ;;
   "")
     setup

@@ -25,10 +25,10 @@ class MicroBatch:
     seed: int
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """Return the micro-batch on the device; the copy does not block."""
-        inputs = {name: x.to(device, non_blocking=True) for name, x in self.model_inputs.items()}
-        positions = self.positions.to(device, non_blocking=True)
-        targets = self.targets.to(device, non_blocking=True)
+        """Return the micro-batch on the device."""
+        inputs = {name: x.to(device) for name, x in self.model_inputs.items()}
+        positions = self.positions.to(device)
+        targets = self.targets.to(device)
         return MicroBatch(inputs, positions, targets, self.seed)
 
 

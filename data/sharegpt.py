@@ -10,7 +10,8 @@ from typing import Any, Literal, NoReturn
 
 from data.errors import UserError
 
-ROLES: dict[str, Literal["user", "assistant"]] = {"human": "user", "gpt": "assistant"}
+Role = Literal["system", "user", "assistant"]
+ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -18,16 +19,20 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 class Turn:
     """One message of a dialogue."""
 
-    role: Literal["user", "assistant"]
+    role: Role
     text: str
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Alternating turns, the user's first; `id` is the record's own or its index in the file."""
+    """Alternating turns, the user's first; `id` is the record's own or its index in the file.
+
+    `system` is the text of a leading system turn, which replaces the template's own.
+    """
 
     id: str
     turns: tuple[Turn, ...]
+    system: str | None = None
 
 
 @dataclass
@@ -93,32 +98,36 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (index, parsed JSON value or BadRecord) for each record of the file."""
     text = _read_text(path)
     if text.lstrip().startswith("["):
-        try:
-            yield from enumerate(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}. "
-                "Expected one array of records; mend the file there."
-            ) from None
-        except RecursionError:
-            raise UserError(f"{path}: JSON nested too deeply; expected flat records.") from None
+        yield from enumerate(_parse_array(text, path))
         return
     # Splitting on "\n" alone: str.splitlines also cuts at U+2028, which JSON strings may hold.
     lines = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
     for index, (number, line) in enumerate(lines):
+        record: Any
         try:
-            yield index, json.loads(line)
+            record = json.loads(line)
         except json.JSONDecodeError as error:
-            yield (
-                index,
-                BadRecord(
-                    "not valid JSON",
-                    f"line {number}, column {error.colno}: not valid JSON: {error.msg} "
-                    "(a file that does not begin with [ is read as one record a line)",
-                ),
+            record = BadRecord(
+                "not valid JSON",
+                f"line {number}, column {error.colno}: not valid JSON: {error.msg} "
+                "(a file that does not begin with [ is read as one record a line)",
             )
-        except RecursionError:
-            yield index, BadRecord("not valid JSON", f"line {number}: JSON nested too deeply")
+        except (ValueError, RecursionError) as error:
+            record = BadRecord("not valid JSON", f"line {number}: not valid JSON: {error}")
+        yield index, record
+
+
+def _parse_array(text: str, path: Path) -> list[Any]:
+    try:
+        records: list[Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}. "
+            "Expected one array of records; mend the file there."
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting
+        raise UserError(f"{path}: not valid JSON: {error}. Expected an array of records.") from None
+    return records
 
 
 def _read_text(path: Path) -> str:
@@ -157,19 +166,20 @@ def _parse_record(record: Any, index: int) -> tuple[Dialogue, bool]:
     if not turns:
         _bad("no turns", '"conversations" is empty; expected a human turn and a gpt turn')
     parsed = [_parse_turn(turn, number) for number, turn in enumerate(turns)]
+    system = parsed.pop(0).text if parsed[0].role == "system" else None
     # As FastChat does: dialogues scraped in mid-thread often open with an answer.
-    skip = parsed[0].role != "user"
+    skip = bool(parsed) and parsed[0].role == "assistant"
     parsed = parsed[1:] if skip else parsed
     if not parsed:
-        _bad("no turns", "after the first turn, which is not human, none is left")
+        _bad("no turns", "no human turn is left; expected a human turn and a gpt turn")
     for number, turn in enumerate(parsed):
         expected = "human" if number % 2 == 0 else "gpt"
         if turn.role != ROLES[expected]:
-            found = "gpt" if expected == "human" else "human"
-            place = number + int(skip)
+            found = next(name for name, role in ROLES.items() if role == turn.role)
+            place = number + int(skip) + int(system is not None)
             _bad("turns do not alternate", f'turn {place} is "{found}"; expected "{expected}"')
     identity = record.get("id")
-    return Dialogue(str(index if identity is None else identity), tuple(parsed)), skip
+    return Dialogue(str(index if identity is None else identity), tuple(parsed), system), skip
 
 
 def _parse_turn(turn: Any, number: int) -> Turn:
@@ -179,7 +189,7 @@ def _parse_turn(turn: Any, number: int) -> Turn:
     role, value = turn.get("from"), turn.get("value")
     if not isinstance(role, str) or role not in ROLES:
         found = f"the role {json.dumps(role, ensure_ascii=False)}" if "from" in turn else "no role"
-        _bad("unknown role", f'turn {number} has {found[:80]}; expected "human" or "gpt"')
+        _bad("unknown role", f"turn {number} has {found[:80]}; expected human, gpt or system")
     if not isinstance(value, str):
         found = f'"value" is {_kind(value)}' if "value" in turn else 'there is no "value"'
         _bad("value is not text", f"turn {number}: {found}; expected a string")

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jinja2 import TemplateError
+
 from data.errors import UserError
 from data.sharegpt import Dialogue, Turn
 
@@ -43,12 +45,12 @@ def prompt(turns: tuple[Turn, ...], template: TemplateName, tokenizer: Any) -> R
     if template == "vicuna":
         text = _render_vicuna(Dialogue("", turns), tokenizer).text
         return Rendered(text + "ASSISTANT:", (), add_special_tokens=True)
-    text = _apply(tokenizer, _messages(turns), generation=True)
+    text = _apply(tokenizer, _messages(Dialogue("", turns)), generation=True)
     return Rendered(text, (), add_special_tokens=False)
 
 
 def _render_vicuna(dialogue: Dialogue, tokenizer: Any) -> Rendered:
-    text, spans = VICUNA_SYSTEM + " ", []
+    text, spans = (dialogue.system or VICUNA_SYSTEM) + " ", []
     for turn in dialogue.turns:
         if turn.role == "user":
             text += f"USER: {turn.text} "
@@ -66,7 +68,7 @@ def _render_chat(dialogue: Dialogue, tokenizer: Any) -> Rendered:
     The text that two renderings do not share, one with the answer and one with a stand-in, is the
     answer as the template wrote it (trimmed, say). It works for any template that shows answers.
     """
-    messages = _messages(dialogue.turns)
+    messages = _messages(dialogue)
     text = _apply(tokenizer, messages)
     stand_in, end_token = _unused_character(text), _special_tokens(tokenizer)
     spans, closing_limit = [], len(text)
@@ -74,7 +76,7 @@ def _render_chat(dialogue: Dialogue, tokenizer: Any) -> Rendered:
         changed = [*messages]
         changed[number] = {**messages[number], "content": stand_in}
         start, end = _difference(text, _apply(tokenizer, changed))
-        if dialogue.turns[number].role == "assistant":
+        if messages[number]["role"] == "assistant":
             closing = end_token.search(text, end, closing_limit)
             if start == end or closing is None:
                 lost = "does not show" if start == end else "does not close with a special token"
@@ -87,16 +89,23 @@ def _render_chat(dialogue: Dialogue, tokenizer: Any) -> Rendered:
     return Rendered(text, tuple(reversed(spans)), add_special_tokens=False)
 
 
-def _messages(turns: tuple[Turn, ...]) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.text} for turn in turns]
+def _messages(dialogue: Dialogue) -> list[dict[str, str]]:
+    system = [] if dialogue.system is None else [Turn("system", dialogue.system)]
+    return [{"role": turn.role, "content": turn.text} for turn in (*system, *dialogue.turns)]
 
 
 def _apply(tokenizer: Any, messages: list[dict[str, str]], generation: bool = False) -> str:
     if not tokenizer.chat_template:
         raise UserError("this tokenizer has no chat template. Use --template vicuna.")
-    text: str = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=generation
-    )
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation
+        )
+    except TemplateError as error:
+        raise UserError(
+            f"the model's chat template refuses a dialogue of {len(messages)} turns: {error}. "
+            "Use --template vicuna, or take out what it refuses (often the system turn)."
+        ) from None
     return text
 
 

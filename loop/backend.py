@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env
 
 from data.errors import UserError
 from loop.config import Config
@@ -17,7 +17,8 @@ def build_accelerator(config: Config, layout: Layout) -> Accelerator:
 
     Raises UserError for a precision that the hardware lacks.
     """
-    if torch.cuda.is_available():
+    # cpu.yaml on a machine with a GPU: the launcher only says so, CUDA stays visible.
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         _check_gpu_precision(config)
         torch.backends.cuda.matmul.allow_tf32 = config.tf32
     else:

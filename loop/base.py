@@ -1,8 +1,12 @@
 """Finds the base model, or says within seconds that it does not exist; loads its tokenizer."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from data.errors import UserError
 from loop.config import Config
@@ -42,19 +46,33 @@ def _check_hub(name: str, cache_dir: str | None) -> None:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"{what}: no such folder, and the hub says: {reason}") from None
     except Exception as error:  # Offline mode, no route, no name server: each its own class.
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{what}: no such folder, not in the cache, and the hub cannot be asked ({reason})."
         ) from None
+
+
+@contextmanager
+def mistakes(what: str) -> Iterator[None]:
+    """Tell as the user's mistake what a library raises about files it cannot load."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{what} cannot be loaded: {type(error).__name__}: {reason}. Expected a folder or hub "
+            "name that transformers and peft load; check its files."
+        ) from error
 
 
 def load_tokenizer(base: str, config: Config) -> Any:
     """Return the base model's tokenizer, with a pad token and padding on the right."""
     from transformers import AutoTokenizer  # here, since `check` has no use for its import time
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(
-        base, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
-    )
+    with mistakes(f"{base}: its tokenizer"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            base, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
+        )
     if tokenizer.eos_token is None:
         raise UserError(f"{base}: its tokenizer has no EOS token, so answers could not end.")
     tokenizer.padding_side = "right"

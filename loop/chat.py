@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from data.errors import UserError
 from data.sharegpt import Turn
 from data.templates import TemplateName, default_template, prompt
-from loop.config import Config, read_config
+from loop.base import mistakes
 from loop.flags import flag, parse
 from loop.model import DTYPES, quiet
 from loop.output import SETTINGS
@@ -68,7 +69,9 @@ class Speaker:
 
 def main(argv: Sequence[str]) -> None:
     """Answer the prompts given, or hold a dialogue."""
-    config = ChatConfig(**_without_config(parse(ChatConfig, argv, __doc__ or "")))
+    values = parse(ChatConfig, argv, __doc__ or "")
+    values.pop("config", None)
+    config = ChatConfig(**values)
     if config.compare and not config.prompt:
         raise UserError('--compare: found no --prompt; expected at least one, as in --prompt "Hi".')
     speaker = load_speaker(config)
@@ -94,17 +97,19 @@ def load_speaker(config: ChatConfig) -> Speaker:
         raise UserError(
             f"--adapter {folder}: no adapter_config.json there. Train first: ./launch.sh"
         )
-    settings = folder / SETTINGS
-    trained = read_config(["--config", str(settings)], Config) if settings.is_file() else Config()
-    base = config.base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else base)
+    file = folder / SETTINGS  # An adapter made elsewhere has none.
+    trained = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    hub = {key: trained[key] for key in ("cache_dir", "trust_remote_code") if key in trained}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = DTYPES[trained.precision] if settings.is_file() else "auto"
+    dtype = DTYPES[trained["mixed_precision"]] if trained else "auto"
     quiet()
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device)
-    model = PeftModel.from_pretrained(model, str(folder)).eval()
-    return Speaker(model, tokenizer, trained.template or default_template(tokenizer), config)
+    with mistakes(f"--adapter {folder}"):
+        base = config.base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+        has_tokenizer = (folder / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else base, **hub)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **hub).to(device)
+        model = PeftModel.from_pretrained(model, str(folder)).eval()
+    return Speaker(model, tokenizer, trained.get("template") or default_template(tokenizer), config)
 
 
 def base_answer(speaker: Speaker, turns: tuple[Turn, ...]) -> str:
@@ -138,7 +143,3 @@ def _converse(speaker: Speaker, streamer: TextStreamer) -> None:
             turns += (Turn("user", text),)
             sys.stdout.write("assistant: ")
             turns += (Turn("assistant", speaker.answer(turns, streamer)),)
-
-
-def _without_config(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name != "config"}

@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MAIN_JOB = ROOT / "loop" / "main_job.yaml"
 DUMMY_DATA = ROOT / "data" / "dummy_conversation.json"
 
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
 Precision = Literal["no", "bf16", "fp16"]
 
 
@@ -162,6 +164,13 @@ def _cross_check(config: Config) -> None:
             f"the accelerate config's mixed_precision is {config.precision}; expected no, bf16 or "
             "fp16. Give --mixed_precision."
         )
+    # Before the launch the accelerate config's precision is not known yet.
+    known = config.mixed_precision or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if config.flash_attn and known and config.precision == "no":
+        raise UserError(
+            "--flash_attn: found precision no (fp32); FlashAttention-2 takes bf16 and fp16 only. "
+            "Give --mixed_precision bf16, or leave it out."
+        )
     if config.max_steps == 0:
         raise UserError("--max_steps: found 0; expected at least 1, or -1 to train by epochs.")
     if "none" in config.report_to and len(config.report_to) > 1:
@@ -186,6 +195,13 @@ def _adapter_settings(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise UserError(f"--lora_weight_path: {file}: not valid JSON: {error}.") from None
+    if not isinstance(saved, dict) or saved.get("peft_type") != "LORA":
+        raise UserError(f"--lora_weight_path: {file}: found no LoRA adapter; expected peft's.")
+    missing = {"r", "lora_alpha", "bias", "target_modules", "lora_dropout"} - {*saved}
+    if missing:
+        raise UserError(f"--lora_weight_path: {file}: lacks {', '.join(sorted(missing))}.")
+    if not any((folder / name).is_file() for name in ADAPTER_FILES):
+        raise UserError(f"--lora_weight_path {folder}: no weights; expected {ADAPTER_FILES[0]}.")
     targets = saved["target_modules"]
     settings = {
         "lora_r": saved["r"],

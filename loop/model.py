@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError
 from loop.backend import uses_zero3
+from loop.base import mistakes
 from loop.config import Config
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,20 +34,37 @@ def load_model(base: str, config: Config, accelerator: Accelerator) -> PeftModel
     model = _load_base(base, config)
     model.config.use_cache = False
     if config.gradient_checkpointing:
-        # Recomputed layers find their parameters partitioned again under ZeRO-3, which only the
-        # reentrant kind survives (transformers#47254); that kind needs inputs with a gradient.
+        # Under ZeRO-3 recomputed layers may find their parameters partitioned again, which only
+        # the reentrant kind survives (transformers#47254); it needs inputs with a gradient.
         reentrant = uses_zero3(accelerator)
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         if reentrant:
             model.enable_input_require_grads()
-    # DeepSpeed casts all parameters to one precision and keeps an fp32 master of the trained
-    # ones; elsewhere the adapter itself is fp32 and runs under autocast.
-    autocast = accelerator.state.deepspeed_plugin is None
     torch.manual_seed(config.seed)  # lora_A's initial values
+    # DeepSpeed casts all parameters to one precision and keeps an fp32 master of the trained
+    # ones; elsewhere what is trained is fp32 itself and runs under autocast.
+    autocast = accelerator.state.deepspeed_plugin is None
+    with_adapter = _add_adapter(model, base, config, autocast)
+    if autocast:
+        # peft casts its own parameters only, not the base's biases.
+        for parameter in with_adapter.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return with_adapter
+
+
+def _add_adapter(model: Any, base: str, config: Config, autocast: bool) -> PeftModel:
     if config.lora_weight_path:
-        return PeftModel.from_pretrained(
-            model, config.lora_weight_path, is_trainable=True, autocast_adapter_dtype=autocast
-        )
+        saved = PeftConfig.from_pretrained(config.lora_weight_path)
+        saved.lora_dropout = config.lora_dropout
+        with mistakes(f"--lora_weight_path {config.lora_weight_path}"):
+            return PeftModel.from_pretrained(
+                model,
+                config.lora_weight_path,
+                config=saved,
+                is_trainable=True,
+                autocast_adapter_dtype=autocast,
+            )
     adapter = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_r,
@@ -62,18 +80,20 @@ def load_model(base: str, config: Config, accelerator: Accelerator) -> PeftModel
 def _load_base(base: str, config: Config) -> Any:
     quiet()
     shared = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
-    base_config = AutoConfig.from_pretrained(base, **shared)
+    with mistakes(base):
+        base_config = AutoConfig.from_pretrained(base, **shared)
     if base_config.is_encoder_decoder:
         raise UserError(
             f"{base}: an encoder-decoder ({base_config.model_type}); expected a decoder."
         )
-    return AutoModelForCausalLM.from_pretrained(
-        base,
-        config=base_config,
-        dtype=DTYPES[config.precision],
-        attn_implementation="flash_attention_2" if config.flash_attn else "sdpa",
-        **shared,
-    )
+    with mistakes(base):
+        return AutoModelForCausalLM.from_pretrained(
+            base,
+            config=base_config,
+            dtype=DTYPES[config.precision],
+            attn_implementation="flash_attention_2" if config.flash_attn else "sdpa",
+            **shared,
+        )
 
 
 def quiet() -> None:

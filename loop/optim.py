@@ -36,11 +36,10 @@ def lr_at(step: int, total_steps: int, config: Config) -> float:
     return config.learning_rate * max(0.0, factor)
 
 
-def set_learning_rate(optimizer: Any, learning_rate: float) -> float:
-    """Write the learning rate into every group and return it."""
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    """Write the learning rate into every group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    return learning_rate
 
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Any:

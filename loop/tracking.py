@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import netrc
@@ -43,8 +44,9 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         main = self.accelerator.is_main_process
         if main:
-            self._open_trackers()
             self.metrics = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")
+            for kind in self.config.report_to:
+                self._guarded(kind, functools.partial(self._open_tracker, kind))
         self.started = self.logged_at = time.perf_counter()
         # In a file or a pipe the log lines say the same, without a redrawn bar between them.
         visible = main and sys.stderr.isatty()
@@ -95,26 +97,31 @@ class Tracker:
             )
         if not self.accelerator.is_main_process:
             return
-        elapsed = now - self.logged_at
+        elapsed, seconds = now - self.logged_at, now - self.started
         entry = {
             "step": step,
             "epoch": round(window.epoch, 4),
             "loss": loss,
             "learning_rate": learning_rate,
-            "grad_norm": norm,
+            # fp16: not finite where the loss scale was too high and the update skipped.
+            "grad_norm": norm if math.isfinite(norm) else None,
             "supervised_tokens": self.supervised_tokens,
             "tokens_per_second": self.interval_tokens / elapsed,
             "supervised_tokens_per_second": self.interval_supervised / elapsed,
-            "seconds": now - self.started,
+            "seconds": seconds,
         }
         self.history.append(entry)
-        self.metrics.write(json.dumps(entry) + "\n")
+        self.metrics.write(json.dumps(entry, allow_nan=False) + "\n")
         self.metrics.flush()
         for name, tracker in [*self.trackers.items()]:
-            values = {f"train/{key}": value for key, value in entry.items() if key != "step"}
+            values = {
+                f"train/{key}": value
+                for key, value in entry.items()
+                if key != "step" and value is not None
+            }
             self._guarded(name, lambda t=tracker, v=values: t.log(v, step=step))
         total = self.layout.total_steps
-        left = entry["seconds"] / step * (total - step)
+        left = seconds / step * (total - step)
         progress = (
             f"loss {loss:.4f}  lr {learning_rate:.2e}  {entry['tokens_per_second']:,.0f} tokens/s  "
             f"{entry['supervised_tokens_per_second']:,.0f} supervised/s"
@@ -122,26 +129,20 @@ class Tracker:
         tqdm.write(f"step {step:>{len(str(total))}}/{total}  {progress}  {_clock(left)} left")
         self.bar.set_postfix_str(progress)
 
-    def _open_trackers(self) -> None:
-        settings = {
-            key: " ".join(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(self.config).items()
-        }
-        settings |= dataclasses.asdict(self.layout)
+    def _open_tracker(self, kind: str) -> None:
+        if kind == "none":
+            return
         name = self.config.run_name or self.folder.name
-        for kind in self.config.report_to:
-            if kind == "none":
-                continue
-            if kind == "wandb":
-                arguments: dict[str, Any] = {"name": name, "dir": str(self.folder)}
-                arguments |= self._wandb_mode()
-                tracker = LOGGER_TYPE_TO_CLASS[kind](PROJECT, **arguments)
-            else:
-                tracker = LOGGER_TYPE_TO_CLASS[kind](name, logging_dir=str(self.folder / kind))
-            self.trackers[kind] = tracker
-            self._guarded(kind, tracker.start)
-            if kind in self.trackers:
-                self._guarded(kind, lambda t=tracker: t.store_init_configuration(settings))
+        if kind == "wandb":
+            arguments = {"name": name, "dir": str(self.folder), **self._wandb_mode()}
+            tracker = LOGGER_TYPE_TO_CLASS[kind](PROJECT, **arguments)
+        else:
+            tracker = LOGGER_TYPE_TO_CLASS[kind](name, logging_dir=str(self.folder / kind))
+        tracker.start()
+        self.trackers[kind] = tracker
+        settings = dataclasses.asdict(self.config) | dataclasses.asdict(self.layout)
+        words = {k: " ".join(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+        tracker.store_init_configuration(words)
 
     def _wandb_mode(self) -> dict[str, str]:
         if "WANDB_MODE" in os.environ or _has_wandb_login():
@@ -180,6 +181,6 @@ def _has_wandb_login() -> bool:
         try:
             if candidate and netrc.netrc(os.path.expanduser(candidate)).authenticators(host):
                 return True
-        except (OSError, netrc.NetrcParseError):
+        except (OSError, ValueError, netrc.NetrcParseError):
             continue
     return False

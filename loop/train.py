@@ -23,7 +23,7 @@ from loop.leave import run_and_exit
 from loop.model import describe_parameters, load_model
 from loop.objective import loss_scale, supervised_loss_sum
 from loop.optim import build_optimizer, clip_gradients, lr_at, set_learning_rate
-from loop.output import is_finished, save_run, write_settings
+from loop.output import claim_output, fingerprint, is_finished, save_run, write_settings
 from loop.tracking import Tracker
 from loop.windows import plan_layout, windows
 
@@ -31,10 +31,10 @@ from loop.windows import plan_layout, windows
 def main() -> None:
     """Read the settings; a run that its output folder already holds is not trained again."""
     config = read_config(sys.argv[1:], Config, __doc__ or "")
-    if is_finished(config):
-        print(f"{config.output_dir} already holds this run, finished; nothing was changed.")
-    else:
+    if not is_finished(config):
         train(config)
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"{config.output_dir} already holds this run, finished; nothing was changed.")
 
 
 def train(config: Config) -> None:
@@ -43,10 +43,12 @@ def train(config: Config) -> None:
     tokenizer = load_tokenizer(base, config)
     template = config.template or default_template(tokenizer)
     # Each rank reads for itself before the process group exists: no collective waits for it.
+    data_sha256 = fingerprint(config.data_file)
     dialogues, tally = read_dialogues(config.data_file, config.on_bad_record)
     examples = encode_dialogues(dialogues, template, tokenizer, config.model_max_length, tally)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     layout = plan_layout(config, len(examples), rank, world_size)
+    claim_output(config)
 
     accelerator = build_accelerator(config, layout)
     accelerator.print(f"data: {shown(config.data_file)}, template {template}: {tally}")
@@ -77,7 +79,7 @@ def train(config: Config) -> None:
             tracker.observe(window, loss_sum, lr, grad_norm)
 
     model = accelerator.unwrap_model(model)
-    save_run(accelerator, model, tokenizer, tracker.history, config)
+    save_run(accelerator, model, tokenizer, tracker.history, config, data_sha256)
     accelerator.end_training()
 
 

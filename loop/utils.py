@@ -1,6 +1,7 @@
 """What ranks do together: the adapter is gathered from all and saved by the first."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def _expected_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # peft leaves its adapter's name out of the file.
-            shapes[name.replace(".default.", ".")] = tuple(
+            shapes[re.sub(r"\.default(?=\.|$)", "", name)] = tuple(
                 getattr(parameter, "ds_shape", parameter.shape)
             )
     return shapes
@@ -88,5 +89,5 @@ def _check_saved(
 def write_json(file: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(file)

@@ -8,6 +8,7 @@ import numpy as np
 
 from data.collate import MicroBatch, collate
 from data.encode import Example
+from data.errors import UserError
 from loop.config import Config
 
 
@@ -46,13 +47,24 @@ class Window:
 def plan_layout(config: Config, examples: int, rank: int, world_size: int) -> Layout:
     """Split the global batch over ranks and accumulation; the last window of an epoch is short."""
     per_device = config.per_device_train_batch_size
-    accumulation = config.gradient_accumulation_steps or 1
-    batch = config.global_batch_size or world_size * accumulation * per_device
+    batch = global_batch_size(config, world_size)
     accumulation = ceil(batch / (world_size * per_device))
     per_device = min(per_device, ceil(batch / world_size))
     per_epoch = ceil(examples / batch)
     steps = config.max_steps if config.max_steps > 0 else ceil(config.num_train_epochs * per_epoch)
+    if steps == 1 and config.warmup_ratio > 0 and config.lr_scheduler_type != "constant":
+        raise UserError(
+            f"found one step, which is warm-up with learning rate 0 (--warmup_ratio "
+            f"{config.warmup_ratio:g}); expected more. Give --warmup_ratio 0, or train longer."
+        )
     return Layout(rank, world_size, per_device, accumulation, batch, per_epoch, steps)
+
+
+def global_batch_size(config: Config, world_size: int) -> int:
+    """Return the examples of a full window: as asked, or ranks x accumulation x micro-batch."""
+    accumulation = config.gradient_accumulation_steps or 1
+    per_rank = accumulation * config.per_device_train_batch_size
+    return config.global_batch_size or world_size * per_rank
 
 
 def windows(

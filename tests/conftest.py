@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model must not ask the hub for 25 s
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share a GPU
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -37,7 +37,10 @@ def one_message(text: str) -> str:
 )
 def test_a_wrong_flag_or_path_is_answered_at_once(words: list[str], found: str) -> None:
     # The time-out is the claim: three seconds, and no retries of the hub.
-    done = command("./launch.sh", *words, seconds=3)
+    # The hub is asked, once, where no packet ever answers: 192.0.2.0/24 is for documentation.
+    done = command(
+        "./launch.sh", *words, seconds=3, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://192.0.2.1"
+    )
     assert done.returncode == 2
     assert found in one_message(done.stderr)
 
@@ -54,6 +57,15 @@ def test_wrong_data_is_one_message_from_two_ranks(tiny_model: Path, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plain_launch_of_two_ranks_tells_a_mistake_once(tmp_path: Path) -> None:
+    done = command(
+        "accelerate", "launch", "--config_file", "accelerate_configs/zero2.yaml",
+        "--num_processes", "2", "--main_process_port", "0", "loop/train.py", "--lora_rank", "8",
+    )  # fmt: skip
+    assert done.returncode == 1  # the launcher's, whatever the ranks say
+    assert done.stderr.count("--lora_rank: unknown flag. Did you mean --lora_r?") == 1
+
+
 def test_a_failure_that_is_not_the_users_is_1(broken_model: Path, tmp_path: Path) -> None:
     data = write_dialogues(tmp_path / "data.json", ["Hi", "Yo"])
     done = command(
@@ -65,7 +77,7 @@ def test_a_failure_that_is_not_the_users_is_1(broken_model: Path, tmp_path: Path
 
 
 def test_help_lists_every_flag_and_trains_nothing() -> None:
-    done = command("./launch.sh", "--help", seconds=20)
+    done = command("./launch.sh", "--lora_r", "4", "--help", seconds=20)
     assert done.returncode == 0
     assert "--lora_target_modules" in done.stdout
     assert "./launch.sh setup" in command("./launch.sh", "-h").stdout

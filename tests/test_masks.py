@@ -76,6 +76,21 @@ def test_supervised_runs_are_the_answers_with_their_end(
         assert runs == [f"{space}{answer}<|im_end|>" for answer in answers]
 
 
+def test_a_system_turn_replaces_the_templates_own(chat_tokenizer: Any) -> None:
+    plain = dialogue("Hi", "Yo")
+    brief = Dialogue("d", plain.turns, system="Be brief.")
+    assert (
+        render(brief, "vicuna", chat_tokenizer).text == "Be brief. USER: Hi ASSISTANT: Yo<|im_end|>"
+    )
+    rendered = render(brief, "chat", chat_tokenizer)
+    assert rendered.text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert "SmolLM" not in rendered.text
+    assert [rendered.text[a:b] for a, b in rendered.spans] == ["Yo<|im_end|>"]
+    refusing = with_template(chat_tokenizer, "{{ raise_exception('System role not supported') }}")
+    with pytest.raises(UserError, match="refuses a dialogue of 3 turns: System role not supported"):
+        render(brief, "chat", refusing)
+
+
 def test_a_chat_template_that_trims_and_decorates_answers_is_followed_exactly(
     chat_tokenizer: Any,
 ) -> None:

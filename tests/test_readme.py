@@ -25,6 +25,7 @@ def commands() -> list[str]:
 def test_the_loop_in_readme_is_the_loop() -> None:
     code = (ROOT / "loop/train.py").read_text()
     (loop,) = blocks("python")
+    assert "MAIN_JOB" not in README
     assert textwrap.indent(loop, "    ") in code
     assert loop.startswith("with Tracker")
     assert "tracker.observe(" in loop

@@ -1,7 +1,9 @@
 """What a run leaves loads elsewhere, proves itself, and is not overwritten."""
 
 import json
+import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,8 @@ def test_trained_biases_are_saved_and_loaded(bias: str, train: Train, tmp_path: 
 def test_an_adapter_is_continued_with_its_own_shape(train: Train) -> None:
     first = train("first", "--lora_r", "4", "--lora_target_modules", "q_proj", "o_proj")
     second = train("second", "--lora_weight_path", first, "--learning_rate", "1e-12")
+    third = train("dropped", "--lora_weight_path", first, "--lora_dropout", "0.5")
+    assert json.loads((third / "adapter_config.json").read_text())["lora_dropout"] == 0.5
     before, after = adapter_of(first), adapter_of(second)
     assert {*before} == {*after}
     assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
@@ -137,6 +141,9 @@ def test_an_adapter_is_continued_with_its_own_shape(train: Train) -> None:
         train("third", "--lora_weight_path", first, "--lora_r", "16")
     with pytest.raises(UserError, match="--lora_target_modules: found"):
         train("third", "--lora_weight_path", first, "--lora_target_modules", "q_proj")
+    (first / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="no LoRA adapter"):
+        train("third", "--lora_weight_path", first)
 
 
 def test_all_linear_reaches_every_linear_layer_but_the_head(train: Train) -> None:
@@ -150,6 +157,48 @@ def test_all_linear_reaches_every_linear_layer_but_the_head(train: Train) -> Non
 def test_a_target_that_matches_nothing_is_refused_with_the_names_that_exist(train: Train) -> None:
     with pytest.raises(UserError, match=r"named query.*k_proj, lm_head, o_proj, q_proj"):
         train("run", "--lora_target_modules", "q_proj", "query")
+
+
+def test_embeddings_can_be_targets(train: Train) -> None:
+    names = adapter_of(train("run", "--lora_target_modules", "q_proj", "embed_tokens"))
+    assert any(name.endswith("embed_tokens.lora_embedding_B") for name in names)
+
+
+def test_the_logged_loss_is_weighted_by_tokens_over_the_steps(train: Train) -> None:
+    flags = ("--max_steps", "7", "--per_device_train_batch_size", "1")
+    each = log_of(train("each", *flags, "--logging_steps", "1"))
+    some = log_of(train("some", *flags, "--logging_steps", "3"))
+    assert [entry["step"] for entry in some] == [1, 3, 6, 7]
+    counts = [b["supervised_tokens"] - a["supervised_tokens"] for a, b in pairwise(each)]
+    counts = [each[0]["supervised_tokens"], *counts]
+    assert len({*counts}) == 2, "the steps must differ in tokens for this to show anything"
+    for begin, end, entry in ((1, 3, some[1]), (3, 6, some[2])):
+        part = [(e["loss"], n) for e, n in zip(each, counts, strict=True)][begin:end]
+        mean = sum(loss * n for loss, n in part) / sum(n for _, n in part)
+        assert entry["loss"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_a_single_step_of_warm_up_is_refused_before_it_trains_nothing(train: Train) -> None:
+    with pytest.raises(UserError, match=r"learning rate 0.*--warmup_ratio 0"):
+        train("run", "--max_steps", "1")
+    assert log_of(train("run", "--max_steps", "1", "--warmup_ratio", "0"))[0]["step"] == 1
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_mistake(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run: cannot be written: Not a directory"):
+        train("file/run")
+
+
+@pytest.mark.parametrize("damaged", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_damaged_model_folder_is_named(
+    damaged: str, train: Train, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_model, folder)
+    (folder / damaged).write_text("{")
+    with pytest.raises(UserError, match=f"{folder}.* cannot be loaded"):
+        train("run", "--model_name_or_path", folder)
 
 
 def test_a_wrong_save_is_an_error(train: Train) -> None:
@@ -175,12 +224,15 @@ def test_a_finished_run_is_recognised_and_other_settings_are_refused(train: Trai
     folder = train("run")
     settings = ["--config", str(folder / "training_config.yaml")]
     assert is_finished(read_config(settings, Config))
+    assert is_finished(read_config([*settings, "--output_dir", f"{folder}/../run/"], Config))
     with pytest.raises(UserError, match=r"other settings \(seed was 42, is 7\)"):
         is_finished(read_config([*settings, "--seed", "7"], Config))
     data = Path(yaml.safe_load((folder / "training_config.yaml").read_text())["data_path"])
     write_dialogues(data, ["Hi", "Other."])
     with pytest.raises(UserError, match="data_sha256 was"):
         is_finished(read_config(settings, Config))
+    (folder / "adapter_model.safetensors").unlink()
+    assert not is_finished(read_config(settings, Config))
     (folder / "trainer_state.json").unlink()
     assert not is_finished(read_config(settings, Config))
 
@@ -199,12 +251,21 @@ def test_fp16_without_a_gpu_is_refused_with_the_reason(train: Train) -> None:
     with pytest.raises(UserError, match="loss scaling"):
         train("run", "--fp16")
     with pytest.raises(UserError, match="no GPU, which FlashAttention-2 needs"):
-        train("run", "--flash_attn")
+        train("run", "--flash_attn", "--bf16")
 
 
-def test_bf16_trains_an_fp32_adapter(train: Train) -> None:
+def test_bf16_keeps_what_is_trained_in_fp32(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    describe = training.describe_parameters
+
+    def look(model: torch.nn.Module) -> str:
+        for parameter in model.parameters():
+            dtypes[parameter.requires_grad].add(parameter.dtype)
+        return describe(model)
+
+    monkeypatch.setattr(training, "describe_parameters", look)
     folder = train("run", "--bf16")
-    assert {tensor.dtype for tensor in adapter_of(folder).values()} == {torch.float32}
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
     exact = log_of(train("exact"))
     for mine, theirs in zip(log_of(folder), exact, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-2)

@@ -32,7 +32,9 @@ BAD = {
     "turn is text": ({"id": "bad", "conversations": ["Hi"]}, "turn 0 is a string"),
     "record is a list": ([GOOD], "found a list"),
     "lone surrogate": (turns(("human", "\ud83d"), ("gpt", "Yo")), "surrogate"),
-    "answer alone": (turns(("gpt", "Yo")), "none is left"),
+    "answer alone": (turns(("gpt", "Yo")), "no human turn is left"),
+    "system alone": (turns(("system", "Be brief.")), "no human turn is left"),
+    "two systems": (turns(("system", "a"), ("system", "b"), ("human", "c")), 'turn 1 is "system"'),
 }
 
 
@@ -66,7 +68,8 @@ def test_a_bad_record_is_named_or_counted(name: str, suffix: str, tmp_path: Path
         ('[{"id": "a",\n  "conversations": oops}]', "line 2, column 20"),
         ('{"id": "a", "conversations": []}\n{"id":', "record 0"),
         ("[]", "no records"),
-        ("[" * 100_000, "nested"),
+        ("[" * 100_000, "recursion"),
+        ("[" + "1" * 5000 + "]", "digits"),
     ],
 )
 def test_a_broken_file_is_named_with_its_place(text: str, found: str, tmp_path: Path) -> None:
@@ -101,6 +104,16 @@ def test_a_first_turn_that_is_not_human_is_skipped_and_counted(tmp_path: Path) -
     dialogues, tally = read_dialogues(file)
     assert [turn.text for turn in dialogues[0].turns] == ["Hi", "Yo"]
     assert tally.noted == {"first turn not human, skipped": 1}
+
+
+def test_a_leading_system_turn_is_kept_and_others_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([turns(("system", "Be brief."), ("human", "Hi"), ("gpt", "Yo"))]))
+    (dialogue,), tally = read_dialogues(file)
+    assert (dialogue.system, len(dialogue.turns), tally.noted) == ("Be brief.", 2, {})
+    file.write_text(json.dumps([turns(("human", "Hi"), ("system", "x"), ("gpt", "Yo"))]))
+    with pytest.raises(UserError, match='turn 1 is "system"; expected "gpt"'):
+        read_dialogues(file)
 
 
 def test_ids_are_optional_and_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
