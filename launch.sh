@@ -84,16 +84,20 @@ train() {
     *" --help "* | *" -h "*) python -m loop check --help; return ;;
   esac
   [ -f "$config" ] || fail "$config: no such file. The ones at hand: $(echo accelerate_configs/*.yaml)"
+  grep -q '^distributed_type:' "$config" ||
+    fail "$config is no accelerate config (no distributed_type). A run's own settings go after --config"
   processes=${NUM_PROCESSES:-$(gpu_count)}
+  [[ $processes =~ ^[0-9]+$ ]] || fail "NUM_PROCESSES: found $processes; expected a whole number"
   case "$config" in
     */cpu.yaml | */single_gpu.yaml) processes=1 ;;
   esac
-  [ "$processes" -ge 1 ] 2>/dev/null || processes=1
+  [ "$processes" -ge 1 ] || processes=1
   python -m loop check "$@"
   status=$(mktemp)
   trap 'rm -f "$status"' RETURN
   if [ "$(gpu_count)" = 0 ]; then
     export DS_ACCELERATOR=cpu  # else DeepSpeed warns that it found no GPU
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > processes ? $(nproc) / processes : 1))}
   fi
   # Port 0: a free one, so that two runs on one machine do not meet.
   LORA_LOOP_STATUS_FILE=$status run accelerate launch --config_file "$config" \

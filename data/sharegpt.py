@@ -178,8 +178,9 @@ def _parse_record(record: Any, index: int) -> tuple[Dialogue, bool]:
             found = next(name for name, role in ROLES.items() if role == turn.role)
             place = number + int(skip) + int(system is not None)
             _bad("turns do not alternate", f'turn {place} is "{found}"; expected "{expected}"')
-    identity = record.get("id")
-    return Dialogue(str(index if identity is None else identity), tuple(parsed), system), skip
+    identity = str(index if record.get("id") is None else record["id"])
+    printable = identity.encode("utf-8", "replace").decode()
+    return Dialogue(printable, tuple(parsed), system), skip
 
 
 def _parse_turn(turn: Any, number: int) -> Turn:

@@ -76,6 +76,11 @@ def _render_chat(dialogue: Dialogue, tokenizer: Any) -> Rendered:
         changed = [*messages]
         changed[number] = {**messages[number], "content": stand_in}
         start, end = _difference(text, _apply(tokenizer, changed))
+        if start < end and end > closing_limit:
+            raise UserError(
+                f"dialogue {dialogue.id}: the model's chat template shows turn {number} in more "
+                "than one place, so answers cannot be told from it. Use --template vicuna."
+            )
         if messages[number]["role"] == "assistant":
             closing = end_token.search(text, end, closing_limit)
             if start == end or closing is None:

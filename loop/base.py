@@ -12,6 +12,12 @@ from data.errors import UserError
 from loop.config import Config
 from loop.embedded import embedded_model
 
+# What transformers, peft and safetensors raise about files they cannot load.
+LIBRARY_ERRORS = (
+    *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, UserWarning),
+    SafetensorError,
+)
+
 
 def find_base_model(config: Config) -> str:
     """Return the folder or hub name of the base model; a folder as an absolute path.
@@ -21,13 +27,14 @@ def find_base_model(config: Config) -> str:
     name = config.model_name_or_path
     if name is None:
         return str(embedded_model())
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    with mistakes(f"--model_name_or_path {name[:200]}"):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            _check_hub(name, config.cache_dir)
+            return name
         if not (folder / "config.json").is_file():
             raise UserError(f"--model_name_or_path {name}: the folder holds no config.json.")
         return str(folder.resolve())
-    _check_hub(name, config.cache_dir)
-    return name
 
 
 def _check_hub(name: str, cache_dir: str | None) -> None:
@@ -57,7 +64,7 @@ def mistakes(what: str) -> Iterator[None]:
     """Tell as the user's mistake what a library raises about files it cannot load."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except LIBRARY_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{what} cannot be loaded: {type(error).__name__}: {reason}. Expected a folder or hub "

@@ -13,4 +13,5 @@ def main(argv: Sequence[str]) -> None:
     if config.model_name_or_path:
         find_base_model(config)
     if not config.data_file.is_file():
-        raise UserError(f"--data_path {config.data_file}: no such file. Give JSON or JSONL.")
+        found = "a folder" if config.data_file.is_dir() else "no such file"
+        raise UserError(f"--data_path {config.data_file}: {found}. Give a JSON or JSONL file.")

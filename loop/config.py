@@ -47,8 +47,10 @@ class Config:
     fp16: bool = flag(False, "short for --mixed_precision fp16", "model")
     tf32: bool = flag(False, "TensorFloat-32 for fp32 products on GPUs that have it", "model")
 
-    lora_r: int = flag(8, "rank of the adapter", "LoRA", at_least=1)
-    lora_alpha: int = flag(16, "scale: the update is multiplied by alpha / r", "LoRA", at_least=1)
+    lora_r: int = flag(8, "rank of the adapter", "LoRA", at_least=1, at_most=65536)
+    lora_alpha: int = flag(
+        16, "scale: the update is multiplied by alpha / r", "LoRA", at_least=1, at_most=10**9
+    )
     lora_dropout: float = flag(0.05, "dropout before the adapter", "LoRA", at_least=0, below=1)
     lora_target_modules: tuple[str, ...] = flag(
         ("q_proj", "v_proj"), "module names, or all-linear", "LoRA"
@@ -90,7 +92,7 @@ class Config:
         "training",
         at_least=1,
     )
-    learning_rate: float = flag(2e-5, "peak learning rate", "training", above=0)
+    learning_rate: float = flag(2e-5, "peak learning rate", "training", above=0, at_most=1e6)
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = flag(
         "cosine", "shape after the linear warm-up", "training"
     )
@@ -118,7 +120,7 @@ class Config:
     @property
     def data_file(self) -> Path:
         """The dialogues to train on."""
-        return Path(self.data_path) if self.data_path else DUMMY_DATA
+        return Path(self.data_path).expanduser() if self.data_path else DUMMY_DATA
 
     @property
     def precision(self) -> Precision:
@@ -145,7 +147,7 @@ def read_config(argv: Sequence[str], config_type: type[C], description: str = ""
         values = parse(config_type, ["--config", str(MAIN_JOB)], description) | values
         values.pop("config")
     if values.get("lora_weight_path"):
-        values |= _adapter_settings(Path(values["lora_weight_path"]), values)
+        values |= _adapter_settings(Path(values["lora_weight_path"]).expanduser(), values)
     config = config_type(**values)
     _cross_check(config)
     return config
@@ -203,6 +205,8 @@ def _adapter_settings(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     if not any((folder / name).is_file() for name in ADAPTER_FILES):
         raise UserError(f"--lora_weight_path {folder}: no weights; expected {ADAPTER_FILES[0]}.")
     targets = saved["target_modules"]
+    if not isinstance(saved["r"], int) or not isinstance(targets, str | list):
+        raise UserError(f"--lora_weight_path: {file}: r or target_modules is not of peft's kind.")
     settings = {
         "lora_r": saved["r"],
         "lora_alpha": saved["lora_alpha"],

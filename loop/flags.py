@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -115,7 +116,7 @@ def _read_yaml(config_type: type[Any], path: Path) -> dict[str, Any]:
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(
             f"--config {path}: not valid YAML: {' '.join(str(error).split())}"
         ) from None
@@ -171,6 +172,8 @@ def _parser(config_type: type[Any], description: str) -> _Parser:
         argument_default=argparse.SUPPRESS,
         formatter_class=_Help,
     )
+    # argparse's own pattern takes -1e-4 for a flag.
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
     parser.add_argument(
         "--config", nargs=1, metavar="FILE", help="YAML of these keys; flags beat it"
     )

@@ -58,6 +58,8 @@ def _add_adapter(model: Any, base: str, config: Config, autocast: bool) -> PeftM
         saved = PeftConfig.from_pretrained(config.lora_weight_path)
         saved.lora_dropout = config.lora_dropout
         with mistakes(f"--lora_weight_path {config.lora_weight_path}"):
+            # peft only warns, and would train on from random values.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(
                 model,
                 config.lora_weight_path,
@@ -87,13 +89,18 @@ def _load_base(base: str, config: Config) -> Any:
             f"{base}: an encoder-decoder ({base_config.model_type}); expected a decoder."
         )
     with mistakes(base):
-        return AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             base,
             config=base_config,
             dtype=DTYPES[config.precision],
             attn_implementation="flash_attention_2" if config.flash_attn else "sdpa",
+            output_loading_info=True,
             **shared,
         )
+    if loaded["missing_keys"]:
+        names = ", ".join(sorted(loaded["missing_keys"])[:5])
+        raise UserError(f"{base}: the weights lack {names}, which would be random. Mend the model.")
+    return model
 
 
 def quiet() -> None:

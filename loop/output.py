@@ -31,7 +31,9 @@ def is_finished(config: Config) -> bool:
         settings = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return False  # Nothing, or a run that was cut off.
-    if not state.get("finished") or not any((folder / name).is_file() for name in ADAPTER_FILES):
+    if not isinstance(state, dict) or not isinstance(settings, dict) or not state.get("finished"):
+        return False
+    if not any((folder / name).is_file() for name in ADAPTER_FILES):
         return False
     now = yaml.safe_load(dump(config))
     for values in (settings, now):

@@ -51,7 +51,11 @@ def save_adapter(
     else:
         torch.save(weights, partial)
     saved = load_file(partial) if safetensors else torch.load(partial, weights_only=True)
-    _check_saved(saved, _expected_shapes(model), partial)
+    try:
+        _check_saved(saved, _expected_shapes(model), partial)
+    except RuntimeError:
+        partial.unlink()
+        raise
     partial.replace(folder / name)
     adapter_config = model.peft_config["default"]
     adapter_config.inference_mode = True

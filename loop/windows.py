@@ -47,7 +47,8 @@ class Window:
 def plan_layout(config: Config, examples: int, rank: int, world_size: int) -> Layout:
     """Split the global batch over ranks and accumulation; the last window of an epoch is short."""
     per_device = config.per_device_train_batch_size
-    batch = global_batch_size(config, world_size)
+    # A window is never more than the epoch: no rank counts through empty micro-batches for nothing.
+    batch = min(global_batch_size(config, world_size), examples)
     accumulation = ceil(batch / (world_size * per_device))
     per_device = min(per_device, ceil(batch / world_size))
     per_epoch = ceil(examples / batch)

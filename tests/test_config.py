@@ -83,7 +83,7 @@ def test_a_precision_flag_beats_the_accelerate_config(monkeypatch: pytest.Monkey
         (["--num_train_epochs", "inf"], "expected a finite number"),
         (["--seed", "99999999999999999999"], "--seed: found 99999999999999999999"),
         (["--output_dir", ""], "expected a text"),
-        (["--learning_rate", "-1"], "found -1.0; expected a value above 0"),
+        (["--learning_rate", "-1e-4"], "found -0.0001; expected a value above 0"),
         (["--warmup_ratio", "1.5"], "at most 1"),
         (["--max_steps", "0"], "--max_steps: found 0"),
         (["--bf16", "maybe"], 'found "maybe"; expected True or False'),

@@ -32,7 +32,10 @@ def one_message(text: str) -> str:
         ([MODEL, "./missing"], "./missing: no such folder"),
         ([MODEL, "someone/missing"], "someone/missing: no such folder, not in the cache"),
         (["--data_path", "missing.json"], "missing.json: no such file"),
+        ([MODEL, "my--model"], "my--model cannot be loaded: HFValidationError"),
+        (["--data_path", "data"], "data: a folder"),
         (["missing.yaml"], "missing.yaml: no such file"),
+        (["loop/main_job.yaml"], "A run's own settings go after --config"),
     ],
 )
 def test_a_wrong_flag_or_path_is_answered_at_once(words: list[str], found: str) -> None:

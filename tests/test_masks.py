@@ -111,6 +111,12 @@ def test_a_chat_template_that_trims_and_decorates_answers_is_followed_exactly(
         # Only the dialogue's end is closed: the first answer's end would lie behind the question.
         ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}<|im_end|>", "close"),
         ("{% for m in messages %}{{ m['role'] }}<|im_end|>{% endfor %}", "does not show"),
+        # A title that quotes the answer: between it and the answer stands the question.
+        (
+            "{{ messages[1]['content'] }}{% for m in messages %}{{ m['content'] }}<|im_end|>"
+            "{% endfor %}",
+            "more than one place",
+        ),
     ],
 )
 def test_a_chat_template_without_exact_spans_is_refused(

@@ -141,6 +141,15 @@ def test_an_adapter_is_continued_with_its_own_shape(train: Train) -> None:
         train("third", "--lora_weight_path", first, "--lora_r", "16")
     with pytest.raises(UserError, match="--lora_target_modules: found"):
         train("third", "--lora_weight_path", first, "--lora_target_modules", "q_proj")
+    file = first / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights.popitem()
+    save_file(weights, file)
+    with pytest.raises(UserError, match="missing adapter keys"):
+        train("third", "--lora_weight_path", first)
+    file.write_text("{")
+    with pytest.raises(UserError, match=r"first.* cannot be loaded"):
+        train("third", "--lora_weight_path", first)
     (first / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="no LoRA adapter"):
         train("third", "--lora_weight_path", first)
@@ -198,6 +207,18 @@ def test_a_damaged_model_folder_is_named(
     shutil.copytree(tiny_model, folder)
     (folder / damaged).write_text("{")
     with pytest.raises(UserError, match=f"{folder}.* cannot be loaded"):
+        train("run", "--model_name_or_path", folder)
+
+
+def test_a_model_that_lacks_a_weight_is_refused(
+    train: Train, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "lacking"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"weights lack model\.layers\.1\.mlp\.up_proj"):
         train("run", "--model_name_or_path", folder)
 
 

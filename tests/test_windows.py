@@ -96,6 +96,7 @@ def test_neighbours_in_length_share_a_micro_batch() -> None:
         ({"per_device_train_batch_size": 4, "global_batch_size": 12}, (4, 2, 12)),
         ({"per_device_train_batch_size": 4, "global_batch_size": 5}, (3, 1, 5)),
         ({}, (8, 1, 16)),
+        ({"gradient_accumulation_steps": 10**9}, (8, 7, 100)),
     ],
 )
 def test_the_batch_arithmetic_of_two_ranks(
