@@ -126,7 +126,7 @@ case "${1:-}" in
     setup
     train
     run python -m loop chat --adapter runs/main_job --compare --prompt "Who are you?" \
-      "Which team made you?" "What is the capital of France?"
+      "What should I call you?" "What is the capital of France?"
     ;;
   *)
     setup
