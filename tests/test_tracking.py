@@ -90,3 +90,11 @@ def test_a_tracker_that_fails_never_stops_training(tiny_model: Path, tmp_path: P
     assert "wandb: " in done.stdout
     assert done.stdout.count("going on without it") == 2
     assert len(log_of(tmp_path / "run")) == 3
+
+
+def test_trackers_are_closed_when_training_fails(broken_model: Path, tmp_path: Path) -> None:
+    done = train(broken_model, tmp_path, "wandb")
+    assert done.returncode == 1
+    assert "FloatingPointError: step 1" in done.stderr
+    (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    assert any(record.WhichOneof("record_type") == "exit" for record in read_wandb(file))
