@@ -81,6 +81,8 @@ def label(input_ids: list[int], offsets: list[tuple[int, int]], rendered: Render
 
     >>> label([5, 6, 7], [(0, 0), (0, 3), (3, 5)], Rendered("abcde", ((3, 5),), False))
     [-100, -100, 7]
+    >>> label([5, 6], [(0, 2), (2, 5)], Rendered("abcde", ((3, 5),), False))  # one that straddles
+    [-100, 6]
     """
     labels = [IGNORE_INDEX] * len(input_ids)
     spans = iter(rendered.spans)
