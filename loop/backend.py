@@ -1,44 +1,134 @@
-"""Builds the Accelerator: device, precision, accumulation, and the values DeepSpeed must hold."""
+"""Builds the Accelerator: device, precision, accumulation, DeepSpeed; meets the other ranks."""
 
+import datetime
 import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env
+from accelerate import Accelerator, DeepSpeedPlugin, PartialState
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
 
 from data.errors import UserError
 from loop.config import Config
 from loop.windows import Layout
+from loop.zero import complete, precision_of, zero_settings
+
+# Longer than any rank may be behind the others while each reads data and model for itself.
+PATIENCE = datetime.timedelta(minutes=30)
+
+
+def join_ranks(config: Config) -> PartialState:
+    """Check the launch against the machine, then meet the other ranks in a process group.
+
+    Raises UserError for a launch or a precision that cannot work here, before anything is loaded.
+    """
+    for name in ("FSDP", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise UserError(
+                f"found an accelerate config with {name}; expected DeepSpeed, DDP or one process. "
+                "To share the base model out over the ranks: accelerate_configs/zero3.yaml."
+            )
+    asked = zero_settings(config)
+    _adopt_precision(asked, config)
+    # cpu.yaml on a machine with a GPU: the launcher only says so, CUDA stays visible.
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        _check_gpus(config)
+        torch.backends.cuda.matmul.allow_tf32 = config.tf32
+        return PartialState(timeout=PATIENCE)
+    _prepare_cpu(config)
+    # Without `cpu`, accelerate 1.15 sees one process under a DeepSpeed config (state.py).
+    return PartialState(cpu=True, timeout=PATIENCE)
 
 
 def build_accelerator(config: Config, layout: Layout) -> Accelerator:
-    """Return the Accelerator for this launch; the process group exists from here on.
+    """Return the Accelerator for this launch; DeepSpeed gets the loop's own values.
 
-    Raises UserError for a precision that the hardware lacks.
+    Raises UserError for a DeepSpeed file that contradicts a flag.
     """
-    # cpu.yaml on a machine with a GPU: the launcher only says so, CUDA stays visible.
-    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
-        _check_gpu_precision(config)
-        torch.backends.cuda.matmul.allow_tf32 = config.tf32
-    else:
-        _prepare_cpu(config)
-    accelerator = Accelerator(
+    asked = zero_settings(config)
+    plugin = None
+    if asked:
+        values = complete(asked, config, layout)
+        # It would look for contradictions of its own, and tell them with a trace.
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+        plugin = DeepSpeedPlugin(hf_ds_config=values, zero3_init_flag=_stage(values) == 3)
+    return Accelerator(
         mixed_precision=config.precision,
+        deepspeed_plugin=plugin,
         # The default, True, ends an accumulation with the data loader; windows end it here.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=layout.accumulation, sync_with_dataloader=False
         ),
     )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        _fill_deepspeed_config(accelerator, config, layout)
-    return accelerator
 
 
-def uses_zero3(accelerator: Accelerator) -> bool:
-    """Whether parameters are partitioned over the ranks."""
+@contextmanager
+def told_to_all(ranks: PartialState) -> Iterator[None]:
+    """Turn a mistake that any rank meets into one that all ranks raise, so that none waits.
+
+    A machine may lack a file that the others have. Nothing in the block may be a collective.
+    """
+    mistake = None
+    try:
+        yield
+    except UserError as error:
+        mistake = str(error)
+    if ranks.num_processes > 1:
+        told = gather_object([mistake and (ranks.process_index, platform.node(), mistake)])
+        found = [report for report in told if report]
+        if found:
+            rank, machine, mistake = found[0]
+            if len(found) < len(told):
+                mistake = f"on rank {rank}, machine {machine}: {mistake}"
+    if mistake:
+        raise UserError(mistake)
+
+
+def first_rank_says(answer: bool) -> bool:
+    """Return the first rank's answer on every rank."""
+    return bool(broadcast_object_list([answer])[0])
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """Return the ZeRO stage, 0 without DeepSpeed; from 3 on, parameters are shared out."""
     plugin = accelerator.state.deepspeed_plugin
-    return plugin is not None and plugin.zero_stage == 3
+    return _stage(plugin.deepspeed_config) if plugin else 0
+
+
+def _stage(values: dict[str, Any]) -> int:
+    return int(values["zero_optimization"]["stage"])
+
+
+def _adopt_precision(asked: dict[str, Any], config: Config) -> None:
+    """Let a DeepSpeed file decide the precision where neither flags nor launcher do."""
+    variable = "ACCELERATE_MIXED_PRECISION"
+    silent = config.mixed_precision is None and not config.bf16 and not config.fp16
+    found = precision_of(asked)
+    if found and silent and os.environ.get(variable, "no") == "no":
+        os.environ[variable] = found
+
+
+def _check_gpus(config: Config) -> None:
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if ranks > gpus:
+        raise UserError(
+            f"found {ranks} ranks on a machine with {gpus} GPU{'s' * (gpus > 1)}; expected one GPU "
+            f"each. Give --num_processes {gpus} (launch.sh: NUM_PROCESSES={gpus})."
+        )
+    if config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"found precision bf16 on {torch.cuda.get_device_name()}, which lacks it. "
+            "Give --mixed_precision fp16, or no."
+        )
 
 
 def _prepare_cpu(config: Config) -> None:
@@ -60,8 +150,6 @@ def _prepare_cpu(config: Config) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
-    # Without this, accelerate 1.15 sees one process under a DeepSpeed config (state.py).
-    PartialState(cpu=True)
 
 
 def _multiplies_bf16() -> bool:
@@ -71,24 +159,3 @@ def _multiplies_bf16() -> bool:
     except OSError:
         return True
     return "sse2" not in features or "avx512_bf16" in features or "amx_bf16" in features
-
-
-def _check_gpu_precision(config: Config) -> None:
-    if config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(
-            f"found precision bf16 on {torch.cuda.get_device_name()}, which lacks it. "
-            "Give --mixed_precision fp16, or no."
-        )
-
-
-def _fill_deepspeed_config(accelerator: Accelerator, config: Config, layout: Layout) -> None:
-    """Write the loop's own values, which DeepSpeed would otherwise guess or override."""
-    values = accelerator.state.deepspeed_plugin.deepspeed_config
-    values["train_micro_batch_size_per_gpu"] = layout.micro_batch_size
-    values["gradient_accumulation_steps"] = layout.accumulation
-    # "auto" would become the constant 1.0 (accelerate 1.15, accelerator.py, _prepare_deepspeed).
-    values["gradient_clipping"] = config.max_grad_norm
-    values["steps_per_print"] = float("inf")
-    if config.precision == "bf16":
-        # In bf16 a sum over micro-batches would round at each of them.
-        values["data_types"] = {"grad_accum_dtype": "fp32"}

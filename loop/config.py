@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from data.errors import UserError
+from loop import compat
 from loop.flags import flag, parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +47,9 @@ class Config:
     bf16: bool = flag(False, "short for --mixed_precision bf16", "model")
     fp16: bool = flag(False, "short for --mixed_precision fp16", "model")
     tf32: bool = flag(False, "TensorFloat-32 for fp32 products on GPUs that have it", "model")
+    q_lora: bool = flag(
+        False, "hold the base model's linear layers in 4 bits: NF4, double quantisation", "model"
+    )
 
     lora_r: int = flag(8, "rank of the adapter", "LoRA", at_least=1, at_most=65536)
     lora_alpha: int = flag(
@@ -74,6 +78,8 @@ class Config:
     on_bad_record: Literal["fail", "skip"] = flag(
         "fail", "stop at a record that is wrong, or drop and count it", "data"
     )
+
+    num_data: int = flag(-1, "use the first so many dialogues; -1: all", "data", at_least=-1)
 
     num_train_epochs: float = flag(3.0, "passes over the data", "training", above=0)
     max_steps: int = flag(-1, "stop after so many steps; -1: by epochs", "training", at_least=-1)
@@ -109,8 +115,15 @@ class Config:
         at_most=2**63 - 1,
     )
 
+    deepspeed: str | None = flag(
+        None, "a DeepSpeed JSON, where the accelerate config launches DeepSpeed", "training"
+    )
+
     output_dir: str = flag("runs/adapter", "adapter, tokenizer, metrics and settings", "output")
     logging_steps: int = flag(10, "steps between two log entries", "output", at_least=1)
+    logging_strategy: Literal["steps", "epoch", "no"] = flag(
+        "steps", "log every logging_steps, at each epoch's end, or only first and last", "output"
+    )
     report_to: tuple[Literal["none", "wandb", "tensorboard"], ...] = flag(
         ("none",), "trackers, several at once", "output"
     )
@@ -142,7 +155,7 @@ def read_config(argv: Sequence[str], config_type: type[C], description: str = ""
 
     Raises UserError for anything that is wrong by itself or contradicts something else.
     """
-    values = parse(config_type, argv, description)
+    values = parse(config_type, compat.without(argv), description)
     if values.pop("config", None) is None and not {"model_name_or_path", "data_path"} & {*values}:
         values = parse(config_type, ["--config", str(MAIN_JOB)], description) | values
         values.pop("config")
@@ -173,6 +186,8 @@ def _cross_check(config: Config) -> None:
             "--flash_attn: found precision no (fp32); FlashAttention-2 takes bf16 and fp16 only. "
             "Give --mixed_precision bf16, or leave it out."
         )
+    if config.num_data == 0:
+        raise UserError("--num_data: found 0; expected at least 1, or -1 for all dialogues.")
     if config.max_steps == 0:
         raise UserError("--max_steps: found 0; expected at least 1, or -1 to train by epochs.")
     if "none" in config.report_to and len(config.report_to) > 1:

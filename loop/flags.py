@@ -58,7 +58,7 @@ def convert(field: dataclasses.Field[Any], hint: Any, words: list[str], where: s
     """Convert a flag's words to its field's type, and check the range."""
     optional = type(None) in get_args(hint)
     kind = next(arg for arg in get_args(hint) if arg is not type(None)) if optional else hint
-    if optional and len(words) == 1 and words[0].lower() in ("none", "null"):
+    if optional and len(words) == 1 and words[0].lower() in ("none", "null", ""):
         return None
     if get_origin(kind) is tuple:
         if not words:

@@ -1,5 +1,6 @@
 """Leaves a process with the run's exit code: one message for a user's mistake, no traceback."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from data.errors import UserError
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STATUS_FILE = "LORA_LOOP_STATUS_FILE"
 
 
@@ -18,6 +20,9 @@ def run_and_exit(main: Callable[[], None]) -> None:
     launch.sh names a status file, since `accelerate launch` turns every failure into 1 and adds
     a trace. The first rank of the machine writes the code there; all ranks then leave with 0.
     """
+    # torchrun's workers are sessions of their own: a launcher killed outright would leave them
+    # training. Linux ends them with it.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # So that trackers are closed when a launcher ends the run; it sends SIGKILL later.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     code, status = 0, os.environ.get(STATUS_FILE)

@@ -1,9 +1,8 @@
-"""Loads the base model and injects the LoRA adapter."""
+"""Loads the base model, plain or in 4 bits, and injects the LoRA adapter."""
 
 import importlib.util
 import sys
 import warnings
-from collections import Counter
 from typing import Any
 
 import torch
@@ -14,9 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError
-from loop.backend import uses_zero3
+from loop.backend import zero_stage
 from loop.base import mistakes
 from loop.config import Config
+from loop.quantize import check_quantization, four_bit
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,12 +31,12 @@ def load_model(base: str, config: Config, accelerator: Accelerator) -> PeftModel
             "--flash_attn: the package flash_attn is not installed. Install it (pip install "
             "flash-attn), or leave the flag out: PyTorch's SDPA is used."
         )
-    model = _load_base(base, config)
+    model = _load_base(base, config, accelerator)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         # Under ZeRO-3 recomputed layers may find their parameters partitioned again, which only
         # the reentrant kind survives (transformers#47254); it needs inputs with a gradient.
-        reentrant = uses_zero3(accelerator)
+        reentrant = zero_stage(accelerator) == 3
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         if reentrant:
             model.enable_input_require_grads()
@@ -79,15 +79,27 @@ def _add_adapter(model: Any, base: str, config: Config, autocast: bool) -> PeftM
     return get_peft_model(model, adapter, autocast_adapter_dtype=autocast)
 
 
-def _load_base(base: str, config: Config) -> Any:
+def _load_base(base: str, config: Config, accelerator: Accelerator) -> Any:
     quiet()
     shared = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
     with mistakes(base):
         base_config = AutoConfig.from_pretrained(base, **shared)
-    if base_config.is_encoder_decoder:
+    kind = base_config.model_type
+    if "t5" in kind and config.precision == "fp16":
         raise UserError(
-            f"{base}: an encoder-decoder ({base_config.model_type}); expected a decoder."
+            f"{base}: found precision fp16 with {kind}, whose activations overflow it; expected "
+            "bf16. Give --mixed_precision bf16, or no."
         )
+    if base_config.is_encoder_decoder:
+        raise UserError(f"{base}: an encoder-decoder ({kind}); expected a decoder.")
+    zero3 = zero_stage(accelerator) == 3
+    check_quantization(base, base_config, config, accelerator)
+    options: dict[str, Any] = {}
+    if config.q_lora:
+        options["quantization_config"] = four_bit(DTYPES[config.precision])
+    if not zero3 and (config.q_lora or accelerator.device.type == "cuda"):
+        # Straight from the mapped file to this rank's device; ZeRO-3 has its own way to load.
+        options["device_map"] = {"": accelerator.device}
     with mistakes(base):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             base,
@@ -95,6 +107,7 @@ def _load_base(base: str, config: Config) -> Any:
             dtype=DTYPES[config.precision],
             attn_implementation="flash_attention_2" if config.flash_attn else "sdpa",
             output_loading_info=True,
+            **options,
             **shared,
         )
     if loaded["missing_keys"]:
@@ -109,6 +122,8 @@ def quiet() -> None:
         transformers_logging.disable_progress_bar()
     # DeepSpeed 0.19 asks every module for every attribute, this deprecated one included.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    # DeepSpeed 0.19 calls torch.distributed by names that torch 2.13 calls deprecated.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated")
     # transformers 5.23 has a new name for it, which 5.17 does not know.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*")
 
@@ -127,19 +142,3 @@ def _targets(model: nn.Module, asked: tuple[str, ...]) -> list[str] | str:
                 "or give all-linear."
             )
     return list(asked)
-
-
-def describe_parameters(model: nn.Module) -> str:
-    """Say how many parameters there are and are trained, and the bytes of each dtype."""
-    total = trainable = 0
-    size: Counter[str] = Counter()
-    for parameter in model.parameters():
-        count = getattr(parameter, "ds_numel", parameter.numel())  # whole, also under ZeRO-3
-        total += count
-        trainable += count if parameter.requires_grad else 0
-        size[str(parameter.dtype).removeprefix("torch.")] += count * parameter.element_size()
-    by_dtype = ", ".join(f"{dtype} {n / 2**20:,.1f} MiB" for dtype, n in size.most_common())
-    return (
-        f"base {total - trainable:,} parameters, trainable {trainable:,} "
-        f"({100 * trainable / total:.3f} %); {by_dtype}"
-    )

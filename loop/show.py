@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from data.encode import IGNORE_INDEX, Example, encode_dialogues
-from data.sharegpt import read_dialogues
-from data.templates import default_template
-from loop.base import find_base_model, load_tokenizer
-from loop.config import Config, read_config, shown
+from data.encode import IGNORE_INDEX, Example
+from loop.config import Config, read_config
 from loop.flags import flag
+from loop.prepare import prepare
 
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
@@ -28,14 +26,14 @@ class ShowConfig(Config):
 def main(argv: Sequence[str]) -> None:
     """Print every example; the account of the records goes to stderr."""
     config = read_config(argv, ShowConfig, __doc__ or "")
-    tokenizer = load_tokenizer(find_base_model(config), config)
-    template = config.template or default_template(tokenizer)
-    dialogues, tally = read_dialogues(config.data_file, config.on_bad_record)
-    examples = encode_dialogues(dialogues, template, tokenizer, config.model_max_length, tally)
+    prepared = prepare(config)
+    examples = prepared.examples
     colour = "FORCE_COLOR" in os.environ or (sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     try:
         for example in examples:
-            print(as_json(example) if config.jsonl else as_text(example, tokenizer, colour))
+            print(
+                as_json(example) if config.jsonl else as_text(example, prepared.tokenizer, colour)
+            )
         sys.stdout.flush()
     except BrokenPipeError:  # `show | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -43,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     tokens = sum(len(example.input_ids) for example in examples)
     supervised = sum(example.supervised_tokens for example in examples)
     share = f"{supervised:,} of {tokens:,} tokens supervised ({100 * supervised / tokens:.1f} %)"
-    print(f"{shown(config.data_file)}, template {template}: {tally}; {share}", file=sys.stderr)
+    print(f"{prepared}; {share}", file=sys.stderr)
 
 
 def as_json(example: Example) -> str:

@@ -78,7 +78,12 @@ class Tracker:
         self.supervised_tokens += window.supervised_tokens
         self.bar.update()
         step = window.step + 1
-        if every(self.config.logging_steps, step) or step in (1, self.layout.total_steps):
+        interval = {
+            "steps": self.config.logging_steps,
+            "epoch": self.layout.steps_per_epoch,
+            "no": self.layout.total_steps,
+        }[self.config.logging_strategy]
+        if every(interval, step) or step in (1, self.layout.total_steps):
             total = self.accelerator.reduce(self.loss_sum, reduction="sum")
             self._log(window, total.item() / self.interval_supervised, learning_rate, float(norm))
             self._start_interval(torch.zeros_like(self.loss_sum))

@@ -3,7 +3,6 @@
 accelerate launch --config_file accelerate_configs/zero2.yaml loop/train.py [--flag value ...]
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -12,18 +11,18 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
+from accelerate import PartialState
 
-from data.encode import encode_dialogues
-from data.sharegpt import read_dialogues
-from data.templates import default_template
-from loop.backend import build_accelerator
-from loop.base import find_base_model, load_tokenizer
+from loop.backend import build_accelerator, first_rank_says, join_ranks, told_to_all
+from loop.compat import notes
 from loop.config import Config, read_config, shown
 from loop.leave import run_and_exit
-from loop.model import describe_parameters, load_model
+from loop.model import load_model
 from loop.objective import loss_scale, supervised_loss_sum
 from loop.optim import build_optimizer, clip_gradients, lr_at, set_learning_rate
 from loop.output import claim_output, fingerprint, is_finished, save_run, write_settings
+from loop.prepare import prepare
+from loop.quantize import describe_parameters
 from loop.tracking import Tracker
 from loop.windows import plan_layout, windows
 
@@ -31,30 +30,34 @@ from loop.windows import plan_layout, windows
 def main() -> None:
     """Read the settings; a run that its output folder already holds is not trained again."""
     config = read_config(sys.argv[1:], Config, __doc__ or "")
-    if not is_finished(config):
-        train(config)
-    elif os.environ.get("RANK", "0") == "0":
-        print(f"{config.output_dir} already holds this run, finished; nothing was changed.")
+    ranks = join_ranks(config)
+    for note in notes(sys.argv[1:]):
+        ranks.print(note)
+    # The first rank alone writes, so what the other machines' disks hold does not count.
+    with told_to_all(ranks):
+        finished = ranks.is_main_process and is_finished(config)
+    if first_rank_says(finished):
+        ranks.print(f"{config.output_dir} already holds this run, finished; nothing was changed.")
+    else:
+        train(config, ranks)
 
 
-def train(config: Config) -> None:
+def train(config: Config, ranks: PartialState) -> None:
     """Fine-tune the adapter that `config` describes and save it in its output folder."""
-    base = find_base_model(config)
-    tokenizer = load_tokenizer(base, config)
-    template = config.template or default_template(tokenizer)
-    # Each rank reads for itself before the process group exists: no collective waits for it.
-    data_sha256 = fingerprint(config.data_file)
-    dialogues, tally = read_dialogues(config.data_file, config.on_bad_record)
-    examples = encode_dialogues(dialogues, template, tokenizer, config.model_max_length, tally)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    layout = plan_layout(config, len(examples), rank, world_size)
-    claim_output(config)
+    # Each rank reads for itself, all at the same time: none waits for another one's work.
+    with told_to_all(ranks):
+        data_sha256 = fingerprint(config.data_file)
+        prepared = prepare(config)
+        tokenizer, examples = prepared.tokenizer, prepared.examples
+        layout = plan_layout(config, len(examples), ranks.process_index, ranks.num_processes)
+        if ranks.is_main_process:
+            claim_output(config)
 
     accelerator = build_accelerator(config, layout)
-    accelerator.print(f"data: {shown(config.data_file)}, template {template}: {tally}")
+    accelerator.print(f"data: {prepared}")
     accelerator.print(f"plan: {layout}")
-    model = load_model(base, config, accelerator)
-    accelerator.print(f"model: {shown(base)}: {describe_parameters(model)}")
+    model = load_model(prepared.base, config, accelerator)
+    accelerator.print(f"model: {shown(prepared.base)}: {describe_parameters(model)}")
     optimizer = build_optimizer(model, config)
     # No scheduler is prepared: accelerate would step it once per process.
     model, optimizer = accelerator.prepare(model, optimizer)

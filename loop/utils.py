@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 
-def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+def trained_parameters(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     """Return the trainable parameters whole, in fp32, on the CPU; every rank must call this.
 
-    Under DeepSpeed they come from the fp32 master, gathered over the ranks one at a time.
+    Under DeepSpeed they come from the fp32 master, gathered over the ranks one at a time. A rank
+    that does not `keep` them takes part and returns nothing: it needs memory for one of them.
     """
     state = {}
     for name, parameter in model.named_parameters():
@@ -27,7 +28,8 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
 
             value = safe_get_full_fp32_param(parameter)
         value = parameter if value is None else value
-        state[name] = value.detach().to("cpu", torch.float32, copy=True)
+        if keep:
+            state[name] = value.detach().to("cpu", torch.float32, copy=True)
     return state
 
 
@@ -38,7 +40,7 @@ def save_adapter(
 
     The file is opened again and checked. Raises RuntimeError where it is not what was trained.
     """
-    state = trained_parameters(model)
+    state = trained_parameters(model, keep=accelerator.is_main_process)
     if not accelerator.is_main_process:
         return
     # save_embedding_layers="auto" may ask the hub (peft 0.21, utils/save_and_load.py).

@@ -1,0 +1,107 @@
+"""QLoRA's base weights: NF4 in bitsandbytes' format, where it works, and what parameters weigh."""
+
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from data.errors import UserError
+from loop.backend import zero_stage
+from loop.config import Config
+
+
+def four_bit(compute_dtype: torch.dtype) -> Any:
+    """Return transformers' settings for NF4 with double quantisation.
+
+    The codes are stored in tensors of the compute dtype: ZeRO-3 shares out floating-point
+    parameters only, and DeepSpeed casts a model to one dtype. No other parameter is upcast, unlike
+    peft's `prepare_model_for_kbit_training` (0.21, utils/other.py), which holds embeddings, norms
+    and LM head in fp32: LLaMA's norms compute in fp32 by themselves, and the loss casts its logits.
+    """
+    _unblock_bitsandbytes()
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=compute_dtype,
+    )
+
+
+def _unblock_bitsandbytes() -> None:
+    """Undo the block of loop/__init__.py, and let peft and transformers look again."""
+    if sys.modules.get("bitsandbytes", True) is None:
+        del sys.modules["bitsandbytes"]
+    from peft import import_utils
+    from transformers.utils import import_utils as transformers_import_utils
+
+    for module in (import_utils, transformers_import_utils):
+        for name, value in vars(module).items():
+            if ("bnb" in name or "bitsandbytes" in name) and hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+
+def check_quantization(
+    base: str, base_config: Any, config: Config, accelerator: Accelerator
+) -> None:
+    """Refuse, before weights are read, a combination that cannot work; raises UserError."""
+    stored = getattr(base_config, "quantization_config", None) or {}
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    four = method == "bitsandbytes" and stored.get("load_in_4bit", False)
+    if method and not four:
+        raise UserError(
+            f"{base}: its weights are quantised already ({method}); expected plain weights, which "
+            "--q_lora True quantises, or a 4-bit bitsandbytes model."
+        )
+    if four and not config.q_lora:
+        raise UserError(f"{base}: its weights are 4-bit; expected plain ones. Give --q_lora True.")
+    if not config.q_lora or zero_stage(accelerator) != 3:
+        return
+    dtype = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.precision]
+    storage = stored.get("bnb_4bit_quant_storage", "uint8") if four else dtype
+    if storage != dtype:
+        raise UserError(
+            f"{base}: its 4-bit weights are stored as {storage}, which ZeRO-3 cannot share out; "
+            f"expected {dtype}. Give the plain model, or use accelerate_configs/zero2.yaml."
+        )
+    zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if zero.get(key):
+            raise UserError(
+                f"--q_lora True: found {key} in the DeepSpeed config, which would quantise the "
+                "4-bit codes once more. Remove it, or use accelerate_configs/zero3.yaml."
+            )
+
+
+def describe_parameters(model: nn.Module) -> str:
+    """Say how many parameters there are and are trained, and their bytes by dtype, unsharded."""
+    total = trainable = 0
+    size: Counter[str] = Counter()
+    for parameter in model.parameters():
+        stored = getattr(parameter, "ds_numel", parameter.numel())  # whole, also under ZeRO-3
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else stored
+        total += count
+        trainable += count if parameter.requires_grad else 0
+        kind = "4-bit" if state is not None else str(parameter.dtype).removeprefix("torch.")
+        size[kind] += stored * parameter.element_size()
+        if state is not None:
+            size["4-bit scales"] += scale_bytes(state)
+    by_dtype = ", ".join(f"{kind} {n / 2**20:,.1f} MiB" for kind, n in size.most_common())
+    return (
+        f"base {total - trainable:,} parameters, trainable {trainable:,} "
+        f"({100 * trainable / total:.3f} %); {by_dtype}"
+    )
+
+
+def scale_bytes(state: Any) -> int:
+    """Return the bytes of one weight's scales; every rank holds them all, under ZeRO-3 too."""
+    tensors = [state.absmax, state.code, state.offset]
+    if state.nested:
+        tensors += [state.state2.absmax, state.state2.code]
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
