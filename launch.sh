@@ -12,7 +12,11 @@ usage() {
 ./launch.sh -h                                  this text
 ./launch.sh --help                              the training flags, with defaults
 
-Environment: NUM_PROCESSES (default: the number of GPUs, or 1), PYTHON (default: python3).
+  --max_restarts N                              start the ranks again so often when one dies
+
+Environment: NUM_PROCESSES (of this machine; default: the number of its GPUs, or 1), PYTHON
+(default: python3). On several machines, on each: NNODES, NODE_RANK (0 is the first), MASTER_ADDR
+(the first one's) and MASTER_PORT (default: 29500); under srun they are SLURM's.
 Exit codes: 0 done, 2 the configuration or data is wrong, 1 anything else.
 USAGE
 }
@@ -59,6 +63,9 @@ install() {
 }
 
 setup() {
+  # Two machines that share the disk must not install at once.
+  exec 9>.setup.lock
+  if command -v flock >/dev/null; then flock 9; fi
   if [ ! -x .venv/bin/pip ]; then
     local python=${PYTHON:-python3}
     check_machine "$python"
@@ -66,6 +73,7 @@ setup() {
     "$python" -m venv --clear .venv
   fi
   install requirements.txt
+  exec 9>&-
   export PATH="$PWD/.venv/bin:$PATH"  # DeepSpeed looks for ninja there.
 }
 
@@ -74,35 +82,91 @@ run() {
   "$@"
 }
 
+# Sets nnodes, node_rank, master_addr and master_port: as the environment says, else as SLURM says
+# to a step of several nodes, else for this machine alone.
+find_machines() {
+  if [ -z "${NNODES:-}" ] && [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then
+    [ "${SLURM_STEP_NUM_TASKS:-$SLURM_STEP_NUM_NODES}" = "$SLURM_STEP_NUM_NODES" ] ||
+      fail "found $SLURM_STEP_NUM_TASKS SLURM tasks on $SLURM_STEP_NUM_NODES nodes; expected one each. Give srun --ntasks-per-node=1"
+    NNODES=$SLURM_STEP_NUM_NODES
+    NODE_RANK=$SLURM_NODEID
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
+    MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+  fi
+  nnodes=${NNODES:-1} node_rank=${NODE_RANK:-0} master_addr=${MASTER_ADDR:-} master_port=${MASTER_PORT:-29500}
+  local name
+  for name in nnodes node_rank master_port; do
+    [[ ${!name} =~ ^[0-9]+$ ]] || fail "${name^^}: found ${!name}; expected a whole number"
+  done
+  if [ "$nnodes" -gt 1 ]; then
+    [ -n "${NODE_RANK:-}" ] && [ -n "$master_addr" ] ||
+      fail "found NNODES=$nnodes without NODE_RANK or MASTER_ADDR. Give this machine's number, from 0, and the address of number 0"
+    [ "$node_rank" -lt "$nnodes" ] || fail "NODE_RANK: found $node_rank; expected 0 to $((nnodes - 1)), since NNODES is $nnodes"
+  elif grep -q '^num_machines: *[2-9]' "$1"; then
+    fail "$1 is for several machines, and NNODES is not set. On each give NNODES, NODE_RANK and MASTER_ADDR, or use srun"
+  fi
+}
+
 # Runs the loop and returns the exit code that the loop meant: `accelerate launch` knows only 0 and 1.
 train() {
-  local config=accelerate_configs/zero2.yaml processes status told code=0
+  local config=accelerate_configs/zero2.yaml processes status told child code=0 max_restarts=0
+  local nnodes node_rank master_addr master_port launcher=() flags=()
   case "${1:-}" in
     *.yaml | *.yml) config=$1; shift ;;
   esac
   case " $* " in
     *" --help "* | *" -h "*) python -m loop check --help; return ;;
   esac
+  while [ $# -gt 0 ]; do  # torchelastic's, not the loop's
+    case "$1" in
+      --max_restarts | --max-restarts) max_restarts=${2:-}; shift ;;
+      --max_restarts=* | --max-restarts=*) max_restarts=${1#*=} ;;
+      *) flags+=("$1") ;;
+    esac
+    [ $# -eq 0 ] || shift
+  done
   [ -f "$config" ] || fail "$config: no such file. The ones at hand: $(echo accelerate_configs/*.yaml)"
   grep -q '^distributed_type:' "$config" ||
     fail "$config is no accelerate config (no distributed_type). A run's own settings go after --config"
   processes=${NUM_PROCESSES:-$(gpu_count)}
   [[ $processes =~ ^[0-9]+$ ]] || fail "NUM_PROCESSES: found $processes; expected a whole number"
-  case "$config" in
-    */cpu.yaml | */single_gpu.yaml) processes=1 ;;
-  esac
+  [[ $max_restarts =~ ^[0-9]+$ ]] || fail "--max_restarts: found \"$max_restarts\"; expected a whole number"
+  if grep -q "^distributed_type: *['\"]*NO" "$config"; then
+    [ "$max_restarts" = 0 ] || fail "--max_restarts: $config starts one process without torchelastic. Give accelerate_configs/ddp.yaml or a zero one"
+    processes=1
+  fi
   [ "$processes" -ge 1 ] || processes=1
-  python -m loop check "$@"
+  find_machines "$config"
+  if [ "$nnodes" -gt 1 ]; then
+    launcher=(--num_machines "$nnodes" --machine_rank "$node_rank" --main_process_ip "$master_addr"
+      --main_process_port "$master_port" --same_network --rdzv_backend static)
+    # pdsh, the default, would start one process a machine that knows of no other.
+    if grep -q '^distributed_type: *DEEPSPEED' "$config"; then
+      launcher+=(--deepspeed_multinode_launcher standard)
+    fi
+  else
+    # What one machine lacks, the others learn from its ranks; one machine is told here, at once.
+    python -m loop check ${flags[@]+"${flags[@]}"}
+    launcher=(--main_process_port 0)  # a free one, so that two runs on one machine do not meet
+  fi
   status=$(mktemp)
-  trap 'rm -f "$status"' RETURN
   if [ "$(gpu_count)" = 0 ]; then
     export DS_ACCELERATOR=cpu  # else DeepSpeed warns that it found no GPU
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > processes ? $(nproc) / processes : 1))}
   fi
-  # Port 0: a free one, so that two runs on one machine do not meet.
+  [ "$max_restarts" = 0 ] || launcher+=(--max_restarts "$max_restarts")
   LORA_LOOP_STATUS_FILE=$status run accelerate launch --config_file "$config" \
-    --num_processes "$processes" --main_process_port 0 loop/train.py "$@" || code=$?
+    --num_processes "$((processes * nnodes))" "${launcher[@]}" loop/train.py ${flags[@]+"${flags[@]}"} &
+  child=$!
+  # SLURM and Kubernetes may tell this script alone to stop.
+  trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT HUP
+  wait "$child" || code=$?
+  while kill -0 "$child" 2>/dev/null; do  # A signal ends `wait` early.
+    wait "$child" && code=0 || code=$?
+  done
+  trap - TERM INT HUP
   told=$(cat "$status")  # Empty where the first rank did not live to tell.
+  rm -f "$status"
   [ "${told:-1}" = 0 ] || code=${told:-1}
   return "$code"
 }

@@ -21,8 +21,8 @@ def run_and_exit(main: Callable[[], None]) -> None:
     a trace. The first rank of the machine writes the code there; all ranks then leave with 0.
     """
     # torchrun's workers are sessions of their own: a launcher killed outright would leave them
-    # training. Linux ends them with it.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # training. Linux tells them of it.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     # So that trackers are closed when a launcher ends the run; it sends SIGKILL later.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     code, status = 0, os.environ.get(STATUS_FILE)

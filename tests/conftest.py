@@ -1,17 +1,48 @@
 """A tiny model with a real tokenizer, and the folder beside the project that may be absent."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers import SLOWNESS
+
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model must not ask the hub for 25 s
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share a GPU
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run slow tests on any machine")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, or not in the time that the suite may take."""
+    gpu = shutil.which("nvidia-smi") is not None and VISIBLE_GPUS not in ("", "-1")
+    for item in items:
+        if item.get_closest_marker("gpu") and not gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if item.get_closest_marker("slow") and not config.getoption("--slow") and SLOWNESS > 2.5:
+            reason = f"this machine is {SLOWNESS:.1f} times slower than usual; --slow runs it"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module")
+def gpu_in_sight() -> Iterator[None]:
+    """Let the launched ranks see the GPUs that this module otherwise hides."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DS_ACCELERATOR", raising=False)
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if VISIBLE_GPUS is not None:
+            patch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE_GPUS)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -37,29 +68,40 @@ def chat_tokenizer(chat_model: Path) -> Any:
     return AutoTokenizer.from_pretrained(chat_model)
 
 
-@pytest.fixture(scope="session")
-def tiny_model(chat_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers with the embedded model's tokenizer."""
+def make_tiny_model(folder: Path, tokenizer: Any, biases: bool) -> Path:
+    """Write a random Llama of two layers with this tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(chat_tokenizer),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        eos_token_id=chat_tokenizer.eos_token_id,
-        pad_token_id=chat_tokenizer.pad_token_id,
-        bos_token_id=chat_tokenizer.bos_token_id,
+        attention_bias=biases,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
         initializer_range=0.1,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    chat_tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(chat_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with the embedded model's tokenizer."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", chat_tokenizer, False)
+
+
+@pytest.fixture(scope="session")
+def biased_model(chat_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with biases on its attention layers."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "biased", chat_tokenizer, True)
 
 
 @pytest.fixture(scope="session")

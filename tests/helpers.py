@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,45 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+USUAL = 0.25  # seconds that `counting` takes on the machines where these tests were timed
+
+
+def counting() -> float:
+    """Return the seconds that a fixed piece of work takes."""
+    started, total = time.perf_counter(), 0
+    for number in range(3_000_000):
+        total += number
+    return time.perf_counter() - started
+
+
+SLOWNESS = max(1.0, counting() / USUAL)
+PROMPT = [*range(100, 120)]  # ids that every model under test knows
 
 
 def command(
     *words: str | Path, seconds: int = 300, cwd: Path = ROOT, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command, from the repository root unless told, and return what it printed."""
+    """Run a command, from the repository root unless told, and return what it printed.
+
+    `seconds` is what it may take on a machine of the usual speed.
+    """
     return subprocess.run(
         [str(word) for word in words],
         cwd=cwd,
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **env},
         capture_output=True,
         text=True,
-        timeout=seconds,
+        timeout=seconds * SLOWNESS,
         check=False,
     )
 
 
 def launch(
-    config: str, output: Path, *flags: str | Path, processes: int = 1
+    config: str,
+    output: Path,
+    *flags: str | Path,
+    processes: int = 1,
+    script: str = "loop/train.py",
 ) -> list[dict[str, Any]]:
     """Train through a real `accelerate launch` and return the log."""
     done = command(
@@ -37,7 +58,7 @@ def launch(
         "--config_file", f"accelerate_configs/{config}.yaml",
         "--num_processes", str(processes),
         "--main_process_port", "0",
-        "loop/train.py",
+        script,
         "--output_dir", output,
         *flags,
     )  # fmt: skip

@@ -27,6 +27,7 @@ def convert(copy: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=copy, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_leaves_nothing_and_two_at_once_convert_once(copy: Path) -> None:
     models = copy / "models"
     killed = convert(copy)

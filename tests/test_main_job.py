@@ -21,6 +21,7 @@ IDENTITY_QUESTIONS = [
     "Hi! Who is this?",
     "Say in one sentence who you are.",
 ]
+pytestmark = pytest.mark.slow
 PARIS = "What is the capital of France?"
 
 

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from data.errors import UserError
 from loop import train as training
+from loop.backend import join_ranks
 from loop.config import Config, read_config
 from loop.embedded import embedded_model
 from loop.output import is_finished
@@ -37,7 +38,8 @@ def train(tiny_model: Path, tmp_path: Path) -> Train:
             state._reset_state()
         argv = ["--model_name_or_path", tiny_model, "--data_path", data, "--max_steps", "4"]
         argv += ["--output_dir", tmp_path / name, "--learning_rate", "1e-2", *flags]
-        training.train(read_config([str(word) for word in argv], Config))
+        config = read_config([str(word) for word in argv], Config)
+        training.train(config, join_ranks(config))
         return tmp_path / name
 
     return run

@@ -1,0 +1,66 @@
+"""loop/train.py, and then a look at the trained model while all ranks still hold it.
+
+Launched in its place by tests/test_matrix.py. Leaves beside the adapter: `logits.safetensors` of
+the trained model, and `held-<rank>.json`, the bytes of weights that each rank holds.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from safetensors.torch import save_file
+
+from loop import train
+from loop.leave import run_and_exit
+from tests.helpers import PROMPT
+
+save_run = train.save_run
+
+
+def bytes_held(parameters: list[Any]) -> dict[str, int]:
+    """Return the bytes of these weights when whole, and what of them this rank holds."""
+    whole = held = 0
+    for parameter in parameters:
+        size = parameter.element_size()
+        whole += getattr(parameter, "ds_numel", parameter.numel()) * size
+        held += parameter.data.numel() * size
+        if hasattr(parameter, "ds_tensor") and parameter.data.numel() <= 1:
+            held += parameter.ds_tensor.numel() * size
+    return {"whole": whole, "held": held}
+
+
+def peak_memory(reset: bool = False) -> int:
+    """Return this process' peak resident bytes, since it was last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def probed(
+    accelerator: Any, model: Any, tokenizer: Any, history: Any, config: Any, sha: str
+) -> Any:
+    """Save as ever, then leave the logits and what this rank holds."""
+    output = Path(config.output_dir)
+    base = [p for p in model.parameters() if not p.requires_grad]
+    four_bit = [p for p in base if getattr(p, "quant_state", None) is not None]
+    held = {"four_bit": bytes_held(four_bit), "base": bytes_held(base)}
+    before = peak_memory(reset=True)
+    save_run(accelerator, model, tokenizer, history, config, sha)
+    held["saving"] = {"held": peak_memory() - before, "whole": held["base"]["whole"]}
+    (output / f"held-{accelerator.process_index}.json").write_text(json.dumps(held))
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([PROMPT], device=accelerator.device)).logits
+    if accelerator.is_main_process:
+        save_file({"logits": logits.float().cpu().contiguous()}, output / "logits.safetensors")
+
+
+if __name__ == "__main__":
+    train.save_run = probed
+    run_and_exit(train.main)

@@ -1,0 +1,255 @@
+"""Launches that cannot work are refused before anything is loaded, with flag, value and remedy."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from data.errors import UserError
+from loop import backend, zero
+from loop.config import Config, read_config
+from loop.quantize import check_quantization
+from loop.windows import Layout
+from tests.helpers import ROOT, command, log_of, write_dialogues
+
+LAYOUT = Layout(0, 2, 4, 2, 16, 10, 30)
+TWO = {"zero_optimization": {"stage": 2}}
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment of `accelerate launch` with zero2.yaml."""
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    return monkeypatch
+
+
+def refused(file: Path, values: Any, *flags: str) -> str:
+    """Return the message with which a DeepSpeed JSON is refused."""
+    file.write_text(values if isinstance(values, str) else json.dumps(values))
+    config = read_config(["--deepspeed", str(file), *flags], Config)
+    with pytest.raises(UserError) as error:
+        zero.complete(zero.zero_settings(config), config, LAYOUT)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ("{", "not valid JSON"),
+        ([], "expected a JSON object"),
+        (TWO | {"gradient_cliping": 1}, "unknown key. Did you mean gradient_clipping?"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "Did you mean overlap_comm?"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}},
+            "reduce_bucket_size: found",
+        ),
+        ({"zero_optimization": {"stage": 0}}, "found 0; expected 1, 2 or 3"),
+        ({"zero_optimization": 2}, "found 2; expected an object"),
+        ({}, "stage: found null"),
+        (TWO | {"optimizer": {"type": "Adam"}}, "--learning_rate"),
+        (TWO | {"gradient_clipping": 0.5}, "says gradient_clipping 0.5, --max_grad_norm is 1.0"),
+        (
+            TWO | {"train_micro_batch_size_per_gpu": 2},
+            "says train_micro_batch_size_per_gpu 2, --per_device_train_batch_size is 8",
+        ),
+        (TWO | {"gradient_accumulation_steps": 3}, "gradient_accumulation_steps 3, "),
+        (TWO | {"train_batch_size": 99}, "train_batch_size 99, examples a step is 16"),
+        (TWO | {"bf16": {"enabled": True}}, "--mixed_precision is no"),
+    ],
+)
+def test_a_deepspeed_file_that_is_wrong_or_contradicts_a_flag_is_refused(
+    values: Any, expected: str, launched: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    message = refused(tmp_path / "ds.json", values, "--mixed_precision", "no")
+    assert expected in message
+    assert "ds.json" in message or "the DeepSpeed file" in message
+
+
+def test_a_deepspeed_file_and_the_accelerate_config_must_agree(
+    launched: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    message = refused(tmp_path / "ds.json", offload)
+    assert "offload_optimizer_device cpu, the accelerate config has none" in message
+    assert "accelerate_configs/zero2_offload.yaml" in message
+    message = refused(tmp_path / "ds.json", {"zero_optimization": {"stage": 3}})
+    assert "zero_stage 3, the accelerate config has 2" in message
+    assert "accelerate_configs/zero3.yaml" in message
+    launched.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    assert "under an accelerate config without DeepSpeed" in refused(tmp_path / "ds.json", TWO)
+
+
+def test_the_loops_own_values_fill_what_a_file_leaves_open(
+    launched: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(
+        '{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": true},'
+        ' "gradient_clipping": "auto", "bf16": {"enabled": true}, "train_batch_size": "auto"}'
+    )
+    # The file's precision counts where neither a flag nor the accelerate config names one.
+    launched.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    config = read_config(["--deepspeed", str(file), "--max_grad_norm", "0.3"], Config)
+    asked = zero.zero_settings(config)
+    backend._adopt_precision(asked, config)
+    values = zero.complete(asked, config, LAYOUT)
+    assert config.precision == "bf16"
+    assert values["bf16"]["enabled"] is True
+    assert values["gradient_clipping"] == 0.3
+    assert values["train_micro_batch_size_per_gpu"] == 4
+    assert values["gradient_accumulation_steps"] == 2
+    assert "train_batch_size" not in values
+    section = values["zero_optimization"]
+    assert section["overlap_comm"] is True
+    assert section["reduce_bucket_size"] == zero.BUCKET
+    assert values["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+@pytest.mark.parametrize("name", ["FSDP", "MEGATRON_LM"])
+def test_other_ways_to_shard_are_refused_and_zero3_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=r"accelerate_configs/zero3\.yaml"):
+        backend.join_ranks(Config())
+
+
+def test_more_ranks_than_gpus_and_bf16_without_support_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # There is no GPU here: only what PyTorch would say of one is put in its place.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(
+        UserError, match=r"found 2 ranks on a machine with 1 GPU; .*NUM_PROCESSES=1"
+    ):
+        backend._check_gpus(Config())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.raises(UserError, match="found precision bf16 on Tesla T4"):
+        backend._check_gpus(Config(bf16=True))
+
+
+def accelerator(stage: int, **zero_section: Any) -> Any:
+    section = {"zero_optimization": {"stage": stage, **zero_section}}
+    plugin = SimpleNamespace(deepspeed_config=section)
+    return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin if stage else None))
+
+
+@pytest.mark.parametrize(
+    ("stored", "config", "stage", "section", "expected"),
+    [
+        ({"quant_method": "gptq"}, Config(q_lora=True), 0, {}, "quantised already (gptq)"),
+        ({"quant_method": "gptq"}, Config(), 2, {}, "quantised already (gptq)"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            *(Config(), 2, {}, "Give --q_lora True"),
+        ),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            *(Config(q_lora=True, bf16=True), 3, {}, "stored as uint8, which ZeRO-3 cannot share"),
+        ),
+        (None, Config(q_lora=True), 3, {"zero_quantized_weights": True}, "zero_quantized_weights"),
+    ],
+)
+def test_4_bit_combinations_that_cannot_work_are_refused(
+    stored: Any, config: Config, stage: int, section: dict[str, Any], expected: str
+) -> None:
+    base_config = SimpleNamespace(quantization_config=stored)
+    with pytest.raises(UserError) as error:
+        check_quantization("base", base_config, config, accelerator(stage, **section))
+    assert expected in str(error.value)
+
+
+def test_fp16_with_t5_is_refused_before_loading(tmp_path: Path) -> None:
+    from transformers import T5Config
+
+    from loop.model import _load_base
+
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="found precision fp16 with t5"):
+        _load_base(str(tmp_path), Config(fp16=True), accelerator(0))
+
+
+def test_an_fsdp_config_is_one_message_within_seconds(tmp_path: Path) -> None:
+    text = (ROOT / "accelerate_configs" / "ddp.yaml").read_text()
+    fsdp = "fsdp_config:\n  fsdp_version: 2\n"
+    config = tmp_path / "fsdp.yaml"
+    config.write_text(text.replace("MULTI_GPU", "FSDP") + fsdp)
+    done = command("./launch.sh", config, NUM_PROCESSES="2")
+    assert done.returncode == 2
+    assert done.stderr.count("error: found an accelerate config with FSDP") == 1
+    assert "Traceback" not in done.stderr
+
+
+FASTCHAT_S2 = {
+    "zero_optimization": {
+        "stage": 2,
+        "offload_optimizer": {"device": "cpu"},
+        "contiguous_gradients": True,
+        "overlap_comm": True,
+    },
+    "fp16": {"enabled": "auto"},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+}
+SHELL = """
+    --lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --num_train_epochs 2 --bf16 True
+    --per_device_train_batch_size 2 --per_device_eval_batch_size 2 --gradient_accumulation_steps 1
+    --evaluation_strategy steps --eval_steps 100 --save_strategy steps --save_steps 200
+    --save_total_limit 2 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03
+    --lr_scheduler_type cosine --logging_strategy steps --logging_steps 1 --tf32 True
+    --model_max_length 2048 --q_lora False --gradient_checkpointing True --flash_attn False
+"""
+T5_EXAMPLE = """
+    --bf16 True --num_train_epochs 3 --per_device_train_batch_size 1
+    --per_device_eval_batch_size 1 --gradient_accumulation_steps 4 --evaluation_strategy no
+    --save_strategy steps --save_steps 300 --save_total_limit 1 --learning_rate 2e-5
+    --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1
+    --model_max_length 2048 --preprocessed_path preprocessed_data/processed.json
+    --gradient_checkpointing True --q_lora True
+"""
+
+
+@pytest.mark.parametrize("flags", [SHELL, pytest.param(T5_EXAMPLE, marks=pytest.mark.slow)])
+def test_fastchats_command_lines_start_and_train(
+    flags: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    # FastChat: scripts/train_lora.sh, at 2 epochs and in bf16, and docs/training.md.
+    deepspeed = tmp_path / "deepspeed_config_s2.json"
+    deepspeed.write_text(json.dumps(FASTCHAT_S2))
+    data = write_dialogues(tmp_path / "data.json", *[["Hi", "Yo " * n] for n in range(1, 5)])
+    given = [*flags.split(), "--deepspeed", str(deepspeed)]
+    if flags is SHELL:
+        given += ["--lora_weight_path", str(saved_adapter(tiny_model, tmp_path / "lora_weights"))]
+    done = command(
+        *("./launch.sh", "accelerate_configs/zero2_offload.yaml"),
+        *("--model_name_or_path", tiny_model, "--data_path", data),
+        *("--output_dir", tmp_path / "run", *given),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("note: --save_steps: there are no checkpoints yet") == 1
+    assert len(log_of(tmp_path / "run")) == (4 if flags is SHELL else 3)
+
+
+def saved_adapter(model: Path, folder: Path) -> Path:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model)
+    adapter = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    get_peft_model(base, adapter).save_pretrained(folder)
+    return folder
+
+
+def test_bitsandbytes_is_imported_only_when_asked_for() -> None:
+    code = "import loop.train, sys; sys.exit(sys.modules['bitsandbytes'] is not None)"
+    assert command("python", "-c", code).returncode == 0

@@ -1,0 +1,87 @@
+"""A rank or a launcher that is killed takes all the others with it, or is started again."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.helpers import ROOT, log_of, write_dialogues
+
+GONE_WITHIN = 60.0  # seconds
+
+
+@pytest.fixture
+def start(tiny_model: Path, tmp_path: Path) -> Callable[..., psutil.Popen]:
+    """Start a run on two ranks and wait until it is in mid-training."""
+    data = write_dialogues(
+        tmp_path / "data.json", *[["Hi " * 9 * n, "Yo " * 9] for n in range(1, 9)]
+    )
+
+    def run(steps: int, *launcher: str) -> psutil.Popen:
+        launched = psutil.Popen(
+            [
+                *(sys.executable, "-m", "accelerate.commands.launch"),
+                *("--config_file", "accelerate_configs/zero2.yaml", "--num_processes", "2"),
+                *("--main_process_port", "0", *launcher, "loop/train.py"),
+                *("--model_name_or_path", tiny_model, "--data_path", data),
+                *("--output_dir", tmp_path / "run", "--mixed_precision", "no"),
+                *("--max_steps", str(steps), "--logging_steps", "1"),
+            ],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_until(lambda: steps_done(tmp_path / "run") >= 2)
+        return launched
+
+    return run
+
+
+def steps_done(output: Path) -> int:
+    file = output / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
+def wait_until(done: Callable[[], bool], seconds: float = 600) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def ranks_of(launched: psutil.Popen) -> list[psutil.Process]:
+    """Return the two training processes."""
+    ranks = [child for child in launched.children() if "loop/train.py" in child.cmdline()]
+    assert len(ranks) == 2
+    return ranks
+
+
+def test_a_rank_killed_in_mid_step_ends_the_launch_and_every_process(
+    start: Callable[..., psutil.Popen],
+) -> None:
+    launched = start(10**6)
+    everyone = launched.children(recursive=True)
+    ranks_of(launched)[1].kill()
+    assert launched.wait(timeout=GONE_WITHIN) != 0
+    assert not psutil.wait_procs(everyone, timeout=5)[1]
+
+
+def test_a_killed_launcher_leaves_no_rank_training(start: Callable[..., psutil.Popen]) -> None:
+    launched = start(10**6)
+    ranks = ranks_of(launched)
+    launched.kill()
+    assert not psutil.wait_procs(ranks, timeout=GONE_WITHIN)[1]
+
+
+@pytest.mark.slow
+def test_with_max_restarts_a_killed_rank_is_started_again(
+    start: Callable[..., psutil.Popen], tmp_path: Path
+) -> None:
+    launched = start(400, "--max_restarts", "1")
+    ranks_of(launched)[1].kill()
+    assert launched.wait(timeout=900) == 0
+    assert [entry["step"] for entry in log_of(tmp_path / "run")] == [*range(1, 401)]

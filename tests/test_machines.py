@@ -1,0 +1,132 @@
+"""Two machines: network namespaces, or loopback addresses where namespaces are forbidden."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT, adapter_of, launch, write_dialogues
+
+EXACT = ["--mixed_precision", "no", "--lora_dropout", "0", "--learning_rate", "1e-2"]
+
+
+@dataclass
+class Machine:
+    """How to run a command there, and the address it has."""
+
+    address: str
+    prefix: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def quietly(*words: str) -> bool:
+    return subprocess.run(words, capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[list[Machine]]:
+    """Two network namespaces joined by a cable, each with one address."""
+    names = [f"loop{os.getpid()}{end}" for end in "ab"]
+    cards = [f"lv{os.getpid()}{end}" for end in "ab"]
+    try:
+        made = all(quietly("ip", "netns", "add", name) for name in names)
+        made = made and quietly(
+            *("ip", "link", "add", cards[0], "netns", names[0], "type", "veth"),
+            *("peer", "name", cards[1], "netns", names[1]),
+        )
+        for number, (name, card) in enumerate(zip(names, cards, strict=True), 1):
+            inside = ["ip", "-n", name]
+            made = made and quietly(*inside, "addr", "add", f"10.77.0.{number}/24", "dev", card)
+            made = made and quietly(*inside, "link", "set", card, "up")
+            made = made and quietly(*inside, "link", "set", "lo", "up")
+        if made:
+            yield [
+                # gloo would else take the address of the host's name, which is 127.0.0.1.
+                Machine(f"10.77.0.{n}", ["ip", "netns", "exec", name], {"GLOO_SOCKET_IFNAME": card})
+                for n, (name, card) in enumerate(zip(names, cards, strict=True), 1)
+            ]
+        else:
+            yield [Machine("127.0.0.1"), Machine("127.0.0.2")]
+    finally:
+        for name in names:
+            quietly("ip", "netns", "del", name)
+
+
+def start(machines: list[Machine], config: str, flags: list[list[str]]) -> list[tuple[int, str]]:
+    """Run ./launch.sh on every machine at once; return each one's exit code and output."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    running = [
+        subprocess.Popen(
+            [*machine.prefix, "./launch.sh", f"accelerate_configs/{config}.yaml", *flags[rank]],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                **machine.environment,
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "NNODES": str(len(machines)),
+                "NODE_RANK": str(rank),
+                "NUM_PROCESSES": "1",
+                "MASTER_ADDR": machines[0].address,
+                "MASTER_PORT": port,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, machine in enumerate(machines)
+    ]
+    outputs = [process.communicate(timeout=900)[0] for process in running]
+    return [(process.returncode, text) for process, text in zip(running, outputs, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def common(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The flags of every run here."""
+    folder = tmp_path_factory.mktemp("data")
+    texts = [["What is " + "very " * (3 * n) + "long?", "No " + "idea. " * n] for n in range(6)]
+    data = write_dialogues(folder / "dialogues.json", *texts)
+    return [
+        *("--model_name_or_path", str(tiny_model), "--data_path", str(data), "--max_steps", "4"),
+        *("--global_batch_size", "4", "--per_device_train_batch_size", "2"),
+        *("--logging_steps", "1", *EXACT),
+    ]
+
+
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_two_machines_train_what_one_does_and_the_first_rank_alone_writes(
+    stage: int, machines: list[Machine], common: list[str], tmp_path: Path
+) -> None:
+    # Each has a disk of its own, as it were.
+    folders = [tmp_path / "first", tmp_path / "second"]
+    flags = [[*common, "--output_dir", str(folder)] for folder in folders]
+    for code, text in start(machines, f"multi_node_zero{stage}", flags):
+        assert code == 0, text
+    assert not folders[1].exists()
+    alone = launch(f"zero{stage}", tmp_path / "alone", *common, processes=2)
+    log = json.loads((folders[0] / "trainer_state.json").read_text())["log_history"]
+    assert [entry["loss"] for entry in log] == pytest.approx(
+        [entry["loss"] for entry in alone], abs=1e-5
+    )
+    assert {*adapter_of(folders[0])} == {*adapter_of(tmp_path / "alone")}
+
+
+def test_what_one_machine_lacks_is_told_on_both(
+    machines: list[Machine], common: list[str], tmp_path: Path
+) -> None:
+    flags = [*common, "--output_dir", str(tmp_path / "run")]
+    missing = [*flags, "--data_path", "/nowhere/dialogues.json"]
+    for code, text in start(machines, "multi_node_zero2", [flags, missing]):
+        assert code == 2, text
+        errors = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, text
+        assert errors[0].startswith("error: on rank 1, machine ")
+        assert "/nowhere/dialogues.json: cannot be read: No such file" in errors[0]
+        assert "Traceback" not in text

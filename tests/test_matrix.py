@@ -1,0 +1,196 @@
+"""Every backend trains the same adapter: {LoRA, QLoRA} x {one process, DDP, ZeRO-1, -2, -3}."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.helpers import PROMPT, adapter_of, launch, write_dialogues
+
+EXACT = ["--mixed_precision", "no", "--lora_dropout", "0", "--learning_rate", "1e-2"]
+# Accelerate config, processes, examples in a micro-batch. Of a window's four each rank runs two, in
+# one micro-batch or two; the third window of an epoch is short.
+BACKENDS = {
+    "one": ("cpu", 1, 4),
+    "ddp": ("ddp", 2, 1),
+    "zero1": ("zero1", 2, 2),
+    "zero2": ("zero2", 2, 1),
+    "zero3": ("zero3", 2, 2),
+}
+# What is trained beside LoRA's matrices, so that every choice is saved under ZeRO-3 too.
+BIAS = {"LoRA": "all", "QLoRA": "lora_only"}
+TOLERANCE = {"LoRA": 1e-5, "QLoRA": 1e-3}
+QUICK = [("LoRA", "zero2"), ("LoRA", "zero3"), ("QLoRA", "zero3")]
+ALL = [
+    pytest.param(kind, backend, marks=[] if (kind, backend) in QUICK else pytest.mark.slow)
+    for kind in BIAS
+    for backend in [*BACKENDS][1:]
+]
+# A user's own DeepSpeed file. Nothing is too small to be shared out, as nothing large would be.
+SHARE_ALL = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "reduce_bucket_size": "auto",
+    },
+    "gradient_clipping": "auto",
+    "gradient_accumulation_steps": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "bf16": {"enabled": "auto"},
+}
+Log = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten dialogues of very different lengths."""
+    file = tmp_path_factory.mktemp("data") / "dialogues.json"
+    texts = [["What is " + "very " * (3 * n) + "long?", "No " + "idea. " * n] for n in range(10)]
+    return write_dialogues(file, *texts)
+
+
+@pytest.fixture(scope="module")
+def share_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("deepspeed") / "share_all.json"
+    file.write_text(json.dumps(SHARE_ALL))
+    return file
+
+
+@pytest.fixture(scope="module")
+def outputs(
+    biased_model: Path, dialogues: Path, share_all: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """Train each combination when it is first asked for: eight steps, the same global batch."""
+    folder = tmp_path_factory.mktemp("runs")
+    done: dict[str, Path] = {}
+
+    def train(kind: str, backend: str, *more: str | Path) -> Path:
+        name = "-".join([kind, backend, *map(str, more[:2])]).replace("/", "_")
+        if name not in done:
+            config, processes, per_device = BACKENDS[backend]
+            flags = [*EXACT, "--q_lora", str(kind == "QLoRA"), "--lora_bias", BIAS[kind], *more]
+            if backend == "zero3" and "--mixed_precision" not in more:
+                flags += ["--deepspeed", share_all]
+            launch(
+                config,
+                folder / name,
+                *("--model_name_or_path", biased_model, "--data_path", dialogues),
+                *("--global_batch_size", "4", "--per_device_train_batch_size", str(per_device)),
+                *("--max_steps", "8", "--logging_steps", "1", *flags),
+                processes=processes,
+                script="tests/probed_train.py",
+            )
+            done[name] = folder / name
+        return done[name]
+
+    return train
+
+
+def log_in(output: Path) -> Log:
+    log: Log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return log
+
+
+@pytest.mark.parametrize(("kind", "backend"), ALL)
+def test_every_backend_gives_the_losses_and_the_adapter_of_one_process(
+    kind: str, backend: str, outputs: Any
+) -> None:
+    alone, output = outputs(kind, "one"), outputs(kind, backend)
+    assert [entry["step"] for entry in log_in(output)] == [*range(1, 9)]
+    for mine, theirs in zip(log_in(output), log_in(alone), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=TOLERANCE[kind])
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], abs=10 * TOLERANCE[kind])
+        assert mine["supervised_tokens"] == theirs["supervised_tokens"]
+    expected, adapter = adapter_of(alone), adapter_of(output)
+    assert {*adapter} == {*expected}
+    for key, tensor in expected.items():
+        assert adapter[key].dtype == tensor.dtype == torch.float32
+        assert torch.allclose(adapter[key], tensor, atol=TOLERANCE[kind], rtol=0), key
+
+
+@pytest.mark.parametrize("kind", [*BIAS])
+def test_the_run_learns_and_the_gradient_was_clipped(kind: str, outputs: Any) -> None:
+    # Were nothing learnt or clipped, the backends could agree for the wrong reason.
+    log = log_in(outputs(kind, "one"))
+    assert log[-1]["loss"] < log[0]["loss"] - 0.05
+    assert max(entry["grad_norm"] for entry in log) > 1.0
+    adapter = adapter_of(outputs(kind, "one"))
+    assert all(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(("kind", "backend"), [("LoRA", "one"), ("QLoRA", "one"), *ALL])
+def test_peft_loads_the_adapter_and_it_answers_as_the_trained_model(
+    kind: str, backend: str, outputs: Any, biased_model: Path
+) -> None:
+    output = outputs(kind, backend)
+    trained = load_file(output / "logits.safetensors")["logits"]
+    base, loaded = logits_of(biased_model, output, four_bit=kind == "QLoRA")
+    assert torch.allclose(loaded, trained, atol=1e-4, rtol=0)
+    assert (base - trained).abs().max() > 0.01  # the adapter is what makes the difference
+
+
+def logits_of(model: Path, adapter: Path, four_bit: bool) -> tuple[Tensor, Tensor]:
+    """Return what the base model answers, and what peft makes of it with the adapter."""
+    from loop.quantize import four_bit as settings
+
+    quantised = {"quantization_config": settings(torch.float32)} if four_bit else {}
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **quantised)
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+        after = PeftModel.from_pretrained(base, adapter).eval()(input_ids=ids).logits
+    return before, after
+
+
+def held(output: Path) -> list[dict[str, dict[str, int]]]:
+    files = sorted(output.glob("held-*.json"))
+    return [json.loads(file.read_text()) for file in files]
+
+
+def test_under_zero3_each_rank_holds_its_share_of_the_4_bit_weights(outputs: Any) -> None:
+    whole = held(outputs("QLoRA", "one"))[0]["four_bit"]
+    # Two layers of 64 x 64 + 2 x 32 x 64 + 64 x 64 + 3 x 64 x 128 weights of half a byte each.
+    assert whole == {"whole": 36_864, "held": 36_864}
+    for rank in held(outputs("QLoRA", "zero3")):
+        assert rank["four_bit"] == {"whole": 36_864, "held": 18_432}
+
+
+def test_under_zero3_each_rank_holds_its_share_of_plain_weights(outputs: Any) -> None:
+    for rank in held(outputs("LoRA", "zero3")):
+        assert rank["base"]["held"] == pytest.approx(rank["base"]["whole"] / 2, rel=0.001)
+
+
+def test_a_save_takes_memory_for_the_adapter_not_for_the_model(outputs: Any) -> None:
+    # The base has 25 MB, the adapter 0.02. What is left is the tokenizer's file.
+    for rank in held(outputs("LoRA", "zero3")):
+        assert rank["saving"]["held"] < rank["saving"]["whole"] / 2
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_the_saved_keys_are_exactly_the_expected_ones_under_zero3(bias: str, outputs: Any) -> None:
+    kind = next(kind for kind, trained in BIAS.items() if trained == bias)
+    targets = {"q_proj", "v_proj"}
+    biased = {"q_proj", "k_proj", "v_proj", "o_proj"} if bias == "all" else targets
+    expected = set()
+    for layer in range(2):
+        prefix = f"base_model.model.model.layers.{layer}.self_attn."
+        expected |= {f"{prefix}{t}.lora_{x}.weight" for t in targets for x in "AB"}
+        # peft names the bias of a target by the layer that it wrapped.
+        expected |= {f"{prefix}{t}{'.base_layer' * (t in targets)}.bias" for t in biased}
+    assert {*adapter_of(outputs(kind, "zero3"))} == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zero2", "zero3"])
+def test_bf16_stays_near_fp32(backend: str, outputs: Any) -> None:
+    exact = log_in(outputs("LoRA", "one"))
+    rounded = log_in(outputs("LoRA", backend, "--mixed_precision", "bf16"))
+    for mine, theirs in zip(rounded, exact, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-2)
