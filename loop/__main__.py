@@ -1,4 +1,4 @@
-"""`python -m loop show|chat …`: dispatch only."""
+"""`python -m loop show|chat|doctor …`: dispatch only."""
 
 import importlib
 import sys
@@ -10,6 +10,7 @@ from loop.leave import run_and_exit
 COMMANDS = {
     "show": "how dialogues are tokenised and which tokens are supervised",
     "check": "whether a launch's flags are right, within a second",
+    "doctor": "what a run will need: memory by part, and bytes sent",
     "chat": "talk to an adapter, or compare it with its base",
 }
 

@@ -114,8 +114,9 @@ def complete(asked: dict[str, Any], config: Config, layout: Layout) -> dict[str,
         # is faster, for whole models; an adapter's update takes no time in either.
         "zero_force_ds_cpu_optimizer": False,
     }
+    # In bf16 a sum over ranks or micro-batches would round at each of them.
+    values.setdefault("communication_data_type", "fp32")
     if config.precision == "bf16":
-        # In bf16 a sum over micro-batches would round at each of them.
         values["data_types"] = {"grad_accum_dtype": "fp32", **asked.get("data_types", {})}
     return values
 

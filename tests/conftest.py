@@ -2,13 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers import SLOWNESS
+from tests.helpers import SLOWNESS, write_dialogues
 
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model must not ask the hub for 25 s
@@ -117,3 +117,26 @@ def broken_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture
+def train(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Train in this process: the tiny model on two dialogues, four steps."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    from loop import train as training
+    from loop.backend import join_ranks
+    from loop.config import Config, read_config
+
+    data = write_dialogues(tmp_path / "data.json", ["Hi", "Hello there."], ["And?", "So."])
+
+    def run(name: str, *flags: str | Path) -> Path:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        argv = ["--model_name_or_path", tiny_model, "--data_path", data, "--max_steps", "4"]
+        argv += ["--output_dir", tmp_path / name, "--learning_rate", "1e-2", *flags]
+        config = read_config([str(word) for word in argv], Config)
+        training.train(config, join_ranks(config))
+        return tmp_path / name
+
+    return run

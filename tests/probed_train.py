@@ -6,6 +6,7 @@ the trained model, and `held-<rank>.json`, the bytes of weights that each rank h
 
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from loop import train
 from loop.leave import run_and_exit
 from tests.helpers import PROMPT
 
-save_run = train.save_run
+load_model, save_run = train.load_model, train.save_run
+loading = {"held": 0}
 
 
 def bytes_held(parameters: list[Any]) -> dict[str, int]:
@@ -42,6 +44,29 @@ def peak_memory(reset: bool = False) -> int:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
+def private_memory() -> int:
+    """Return the bytes of this process that no file backs and no other process shares."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+
+
+def watched_load(*arguments: Any) -> Any:
+    """Load as ever, and note the most private memory that it took at any time."""
+    before, done = private_memory(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            loading["held"] = max(loading["held"], private_memory() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        return load_model(*arguments)
+    finally:
+        done.set()
+        watcher.join()
+
+
 def probed(
     accelerator: Any, model: Any, tokenizer: Any, history: Any, config: Any, sha: str
 ) -> Any:
@@ -52,9 +77,11 @@ def probed(
     held = {"four_bit": bytes_held(four_bit), "base": bytes_held(base)}
     before = peak_memory(reset=True)
     save_run(accelerator, model, tokenizer, history, config, sha)
+    held["loading"] = loading | {"whole": held["base"]["whole"]}
     held["saving"] = {"held": peak_memory() - before, "whole": held["base"]["whole"]}
     (output / f"held-{accelerator.process_index}.json").write_text(json.dumps(held))
-    model.eval()
+    # Still in training mode, with dropout 0: in eval, bitsandbytes 0.50 multiplies in bf16 on CPUs
+    # that can (nn/modules.py, Linear4bit).
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([PROMPT], device=accelerator.device)).logits
     if accelerator.is_main_process:
@@ -62,5 +89,5 @@ def probed(
 
 
 if __name__ == "__main__":
-    train.save_run = probed
+    train.load_model, train.save_run = watched_load, probed
     run_and_exit(train.main)

@@ -1,6 +1,7 @@
 """launch.sh and the commands: the right exit code, one message, no traceback."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,87 @@ def test_a_machine_without_what_is_needed_is_told_the_package(tmp_path: Path) ->
     old.write_text("#!/bin/sh\nexit 0\n")
     done = command("bash", tmp_path / "launch.sh", PATH=str(tools))
     assert "apt-get install g++" in one_message(done.stderr)
+
+
+@pytest.fixture
+def dry(tmp_path: Path) -> Path:
+    """A copy of launch.sh whose `accelerate` and `scontrol` only say what they were given."""
+    for name in ("requirements.txt", "accelerate_configs", "launch.sh"):
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, tmp_path / name)
+    tools = tmp_path / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    shutil.copy(ROOT / "requirements.txt", tmp_path / ".venv" / ".installed-requirements.txt")
+    says = {
+        "pip": "exit 0",
+        "python": "exit 0",
+        "accelerate": 'echo "STARTED $*"; echo 0 > "$LORA_LOOP_STATUS_FILE"',
+        "scontrol": '[ "$*" = "show hostnames node[07-08]" ] && printf "node07\\nnode08\\n"',
+    }
+    for name, text in says.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    return tmp_path
+
+
+ZERO2 = "accelerate_configs/zero2.yaml"
+SLURM = {
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NODELIST": "node[07-08]",
+    "SLURM_JOB_ID": "123456",
+    "NUM_PROCESSES": "8",
+}
+
+
+def test_slurms_variables_become_the_rendezvous(dry: Path) -> None:
+    done = command("./launch.sh", ZERO2, "--lora_r", "4", cwd=dry, **SLURM)
+    assert done.returncode == 0, done.stderr
+    started = next(line for line in done.stdout.splitlines() if line.startswith("STARTED"))
+    for words in (
+        *("--num_processes 16", "--num_machines 2", "--machine_rank 1", "--same_network"),
+        *("--main_process_ip node07", "--main_process_port 23456", "--rdzv_backend static"),
+        *("--deepspeed_multinode_launcher standard", "loop/train.py --lora_r 4"),
+    ):
+        assert words in started
+    two = command("./launch.sh", ZERO2, cwd=dry, **{**SLURM, "SLURM_STEP_NUM_TASKS": "16"})
+    assert two.returncode == 2
+    assert "found 16 SLURM tasks on 2 nodes" in one_message(two.stderr)
+
+
+def test_explicit_machines_beat_slurms_and_wrong_ones_are_named(dry: Path) -> None:
+    mine = {"NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
+    done = command("./launch.sh", ZERO2, "--max_restarts", "5", cwd=dry, **SLURM | mine)
+    started = next(line for line in done.stdout.splitlines() if line.startswith("STARTED"))
+    for words in (
+        *("--num_processes 24", "--machine_rank 2", "--main_process_ip 10.0.0.1"),
+        *("--main_process_port 1234", "--max_restarts 5 loop/train.py"),
+    ):
+        assert words in started
+    for words, found in (
+        ({"NNODES": "2", "NODE_RANK": "0"}, "found NNODES=2 without NODE_RANK or MASTER_ADDR"),
+        ({**mine, "NODE_RANK": "3"}, "NODE_RANK: found 3; expected 0 to 2"),
+        ({**mine, "MASTER_PORT": "x"}, "MASTER_PORT: found x"),
+    ):
+        done = command("./launch.sh", ZERO2, cwd=dry, **words)
+        assert done.returncode == 2
+        assert found in one_message(done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["accelerate_configs/multi_node_zero3.yaml"], "is for several machines, and NNODES"),
+        (["accelerate_configs/cpu.yaml", "--max_restarts", "2"], "starts one process without"),
+        ([ZERO2, "--max_restarts", "often"], '--max_restarts: found "often"'),
+    ],
+)
+def test_a_launch_that_cannot_work_is_refused(words: list[str], found: str, dry: Path) -> None:
+    done = command("./launch.sh", *words, cwd=dry)
+    assert done.returncode == 2
+    assert found in one_message(done.stderr)
 
 
 def test_show_prints_what_the_loop_trains_on(tiny_model: Path, tmp_path: Path) -> None:

@@ -10,15 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from data.errors import UserError
-from loop import train as training
-from loop.backend import join_ranks
 from loop.config import Config, read_config
 from loop.embedded import embedded_model
 from loop.output import is_finished
@@ -26,23 +23,6 @@ from loop.utils import _check_saved
 from tests.helpers import adapter_of, log_of, write_dialogues
 
 Train = Callable[..., Path]
-
-
-@pytest.fixture
-def train(tiny_model: Path, tmp_path: Path) -> Train:
-    """Train in this process: the tiny model on two dialogues, four steps."""
-    data = write_dialogues(tmp_path / "data.json", ["Hi", "Hello there."], ["And?", "So."])
-
-    def run(name: str, *flags: str | Path) -> Path:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-        argv = ["--model_name_or_path", tiny_model, "--data_path", data, "--max_steps", "4"]
-        argv += ["--output_dir", tmp_path / name, "--learning_rate", "1e-2", *flags]
-        config = read_config([str(word) for word in argv], Config)
-        training.train(config, join_ranks(config))
-        return tmp_path / name
-
-    return run
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -266,29 +246,3 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     with pytest.raises(FloatingPointError, match=r"step 1: the loss is nan"):
         train("run", "--model_name_or_path", broken_model)
     assert not (tmp_path / "run/trainer_state.json").exists()
-
-
-def test_fp16_without_a_gpu_is_refused_with_the_reason(train: Train) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    with pytest.raises(UserError, match="loss scaling"):
-        train("run", "--fp16")
-    with pytest.raises(UserError, match="no GPU, which FlashAttention-2 needs"):
-        train("run", "--flash_attn", "--bf16")
-
-
-def test_bf16_keeps_what_is_trained_in_fp32(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    dtypes: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
-    describe = training.describe_parameters
-
-    def look(model: torch.nn.Module) -> str:
-        for parameter in model.parameters():
-            dtypes[parameter.requires_grad].add(parameter.dtype)
-        return describe(model)
-
-    monkeypatch.setattr(training, "describe_parameters", look)
-    folder = train("run", "--bf16")
-    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
-    exact = log_of(train("exact"))
-    for mine, theirs in zip(log_of(folder), exact, strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-2)

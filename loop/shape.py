@@ -1,0 +1,217 @@
+"""What the estimate knows: a model's shape from its config.json, and an accelerate config."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from data.errors import UserError
+from loop.base import mistakes
+from loop.config import ROOT, Config, Precision
+
+CONFIGS = ROOT / "accelerate_configs"
+# LLaMA's names, which config classes of other families map theirs to.
+NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# Targets that read the same tensor, and the one whose input attention keeps as its own output.
+SHARED = {"q_proj": "x", "k_proj": "x", "v_proj": "x", "gate_proj": "x", "up_proj": "x"}
+KEPT_ANYWAY = "o_proj"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The frozen parameters of a model or of one layer, each by its elements."""
+
+    linears: tuple[int, ...]  # what QLoRA holds in 4 bits: every Linear but the LM head
+    others: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the formulas know of a LLaMA-like model and its adapter."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    query: int  # width of all query heads together
+    key: int  # width of all key heads together, and of all value heads
+    vocabulary: int
+    model: Weights
+    layer: Weights
+    trained: tuple[int, ...]  # elements of each lora_A, lora_B and trained bias
+    targets: tuple[int, ...]  # the width of each LoRA target's input
+    inputs: tuple[int, ...]  # those widths, once for targets that read the same tensor
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What an accelerate config asks for."""
+
+    name: str
+    stage: int  # of ZeRO; 0 without DeepSpeed
+    offload_optimizer: bool
+    offload_param: bool
+    several: bool  # several ranks are possible
+    precision: Precision
+
+
+def read_shape(base: str, config: Config) -> Shape:
+    """Return the shape of the model in the folder or on the hub, and of the flags' adapter.
+
+    The model is built on PyTorch's meta device, so neither weights nor memory are needed. Raises
+    UserError for a model that is not LLaMA-like, and targets that it does not have.
+    """
+    import torch  # here, with transformers, since a wrong accelerate config needs neither
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with mistakes(base), torch.device("meta"):
+        base_config = AutoConfig.from_pretrained(
+            base, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
+        )
+        missing = [name for name in NEEDED if getattr(base_config, name, None) is None]
+        if missing or base_config.is_encoder_decoder:
+            raise UserError(
+                f"{base}: found a {base_config.model_type} model without "
+                f"{', '.join(missing) or 'a decoder of its own'}; the estimate expects one built "
+                "like LLaMA."
+            )
+        model = AutoModelForCausalLM.from_config(
+            base_config, trust_remote_code=config.trust_remote_code
+        )
+    heads = base_config.num_attention_heads
+    head = getattr(base_config, "head_dim", None) or base_config.hidden_size // heads
+    groups = getattr(base_config, "num_key_value_heads", None) or heads
+    layers = base_config.num_hidden_layers
+    return Shape(
+        hidden=base_config.hidden_size,
+        intermediate=base_config.intermediate_size,
+        layers=layers,
+        heads=heads,
+        query=heads * head,
+        key=groups * head,
+        vocabulary=base_config.vocab_size,
+        **_weights(model, layers, config),
+    )
+
+
+def _weights(model: Any, layers: int, config: Config) -> dict[str, Any]:
+    """Return the fields of Shape that are counted; a tied weight counts once."""
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    four_bit = {id(m.weight) for m in model.modules() if type(m) is nn.Linear and m is not head}
+    targets = _targets(model, head, config)
+    biases = _trained_biases(model, targets, config)
+
+    def count(module: Any) -> Weights:
+        frozen = [p for p in module.parameters() if id(p) not in biases]
+        return Weights(
+            tuple(p.numel() for p in frozen if id(p) in four_bit),
+            tuple(p.numel() for p in frozen if id(p) not in four_bit),
+        )
+
+    # A list of experts may be as long, but it lies inside a layer.
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    inputs: dict[tuple[str, str], int] = {}
+    trained = list(biases.values())
+    for name, module in targets.items():
+        parent, _, own = name.rpartition(".")
+        if own != KEPT_ANYWAY:
+            inputs[parent, SHARED.get(own, own)] = module.weight.shape[1]
+        # lora_A [r, in], lora_B [out, r]
+        trained += [config.lora_r * width for width in module.weight.shape]
+    return {
+        "model": count(model),
+        "layer": count(stacks[0][0]),
+        "trained": tuple(trained),
+        "targets": tuple(module.weight.shape[1] for module in targets.values()),
+        "inputs": tuple(inputs.values()),
+    }
+
+
+def _targets(model: Any, head: Any, config: Config) -> dict[str, Any]:
+    """Return the modules that get a LoRA pair, by the rules of peft 0.21, tuners_utils.py."""
+    from torch import nn
+
+    asked = config.lora_target_modules
+    kinds = nn.Linear if asked == ("all-linear",) else (nn.Linear, nn.Embedding)
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    if asked == ("all-linear",):
+        return {name: m for name, m in modules.items() if m is not head}
+    found: dict[str, Any] = {}
+    for target in asked:
+        fits = {n: m for n, m in modules.items() if n == target or n.endswith(f".{target}")}
+        if not fits:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in modules}))
+            raise UserError(
+                f"--lora_target_modules: nothing in the model is named {target}. It has: {known}; "
+                "or give all-linear."
+            )
+        found |= fits
+    return found
+
+
+def _trained_biases(model: Any, targets: dict[str, Any], config: Config) -> dict[int, int]:
+    """Return the elements of each trained bias of the base model, by its id."""
+    if config.lora_bias == "none":
+        return {}
+    chosen = targets if config.lora_bias == "lora_only" else dict(model.named_modules())
+    biases = [getattr(module, "bias", None) for module in chosen.values()]
+    return {id(bias): bias.numel() for bias in biases if bias is not None}
+
+
+def read_backend(path: Path) -> Backend:
+    """Return what an accelerate config asks for.
+
+    Raises UserError for a file that cannot be read, and for backends that the loop has not.
+    """
+    where = f"--accelerate_config {path}"
+    try:
+        values = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        known = ", ".join(sorted(file.name for file in CONFIGS.glob("*.yaml")))
+        raise UserError(
+            f"{where}: cannot be read: {error.strerror}. Expected an accelerate config, such as "
+            f"those in accelerate_configs/: {known}."
+        ) from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}.") from None
+    # YAML reads a bare NO as false, and so does the precision below.
+    kind = values.get("distributed_type") if isinstance(values, dict) else None
+    if kind not in ("NO", False, "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"):
+        raise UserError(
+            f"{where}: found distributed_type {kind}; expected NO, MULTI_GPU or DEEPSPEED. "
+            "Give one of accelerate_configs/."
+        )
+    zero = values.get("deepspeed_config") or {} if kind == "DEEPSPEED" else {"zero_stage": 0}
+    if "deepspeed_config_file" in zero:
+        raise UserError(
+            f"{where}: found deepspeed_config_file; the estimate reads zero_stage and the offload "
+            "devices only. Give one of accelerate_configs/."
+        )
+    stage = zero.get("zero_stage", 2)
+    precision: Any = values.get("mixed_precision") or "no"
+    if stage not in (0, 1, 2, 3) or precision not in get_args(Precision):
+        raise UserError(
+            f"{where}: found zero_stage {stage} and mixed_precision {precision}; expected stage "
+            "1, 2 or 3 and precision no, bf16 or fp16."
+        )
+    return Backend(
+        name=path.stem,
+        stage=stage,
+        offload_optimizer=zero.get("offload_optimizer_device", "none") != "none",
+        offload_param=zero.get("offload_param_device", "none") != "none",
+        several=kind not in ("NO", False),
+        precision=precision,
+    )
+
+
+def backends() -> list[Backend]:
+    """Return those of accelerate_configs/ that are for GPUs in one machine, smallest first."""
+    found = []
+    for path in CONFIGS.glob("*.yaml"):
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if values["num_machines"] == 1 and not values["use_cpu"]:
+            found.append(read_backend(path))
+    return sorted(found, key=lambda b: (b.stage, b.several, b.offload_optimizer))

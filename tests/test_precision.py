@@ -1,0 +1,60 @@
+"""Which numbers are held in which precision."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.errors import UserError
+from loop import train as training
+from tests.helpers import log_of
+
+Train = Callable[..., Path]
+
+
+def test_fp16_without_a_gpu_is_refused_with_the_reason(train: Train) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match="loss scaling"):
+        train("run", "--fp16")
+    with pytest.raises(UserError, match="no GPU, which FlashAttention-2 needs"):
+        train("run", "--flash_attn", "--bf16")
+
+
+def test_qlora_upcasts_nothing_and_tells_the_bytes(
+    train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtypes: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    describe = training.describe_parameters
+
+    def look(model: torch.nn.Module) -> str:
+        for parameter in model.parameters():
+            dtypes[parameter.requires_grad].add(parameter.dtype)
+        return describe(model)
+
+    monkeypatch.setattr(training, "describe_parameters", look)
+    train("run", "--bf16", "--q_lora", "True")
+    # Norms, embeddings and LM head are bf16, and so are the tensors that hold the 4-bit codes.
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("model:")]
+    sizes = dict(re.findall(r"(4-bit scales|4-bit|\w+) ([\d.]+) MiB", line))
+    assert {*sizes} == {"bfloat16", "4-bit", "4-bit scales", "float32"}
+
+
+def test_bf16_keeps_what_is_trained_in_fp32(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    describe = training.describe_parameters
+
+    def look(model: torch.nn.Module) -> str:
+        for parameter in model.parameters():
+            dtypes[parameter.requires_grad].add(parameter.dtype)
+        return describe(model)
+
+    monkeypatch.setattr(training, "describe_parameters", look)
+    folder = train("run", "--bf16")
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+    exact = log_of(train("exact"))
+    for mine, theirs in zip(log_of(folder), exact, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-2)
