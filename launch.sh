@@ -63,9 +63,10 @@ install() {
 }
 
 setup() {
-  # Two machines that share the disk must not install at once.
-  exec 9>.setup.lock
-  if command -v flock >/dev/null; then flock 9; fi
+  if ! cmp -s requirements.txt .venv/.installed-requirements.txt; then
+    exec 9>.setup.lock  # Two machines that share the disk must not install at once.
+    flock 9 2>/dev/null || true  # Not every such disk can lock.
+  fi
   if [ ! -x .venv/bin/pip ]; then
     local python=${PYTHON:-python3}
     check_machine "$python"
@@ -77,8 +78,10 @@ setup() {
   export PATH="$PWD/.venv/bin:$PATH"  # DeepSpeed looks for ninja there.
 }
 
+show() { printf '+'; printf ' %q' "$@"; echo; }
+
 run() {
-  printf '+'; printf ' %q' "$@"; echo
+  show "$@"
   "$@"
 }
 
@@ -96,14 +99,19 @@ find_machines() {
   nnodes=${NNODES:-1} node_rank=${NODE_RANK:-0} master_addr=${MASTER_ADDR:-} master_port=${MASTER_PORT:-29500}
   local name
   for name in nnodes node_rank master_port; do
-    [[ ${!name} =~ ^[0-9]+$ ]] || fail "${name^^}: found ${!name}; expected a whole number"
+    [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || fail "${name^^}: found ${!name}; expected a whole number"
   done
+  [ "$nnodes" -ge 1 ] || fail "NNODES: found 0; expected at least 1"
+  [ "$master_port" -ge 1 ] && [ "$master_port" -le 65535 ] || fail "MASTER_PORT: found $master_port; expected 1 to 65535"
   if [ "$nnodes" -gt 1 ]; then
     [ -n "${NODE_RANK:-}" ] && [ -n "$master_addr" ] ||
       fail "found NNODES=$nnodes without NODE_RANK or MASTER_ADDR. Give this machine's number, from 0, and the address of number 0"
     [ "$node_rank" -lt "$nnodes" ] || fail "NODE_RANK: found $node_rank; expected 0 to $((nnodes - 1)), since NNODES is $nnodes"
-  elif grep -q '^num_machines: *[2-9]' "$1"; then
-    fail "$1 is for several machines, and NNODES is not set. On each give NNODES, NODE_RANK and MASTER_ADDR, or use srun"
+    if grep -q "^distributed_type: *['\"]*NO" "$1"; then
+      fail "$1 starts one process that knows of no other machine. Give accelerate_configs/multi_node_zero2.yaml"
+    fi
+  elif grep -Eq '^num_machines: *([2-9]|[1-9][0-9])' "$1"; then
+    fail "$1 is for several machines, and NNODES is 1 or not set. On each give NNODES, NODE_RANK and MASTER_ADDR, or use srun"
   fi
 }
 
@@ -129,8 +137,8 @@ train() {
   grep -q '^distributed_type:' "$config" ||
     fail "$config is no accelerate config (no distributed_type). A run's own settings go after --config"
   processes=${NUM_PROCESSES:-$(gpu_count)}
-  [[ $processes =~ ^[0-9]+$ ]] || fail "NUM_PROCESSES: found $processes; expected a whole number"
-  [[ $max_restarts =~ ^[0-9]+$ ]] || fail "--max_restarts: found \"$max_restarts\"; expected a whole number"
+  [[ $processes =~ ^(0|[1-9][0-9]*)$ ]] || fail "NUM_PROCESSES: found $processes; expected a whole number"
+  [[ $max_restarts =~ ^(0|[1-9][0-9]*)$ ]] || fail "--max_restarts: found \"$max_restarts\"; expected a whole number"
   if grep -q "^distributed_type: *['\"]*NO" "$config"; then
     [ "$max_restarts" = 0 ] || fail "--max_restarts: $config starts one process without torchelastic. Give accelerate_configs/ddp.yaml or a zero one"
     processes=1
@@ -138,6 +146,8 @@ train() {
   [ "$processes" -ge 1 ] || processes=1
   find_machines "$config"
   if [ "$nnodes" -gt 1 ]; then
+    # Under the static rendezvous no other machine would hear of it.
+    [ "$max_restarts" = 0 ] || fail "--max_restarts: found it on $nnodes machines; expected one. Leave it out, and start all machines again"
     launcher=(--num_machines "$nnodes" --machine_rank "$node_rank" --main_process_ip "$master_addr"
       --main_process_port "$master_port" --same_network --rdzv_backend static)
     # pdsh, the default, would start one process a machine that knows of no other.
@@ -155,8 +165,10 @@ train() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > processes ? $(nproc) / processes : 1))}
   fi
   [ "$max_restarts" = 0 ] || launcher+=(--max_restarts "$max_restarts")
-  LORA_LOOP_STATUS_FILE=$status run accelerate launch --config_file "$config" \
-    --num_processes "$((processes * nnodes))" "${launcher[@]}" loop/train.py ${flags[@]+"${flags[@]}"} &
+  launcher=(accelerate launch --config_file "$config" --num_processes "$((processes * nnodes))"
+    "${launcher[@]}" loop/train.py ${flags[@]+"${flags[@]}"})
+  show "${launcher[@]}"
+  LORA_LOOP_STATUS_FILE=$status "${launcher[@]}" &
   child=$!
   # SLURM and Kubernetes may tell this script alone to stop.
   trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT HUP
@@ -189,8 +201,10 @@ case "${1:-}" in
   "")
     setup
     train
-    run python -m loop chat --adapter runs/main_job --compare --prompt "Who are you?" \
-      "What should I call you?" "What is the capital of France?"
+    if [ "${NODE_RANK:-${SLURM_NODEID:-0}}" = 0 ]; then  # The others may not have the adapter.
+      run python -m loop chat --adapter runs/main_job --compare --prompt "Who are you?" \
+        "What should I call you?" "What is the capital of France?"
+    fi
     ;;
   *)
     setup

@@ -2,4 +2,9 @@
 
 
 class UserError(Exception):
-    """A mistake in flags, files or data: printed as one message without traceback, exit code 2."""
+    """A mistake in flags, files or data: printed as one message without traceback, exit code 2.
+
+    `known_to_all`: every rank raises this very one, so that none of them is left waiting.
+    """
+
+    known_to_all = False

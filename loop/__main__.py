@@ -1,4 +1,4 @@
-"""`python -m loop show|chat|doctor …`: dispatch only."""
+"""`python -m loop show|chat|check|doctor …`: dispatch only."""
 
 import importlib
 import sys

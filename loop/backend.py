@@ -22,14 +22,34 @@ from loop.config import Config
 from loop.windows import Layout
 from loop.zero import complete, precision_of, zero_settings
 
-# Longer than any rank may be behind the others while each reads data and model for itself.
+# Of any collective: longer than a rank may be behind while each reads data and model for itself.
 PATIENCE = datetime.timedelta(minutes=30)
 
 
-def join_ranks(config: Config) -> PartialState:
-    """Check the launch against the machine, then meet the other ranks in a process group.
+def join_ranks() -> PartialState:
+    """Meet the other ranks in a process group.
 
-    Raises UserError for a launch or a precision that cannot work here, before anything is loaded.
+    Raises UserError for more ranks than GPUs, which could not even meet.
+    """
+    if not _on_gpu():
+        _prepare_cpu()
+        # Without `cpu`, accelerate 1.15 sees one process under a DeepSpeed config (state.py).
+        return PartialState(cpu=True, timeout=PATIENCE)
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if ranks > gpus:
+        error = UserError(
+            f"found {ranks} ranks on a machine with {gpus} GPU{'s' * (gpus > 1)}; expected one GPU "
+            f"each. Give --num_processes {gpus} (launch.sh: NUM_PROCESSES={gpus})."
+        )
+        error.known_to_all = os.environ.get("WORLD_SIZE") == str(ranks)  # one machine
+        raise error
+    return PartialState(timeout=PATIENCE)
+
+
+def check_launch(config: Config) -> None:
+    """Check the launch and the flags against the hardware, before anything is loaded.
+
+    Raises UserError for what cannot work, naming what does.
     """
     for name in ("FSDP", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
@@ -37,16 +57,12 @@ def join_ranks(config: Config) -> PartialState:
                 f"found an accelerate config with {name}; expected DeepSpeed, DDP or one process. "
                 "To share the base model out over the ranks: accelerate_configs/zero3.yaml."
             )
-    asked = zero_settings(config)
-    _adopt_precision(asked, config)
-    # cpu.yaml on a machine with a GPU: the launcher only says so, CUDA stays visible.
-    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
-        _check_gpus(config)
+    _adopt_precision(zero_settings(config), config)
+    if _on_gpu():
+        _check_gpu(config)
         torch.backends.cuda.matmul.allow_tf32 = config.tf32
-        return PartialState(timeout=PATIENCE)
-    _prepare_cpu(config)
-    # Without `cpu`, accelerate 1.15 sees one process under a DeepSpeed config (state.py).
-    return PartialState(cpu=True, timeout=PATIENCE)
+    else:
+        _check_cpu(config)
 
 
 def build_accelerator(config: Config, layout: Layout) -> Accelerator:
@@ -57,7 +73,8 @@ def build_accelerator(config: Config, layout: Layout) -> Accelerator:
     asked = zero_settings(config)
     plugin = None
     if asked:
-        values = complete(asked, config, layout)
+        with told_to_all():
+            values = complete(asked, config, layout)
         # It would look for contradictions of its own, and tell them with a trace.
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         plugin = DeepSpeedPlugin(hf_ds_config=values, zero3_init_flag=_stage(values) == 3)
@@ -72,25 +89,44 @@ def build_accelerator(config: Config, layout: Layout) -> Accelerator:
 
 
 @contextmanager
-def told_to_all(ranks: PartialState) -> Iterator[None]:
+def told_to_all() -> Iterator[None]:
     """Turn a mistake that any rank meets into one that all ranks raise, so that none waits.
 
     A machine may lack a file that the others have. Nothing in the block may be a collective.
     """
-    mistake = None
+    ranks, mistake = PartialState(), None
     try:
         yield
-    except UserError as error:
-        mistake = str(error)
+    except UserError as found_here:
+        mistake = str(found_here)
+    told = [mistake and (ranks.process_index, platform.node(), mistake)]
     if ranks.num_processes > 1:
-        told = gather_object([mistake and (ranks.process_index, platform.node(), mistake)])
-        found = [report for report in told if report]
-        if found:
-            rank, machine, mistake = found[0]
-            if len(found) < len(told):
-                mistake = f"on rank {rank}, machine {machine}: {mistake}"
-    if mistake:
-        raise UserError(mistake)
+        told = gather_object(told)
+    found = [report for report in told if report]
+    if found:
+        rank, machine, mistake = found[0]
+        alone = len(found) < len(told)
+        told_error = UserError(
+            f"on rank {rank}, machine {machine}: {mistake}" if alone else mistake
+        )
+        told_error.known_to_all = True
+        raise told_error
+
+
+def check_agreement(facts: dict[str, Any]) -> None:
+    """Make sure that all ranks hold the same facts; every rank must call this.
+
+    Raises UserError: with other data or settings on one machine the gradient would be wrong.
+    """
+    everyone = gather_object([facts]) if PartialState().num_processes > 1 else [facts]
+    with told_to_all():
+        for rank, theirs in enumerate(everyone):
+            for key in facts:
+                if theirs[key] != everyone[0][key]:
+                    raise UserError(
+                        f"{key} is {everyone[0][key]} on rank 0 and {theirs[key]} on rank {rank}; "
+                        "expected the same. Give every machine the same files and flags."
+                    )
 
 
 def first_rank_says(answer: bool) -> bool:
@@ -117,13 +153,12 @@ def _adopt_precision(asked: dict[str, Any], config: Config) -> None:
         os.environ[variable] = found
 
 
-def _check_gpus(config: Config) -> None:
-    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if ranks > gpus:
-        raise UserError(
-            f"found {ranks} ranks on a machine with {gpus} GPU{'s' * (gpus > 1)}; expected one GPU "
-            f"each. Give --num_processes {gpus} (launch.sh: NUM_PROCESSES={gpus})."
-        )
+def _on_gpu() -> bool:
+    # cpu.yaml on a machine with a GPU: the launcher only says so, CUDA stays visible.
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def _check_gpu(config: Config) -> None:
     if config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(
             f"found precision bf16 on {torch.cuda.get_device_name()}, which lacks it. "
@@ -131,7 +166,7 @@ def _check_gpus(config: Config) -> None:
         )
 
 
-def _prepare_cpu(config: Config) -> None:
+def _check_cpu(config: Config) -> None:
     if config.precision == "fp16":
         raise UserError(
             "found precision fp16 on a machine without a GPU; expected bf16 or no: fp16 needs loss "
@@ -142,6 +177,9 @@ def _prepare_cpu(config: Config) -> None:
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if config.precision == "bf16" and first and not _multiplies_bf16():
         print("note: this CPU has no bf16 instructions: --mixed_precision no is faster here")
+
+
+def _prepare_cpu() -> None:
     # `accelerate launch` exports OMP_NUM_THREADS=1 when the user set nothing (accelerate 1.15,
     # commands/launch.py): that would leave all cores but one idle.
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":

@@ -65,6 +65,8 @@ def mistakes(what: str) -> Iterator[None]:
     try:
         yield
     except LIBRARY_ERRORS as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which `check` does not import
+            raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{what} cannot be loaded: {type(error).__name__}: {reason}. Expected a folder or hub "

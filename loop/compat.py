@@ -1,6 +1,9 @@
 """FastChat's and transformers' flags that mean nothing here: accepted, with a line that says so."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
 
 from data.errors import UserError
 
@@ -37,16 +40,16 @@ def without(argv: Sequence[str]) -> list[str]:
 
 
 def notes(argv: Sequence[str]) -> list[str]:
-    """Return one line for each of these flags that was given.
+    """Return one line for each of these flags that was given, on the line or in a YAML file.
 
     >>> notes(["--optim", "adamw_torch"])
     ['note: --optim: the optimizer is always AdamW']
     """
-    return [
-        f"note: {words[0].partition('=')[0]}: {WITHOUT_MEANING[name]}"
-        for name, words in _groups(argv)
-        if name in WITHOUT_MEANING
-    ]
+    given = dict(_groups(argv))
+    if "config" in given:
+        file = Path(" ".join(given["config"][1:]) or given["config"][0].partition("=")[2])
+        given |= yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
+    return [f"note: --{name}: {WITHOUT_MEANING[name]}" for name in given if name in WITHOUT_MEANING]
 
 
 def _groups(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

@@ -143,6 +143,14 @@ class Config:
         return self.mixed_precision or short or launched
 
 
+def decisive(config: Config) -> dict[str, Any]:
+    """Return the settings that decide what is trained; paths may differ from machine to machine."""
+    paths = {"model_name_or_path", "cache_dir", "lora_weight_path", "data_path", "output_dir"}
+    told = {"deepspeed", "run_name", "report_to"}
+    values = dataclasses.asdict(config).items()
+    return {f"--{name}": value for name, value in values if name not in paths | told}
+
+
 def shown(path: str | Path) -> str:
     """Return a path as a person reads it: from the working directory where it lies below."""
     path = Path(path)
@@ -155,7 +163,7 @@ def read_config(argv: Sequence[str], config_type: type[C], description: str = ""
 
     Raises UserError for anything that is wrong by itself or contradicts something else.
     """
-    values = parse(config_type, compat.without(argv), description)
+    values = parse(config_type, compat.without(argv), description, compat.WITHOUT_MEANING)
     if values.pop("config", None) is None and not {"model_name_or_path", "data_path"} & {*values}:
         values = parse(config_type, ["--config", str(MAIN_JOB)], description) | values
         values.pop("config")

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -33,8 +33,12 @@ def flag(
     )
 
 
-def parse(config_type: type[Any], argv: Sequence[str], description: str) -> dict[str, Any]:
+def parse(
+    config_type: type[Any], argv: Sequence[str], description: str, ignored: Container[str] = ()
+) -> dict[str, Any]:
     """Return the values that were given, converted and range-checked; flags beat `--config`.
+
+    Of the file's keys, those that are `ignored` are passed over.
 
     Raises UserError for an unknown key, naming the nearest known one, or a value out of range.
     """
@@ -45,7 +49,8 @@ def parse(config_type: type[Any], argv: Sequence[str], description: str) -> dict
         flags = [option for action in parser._actions for option in action.option_strings]
         raise UserError(f"{name}: unknown flag.{nearest(name, flags)} See --help.")
     raw = vars(known)
-    values = _read_yaml(config_type, Path(raw["config"][-1])) if "config" in raw else {}
+    file = raw.get("config")
+    values = _read_yaml(config_type, Path(file[-1]), ignored) if file else {}
     values |= {"config": raw.pop("config")[-1]} if "config" in raw else {}
     fields = {field.name: field for field in dataclasses.fields(config_type)}
     hints = get_type_hints(config_type)
@@ -110,7 +115,7 @@ def _check_bounds(value: Any, bounds: dict[str, float], where: str) -> None:
         raise UserError(f"{where}: found {value}; expected a value {expected}.")
 
 
-def _read_yaml(config_type: type[Any], path: Path) -> dict[str, Any]:
+def _read_yaml(config_type: type[Any], path: Path, ignored: Container[str]) -> dict[str, Any]:
     try:
         # All words, no types: YAML 1.1 would read 1e-3 as text and no as a boolean.
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
@@ -125,6 +130,8 @@ def _read_yaml(config_type: type[Any], path: Path) -> dict[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(config_type)}
     hints, values = get_type_hints(config_type), {}
     for key, value in loaded.items():
+        if key in ignored:
+            continue
         where = f"--config {path}: {key}"
         if key not in fields:
             raise UserError(f"{where}: unknown key.{nearest(str(key), list(fields))}")

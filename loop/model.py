@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError
-from loop.backend import zero_stage
+from loop.backend import told_to_all, zero_stage
 from loop.base import mistakes
 from loop.config import Config
 from loop.quantize import check_quantization, four_bit
@@ -31,20 +32,24 @@ def load_model(base: str, config: Config, accelerator: Accelerator) -> PeftModel
             "--flash_attn: the package flash_attn is not installed. Install it (pip install "
             "flash-attn), or leave the flag out: PyTorch's SDPA is used."
         )
-    model = _load_base(base, config, accelerator)
+    # Under ZeRO-3 loading is made of collectives, which a rank that fails alone must not add to.
+    sharded = zero_stage(accelerator) == 3
+    with nullcontext() if sharded else told_to_all():
+        model = _load_base(base, config, accelerator)
     model.config.use_cache = False
     if config.gradient_checkpointing:
-        # Under ZeRO-3 recomputed layers may find their parameters partitioned again, which only
-        # the reentrant kind survives (transformers#47254); it needs inputs with a gradient.
-        reentrant = zero_stage(accelerator) == 3
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        if reentrant:
+        # Before DeepSpeed's pull request 8148, which 0.19.8 has, recomputed layers found their
+        # parameters shared out again; only the reentrant kind gets by (transformers#47254). It
+        # needs inputs with a gradient.
+        model.gradient_checkpointing_enable({"use_reentrant": sharded})
+        if sharded:
             model.enable_input_require_grads()
     torch.manual_seed(config.seed)  # lora_A's initial values
     # DeepSpeed casts all parameters to one precision and keeps an fp32 master of the trained
     # ones; elsewhere what is trained is fp32 itself and runs under autocast.
     autocast = accelerator.state.deepspeed_plugin is None
-    with_adapter = _add_adapter(model, base, config, autocast)
+    with told_to_all():
+        with_adapter = _add_adapter(model, base, config, autocast)
     if autocast:
         # peft casts its own parameters only, not the base's biases.
         for parameter in with_adapter.parameters():

@@ -62,7 +62,7 @@ def _resolved(path: str | None) -> str | None:
 
 
 def claim_output(config: Config) -> None:
-    """Make the folder, on every rank alike, so that a mistake is found before any rank waits."""
+    """Make the folder, on the first rank, before the long work."""
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,21 @@ def check_quantization(
         )
     if four and not config.q_lora:
         raise UserError(f"{base}: its weights are 4-bit; expected plain ones. Give --q_lora True.")
-    if not config.q_lora or zero_stage(accelerator) != 3:
+    stage = zero_stage(accelerator)
+    if config.lora_bias != "none":
+        if config.q_lora and stage == 0 and config.precision != "no":
+            # bitsandbytes 0.50 casts a linear's bias in place (nn/modules.py, Linear4bit).
+            raise UserError(
+                f"found --q_lora True with --lora_bias {config.lora_bias} in {config.precision}, "
+                "where the biases would be trained without an fp32 master. Launch with "
+                "accelerate_configs/zero2.yaml, which has one, or give --mixed_precision no."
+            )
+        if config.lora_weight_path and stage == 3 and not config.q_lora:
+            raise UserError(
+                f"--lora_weight_path {config.lora_weight_path}: its biases cannot be put into a "
+                "base model that ZeRO-3 has shared out. Launch with accelerate_configs/zero2.yaml."
+            )
+    if not config.q_lora or stage != 3:
         return
     dtype = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.precision]
     storage = stored.get("bnb_4bit_quant_storage", "uint8") if four else dtype
@@ -84,7 +98,9 @@ def check_quantization(
             )
     accelerator.print(
         "note: QLoRA under ZeRO-3 was measured on two CPU ranks (one process' losses, half of the "
-        "4-bit weights each) and on one H100 (the plain backend's losses); several GPUs were not"
+        "4-bit weights each) and on one H100 (the plain backend's losses); several GPUs were not."
+        + " Without --gradient_checkpointing True, the backward pass holds all 4-bit weights whole."
+        * (not config.gradient_checkpointing)
     )
 
 

@@ -13,9 +13,16 @@ if not __package__:
 import torch
 from accelerate import PartialState
 
-from loop.backend import build_accelerator, first_rank_says, join_ranks, told_to_all
+from loop.backend import (
+    build_accelerator,
+    check_agreement,
+    check_launch,
+    first_rank_says,
+    join_ranks,
+    told_to_all,
+)
 from loop.compat import notes
-from loop.config import Config, read_config, shown
+from loop.config import Config, decisive, read_config, shown
 from loop.leave import run_and_exit
 from loop.model import load_model
 from loop.objective import loss_scale, supervised_loss_sum
@@ -29,13 +36,14 @@ from loop.windows import plan_layout, windows
 
 def main() -> None:
     """Read the settings; a run that its output folder already holds is not trained again."""
-    config = read_config(sys.argv[1:], Config, __doc__ or "")
-    ranks = join_ranks(config)
+    ranks = join_ranks()
+    with told_to_all():
+        config = read_config(sys.argv[1:], Config, __doc__ or "")
+        check_launch(config)
+        # The first rank alone writes, so what the other machines' disks hold does not count.
+        finished = ranks.is_main_process and is_finished(config)
     for note in notes(sys.argv[1:]):
         ranks.print(note)
-    # The first rank alone writes, so what the other machines' disks hold does not count.
-    with told_to_all(ranks):
-        finished = ranks.is_main_process and is_finished(config)
     if first_rank_says(finished):
         ranks.print(f"{config.output_dir} already holds this run, finished; nothing was changed.")
     else:
@@ -45,13 +53,14 @@ def main() -> None:
 def train(config: Config, ranks: PartialState) -> None:
     """Fine-tune the adapter that `config` describes and save it in its output folder."""
     # Each rank reads for itself, all at the same time: none waits for another one's work.
-    with told_to_all(ranks):
+    with told_to_all():
         data_sha256 = fingerprint(config.data_file)
         prepared = prepare(config)
         tokenizer, examples = prepared.tokenizer, prepared.examples
         layout = plan_layout(config, len(examples), ranks.process_index, ranks.num_processes)
         if ranks.is_main_process:
             claim_output(config)
+    check_agreement({"the data's SHA-256": data_sha256, **decisive(config)})
 
     accelerator = build_accelerator(config, layout)
     accelerator.print(f"data: {prepared}")

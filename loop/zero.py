@@ -11,7 +11,7 @@ from loop.flags import nearest
 from loop.windows import Layout
 
 # What a DeepSpeed JSON may hold: DeepSpeed itself passes over an unknown key in silence
-# (deepspeed 0.19, runtime/config.py). The last line is known, and refused below.
+# (deepspeed 0.19, runtime/config.py). Of the last line's some are known, and refused below.
 KEYS = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
     *("gradient_clipping", "zero_optimization", "bf16", "fp16", "data_types", "aio", "compile"),
@@ -19,13 +19,18 @@ KEYS = (
     *("sparse_gradients", "steps_per_print", "wall_clock_breakdown", "memory_breakdown"),
     *("dump_state", "flops_profiler", "comms_logger", "zero_allow_untested_optimizer"),
     *("zero_force_ds_cpu_optimizer", "activation_checkpointing", "disable_allgather"),
-    *("tensorboard", "wandb", "csv_monitor", "optimizer", "scheduler", "amp"),
+    *("gradient_allreduce_op", "log_level", "disable_python_gc", "dataloader_drop_last"),
+    *("tensorboard", "wandb", "csv_monitor", "optimizer", "scheduler", "amp", "torch_autocast"),
 )
 TAKEN = {
     "optimizer": "the loop has its own AdamW (--learning_rate, --weight_decay)",
     "scheduler": "the loop sets the learning rate (--lr_scheduler_type, --warmup_ratio)",
     "amp": "precision is --mixed_precision",
+    "torch_autocast": "precision is --mixed_precision",
 }
+# With offload too the optimizer is PyTorch's AdamW, on the CPU, which needs no compiler.
+# DeepSpeed's own is faster, for whole models; an adapter's update takes no time in either.
+NEEDED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 # Elements a gradient bucket holds. DeepSpeed's default, 5e8, is made for training whole models and
 # allocates gigabytes; an adapter's gradients fit in a few of these.
 BUCKET = 20_000_000
@@ -59,15 +64,27 @@ def zero_settings(config: Config) -> dict[str, Any]:
         return values
     if theirs != "none":
         return _read_json(theirs, "deepspeed_config_file")
-    offloads = {
-        f"offload_{what}": {
-            "device": os.environ.get(f"{ENV}OFFLOAD_{what.upper()}_DEVICE", "none"),
-            "nvme_path": os.environ.get(f"{ENV}OFFLOAD_{what.upper()}_NVME_PATH"),
-        }
-        for what in ("optimizer", "param")
-    }
     stage = int(os.environ.get(f"{ENV}ZERO_STAGE", "2"))
-    return {"zero_optimization": {"stage": stage, **offloads}}
+    if stage not in (1, 2, 3):
+        raise UserError(
+            f"the accelerate config's zero_stage: found {stage}; expected 1, 2 or 3. Without ZeRO, "
+            "launch with accelerate_configs/ddp.yaml."
+        )
+    section: dict[str, Any] = {"stage": stage}
+    for what in ("optimizer", "param"):
+        device = os.environ.get(f"{ENV}OFFLOAD_{what.upper()}_DEVICE", "none")
+        if device == "nvme":  # accelerate 1.15 does not pass its path on (utils/launch.py).
+            raise UserError(
+                f"the accelerate config's offload_{what}_device: found nvme; expected cpu or none. "
+                "For NVMe give a DeepSpeed JSON with its path (--deepspeed FILE)."
+            )
+        section[f"offload_{what}"] = {"device": device}
+    yaml_values: dict[str, Any] = {"zero_optimization": section}
+    for key in ("gradient_accumulation_steps", "gradient_clipping"):
+        given = os.environ.get(f"ACCELERATE_{key.upper()}", "none").lower()
+        if given not in ("none", "auto", "1", "1.0"):  # 1 is also what accelerate puts for nothing.
+            yaml_values[key] = float(given)
+    return yaml_values
 
 
 def complete(asked: dict[str, Any], config: Config, layout: Layout) -> dict[str, Any]:
@@ -94,8 +111,14 @@ def complete(asked: dict[str, Any], config: Config, layout: Layout) -> dict[str,
             found, wanted = asked.get(key, {}).get("enabled", "auto"), value == key
         if found not in ("auto", wanted):
             raise UserError(
-                f"the DeepSpeed file says {key} {json.dumps(asked[key])}, {flag} is {value}; "
-                f'expected the same. Change one of them, or write "auto" in the file.'
+                f"the DeepSpeed config says {key} {json.dumps(asked[key])}, {flag} is {value}; "
+                'expected the same. Change one of them, or write "auto" for the first.'
+            )
+    for key, needed in NEEDED.items():
+        if asked.get(key, needed) is not needed:
+            raise UserError(
+                f"the DeepSpeed config says {key} {json.dumps(asked[key])}; expected "
+                f"{json.dumps(needed)}: the optimizer is PyTorch's AdamW. Remove it."
             )
     values = {key: value for key, value in asked.items() if key != "train_batch_size"}
     zero = {key: value for key, value in asked["zero_optimization"].items() if value != "auto"}
@@ -108,11 +131,8 @@ def complete(asked: dict[str, Any], config: Config, layout: Layout) -> dict[str,
         "gradient_clipping": config.max_grad_norm,
         "bf16": {**asked.get("bf16", {}), "enabled": config.precision == "bf16"},
         "fp16": {**asked.get("fp16", {}), "enabled": config.precision == "fp16"},
-        "steps_per_print": float("inf"),
-        "zero_allow_untested_optimizer": True,
-        # With offload too: PyTorch's AdamW on the CPU, which needs no compiler. DeepSpeed's own
-        # is faster, for whole models; an adapter's update takes no time in either.
-        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": asked.get("steps_per_print", float("inf")),
+        **NEEDED,
     }
     # In bf16 a sum over ranks or micro-batches would round at each of them.
     values.setdefault("communication_data_type", "fp32")
@@ -140,7 +160,7 @@ def _read_json(name: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: expected a JSON object.")
     for key, value in values.items():
         if key not in KEYS:
-            raise UserError(f"{where}: {key}: unknown key.{nearest(key, list(KEYS))}")
+            raise UserError(f"{where}: {key}: no key that is known here.{nearest(key, list(KEYS))}")
         if key in TAKEN:
             raise UserError(f"{where}: found {key}; {TAKEN[key]}. Remove it from the file.")
         if key in ("bf16", "fp16", "data_types", "zero_optimization") and not isinstance(

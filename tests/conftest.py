@@ -125,7 +125,7 @@ def train(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     from loop import train as training
-    from loop.backend import join_ranks
+    from loop.backend import check_launch, join_ranks
     from loop.config import Config, read_config
 
     data = write_dialogues(tmp_path / "data.json", ["Hi", "Hello there."], ["And?", "So."])
@@ -136,7 +136,9 @@ def train(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
         argv = ["--model_name_or_path", tiny_model, "--data_path", data, "--max_steps", "4"]
         argv += ["--output_dir", tmp_path / name, "--learning_rate", "1e-2", *flags]
         config = read_config([str(word) for word in argv], Config)
-        training.train(config, join_ranks(config))
+        ranks = join_ranks()
+        check_launch(config)
+        training.train(config, ranks)
         return tmp_path / name
 
     return run

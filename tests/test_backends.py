@@ -44,7 +44,10 @@ def refused(file: Path, values: Any, *flags: str) -> str:
     [
         ("{", "not valid JSON"),
         ([], "expected a JSON object"),
-        (TWO | {"gradient_cliping": 1}, "unknown key. Did you mean gradient_clipping?"),
+        (
+            TWO | {"gradient_cliping": 1},
+            "known here. Did you mean gradient_clipping?",
+        ),
         ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "Did you mean overlap_comm?"),
         (
             {"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}},
@@ -62,6 +65,7 @@ def refused(file: Path, values: Any, *flags: str) -> str:
         (TWO | {"gradient_accumulation_steps": 3}, "gradient_accumulation_steps 3, "),
         (TWO | {"train_batch_size": 99}, "train_batch_size 99, examples a step is 16"),
         (TWO | {"bf16": {"enabled": True}}, "--mixed_precision is no"),
+        (TWO | {"zero_force_ds_cpu_optimizer": True}, "the optimizer is PyTorch's AdamW"),
     ],
 )
 def test_a_deepspeed_file_that_is_wrong_or_contradicts_a_flag_is_refused(
@@ -69,7 +73,7 @@ def test_a_deepspeed_file_that_is_wrong_or_contradicts_a_flag_is_refused(
 ) -> None:
     message = refused(tmp_path / "ds.json", values, "--mixed_precision", "no")
     assert expected in message
-    assert "ds.json" in message or "the DeepSpeed file" in message
+    assert "ds.json" in message or "the DeepSpeed config" in message
 
 
 def test_a_deepspeed_file_and_the_accelerate_config_must_agree(
@@ -112,19 +116,37 @@ def test_the_loops_own_values_fill_what_a_file_leaves_open(
     assert values["data_types"]["grad_accum_dtype"] == "fp32"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("GRADIENT_ACCUMULATION_STEPS", "8", "says gradient_accumulation_steps 8.0, "),
+        ("GRADIENT_CLIPPING", "0.5", "says gradient_clipping 0.5, --max_grad_norm is 1.0"),
+        ("DEEPSPEED_ZERO_STAGE", "0", "zero_stage: found 0; expected 1, 2 or 3"),
+        ("DEEPSPEED_OFFLOAD_PARAM_DEVICE", "nvme", "offload_param_device: found nvme"),
+    ],
+)
+def test_an_accelerate_config_that_contradicts_a_flag_or_cannot_work_is_refused(
+    name: str, value: str, expected: str, launched: pytest.MonkeyPatch
+) -> None:
+    launched.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(UserError, match=expected):
+        zero.complete(zero.zero_settings(Config()), Config(), LAYOUT)
+
+
 @pytest.mark.parametrize("name", ["FSDP", "MEGATRON_LM"])
 def test_other_ways_to_shard_are_refused_and_zero3_is_named(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     with pytest.raises(UserError, match=r"accelerate_configs/zero3\.yaml"):
-        backend.join_ranks(Config())
+        backend.check_launch(Config())
 
 
 def test_more_ranks_than_gpus_and_bf16_without_support_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # There is no GPU here: only what PyTorch would say of one is put in its place.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
@@ -132,10 +154,9 @@ def test_more_ranks_than_gpus_and_bf16_without_support_are_refused(
     with pytest.raises(
         UserError, match=r"found 2 ranks on a machine with 1 GPU; .*NUM_PROCESSES=1"
     ):
-        backend._check_gpus(Config())
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+        backend.join_ranks()
     with pytest.raises(UserError, match="found precision bf16 on Tesla T4"):
-        backend._check_gpus(Config(bf16=True))
+        backend.check_launch(Config(bf16=True))
 
 
 def accelerator(stage: int, **zero_section: Any) -> Any:
@@ -158,6 +179,8 @@ def accelerator(stage: int, **zero_section: Any) -> Any:
             *(Config(q_lora=True, bf16=True), 3, {}, "stored as uint8, which ZeRO-3 cannot share"),
         ),
         (None, Config(q_lora=True), 3, {"zero_quantized_weights": True}, "zero_quantized_weights"),
+        (None, Config(q_lora=True, bf16=True, lora_bias="all"), 0, {}, "without an fp32 master"),
+        (None, Config(lora_weight_path="x", lora_bias="all"), 3, {}, "cannot be put into a base"),
     ],
 )
 def test_4_bit_combinations_that_cannot_work_are_refused(
@@ -250,6 +273,10 @@ def saved_adapter(model: Path, folder: Path) -> Path:
     return folder
 
 
-def test_bitsandbytes_is_imported_only_when_asked_for() -> None:
-    code = "import loop.train, sys; sys.exit(sys.modules['bitsandbytes'] is not None)"
-    assert command("python", "-c", code).returncode == 0
+def test_bitsandbytes_is_imported_only_when_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_dialogues(tmp_path / "data.json", ["Hi", "Yo"], ["And?", "So."])
+    flags = ["--model_name_or_path", str(tiny_model), "--data_path", str(data), "--max_steps", "2"]
+    flags += ["--output_dir", str(tmp_path / "run"), "--mixed_precision", "no"]
+    code = f"import sys; sys.argv[1:] = {flags}\nfrom loop import train\ntrain.main()\n"
+    code += "print('imported:', sys.modules['bitsandbytes'] is not None)"
+    assert "imported: False" in command("python", "-c", code).stdout

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from data.errors import UserError
+from loop import compat
 from loop.config import MAIN_JOB, Config, dump, read_config
 from loop.flags import parse
 
@@ -130,3 +131,12 @@ def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
     text = capsys.readouterr().out
     assert "--lora_target_modules" in text
     assert "(default: q_proj v_proj)" in text
+
+
+def test_flags_without_meaning_may_stand_in_a_yaml_file_too(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lora_r: 4\nsave_steps: 200\n")
+    assert read_config(["--config", str(file)], Config).lora_r == 4
+    (note,) = compat.notes(["--config", str(file)])
+    assert note.startswith("note: --save_steps: there are no checkpoints yet")
+    assert compat.notes([f"--config={file}"]) == [note]

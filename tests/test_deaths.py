@@ -1,9 +1,11 @@
 """A rank or a launcher that is killed takes all the others with it, or is started again."""
 
+import contextlib
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -12,33 +14,43 @@ import pytest
 from tests.helpers import ROOT, log_of, write_dialogues
 
 GONE_WITHIN = 60.0  # seconds
+LAUNCH = (
+    *(sys.executable, "-m", "accelerate.commands.launch"),
+    *("--config_file", "accelerate_configs/zero2.yaml", "--num_processes", "2"),
+    *("--main_process_port", "0", "loop/train.py"),
+)
 
 
 @pytest.fixture
-def start(tiny_model: Path, tmp_path: Path) -> Callable[..., psutil.Popen]:
+def start(tiny_model: Path, tmp_path: Path) -> Iterator[Callable[..., psutil.Popen]]:
     """Start a run on two ranks and wait until it is in mid-training."""
+    started: list[psutil.Popen] = []
     data = write_dialogues(
         tmp_path / "data.json", *[["Hi " * 9 * n, "Yo " * 9] for n in range(1, 9)]
     )
 
-    def run(steps: int, *launcher: str) -> psutil.Popen:
+    def run(steps: int, *launcher: str | Path) -> psutil.Popen:
         launched = psutil.Popen(
             [
-                *(sys.executable, "-m", "accelerate.commands.launch"),
-                *("--config_file", "accelerate_configs/zero2.yaml", "--num_processes", "2"),
-                *("--main_process_port", "0", *launcher, "loop/train.py"),
+                *(launcher or LAUNCH),
                 *("--model_name_or_path", tiny_model, "--data_path", data),
                 *("--output_dir", tmp_path / "run", "--mixed_precision", "no"),
                 *("--max_steps", str(steps), "--logging_steps", "1"),
             ],
             cwd=ROOT,
+            env={**os.environ, "NUM_PROCESSES": "2"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        started.append(launched)
         wait_until(lambda: steps_done(tmp_path / "run") >= 2)
         return launched
 
-    return run
+    yield run
+    for launched in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [*launched.children(recursive=True), launched]:
+                process.kill()
 
 
 def steps_done(output: Path) -> int:
@@ -55,7 +67,12 @@ def wait_until(done: Callable[[], bool], seconds: float = 600) -> None:
 
 def ranks_of(launched: psutil.Popen) -> list[psutil.Process]:
     """Return the two training processes."""
-    ranks = [child for child in launched.children() if "loop/train.py" in child.cmdline()]
+    children = launched.children(recursive=True)
+    ranks = [
+        child
+        for child in children
+        if "loop/train.py" in child.cmdline() and "-u" in child.cmdline()
+    ]
     assert len(ranks) == 2
     return ranks
 
@@ -77,11 +94,21 @@ def test_a_killed_launcher_leaves_no_rank_training(start: Callable[..., psutil.P
     assert not psutil.wait_procs(ranks, timeout=GONE_WITHIN)[1]
 
 
+def test_launch_sh_told_to_stop_stops_every_process(start: Callable[..., psutil.Popen]) -> None:
+    launched = start(10**6, ROOT / "launch.sh", "accelerate_configs/zero2.yaml")
+    everyone = launched.children(recursive=True)
+    assert len(ranks_of(launched)) == 2
+    launched.terminate()
+    assert launched.wait(timeout=GONE_WITHIN) != 0
+    assert not psutil.wait_procs(everyone, timeout=5)[1]
+
+
 @pytest.mark.slow
 def test_with_max_restarts_a_killed_rank_is_started_again(
     start: Callable[..., psutil.Popen], tmp_path: Path
 ) -> None:
-    launched = start(400, "--max_restarts", "1")
+    words = (ROOT / "launch.sh", "accelerate_configs/zero2.yaml", "--max_restarts", "1")
+    launched = start(400, *words)
     ranks_of(launched)[1].kill()
     assert launched.wait(timeout=900) == 0
     assert [entry["step"] for entry in log_of(tmp_path / "run")] == [*range(1, 401)]

@@ -159,17 +159,19 @@ def test_slurms_variables_become_the_rendezvous(dry: Path) -> None:
 
 def test_explicit_machines_beat_slurms_and_wrong_ones_are_named(dry: Path) -> None:
     mine = {"NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
-    done = command("./launch.sh", ZERO2, "--max_restarts", "5", cwd=dry, **SLURM | mine)
+    done = command("./launch.sh", ZERO2, "--lora_r", "4", cwd=dry, **SLURM | mine)
     started = next(line for line in done.stdout.splitlines() if line.startswith("STARTED"))
     for words in (
         *("--num_processes 24", "--machine_rank 2", "--main_process_ip 10.0.0.1"),
-        *("--main_process_port 1234", "--max_restarts 5 loop/train.py"),
+        "--main_process_port 1234",
     ):
         assert words in started
     for words, found in (
         ({"NNODES": "2", "NODE_RANK": "0"}, "found NNODES=2 without NODE_RANK or MASTER_ADDR"),
         ({**mine, "NODE_RANK": "3"}, "NODE_RANK: found 3; expected 0 to 2"),
         ({**mine, "MASTER_PORT": "x"}, "MASTER_PORT: found x"),
+        ({**mine, "MASTER_PORT": "99999"}, "MASTER_PORT: found 99999"),
+        ({**mine, "NUM_PROCESSES": "08"}, "NUM_PROCESSES: found 08"),
     ):
         done = command("./launch.sh", ZERO2, cwd=dry, **words)
         assert done.returncode == 2
@@ -188,6 +190,15 @@ def test_a_launch_that_cannot_work_is_refused(words: list[str], found: str, dry:
     done = command("./launch.sh", *words, cwd=dry)
     assert done.returncode == 2
     assert found in one_message(done.stderr)
+
+
+def test_max_restarts_goes_to_torchelastic_on_one_machine_only(dry: Path) -> None:
+    words = ("./launch.sh", ZERO2, "--max_restarts", "5", "--lora_r", "4")
+    assert "--max_restarts 5 loop/train.py --lora_r 4" in command(*words, cwd=dry).stdout
+    two = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "10.0.0.1"}
+    assert "found it on 2 machines" in one_message(command(*words, cwd=dry, **two).stderr)
+    words = ("./launch.sh", "accelerate_configs/single_gpu.yaml")
+    assert "knows of no other machine" in one_message(command(*words, cwd=dry, **two).stderr)
 
 
 def test_show_prints_what_the_loop_trains_on(tiny_model: Path, tmp_path: Path) -> None:

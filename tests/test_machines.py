@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, adapter_of, launch, write_dialogues
+from tests.helpers import ROOT, SLOWNESS, adapter_of, launch, write_dialogues
 
 EXACT = ["--mixed_precision", "no", "--lora_dropout", "0", "--learning_rate", "1e-2"]
 
@@ -58,8 +58,11 @@ def machines() -> Iterator[list[Machine]]:
             quietly("ip", "netns", "del", name)
 
 
-def start(machines: list[Machine], config: str, flags: list[list[str]]) -> list[tuple[int, str]]:
+def start(
+    machines: list[Machine], config: str, flags: list[list[str]], folder: Path
+) -> list[tuple[int, str]]:
     """Run ./launch.sh on every machine at once; return each one's exit code and output."""
+    logs = [folder / f"machine-{rank}.log" for rank in range(len(machines))]
     with socket.socket() as free:
         free.bind(("", 0))
         port = str(free.getsockname()[1])
@@ -77,14 +80,22 @@ def start(machines: list[Machine], config: str, flags: list[list[str]]) -> list[
                 "MASTER_ADDR": machines[0].address,
                 "MASTER_PORT": port,
             },
-            stdout=subprocess.PIPE,
+            stdout=logs[rank].open("w"),
             stderr=subprocess.STDOUT,
-            text=True,
         )
         for rank, machine in enumerate(machines)
     ]
-    outputs = [process.communicate(timeout=900)[0] for process in running]
-    return [(process.returncode, text) for process, text in zip(running, outputs, strict=True)]
+    try:
+        for process in running:
+            process.wait(timeout=600 * SLOWNESS)
+        return [
+            (process.returncode, log.read_text())
+            for process, log in zip(running, logs, strict=True)
+        ]
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.terminate()  # launch.sh passes it on
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +118,7 @@ def test_two_machines_train_what_one_does_and_the_first_rank_alone_writes(
     # Each has a disk of its own, as it were.
     folders = [tmp_path / "first", tmp_path / "second"]
     flags = [[*common, "--output_dir", str(folder)] for folder in folders]
-    for code, text in start(machines, f"multi_node_zero{stage}", flags):
+    for code, text in start(machines, f"multi_node_zero{stage}", flags, tmp_path):
         assert code == 0, text
     assert not folders[1].exists()
     alone = launch(f"zero{stage}", tmp_path / "alone", *common, processes=2)
@@ -118,15 +129,29 @@ def test_two_machines_train_what_one_does_and_the_first_rank_alone_writes(
     assert {*adapter_of(folders[0])} == {*adapter_of(tmp_path / "alone")}
 
 
-def test_what_one_machine_lacks_is_told_on_both(
-    machines: list[Machine], common: list[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        (["--data_path", "/nowhere/d.json"], "/nowhere/d.json: cannot be read: No such file"),
+        pytest.param(
+            ["--lora_weight_path", "/nowhere"],
+            "/nowhere/adapter_config.json: cannot be read",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--seed", "7"], "--seed is 42 on rank 0 and 7 on rank 1", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_what_one_machine_lacks_or_has_otherwise_is_told_on_both(
+    wrong: list[str], found: str, machines: list[Machine], common: list[str], tmp_path: Path
 ) -> None:
     flags = [*common, "--output_dir", str(tmp_path / "run")]
-    missing = [*flags, "--data_path", "/nowhere/dialogues.json"]
-    for code, text in start(machines, "multi_node_zero2", [flags, missing]):
+    other = [*flags, *wrong]
+    for code, text in start(machines, "multi_node_zero2", [flags, other], tmp_path):
         assert code == 2, text
         errors = [line for line in text.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1, text
-        assert errors[0].startswith("error: on rank 1, machine ")
-        assert "/nowhere/dialogues.json: cannot be read: No such file" in errors[0]
+        assert errors[0].startswith("error: on rank 1, machine ") or "--seed" in wrong
+        assert found in errors[0]
         assert "Traceback" not in text
