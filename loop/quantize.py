@@ -68,18 +68,7 @@ def check_quantization(
         raise UserError(f"{base}: its weights are 4-bit; expected plain ones. Give --q_lora True.")
     stage = zero_stage(accelerator)
     if config.lora_bias != "none":
-        if config.q_lora and stage == 0 and config.precision != "no":
-            # bitsandbytes 0.50 casts a linear's bias in place (nn/modules.py, Linear4bit).
-            raise UserError(
-                f"found --q_lora True with --lora_bias {config.lora_bias} in {config.precision}, "
-                "where the biases would be trained without an fp32 master. Launch with "
-                "accelerate_configs/zero2.yaml, which has one, or give --mixed_precision no."
-            )
-        if config.lora_weight_path and stage == 3 and not config.q_lora:
-            raise UserError(
-                f"--lora_weight_path {config.lora_weight_path}: its biases cannot be put into a "
-                "base model that ZeRO-3 has shared out. Launch with accelerate_configs/zero2.yaml."
-            )
+        _check_biases(config, stage)
     if not config.q_lora or stage != 3:
         return
     dtype = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.precision]
@@ -102,6 +91,21 @@ def check_quantization(
         + " Without --gradient_checkpointing True, the backward pass holds all 4-bit weights whole."
         * (not config.gradient_checkpointing)
     )
+
+
+def _check_biases(config: Config, stage: int) -> None:
+    if config.q_lora and stage == 0 and config.precision != "no":
+        # bitsandbytes 0.50 casts a linear's bias in place (nn/modules.py, Linear4bit).
+        raise UserError(
+            f"found --q_lora True with --lora_bias {config.lora_bias} in {config.precision}, "
+            "where the biases would be trained without an fp32 master. Launch with "
+            "accelerate_configs/zero2.yaml, which has one, or give --mixed_precision no."
+        )
+    if config.lora_weight_path and stage == 3 and not config.q_lora:
+        raise UserError(
+            f"--lora_weight_path {config.lora_weight_path}: its biases cannot be put into a "
+            "base model that ZeRO-3 has shared out. Launch with accelerate_configs/zero2.yaml."
+        )
 
 
 def describe_parameters(model: nn.Module) -> str:

@@ -92,13 +92,35 @@ def complete(asked: dict[str, Any], config: Config, layout: Layout) -> dict[str,
 
     Raises UserError for a value in the file that says otherwise than the flags.
     """
-    micro, accumulation = layout.micro_batch_size, layout.accumulation
+    _check_against_flags(asked, config, layout)
+    values = {key: value for key, value in asked.items() if key != "train_batch_size"}
+    zero = {key: value for key, value in asked["zero_optimization"].items() if value != "auto"}
+    buckets = {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    values |= {
+        "zero_optimization": buckets | zero,
+        "train_micro_batch_size_per_gpu": layout.micro_batch_size,
+        "gradient_accumulation_steps": layout.accumulation,
+        # "auto" would become the constant 1.0 (accelerate 1.15, accelerator.py).
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {**asked.get("bf16", {}), "enabled": config.precision == "bf16"},
+        "fp16": {**asked.get("fp16", {}), "enabled": config.precision == "fp16"},
+        "steps_per_print": asked.get("steps_per_print", float("inf")),
+        **NEEDED,
+    }
+    # In bf16 a sum over ranks or micro-batches would round at each of them.
+    values.setdefault("communication_data_type", "fp32")
+    if config.precision == "bf16":
+        values["data_types"] = {"grad_accum_dtype": "fp32", **asked.get("data_types", {})}
+    return values
+
+
+def _check_against_flags(asked: dict[str, Any], config: Config, layout: Layout) -> None:
     flags = {
         "train_micro_batch_size_per_gpu": (
             "--per_device_train_batch_size",
             config.per_device_train_batch_size,
         ),
-        "gradient_accumulation_steps": ("--gradient_accumulation_steps", accumulation),
+        "gradient_accumulation_steps": ("--gradient_accumulation_steps", layout.accumulation),
         "train_batch_size": ("examples a step", layout.global_batch_size),
         "gradient_clipping": ("--max_grad_norm", config.max_grad_norm),
         "bf16": ("--mixed_precision", config.precision),
@@ -120,25 +142,6 @@ def complete(asked: dict[str, Any], config: Config, layout: Layout) -> dict[str,
                 f"the DeepSpeed config says {key} {json.dumps(asked[key])}; expected "
                 f"{json.dumps(needed)}: the optimizer is PyTorch's AdamW. Remove it."
             )
-    values = {key: value for key, value in asked.items() if key != "train_batch_size"}
-    zero = {key: value for key, value in asked["zero_optimization"].items() if value != "auto"}
-    buckets = {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
-    values |= {
-        "zero_optimization": buckets | zero,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        # "auto" would become the constant 1.0 (accelerate 1.15, accelerator.py).
-        "gradient_clipping": config.max_grad_norm,
-        "bf16": {**asked.get("bf16", {}), "enabled": config.precision == "bf16"},
-        "fp16": {**asked.get("fp16", {}), "enabled": config.precision == "fp16"},
-        "steps_per_print": asked.get("steps_per_print", float("inf")),
-        **NEEDED,
-    }
-    # In bf16 a sum over ranks or micro-batches would round at each of them.
-    values.setdefault("communication_data_type", "fp32")
-    if config.precision == "bf16":
-        values["data_types"] = {"grad_accum_dtype": "fp32", **asked.get("data_types", {})}
-    return values
 
 
 def precision_of(asked: dict[str, Any]) -> str | None:

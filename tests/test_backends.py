@@ -33,7 +33,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def refused(file: Path, values: Any, *flags: str) -> str:
     """Return the message with which a DeepSpeed JSON is refused."""
     file.write_text(values if isinstance(values, str) else json.dumps(values))
-    config = read_config(["--deepspeed", str(file), *flags], Config)
+    config = read_config(["--data_path", "x", "--deepspeed", str(file), *flags], Config)
     with pytest.raises(UserError) as error:
         zero.complete(zero.zero_settings(config), config, LAYOUT)
     return str(error.value)
@@ -100,7 +100,7 @@ def test_the_loops_own_values_fill_what_a_file_leaves_open(
     )
     # The file's precision counts where neither a flag nor the accelerate config names one.
     launched.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    config = read_config(["--deepspeed", str(file), "--max_grad_norm", "0.3"], Config)
+    config = Config(deepspeed=str(file), max_grad_norm=0.3)
     asked = zero.zero_settings(config)
     backend._adopt_precision(asked, config)
     values = zero.complete(asked, config, LAYOUT)
