@@ -87,6 +87,7 @@ def test_a_rank_killed_in_mid_step_ends_the_launch_and_every_process(
     assert not psutil.wait_procs(everyone, timeout=5)[1]
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_leaves_no_rank_training(start: Callable[..., psutil.Popen]) -> None:
     launched = start(10**6)
     ranks = ranks_of(launched)

@@ -61,6 +61,7 @@ def test_wrong_data_is_one_message_from_two_ranks(tiny_model: Path, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_plain_launch_of_two_ranks_tells_a_mistake_once(tmp_path: Path) -> None:
     done = command(
         "accelerate", "launch", "--config_file", "accelerate_configs/zero2.yaml",

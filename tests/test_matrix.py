@@ -24,7 +24,7 @@ BACKENDS = {
 # What is trained beside LoRA's matrices, so that every choice is saved under ZeRO-3 too.
 BIAS = {"LoRA": "all", "QLoRA": "lora_only"}
 TOLERANCE = {"LoRA": 1e-5, "QLoRA": 1e-3}
-QUICK = [("LoRA", "zero2"), ("LoRA", "zero3"), ("QLoRA", "zero3")]
+QUICK = [("LoRA", "zero3"), ("QLoRA", "zero3")]
 ALL = [
     pytest.param(kind, backend, marks=[] if (kind, backend) in QUICK else pytest.mark.slow)
     for kind in BIAS
@@ -199,7 +199,8 @@ def test_under_zero3_no_rank_loads_a_private_whole_copy(
     real = ("--model_name_or_path", chat_model, "--max_steps", "2", "--mixed_precision", "bf16")
     for rank in held(outputs(kind, "zero3", *real)):
         share = 1.0 if kind == "QLoRA" else 0.5  # a 4-bit model is shared out after it is loaded
-        assert rank["loading"]["held"] < (share + 0.25) * rank["loading"]["whole"]
+        # A private whole copy would come on top of the share; libraries take about 80 MB meanwhile.
+        assert rank["loading"]["held"] < (share + 0.5) * rank["loading"]["whole"] + 100e6
 
 
 @pytest.mark.slow

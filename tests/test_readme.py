@@ -73,6 +73,7 @@ def test_the_show_command_runs(chat_model: Path) -> None:
     assert "⟦" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_real_command_trains_a_small_model_without_a_gpu(
     tiny_model: Path, tmp_path: Path
 ) -> None:

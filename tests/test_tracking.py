@@ -80,6 +80,7 @@ def test_wandb_offline_and_tensorboard_hold_every_logged_step(
     assert losses == [(e["step"], pytest.approx(e["loss"], rel=1e-6)) for e in history]
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_never_stops_training(tiny_model: Path, tmp_path: Path) -> None:
     # A file where TensorBoard's folder should be, and a mode that wandb does not know.
     (tmp_path / "run").mkdir()
@@ -92,6 +93,7 @@ def test_a_tracker_that_fails_never_stops_training(tiny_model: Path, tmp_path: P
     assert len(log_of(tmp_path / "run")) == 3
 
 
+@pytest.mark.slow
 def test_trackers_are_closed_when_training_fails(broken_model: Path, tmp_path: Path) -> None:
     done = train(broken_model, tmp_path, "wandb")
     assert done.returncode == 1
