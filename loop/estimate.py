@@ -147,9 +147,11 @@ def gradients(run: Run) -> float:
         return (run.width + run.accumulated) * run.adapter
     if run.backend.stage == 1:
         return run.width * (run.adapter + BUCKET)
-    if run.backend.stage == 3 and run.backend.offload_optimizer:
-        return run.width * BUCKET
-    return run.accumulated * run.adapter / run.world + run.width * BUCKET
+    if run.backend.stage == 2:
+        return run.accumulated * run.adapter / run.world + run.width * BUCKET
+    if run.backend.offload_optimizer:
+        return 4 * BUCKET  # in what it sends, fp32 (loop/zero.py)
+    return run.accumulated * run.adapter / run.world + 4 * BUCKET
 
 
 def optimizer(run: Run) -> float:

@@ -190,7 +190,7 @@ def test_communication_follows_ranks_and_micro_batches(seven: Shape) -> None:
     adapter = sum(seven.trained)
     assert sent(run(seven, "ddp")) == 2 * 4 * adapter * 7 / 8
     assert sent(run(seven, "ddp", global_batch_size=64)) == 2 * 4 * adapter * 7 / 8
-    assert sent(run(seven, "zero2", global_batch_size=64)) == (2 * 8 + 1) * 2 * adapter * 7 / 8
+    assert sent(run(seven, "zero2", global_batch_size=64)) == (2 * 4 * 8 + 2) * adapter * 7 / 8
     for name in ("ddp", "zero1", "zero2", "zero3"):
         assert sent(run(seven, name, ranks=1)) == 0
     # Twice the weights, but for what stays from the forward pass to the backward.
