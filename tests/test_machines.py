@@ -14,6 +14,7 @@ import pytest
 
 from tests.helpers import ROOT, SLOWNESS, adapter_of, launch, write_dialogues
 
+pytestmark = pytest.mark.slow
 EXACT = ["--mixed_precision", "no", "--lora_dropout", "0", "--learning_rate", "1e-2"]
 
 
@@ -113,7 +114,7 @@ def common(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
     ]
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_two_machines_train_what_one_does_and_the_first_rank_alone_writes(
     stage: int, machines: list[Machine], common: list[str], tmp_path: Path
 ) -> None:
@@ -131,7 +132,6 @@ def test_two_machines_train_what_one_does_and_the_first_rank_alone_writes(
     assert {*adapter_of(folders[0])} == {*adapter_of(tmp_path / "alone")}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "found"),
     [
