@@ -14,6 +14,21 @@ from tests.helpers import log_of
 Train = Callable[..., Path]
 
 
+@pytest.fixture
+def dtypes(monkeypatch: pytest.MonkeyPatch) -> dict[bool, set[torch.dtype]]:
+    """The dtypes of what is trained and what is frozen, as the run has loaded them."""
+    found: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    describe = training.describe_parameters
+
+    def look(model: torch.nn.Module) -> str:
+        for parameter in model.parameters():
+            found[parameter.requires_grad].add(parameter.dtype)
+        return describe(model)
+
+    monkeypatch.setattr(training, "describe_parameters", look)
+    return found
+
+
 def test_fp16_without_a_gpu_is_refused_with_the_reason(train: Train) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
@@ -24,17 +39,8 @@ def test_fp16_without_a_gpu_is_refused_with_the_reason(train: Train) -> None:
 
 
 def test_qlora_upcasts_nothing_and_tells_the_bytes(
-    train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    train: Train, capsys: pytest.CaptureFixture[str], dtypes: dict[bool, set[torch.dtype]]
 ) -> None:
-    dtypes: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
-    describe = training.describe_parameters
-
-    def look(model: torch.nn.Module) -> str:
-        for parameter in model.parameters():
-            dtypes[parameter.requires_grad].add(parameter.dtype)
-        return describe(model)
-
-    monkeypatch.setattr(training, "describe_parameters", look)
     train("run", "--bf16", "--q_lora", "True")
     # Norms, embeddings and LM head are bf16, and so are the tensors that hold the 4-bit codes.
     assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
@@ -43,16 +49,9 @@ def test_qlora_upcasts_nothing_and_tells_the_bytes(
     assert {*sizes} == {"bfloat16", "4-bit", "4-bit scales", "float32"}
 
 
-def test_bf16_keeps_what_is_trained_in_fp32(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    dtypes: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
-    describe = training.describe_parameters
-
-    def look(model: torch.nn.Module) -> str:
-        for parameter in model.parameters():
-            dtypes[parameter.requires_grad].add(parameter.dtype)
-        return describe(model)
-
-    monkeypatch.setattr(training, "describe_parameters", look)
+def test_bf16_keeps_what_is_trained_in_fp32(
+    train: Train, dtypes: dict[bool, set[torch.dtype]]
+) -> None:
     folder = train("run", "--bf16")
     assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
     exact = log_of(train("exact"))
