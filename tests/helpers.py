@@ -1,9 +1,11 @@
 """Runs the project's commands as a user would, and reads what they leave."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,31 @@ def counting() -> float:
 
 
 SLOWNESS = max(1.0, min(counting() for _ in range(3)) / USUAL)
+BIN = Path(sys.executable).parent
+TESTS = ROOT / "tests"
 PROMPT = [*range(100, 120)]  # ids that every model under test knows
+
+
+@functools.cache
+def _server() -> tuple[Path, subprocess.Popen[bytes]]:
+    """Start the process that commands are forked from; return the socket that it listens on."""
+    folder = Path(tempfile.mkdtemp(prefix="lora-loop-"))
+    with (folder / "log").open("w") as log:
+        # It ends when this process does, and its standard input with it.
+        server = subprocess.Popen(
+            [sys.executable, TESTS / "warm_server.py", folder / "socket"],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    return folder / "socket", server
+
+
+def warm() -> dict[str, str]:
+    """Return the environment that has commands start warm: tests/sitecustomize.py."""
+    return {"LORA_LOOP_WARM": str(_server()[0]), "PYTHONPATH": str(TESTS)}
 
 
 def command(
@@ -37,7 +63,7 @@ def command(
     return subprocess.run(
         [str(word) for word in words],
         cwd=cwd,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **env},
+        env={**os.environ, **warm(), "PATH": f"{BIN}:{os.environ['PATH']}", **env},
         capture_output=True,
         text=True,
         timeout=seconds * SLOWNESS,

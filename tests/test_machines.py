@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, SLOWNESS, adapter_of, launch, write_dialogues
+from tests.helpers import ROOT, SLOWNESS, adapter_of, launch, warm, write_dialogues
 
 pytestmark = pytest.mark.slow
 EXACT = ["--mixed_precision", "no", "--lora_dropout", "0", "--learning_rate", "1e-2"]
@@ -75,6 +75,7 @@ def start(
             cwd=ROOT,
             env={
                 **os.environ,
+                **warm(),
                 **machine.environment,
                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
                 "NNODES": str(len(machines)),
