@@ -1,10 +1,23 @@
-"""The one exception that is the user's to mend."""
+"""The ends of a run that are told in one message, without traceback."""
 
 
 class UserError(Exception):
-    """A mistake in flags, files or data: printed as one message without traceback, exit code 2.
+    """A mistake in flags, files or data, the user's to mend: exit code 2.
 
     `known_to_all`: every rank raises this very one, so that none of them is left waiting.
     """
 
+    exit_code = 2
     known_to_all = False
+
+
+class Fault(UserError):
+    """What befell the run from outside, a full disk for one: exit code 1."""
+
+    exit_code = 1
+
+
+class Stopped(UserError):
+    """The run was asked to stop and can go on from where it is: exit code 75."""
+
+    exit_code = 75

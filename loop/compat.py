@@ -7,16 +7,12 @@ import yaml
 
 from data.errors import UserError
 
-CHECKPOINTS = "there are no checkpoints yet; the adapter is saved at the end"
 EVALUATION = "there is no evaluation yet; training goes on without it"
 SHARDING = "sharding is the accelerate config's; the like of it is accelerate_configs/zero3.yaml"
 WITHOUT_MEANING = {
     "lazy_preprocess": "dialogues are always encoded before training, which takes seconds",
     "preprocessed_path": "nothing is cached; dialogues are encoded afresh, which takes seconds",
     "optim": "the optimizer is always AdamW",
-    "save_strategy": CHECKPOINTS,
-    "save_steps": CHECKPOINTS,
-    "save_total_limit": CHECKPOINTS,
     "eval_strategy": EVALUATION,
     "evaluation_strategy": EVALUATION,
     "eval_steps": EVALUATION,

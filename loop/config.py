@@ -1,6 +1,7 @@
 """Every setting of a run: names, defaults, ranges, cross-checks, and the YAML left beside it."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -130,6 +131,26 @@ class Config:
     run_name: str | None = flag(None, "name in the trackers; none: output_dir's", "output")
     save_safetensors: bool = flag(True, "False: adapter_model.bin", "output")
 
+    save_strategy: Literal["steps", "epoch", "no"] = flag(
+        "steps", "checkpoint every save_steps, at each epoch's end, or never", "checkpoints"
+    )
+    save_steps: int = flag(500, "steps between two checkpoints", "checkpoints", at_least=1)
+    save_minutes: float | None = flag(
+        None, "minutes after which a checkpoint is due, too", "checkpoints", above=0
+    )
+    save_total_limit: int | None = flag(
+        None, "keep the newest so many checkpoints; none: all", "checkpoints", at_least=1
+    )
+    resume_from_checkpoint: str = flag(
+        "True", "True: go on from the newest checkpoint; a folder; False: afresh", "checkpoints"
+    )
+    resume_anyway: bool = flag(
+        False, "go on although settings or data differ from the checkpoint's", "checkpoints"
+    )
+    max_minutes: float | None = flag(
+        None, "stop after so many minutes, with a checkpoint", "checkpoints", above=0
+    )
+
     @property
     def data_file(self) -> Path:
         """The dialogues to train on."""
@@ -143,12 +164,24 @@ class Config:
         return self.mixed_precision or short or launched
 
 
+# Paths, compared by what lies there, and what changes no number.
+PATHS = {"model_name_or_path", "cache_dir", "lora_weight_path", "data_path", "output_dir"}
+TOLD = {"deepspeed", "run_name", "report_to", "resume_from_checkpoint"}
+
+
 def decisive(config: Config) -> dict[str, Any]:
-    """Return the settings that decide what is trained; paths may differ from machine to machine."""
-    paths = {"model_name_or_path", "cache_dir", "lora_weight_path", "data_path", "output_dir"}
-    told = {"deepspeed", "run_name", "report_to"}
+    """Return the settings that all ranks must share; paths may differ from machine to machine."""
     values = dataclasses.asdict(config).items()
-    return {f"--{name}": value for name, value in values if name not in paths | told}
+    return {f"--{name}": value for name, value in values if name not in PATHS | TOLD}
+
+
+def file_sha256(file: Path) -> str:
+    """Return the SHA-256 of a file; raises UserError where it cannot be read."""
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}.") from None
 
 
 def shown(path: str | Path) -> str:

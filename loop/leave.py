@@ -7,11 +7,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
-from data.errors import UserError
+from data.errors import Stopped, UserError
 
 STATUS_FILE = "LORA_LOOP_STATUS_FILE"
-GRACE = 20.0  # seconds that a rank may take to close its trackers once its launcher is gone
+STOP = ".stop"  # what launch.sh adds to that name for the file by which it asks for a stop
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+GRACE = 20.0  # seconds that a rank may take to save and leave once its launcher is gone
 
 
 def run_and_exit(main: Callable[[], None]) -> None:
@@ -21,23 +24,35 @@ def run_and_exit(main: Callable[[], None]) -> None:
     a trace. The first rank of the machine writes the code there; all ranks then leave with 0,
     unless one of them failed alone: the launcher must learn of that, or the others would wait.
     """
+    status = os.environ.get(STATUS_FILE)
+    # Outside of the loop, which answers them itself (saver.py), there is nothing to save.
+    for number in STOPS:
+        signal.signal(number, _stop)
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # `accelerate launch` started us.
-        threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
-    # So that trackers are closed when a launcher ends the run; it sends SIGKILL later.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    code, status = 0, os.environ.get(STATUS_FILE)
+        threading.Thread(target=_follow, args=(os.getppid(), status), daemon=True).start()
+    code, reason = 0, ""
     first, alone = os.environ.get("LOCAL_RANK", "0") == "0", False
     try:
         main()
     except UserError as error:
-        code = 2
+        code, reason = error.exit_code, str(error).splitlines()[0]
         alone = os.environ.get("WORLD_SIZE", "1") != "1" and not error.known_to_all
+        word = "stopped" if isinstance(error, Stopped) else "error"
         if first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"{word}: {error}", file=sys.stderr, flush=True)
         elif alone and not _first_rank_tells(status):
-            print(f"error, on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+            print(f"{word}, on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+    except SystemExit as left:
+        if left.code != Stopped.exit_code:
+            raise
+        code, alone = Stopped.exit_code, not (status and Path(status + STOP).exists())
+        if first:
+            text = "stopped: asked to, outside of training. The same command goes on."
+            print(text, file=sys.stderr, flush=True)
+        if not alone:
+            time.sleep(1)  # So that no rank loses another before it is told itself.
     if status and first:
-        Path(status).write_text(str(code))
+        Path(status).write_text(f"{code} {reason}\n")
     sys.exit(0 if status and not alone else code)
 
 
@@ -51,14 +66,27 @@ def _first_rank_tells(status: str | None) -> bool:
     return False
 
 
-def _follow(launcher: int) -> None:
-    """End this process when its launcher is gone.
+def _stop(number: int, _: FrameType | None) -> None:
+    sys.exit(Stopped.exit_code)
+
+
+def _follow(launcher: int, status: str | None) -> None:
+    """Pass a request of launch.sh on as a signal; end this process when its launcher is gone.
 
     torchrun's workers are sessions of their own: a launcher killed outright would leave them
-    training. A signal's handler may not get its turn while a collective waits, hence the thread.
+    training, and told to stop it kills them after 30 seconds. launch.sh therefore asks by a file.
+    A signal's handler may not get its turn while a collective waits, hence the thread.
     """
+    asked = 0.0
     while os.getppid() == launcher:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE)
+        if status and not asked and Path(status + STOP).exists():
+            asked = time.monotonic()
+            os.kill(os.getpid(), signal.SIGTERM)
+        outside = signal.getsignal(signal.SIGTERM) is _stop
+        if asked and outside and time.monotonic() > asked + GRACE:
+            os._exit(Stopped.exit_code)  # It waits for a rank that has left already.
+        time.sleep(0.5)
+    if not asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)
     os._exit(128 + signal.SIGTERM)

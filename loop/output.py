@@ -1,23 +1,35 @@
 """The output folder: recognises a finished run, and leaves one."""
 
-import errno
-import hashlib
+import fcntl
+import getpass
 import json
 import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
-from accelerate import Accelerator
-from peft import PeftModel
+from accelerate import Accelerator, PartialState
 
 from data.errors import UserError
-from loop.config import ADAPTER_FILES, Config, dump
+from loop.backend import told_to_all
+from loop.config import ADAPTER_FILES, Config, dump, file_sha256
+from loop.flags import FALSE
+from loop.prepare import Prepared
 from loop.utils import save_adapter, write_json
 from loop.windows import global_batch_size
 
 SETTINGS, STATE = "training_config.yaml", "trainer_state.json"
 PATHS = ("model_name_or_path", "data_path", "lora_weight_path", "cache_dir")
+# The folder, however it is spelt, and what says when to save and when to stop.
+HOW_TO_SAVE = (
+    *("output_dir", "save_strategy", "save_steps", "save_minutes", "save_total_limit"),
+    *("resume_from_checkpoint", "resume_anyway", "max_minutes"),
+)
+LOCK, PATIENCE = ".lock", 5.0  # seconds that a run which was just killed may take to be gone
 
 
 def is_finished(config: Config) -> bool:
@@ -26,6 +38,8 @@ def is_finished(config: Config) -> bool:
     Raises UserError where it holds a finished run with other settings or other data.
     """
     folder = Path(config.output_dir)
+    if config.resume_anyway or config.resume_from_checkpoint.lower() in FALSE:
+        return False  # Asked to train on, or anew.
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         settings = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
@@ -37,10 +51,11 @@ def is_finished(config: Config) -> bool:
         return False
     now = yaml.safe_load(dump(config))
     for values in (settings, now):
-        values.pop("output_dir", None)  # However it was spelt, it is this folder.
+        for name in HOW_TO_SAVE:
+            values.pop(name, None)
         values |= {key: _resolved(values.get(key)) for key in PATHS}
     settings["data_sha256"] = state.get("data_sha256")
-    now["data_sha256"] = fingerprint(config.data_file)
+    now["data_sha256"] = file_sha256(config.data_file)
     settings["examples a step"] = state.get("global_batch_size")
     now["examples a step"] = global_batch_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     changed = [
@@ -61,17 +76,59 @@ def _resolved(path: str | None) -> str | None:
     return str(Path(path).resolve()) if path and Path(path).exists() else path
 
 
-def claim_output(config: Config) -> None:
-    """Make the folder, on the first rank, before the long work."""
-    folder = Path(config.output_dir)
+@contextmanager
+def claimed(config: Config) -> Iterator[None]:
+    """Make the folder and hold its lock, on the first rank, for as long as the block runs.
+
+    The kernel releases the lock however the run ends. Every rank must enter this. Raises UserError
+    where the folder cannot be written, or where another run holds it.
+    """
+    folder, lock = Path(config.output_dir), None
+    with told_to_all():
+        if PartialState().is_main_process:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+            except OSError as error:
+                raise UserError(
+                    f"--output_dir {folder}: cannot be written: {error.strerror}. "
+                    "Give another folder."
+                ) from None
+            _lock(lock, folder)
+            (folder / "STOP").unlink(missing_ok=True)  # It was for the run before.
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {folder}: cannot be written: {error.strerror}. Give another folder."
-        ) from None
+        yield
+    finally:
+        if lock:
+            if {path.name for path in folder.iterdir()} == {LOCK}:
+                (folder / LOCK).unlink()  # Nothing came of it, so nothing is left.
+                folder.rmdir()
+            lock.close()
+
+
+def _lock(lock: TextIO, folder: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                lock.seek(0)
+                raise UserError(
+                    f"--output_dir {folder}: another run writes to it: {lock.read().strip()}. "
+                    "Wait for it, stop it (touch STOP in the folder), or give another folder."
+                ) from None
+            time.sleep(0.2)
+        except OSError:  # This file system knows no locks.
+            print(f"note: {folder} cannot be locked; start no second run with it")
+            break
+    lock.truncate(0)
+    lock.write(
+        f"process {os.getpid()} of {getpass.getuser()} on {platform.node()}, "
+        f"since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    )
+    lock.flush()
 
 
 def write_settings(accelerator: Accelerator, config: Config) -> None:
@@ -84,36 +141,26 @@ def write_settings(accelerator: Accelerator, config: Config) -> None:
 
 def save_run(
     accelerator: Accelerator,
-    model: PeftModel,
-    tokenizer: Any,
+    model: Any,
+    prepared: Prepared,
     history: list[dict[str, Any]],
     config: Config,
-    data_sha256: str,
 ) -> None:
     """Write adapter and tokenizer, and last trainer_state.json, by which the run is finished."""
     folder = Path(config.output_dir)
-    save_adapter(accelerator, model, folder, config.save_safetensors)
+    save_adapter(accelerator, accelerator.unwrap_model(model), folder, config.save_safetensors)
     if not accelerator.is_main_process:
         return
-    tokenizer.save_pretrained(folder)
+    prepared.tokenizer.save_pretrained(folder)
     last = history[-1]
     state = {
         "finished": True,
         "global_step": last["step"],
         "max_steps": last["step"],
         "epoch": last["epoch"],
-        "data_sha256": data_sha256,
+        "data_sha256": prepared.data_sha256,
         "global_batch_size": global_batch_size(config, accelerator.num_processes),
         "log_history": history,
     }
     write_json(folder / STATE, state)
     print(f"Saved and checked: {folder}. Talk to it: python -m loop chat --adapter {folder}")
-
-
-def fingerprint(file: Path) -> str:
-    """Return the SHA-256 of a file; raises UserError where it cannot be read."""
-    try:
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}.") from None

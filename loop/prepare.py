@@ -7,7 +7,7 @@ from data.encode import Example, encode_dialogues
 from data.sharegpt import Tally, read_dialogues
 from data.templates import default_template
 from loop.base import find_base_model, load_tokenizer
-from loop.config import Config, shown
+from loop.config import Config, file_sha256, shown
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Prepared:
     examples: list[Example]
     tally: Tally
     source: str
+    data_sha256: str
 
     def __str__(self) -> str:
         return f"{self.source}, template {self.template}: {self.tally}"
@@ -29,6 +30,7 @@ def prepare(config: Config) -> Prepared:
     """Return tokenizer and examples; raises UserError for a model or data that cannot be used."""
     base = find_base_model(config)
     tokenizer = load_tokenizer(base, config)
+    data_sha256 = file_sha256(config.data_file)
     template = config.template or default_template(tokenizer)
     dialogues, tally = read_dialogues(config.data_file, config.on_bad_record)
     if config.num_data >= 0:
@@ -36,4 +38,5 @@ def prepare(config: Config) -> Prepared:
             tally.drop("beyond num_data")
         dialogues = dialogues[: config.num_data]
     examples = encode_dialogues(dialogues, template, tokenizer, config.model_max_length, tally)
-    return Prepared(base, tokenizer, template, examples, tally, shown(config.data_file))
+    source = shown(config.data_file)
+    return Prepared(base, tokenizer, template, examples, tally, source, data_sha256)

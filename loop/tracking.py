@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from loop.config import Config
+from loop.resume import Start
 from loop.windows import Layout, Window
 
 PROJECT = "lora-loop"
@@ -33,25 +34,59 @@ class Tracker:
     supervised tokens, over all ranks. Rates are over all ranks and wall time, all included.
     """
 
-    def __init__(self, config: Config, layout: Layout, accelerator: Accelerator) -> None:
-        self.config, self.layout, self.accelerator = config, layout, accelerator
+    def __init__(
+        self, config: Config, layout: Layout, accelerator: Accelerator, start: Start
+    ) -> None:
+        self.config, self.layout, self.accelerator, self.start = config, layout, accelerator, start
         self.folder = Path(config.output_dir)
-        self.history: list[dict[str, Any]] = []
         self.trackers: dict[str, Any] = {}
-        self.supervised_tokens = 0
+        self.history: list[dict[str, Any]] = []
+        self.examples, self.supervised_tokens, self.seconds_before = 0, 0, 0.0
         self._start_interval(torch.zeros((), device=accelerator.device))
+        if start.step:
+            self._go_on(start.progress)
+
+    def _go_on(self, progress: dict[str, Any]) -> None:
+        """Take up the counts of a checkpoint, and the loss since its last log entry."""
+        self.examples, self.supervised_tokens = progress["examples"], progress["supervised_tokens"]
+        self.seconds_before = progress["seconds"]
+        self.interval_supervised = progress["interval"]["supervised_tokens"]
+        self.interval_tokens = progress["interval"]["tokens"]
+        sums, rank = progress["interval"]["loss_sums"], self.accelerator.process_index
+        # As many ranks as before: each has its own part, so that the sum is the same to the bit.
+        same = len(sums) == self.accelerator.num_processes
+        self.loss_sum += sums[rank] if same else sum(sums) / self.accelerator.num_processes
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the log; every rank must call this."""
+        sums = self.accelerator.gather(self.loss_sum).reshape(-1).tolist()
+        return {
+            "examples": self.examples,
+            "supervised_tokens": self.supervised_tokens,
+            "seconds": self._seconds(),
+            "interval": {
+                "loss_sums": sums,
+                "supervised_tokens": self.interval_supervised,
+                "tokens": self.interval_tokens,
+            },
+            "wandb": self.wandb_id,
+        }
 
     def __enter__(self) -> "Tracker":
         main = self.accelerator.is_main_process
+        self.started = time.perf_counter()
+        self.wandb_id = self.start.progress.get("wandb")
         if main:
-            self.metrics = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")
+            self.history = history_until(self.start.log, self.start.step)
+            self._open_log()
             for kind in self.config.report_to:
                 self._guarded(kind, functools.partial(self._open_tracker, kind))
-        self.started = self.logged_at = time.perf_counter()
         # In a file or a pipe the log lines say the same, without a redrawn bar between them.
         visible = main and sys.stderr.isatty()
-        total = self.layout.total_steps
-        self.bar = tqdm(total=total, unit="step", disable=not visible, dynamic_ncols=True)
+        total, done = self.layout.total_steps, self.start.step
+        self.bar = tqdm(
+            total=total, initial=done, unit="step", disable=not visible, dynamic_ncols=True
+        )
         return self
 
     def __exit__(
@@ -76,6 +111,7 @@ class Tracker:
         self.interval_supervised += window.supervised_tokens
         self.interval_tokens += window.tokens
         self.supervised_tokens += window.supervised_tokens
+        self.examples += window.examples
         self.bar.update()
         step = window.step + 1
         interval = {
@@ -93,6 +129,10 @@ class Tracker:
         self.interval_supervised = self.interval_tokens = 0
         self.logged_at = time.perf_counter()
 
+    def _seconds(self) -> float:
+        """Return the seconds since the run began, what a checkpoint's run took included."""
+        return self.seconds_before + time.perf_counter() - self.started
+
     def _log(self, window: Window, loss: float, learning_rate: float, norm: float) -> None:
         step, now = window.step + 1, time.perf_counter()
         if not math.isfinite(loss):
@@ -102,7 +142,7 @@ class Tracker:
             )
         if not self.accelerator.is_main_process:
             return
-        elapsed, seconds = now - self.logged_at, now - self.started
+        elapsed, seconds = now - self.logged_at, self._seconds()
         entry = {
             "step": step,
             "epoch": round(window.epoch, 4),
@@ -126,7 +166,8 @@ class Tracker:
             }
             self._guarded(name, lambda t=tracker, v=values: t.log(v, step=step))
         total = self.layout.total_steps
-        left = seconds / step * (total - step)
+        here = now - self.started
+        left = here / (step - self.start.step) * (total - step)
         progress = (
             f"loss {loss:.4f}  lr {learning_rate:.2e}  {entry['tokens_per_second']:,.0f} tokens/s  "
             f"{entry['supervised_tokens_per_second']:,.0f} supervised/s"
@@ -134,16 +175,30 @@ class Tracker:
         tqdm.write(f"step {step:>{len(str(total))}}/{total}  {progress}  {_clock(left)} left")
         self.bar.set_postfix_str(progress)
 
+    def _open_log(self) -> None:
+        """Open metrics.jsonl, holding what the log holds so far."""
+        partial = self.folder / "metrics.jsonl.partial"
+        self.metrics = open(partial, "w", encoding="utf-8")  # noqa: SIM115
+        self.metrics.writelines(json.dumps(entry, allow_nan=False) + "\n" for entry in self.history)
+        self.metrics.flush()
+        partial.replace(self.folder / "metrics.jsonl")
+
     def _open_tracker(self, kind: str) -> None:
         if kind == "none":
             return
         name = self.config.run_name or self.folder.name
         if kind == "wandb":
-            arguments = {"name": name, "dir": str(self.folder), **self._wandb_mode()}
+            # The same id makes it the same run there; steps that it has already are passed over.
+            again = {"id": self.wandb_id, "resume": "allow"} if self.wandb_id else {}
+            arguments = {"name": name, "dir": str(self.folder), **self._wandb_mode(), **again}
             tracker = LOGGER_TYPE_TO_CLASS[kind](PROJECT, **arguments)
         else:
-            tracker = LOGGER_TYPE_TO_CLASS[kind](name, logging_dir=str(self.folder / kind))
+            tracker = LOGGER_TYPE_TO_CLASS[kind](
+                name, logging_dir=str(self.folder / kind), purge_step=self.start.step + 1
+            )
         tracker.start()
+        if kind == "wandb":
+            self.wandb_id = tracker.tracker.id
         self.trackers[kind] = tracker
         settings = dataclasses.asdict(self.config) | dataclasses.asdict(self.layout)
         words = {k: " ".join(v) if isinstance(v, tuple) else v for k, v in settings.items()}
@@ -166,6 +221,24 @@ class Tracker:
             self.trackers = {kind: t for kind, t in self.trackers.items() if kind != name}
             reason = str(error).strip().splitlines()[:1]
             tqdm.write(f"{name}: {type(error).__name__}: {''.join(reason)}; going on without it.")
+
+
+def history_until(file: Path | None, step: int) -> list[dict[str, Any]]:
+    """Return the log up to a step, from metrics.jsonl; what a kill has cut off is passed over."""
+    history: list[dict[str, Any]] = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines() if file else []
+    except OSError as error:
+        tqdm.write(f"note: {file}: {error.strerror}: the log begins anew at step {step}")
+        return history
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["step"] <= step:
+            history.append(entry)
+    return history
 
 
 def every(interval: int, step: int) -> bool:

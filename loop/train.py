@@ -27,9 +27,11 @@ from loop.leave import run_and_exit
 from loop.model import load_model
 from loop.objective import loss_scale, supervised_loss_sum
 from loop.optim import build_optimizer, clip_gradients, lr_at, set_learning_rate
-from loop.output import claim_output, fingerprint, is_finished, save_run, write_settings
+from loop.output import claimed, is_finished, save_run, write_settings
 from loop.prepare import prepare
 from loop.quantize import describe_parameters
+from loop.resume import find_start
+from loop.saver import Saver
 from loop.tracking import Tracker
 from loop.windows import plan_layout, windows
 
@@ -47,34 +49,36 @@ def main() -> None:
     if first_rank_says(finished):
         ranks.print(f"{config.output_dir} already holds this run, finished; nothing was changed.")
     else:
-        train(config, ranks)
+        with claimed(config):
+            train(config, ranks)
 
 
 def train(config: Config, ranks: PartialState) -> None:
     """Fine-tune the adapter that `config` describes and save it in its output folder."""
     # Each rank reads for itself, all at the same time: none waits for another one's work.
     with told_to_all():
-        data_sha256 = fingerprint(config.data_file)
         prepared = prepare(config)
-        tokenizer, examples = prepared.tokenizer, prepared.examples
+        examples, pad_id = prepared.examples, prepared.tokenizer.pad_token_id
         layout = plan_layout(config, len(examples), ranks.process_index, ranks.num_processes)
-        if ranks.is_main_process:
-            claim_output(config)
-    check_agreement({"the data's SHA-256": data_sha256, **decisive(config)})
+        start = find_start(config, prepared, layout, reads=ranks.is_main_process)
+    check_agreement({"the data's SHA-256": prepared.data_sha256, **decisive(config)})
+    start.agree()
 
     accelerator = build_accelerator(config, layout)
-    accelerator.print(f"data: {prepared}")
-    accelerator.print(f"plan: {layout}")
+    accelerator.print(f"data: {prepared}\nplan: {layout}")
     model = load_model(prepared.base, config, accelerator)
     accelerator.print(f"model: {shown(prepared.base)}: {describe_parameters(model)}")
+    start.put_weights(accelerator, model)
     optimizer = build_optimizer(model, config)
     # No scheduler is prepared: accelerate would step it once per process.
     model, optimizer = accelerator.prepare(model, optimizer)
+    start.put_optimizer(accelerator, model, optimizer)
     write_settings(accelerator, config)
 
-    with Tracker(config, layout, accelerator) as tracker:
+    tracker = Tracker(config, layout, accelerator, start)
+    with tracker, Saver(config, layout, accelerator, start) as saver:
         model.train()
-        for window in windows(examples, layout, config.seed, tokenizer.pad_token_id):
+        for window in windows(examples, layout, config.seed, pad_id, start.step):
             # Before the backward pass: in its last one DeepSpeed makes the optimizer step.
             lr = lr_at(window.step, layout.total_steps, config)
             set_learning_rate(optimizer, lr)
@@ -89,9 +93,9 @@ def train(config: Config, ranks: PartialState) -> None:
                     optimizer.zero_grad()
                 loss_sum += micro_loss_sum.detach()
             tracker.observe(window, loss_sum, lr, grad_norm)
+            saver.after(window, model, optimizer, tracker)
 
-    model = accelerator.unwrap_model(model)
-    save_run(accelerator, model, tokenizer, tracker.history, config, data_sha256)
+    save_run(accelerator, model, prepared, tracker.history, config)
     accelerator.end_training()
 
 

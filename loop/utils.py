@@ -1,7 +1,6 @@
-"""What ranks do together: the adapter is gathered from all and saved by the first."""
+"""The adapter as peft loads it: gathered from all ranks, saved and checked by the first."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,28 +8,9 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-
-def trained_parameters(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
-    """Return the trainable parameters whole, in fp32, on the CPU; every rank must call this.
-
-    Under DeepSpeed they come from the fp32 master, gathered over the ranks one at a time. A rank
-    that does not `keep` them takes part and returns nothing: it needs memory for one of them.
-    """
-    state = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        value: Tensor | None = None
-        if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-            from deepspeed.utils import safe_get_full_fp32_param
-
-            value = safe_get_full_fp32_param(parameter)
-        value = parameter if value is None else value
-        if keep:
-            state[name] = value.detach().to("cpu", torch.float32, copy=True)
-    return state
+from loop.state import shapes, trained_parameters
 
 
 def save_adapter(
@@ -54,7 +34,7 @@ def save_adapter(
         torch.save(weights, partial)
     saved = load_file(partial) if safetensors else torch.load(partial, weights_only=True)
     try:
-        _check_saved(saved, _expected_shapes(model), partial)
+        _check_saved(saved, shapes(model), partial)
     except RuntimeError:
         partial.unlink()
         raise
@@ -63,18 +43,6 @@ def save_adapter(
     adapter_config.inference_mode = True
     adapter_config.save_pretrained(str(folder))
     adapter_config.inference_mode = False
-
-
-def _expected_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
-    """Return what a whole adapter holds, from the model's own parameters, not from the save."""
-    shapes = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            # peft leaves its adapter's name out of the file.
-            shapes[re.sub(r"\.default(?=\.|$)", "", name)] = tuple(
-                getattr(parameter, "ds_shape", parameter.shape)
-            )
-    return shapes
 
 
 def _check_saved(

@@ -69,13 +69,13 @@ def global_batch_size(config: Config, world_size: int) -> int:
 
 
 def windows(
-    examples: Sequence[Example], layout: Layout, seed: int, pad_id: int
+    examples: Sequence[Example], layout: Layout, seed: int, pad_id: int, start: int = 0
 ) -> Iterator[Window]:
-    """Yield the run's windows for this rank, each epoch a permutation that is f(seed, epoch)."""
+    """Yield this rank's windows from step `start` on; an epoch's permutation is f(seed, epoch)."""
     size = layout.global_batch_size
-    for step in range(layout.total_steps):
+    for step in range(start, layout.total_steps):
         epoch, index = divmod(step, layout.steps_per_epoch)
-        if index == 0:
+        if index == 0 or step == start:
             order = np.random.default_rng([seed, epoch]).permutation(len(examples))
         chosen = [examples[i] for i in order[index * size : (index + 1) * size]]
         yield Window(

@@ -1,0 +1,201 @@
+"""Checkpoints on disk: written whole or not at all, proved by their hashes, pruned.
+
+`checkpoint-<step>/` holds the adapter as peft loads it, AdamW's moments and the run's progress; no
+file in it is a pickle. `manifest.json` comes last and names size and SHA-256 of every other file.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.errors import Fault, UserError
+
+FORMAT = 1
+MANIFEST, PROGRESS, STATE = "manifest.json", "progress.json", "trainer_state.json"
+ADAPTER, OPTIMIZER = "adapter_model.safetensors", "optimizer.safetensors"
+FILES = {ADAPTER, OPTIMIZER, PROGRESS, STATE, "adapter_config.json"}
+SMALL = 1 << 20  # bytes: what a checkpoint holds beside tensors is less
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what was written."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run after a step, in host memory.
+
+    adapter, moments: fp32 tensors on the CPU, by peft's names and `exp_avg.<name>`.
+    progress: what the loop and the log need to go on. manifest: what must not have changed.
+    """
+
+    adapter: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    adapter_config: dict[str, Any]
+    progress: dict[str, Any]
+    manifest: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that was found whole; its files are read when they are asked for."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.manifest["step"])
+
+    def progress(self) -> dict[str, Any]:
+        """Return what the loop and the log need to go on."""
+        read: dict[str, Any] = json.loads((self.folder / PROGRESS).read_bytes())
+        return read
+
+
+def write(output: Path, snapshot: Snapshot, keep: int | None) -> None:
+    """Write `checkpoint-<step>` durably, then remove all but the newest `keep`.
+
+    Raises Fault where the disk does not take it; what is older is left as it was.
+    """
+    step = snapshot.progress["step"]
+    final, partial = output / f"checkpoint-{step}", output / f".checkpoint-{step}.partial"
+    progress = snapshot.progress
+    # transformers' file of this name, less the log, which is kept once, in metrics.jsonl.
+    state = {"global_step": step, "epoch": progress["epoch"], "max_steps": progress["max_steps"]}
+    texts = {"adapter_config.json": snapshot.adapter_config, PROGRESS: progress, STATE: state}
+    manifest = {"format": FORMAT, "step": step, **snapshot.manifest}
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save_file(snapshot.adapter, partial / ADAPTER, {"format": "pt"})
+        save_file(snapshot.moments, partial / OPTIMIZER, {"format": "pt"})
+        for name, text in texts.items():
+            _write(partial / name, text)
+        for name in FILES:
+            _sync(partial / name)
+        manifest["files"] = {name: _described(partial / name) for name in sorted(FILES)}
+        manifest["manifest_sha256"] = _own_sha256(manifest)
+        _write(partial / MANIFEST, manifest)
+        _sync(partial / MANIFEST)
+        _sync(partial)
+        if final.exists():  # damaged, or of a run that went on from an older one
+            remove(final)
+        partial.rename(final)
+        _sync(output)
+        prune(output, keep)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise Fault(
+            f"{final}: cannot be written: {getattr(error, 'strerror', None) or error}. Older "
+            "checkpoints are whole. Make room (--save_total_limit keeps fewer), then run the same "
+            "command again."
+        ) from error
+
+
+def prune(output: Path, keep: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints, and what a killed run left half written."""
+    for folder in list_folders(output)[keep:] if keep else []:
+        remove(folder)
+    for partial in output.glob(".checkpoint-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; one that is half removed has no manifest and is not taken for whole."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def list_folders(output: Path) -> list[Path]:
+    """Return the folders that are named like checkpoints, the newest first."""
+    steps = {
+        int(found[1]): path
+        for path in output.glob("checkpoint-*")
+        if (found := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+    }
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def verify(folder: Path) -> Checkpoint:
+    """Return the checkpoint after hashing every file of it.
+
+    Raises Damaged where a file is missing or altered, UserError for a newer format.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        claimed, version = manifest["manifest_sha256"], manifest["format"]
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{MANIFEST} is missing or unreadable ({type(error).__name__})") from None
+    if isinstance(version, int) and version > FORMAT and claimed == _own_sha256(manifest):
+        raise UserError(
+            f"{folder}: written in format {version} by a newer LoRA Loop; this one reads up to "
+            f"{FORMAT}. Update, or give --resume_from_checkpoint False."
+        )
+    if claimed != _own_sha256(manifest):
+        raise Damaged(f"{MANIFEST} was altered")
+    if lacking := FILES - {*files}:
+        raise Damaged(f"{MANIFEST} does not name {', '.join(sorted(lacking))}")
+    for name, expected in files.items():
+        try:
+            found = _described(folder / name)
+        except OSError as error:
+            raise Damaged(f"{name}: {error.strerror}") from None
+        if found != expected:
+            raise Damaged(
+                f"{name}: found {found['bytes']} bytes, SHA-256 {found['sha256'][:12]}; expected "
+                f"{expected['bytes']}, {expected['sha256'][:12]}"
+            )
+    return Checkpoint(folder, manifest)
+
+
+def check_room(output: Path, parameters: int, saves: int, keep: int | None) -> None:
+    """Raise UserError where the disk has no room for the run's checkpoints and adapter."""
+    each = 12 * parameters + SMALL  # fp32: weights and two moments
+    held = min(saves, keep or saves)
+    # The new one is whole before the oldest is removed.
+    needed = each * (held + (held < saves)) + 4 * parameters + SMALL
+    free = shutil.disk_usage(output).free
+    if needed > free:
+        limit = f"; --save_total_limit {max(1, free // each - 2)}" if held > 1 else ""
+        raise UserError(
+            f"--output_dir {output}: found {free / 1e6:,.0f} MB free; expected "
+            f"{needed / 1e6:,.0f} MB for {held} checkpoints of {each / 1e6:,.1f} MB and the "
+            f"adapter. Free some, save less often (--save_steps){limit}, or give another folder."
+        )
+
+
+def _write(file: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    file.write_text(text, encoding="utf-8")
+
+
+def _described(file: Path) -> dict[str, Any]:
+    with open(file, "rb") as opened:
+        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+        return {"bytes": opened.tell(), "sha256": sha256}
+
+
+def _own_sha256(manifest: dict[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have a file's content, or a folder's names, outlast a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,205 @@
+"""Where a run begins: afresh, or after a checkpoint that the first rank chooses for all."""
+
+import datetime
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file
+
+from data.errors import UserError
+from loop import checkpoint, state
+from loop.backend import told_to_all
+from loop.checkpoint import Checkpoint, Damaged
+from loop.config import Config
+from loop.fingerprints import run_facts
+from loop.flags import FALSE, TRUE
+from loop.prepare import Prepared
+from loop.windows import Layout
+
+AFRESH: dict[str, Any] = {"step": 0}
+
+
+@dataclass
+class Start:
+    """A run's beginning, the same on every rank.
+
+    progress: what a checkpoint's progress.json holds; of a fresh run, step 0 alone.
+    facts: what the run is made of; on the first rank only, which writes them.
+    """
+
+    facts: dict[str, Any]
+    folder: Path | None = None
+    progress: dict[str, Any] = field(default_factory=lambda: dict(AFRESH))
+    resumed: bool = False
+    parameters: int = 0  # trained ones
+
+    @property
+    def step(self) -> int:
+        """Steps done before this run."""
+        return int(self.progress["step"])
+
+    @property
+    def log(self) -> Path | None:
+        """The log that the checkpoint's run has left."""
+        return self.folder.parent / "metrics.jsonl" if self.folder else None
+
+    def agree(self) -> None:
+        """Take the first rank's progress; every rank must call this."""
+        self.progress, resumed = broadcast_object_list([self.progress, self.folder is not None])
+        self.resumed = bool(resumed)
+
+    def put_weights(self, accelerator: Accelerator, model: Any) -> None:
+        """Put the checkpoint's adapter into the model; before `prepare`, and on every rank.
+
+        Raises UserError where the adapter has another shape than the model's.
+        """
+        expected = state.shapes(model)
+        self.parameters = sum(math.prod(shape) for shape in expected.values())
+        if not self.resumed:
+            return
+        self.adapter = self._sent(accelerator, checkpoint.ADAPTER)
+        found = {name: tuple(tensor.shape) for name, tensor in self.adapter.items()}
+        with told_to_all():
+            wrong = [
+                name for name in {**expected, **found} if expected.get(name) != found.get(name)
+            ]
+            if wrong:
+                name = min(wrong)
+                raise UserError(
+                    f"the checkpoint's adapter has {name} {found.get(name)}, the model "
+                    f"{expected.get(name)}; expected the same shapes, which no flag can change. "
+                    "Give LoRA's settings as they were, or --resume_from_checkpoint False."
+                )
+        state.put_weights(model, self.adapter)
+
+    def put_optimizer(self, accelerator: Accelerator, model: Any, optimizer: Any) -> None:
+        """Put moments, step count and master weights back; after `prepare`, and on every rank."""
+        state.create_moments(optimizer)
+        if not self.resumed:
+            return
+        moments = self._sent(accelerator, checkpoint.OPTIMIZER)
+        model = accelerator.unwrap_model(model)
+        state.put_master(model, optimizer, self.adapter, moments)
+        if self.progress["loss_scale"]:
+            state.put_loss_scale(accelerator, optimizer, self.progress["loss_scale"])
+        del self.adapter
+
+    def _sent(self, accelerator: Accelerator, name: str) -> state.Tensors:
+        tensors = load_file(self.folder / name) if self.folder else {}
+        return state.from_first_rank(tensors, accelerator.device)
+
+
+def find_start(config: Config, prepared: Prepared, layout: Layout, reads: bool) -> Start:
+    """Choose the newest checkpoint that is whole; none: step 0. Only the first rank `reads`.
+
+    Raises UserError where none is whole, or where it was made of other data or settings.
+    """
+    if not reads:
+        return Start({})
+    start = Start(run_facts(config, prepared, layout.global_batch_size))
+    output, asked = Path(config.output_dir), config.resume_from_checkpoint
+    if asked.lower() in FALSE:
+        _set_aside(output, after=0)
+        return start
+    folders = checkpoint.list_folders(output)
+    if asked.lower() not in TRUE:
+        folders = _named(Path(asked).expanduser())
+    found = _newest_whole(folders)
+    if found is None:
+        return start
+    _check_facts(found, start.facts, config, layout)
+    if asked.lower() not in TRUE:
+        _set_aside(output, after=found.step, but=found.folder)
+    start.folder, start.progress = found.folder, found.progress()
+    print(f"resume: {found.folder}, after step {found.step} of {layout.total_steps}")
+    return start
+
+
+def _named(folder: Path) -> list[Path]:
+    if (folder / checkpoint.MANIFEST).is_file():
+        return [folder]
+    folders = checkpoint.list_folders(folder)
+    if not folders:
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: found no checkpoint; expected a folder "
+            "checkpoint-<step>, or one that holds such folders. Or give True or False."
+        )
+    return folders
+
+
+def _newest_whole(folders: list[Path]) -> Checkpoint | None:
+    """Return the newest checkpoint whose files are all as they were written."""
+    damages = []
+    for folder in folders:
+        try:
+            found = checkpoint.verify(folder)
+        except Damaged as damage:
+            damages.append(f"{folder}: damaged: {damage}")
+            continue
+        for told in damages:
+            print(f"note: {told}; going on from an older one")
+        return found
+    if damages:
+        raise UserError(
+            f"{'; '.join(damages)}. Found no checkpoint that is whole. Give "
+            "--resume_from_checkpoint False to start afresh: they are kept, set aside."
+        )
+    return None
+
+
+def _check_facts(found: Checkpoint, facts: dict[str, Any], config: Config, layout: Layout) -> None:
+    old = found.manifest["facts"]
+    changed = [
+        f"{name} was {_short(old.get(name))}, is {_short(facts.get(name))}"
+        for name in {**old, **facts}
+        if old.get(name) != facts.get(name)
+    ]
+    if changed and config.resume_anyway:
+        for line in changed:
+            print(f"note: {line}; going on, as --resume_anyway says")
+    elif changed:
+        batch = old.get("examples a step")
+        split = _splits(batch, layout) if batch != layout.global_batch_size else ""
+        raise UserError(
+            f"{found.folder}: made of something else: {'; '.join(changed)}. {split}Give it as it "
+            "was; or --resume_anyway to go on with the new; or --resume_from_checkpoint False to "
+            "start afresh; or another --output_dir."
+        )
+
+
+def _splits(batch: Any, layout: Layout) -> str:
+    """Name the ways in which these ranks can run the checkpoint's global batch."""
+    each, left = divmod(int(batch), layout.world_size)
+    even = [] if left else [size for size in range(1, each + 1) if each % size == 0]
+    words = [
+        f"--per_device_train_batch_size {size} --gradient_accumulation_steps {each // size}"
+        for size in even
+        if size <= max(8, layout.micro_batch_size)
+    ]
+    ways = ", or ".join([f"--global_batch_size {batch}", *words[::-1][:3]])
+    return f"On {layout.world_size} rank(s) {batch} examples a step are: {ways}. "
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 and text.isalnum() else text
+
+
+def _set_aside(output: Path, after: int, but: Path | None = None) -> None:
+    """Move what a run starting over would take for its own newer checkpoints out of its way."""
+    stale = [
+        folder
+        for folder in checkpoint.list_folders(output)
+        if int(folder.name.rpartition("-")[2]) > after
+        and folder.resolve() != (but or output).resolve()
+    ]
+    if stale:
+        aside = output / f"discarded-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        aside.mkdir()
+        for folder in stale:
+            folder.rename(aside / folder.name)
+        print(f"note: {len(stale)} checkpoints of an earlier run are now in {aside}")

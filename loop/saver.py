@@ -1,0 +1,202 @@
+"""Saves checkpoints beside the loop, and stops it on request at a step that all ranks share."""
+
+import datetime
+import json
+import signal
+import threading
+import time
+from math import ceil
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from data.errors import Fault, Stopped
+from loop import checkpoint, state
+from loop.backend import PATIENCE, told_to_all, zero_stage
+from loop.checkpoint import Snapshot
+from loop.config import Config
+from loop.resume import Start
+from loop.tracking import Tracker
+from loop.windows import Layout, Window
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+GO_ON, SAVE, STOP, FAILED = range(4)  # what a rank asks for; of all ranks the greatest counts
+
+
+class Saver:
+    """Looks after each step whether a checkpoint is due or a stop was asked for.
+
+    A context manager: within it signals are requests, answered after the step; the writing
+    thread has ended when it is left.
+    """
+
+    def __init__(
+        self, config: Config, layout: Layout, accelerator: Accelerator, start: Start
+    ) -> None:
+        self.config, self.layout, self.accelerator, self.start = config, layout, accelerator, start
+        self.output, self.main = Path(config.output_dir), accelerator.is_main_process
+        self.began = self.saved_at = time.monotonic()
+        self.asked, self.reason = GO_ON, ""
+        self.writer: threading.Thread | None = None
+        self.failure: Exception | None = None
+        self.saves, self.waited = 0, 0.0
+
+    def __enter__(self) -> "Saver":
+        self.group = None
+        if self.accelerator.num_processes > 1:
+            # On the CPU, so that asking does not wait for the GPU.
+            self.group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        with told_to_all():
+            if self.main:
+                self._check_room()
+        self.entered = time.monotonic()
+        self.handlers = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self._wait()
+        if self.main and self.saves:
+            share = self.waited / (time.monotonic() - self.entered)
+            print(
+                f"checkpoints: {self.saves}; the loop waited {self.waited:.2f} s for them "
+                f"({share:.2%} of its time)"
+            )
+
+    def after(self, window: Window, model: Any, optimizer: Any, tracker: Tracker) -> None:
+        """Save where it is due; every rank must call this after each step.
+
+        Raises Stopped once a request is met, Fault where the last checkpoint was not written.
+        """
+        step = window.step + 1
+        last = step == self.layout.total_steps
+        wanted = self._greatest(self._wanted())
+        if wanted < FAILED and (wanted or self._due(step) or (last and self._saves)):
+            before = time.monotonic()
+            self._save(window, model, optimizer, tracker)
+            self.waited += time.monotonic() - before
+            if wanted == STOP or last:
+                self._wait()
+                wanted = max(wanted, self._greatest(FAILED if self.failure else GO_ON))
+        if wanted == FAILED:
+            failure = self.failure or Fault("the first rank could not write a checkpoint")
+            if isinstance(failure, Fault):
+                failure.known_to_all = True
+            raise failure
+        if wanted == STOP and not last:
+            stopped = Stopped(
+                f"{self.reason or 'another rank was asked to stop'}; checkpoint-{step} is saved. "
+                "The same command goes on from there."
+            )
+            stopped.known_to_all = True
+            raise stopped
+
+    @property
+    def _saves(self) -> bool:
+        return self.config.save_strategy != "no"
+
+    def _check_room(self) -> None:
+        """Compare what the run will write with the disk's free space, before the first step."""
+        steps, config = self.layout.total_steps - self.start.step, self.config
+        interval = {
+            "steps": config.save_steps,
+            "epoch": self.layout.steps_per_epoch,
+            "no": steps + 1,
+        }[config.save_strategy]
+        saves = ceil(steps / interval) if self._saves else 0
+        checkpoint.check_room(self.output, self.start.parameters, saves, config.save_total_limit)
+
+    def _due(self, step: int) -> bool:
+        interval = {
+            "steps": self.config.save_steps,
+            "epoch": self.layout.steps_per_epoch,
+            "no": self.layout.total_steps + 1,
+        }[self.config.save_strategy]
+        return step % interval == 0
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        if self.asked == STOP and number == signal.SIGINT:
+            raise Fault("interrupted twice: stopped at once, without a checkpoint")
+        self.asked, self.reason = STOP, f"{signal.Signals(number).name} was received"
+
+    def _wanted(self) -> int:
+        """What this rank asks for after a step; clocks and the STOP file are the first rank's."""
+        if self.failure:
+            return FAILED
+        if self.main and self.asked < STOP:
+            now, limit = time.monotonic(), self.config.max_minutes
+            if limit and now - self.began > 60 * limit:
+                self.asked, self.reason = STOP, f"--max_minutes {limit:g} are over"
+            elif (self.output / "STOP").exists():
+                self.asked, self.reason = STOP, f"found {self.output / 'STOP'}"
+            elif self.config.save_minutes and now - self.saved_at > 60 * self.config.save_minutes:
+                return SAVE
+        return self.asked
+
+    def _greatest(self, wanted: int) -> int:
+        if self.group is None:
+            return wanted
+        found = torch.tensor(wanted)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self.group)
+        return int(found)
+
+    def _save(self, window: Window, model: Any, optimizer: Any, tracker: Tracker) -> None:
+        """Copy the state to host memory, on all ranks; the first one's thread writes it."""
+        model = self.accelerator.unwrap_model(model)
+        adapter = state.trained_parameters(model, keep=self.main)
+        moments = state.moments(model, optimizer, keep=self.main)
+        logged = tracker.state()
+        self.saved_at = time.monotonic()
+        if not self.main:
+            return
+        self._wait()
+        self.saves += 1
+        step, epoch = window.step + 1, self.layout.steps_per_epoch
+        batch = self.layout.global_batch_size
+        progress = {
+            "step": step,
+            "max_steps": self.layout.total_steps,
+            "epoch": window.epoch,
+            "cursor": step % epoch * batch,  # examples of the epoch's permutation that are done
+            "examples": tracker.examples,
+            "best_metric": None,
+            # Each micro-batch seeds it from these and its own rank and index: nothing is rewound.
+            "rng": {"seed": self.config.seed, "step": step},
+            "loss_scale": state.loss_scale(self.accelerator, optimizer),
+            **logged,
+        }
+        stage = zero_stage(self.accelerator)
+        backend = f"ZeRO-{stage}" if stage else self.accelerator.distributed_type.value
+        manifest = {
+            "saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "world_size": self.accelerator.num_processes,
+            "backend": backend,
+            "facts": self.start.facts,
+        }
+        adapter = {state.file_name(name): tensor for name, tensor in adapter.items()}
+        adapter_config = json.loads(
+            json.dumps(model.peft_config["default"].to_dict(), default=sorted)
+        )
+        adapter_config["inference_mode"] = True
+        snapshot = Snapshot(adapter, moments, adapter_config, progress, manifest)
+        self.writer = threading.Thread(target=self._write, args=(snapshot,))
+        self.writer.start()
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            checkpoint.write(self.output, snapshot, self.config.save_total_limit)
+        except Exception as error:
+            self.failure = error
+
+    def _wait(self) -> None:
+        if self.writer:
+            self.writer.join()

@@ -1,0 +1,205 @@
+"""The trained state, whole: gathered from any backend, and put into any other.
+
+DeepSpeed holds fp32 master weights and AdamW's moments in flat tensors that the ranks share out;
+elsewhere every rank has all of both.
+"""
+
+import re
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Tensors = dict[str, Tensor]
+
+
+def file_name(name: str) -> str:
+    """Return the name that peft gives a parameter in a file: without that of its adapter."""
+    return re.sub(r"\.default(?=\.|$)", "", name)
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return what a whole adapter holds, by peft's names, from the model's own parameters."""
+    return {
+        file_name(name): tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def trained_parameters(model: nn.Module, keep: bool = True) -> Tensors:
+    """Return the trainable parameters whole, in fp32, on the CPU; every rank must call this.
+
+    Under DeepSpeed they come from the fp32 master, gathered over the ranks one at a time. A rank
+    that does not `keep` them takes part and returns nothing: it needs memory for one of them.
+    """
+    return _gather(model, lambda parameter: parameter, None, keep)
+
+
+def moments(model: nn.Module, optimizer: Any, keep: bool = True) -> Tensors:
+    """Return AdamW's moments whole, in fp32, on the CPU, and its count of steps, [] float32.
+
+    Named `exp_avg.<name>`, `exp_avg_sq.<name>` and `step`. Every rank must call this.
+    """
+    state = adamw(optimizer).state
+    gathered: Tensors = {}
+    for moment in MOMENTS:
+        found = _gather(model, lambda p, key=moment: state[p][key], moment, keep)
+        gathered |= {f"{moment}.{file_name(name)}": tensor for name, tensor in found.items()}
+    steps = next(iter(state.values()))["step"]
+    return {**gathered, "step": torch.as_tensor(steps).float().cpu().clone()} if keep else {}
+
+
+def _gather(model: nn.Module, plain: Any, moment: str | None, keep: bool) -> Tensors:
+    state = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        value: Tensor | None = None
+        if _is_shared_out(parameter):
+            from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+            value = (
+                safe_get_full_optimizer_state(parameter, moment)
+                if moment
+                else safe_get_full_fp32_param(parameter)
+            )
+        value = plain(parameter) if value is None else value
+        if keep:
+            state[name] = value.detach().to("cpu", torch.float32, copy=True)
+    return state
+
+
+def adamw(optimizer: Any) -> torch.optim.AdamW:
+    """Return the AdamW that accelerate and DeepSpeed have wrapped."""
+    while not isinstance(optimizer, torch.optim.AdamW):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def create_moments(optimizer: Any) -> None:
+    """Make AdamW's state as its first step would make it, so that it can be filled and gathered.
+
+    DeepSpeed 0.19.8 (zero/stage_1_and_2.py) links parameters to their moments once the first
+    group of parameters has stepped, when the second one has no moments yet: biases had none.
+    """
+    inner = adamw(optimizer)
+    zero = optimizer
+    while hasattr(zero, "optimizer") and zero.optimizer is not inner:
+        zero = zero.optimizer
+    grouped = [parameter for group in inner.param_groups for parameter in group["params"]]
+    # ZeRO-3 lends AdamW its flat tensors for the time of a step only.
+    for parameter in getattr(zero, "fp32_partitioned_groups_flat", grouped):
+        inner.state[parameter] = {
+            "step": torch.tensor(0.0),
+            **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
+        }
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def from_first_rank(tensors: Tensors, device: torch.device) -> Tensors:
+    """Return the first rank's tensors on every rank, on the CPU; every rank must call this."""
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    (shapes,) = broadcast_object_list([shapes])
+    sent = {}
+    for name, (shape, dtype) in shapes.items():
+        tensor = tensors.get(name, torch.empty(shape, dtype=dtype))
+        sent[name] = broadcast(tensor.to(device)).cpu()
+    return sent
+
+
+def put_weights(model: nn.Module, adapter: Tensors) -> None:
+    """Put weights into a model that is not prepared yet; every rank must hold them and call this.
+
+    DeepSpeed casts its working copies from these: setting its master alone leaves them as they
+    were until the next step.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with _whole(parameter), torch.no_grad():
+                parameter.copy_(adapter[file_name(name)])
+
+
+def put_master(model: nn.Module, optimizer: Any, adapter: Tensors, moments: Tensors) -> None:
+    """Fill the prepared optimizer: fp32 weights where it has its own, moments, count of steps."""
+    state = adamw(optimizer).state
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if _is_shared_out(parameter):
+            _put_share(parameter, adapter[file_name(name)], None)
+        for moment in MOMENTS:
+            value = moments[f"{moment}.{file_name(name)}"]
+            if _is_shared_out(parameter):
+                _put_share(parameter, value, moment)
+            else:
+                state[parameter][moment].copy_(value)
+    for held in state.values():
+        held["step"].copy_(moments["step"])
+
+
+def loss_scale(accelerator: Accelerator, optimizer: Any) -> dict[str, float] | None:
+    """Return the state of fp16's dynamic loss scale; None in other precisions."""
+    if accelerator.mixed_precision != "fp16":
+        return None
+    if accelerator.scaler is not None:
+        return dict(accelerator.scaler.state_dict())
+    values = vars(optimizer.optimizer.loss_scaler).items()
+    return {k: v for k, v in values if isinstance(v, int | float)}
+
+
+def put_loss_scale(accelerator: Accelerator, optimizer: Any, state: dict[str, float]) -> None:
+    """Restore it; from another backend the scale alone, since each counts in its own way."""
+    if accelerator.scaler is not None:
+        mine = accelerator.scaler.state_dict()
+        scale = state.get("scale", state.get("cur_scale"))
+        accelerator.scaler.load_state_dict(
+            state if {*mine} == {*state} else {**mine, "scale": scale}
+        )
+        return
+    scaler = optimizer.optimizer.loss_scaler
+    if "scale" in state:
+        state = {"cur_scale": state["scale"]}
+    for name, value in state.items():
+        setattr(scaler, name, value)
+
+
+def _is_shared_out(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def _whole(parameter: nn.Parameter) -> Any:
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters([parameter], modifier_rank=0)
+
+
+def _put_share(parameter: Any, value: Tensor, moment: str | None) -> None:
+    """Write this rank's share of a whole tensor: the fp32 master, or one of the moments.
+
+    DeepSpeed's own setter cuts a tensor into equal parts without the padding that its last part
+    has (0.19.8, zero/stage3.py, set_full_hp_param), so the part is cut here.
+    """
+    from deepspeed import utils
+
+    if not hasattr(parameter, "ds_id"):
+        if moment:
+            utils.safe_set_full_optimizer_state(parameter, value, moment)
+        else:
+            utils.safe_set_full_fp32_param(parameter, value)
+        return
+    size, group = parameter.ds_tensor.numel(), parameter.ds_process_group
+    ranks, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    padded = nn.functional.pad(value.flatten(), (0, size * ranks - value.numel()))
+    share = padded[size * rank : size * (rank + 1)]
+    if moment:
+        utils.safe_set_local_optimizer_state(parameter, share, moment)
+    else:
+        utils.safe_set_local_fp32_param(parameter, share)
