@@ -13,11 +13,15 @@ usage() {
 ./launch.sh --help                              the training flags, with defaults
 
   --max_restarts N                              start the ranks again so often when one dies
+  --until-done                                  run again after a crash (MAX_CRASHES times, default: 10)
+                                                and after a stop that nobody asked this script for
 
 Environment: NUM_PROCESSES (of this machine; default: the number of its GPUs, or 1), PYTHON
 (default: python3). On several machines, on each: NNODES, NODE_RANK (0 is the first), MASTER_ADDR
 (the first one's) and MASTER_PORT (default: 29500); under srun they are SLURM's.
-Exit codes: 0 done, 2 the configuration or data is wrong, 1 anything else.
+Ctrl-C, SIGTERM, SIGUSR1: stop after this step, with a checkpoint; once more: stop at once.
+Exit codes: 0 done, 75 stopped on request (the same command goes on), 2 the configuration or data is
+wrong, 1 anything else.
 USAGE
 }
 
@@ -115,9 +119,10 @@ find_machines() {
   fi
 }
 
-# Runs the loop and returns the exit code that the loop meant: `accelerate launch` knows only 0 and 1.
+# Runs the loop, with --until-done as often as it takes.
 train() {
-  local config=accelerate_configs/zero2.yaml processes status told child code=0 max_restarts=0
+  local config=accelerate_configs/zero2.yaml processes code max_restarts=0
+  local until_done=0 crashes=0 asked=0 why=
   local nnodes node_rank master_addr master_port launcher=() flags=()
   case "${1:-}" in
     *.yaml | *.yml) config=$1; shift ;;
@@ -128,6 +133,7 @@ train() {
   while [ $# -gt 0 ]; do  # torchelastic's, not the loop's
     case "$1" in
       --max_restarts | --max-restarts) max_restarts=${2:-}; shift ;;
+      --until-done | --until_done) until_done=1 ;;
       --max_restarts=* | --max-restarts=*) max_restarts=${1#*=} ;;
       *) flags+=("$1") ;;
     esac
@@ -159,7 +165,6 @@ train() {
     python -m loop check ${flags[@]+"${flags[@]}"}
     launcher=(--main_process_port 0)  # a free one, so that two runs on one machine do not meet
   fi
-  status=$(mktemp)
   if [ "$(gpu_count)" = 0 ]; then
     export DS_ACCELERATOR=cpu  # else DeepSpeed warns that it found no GPU
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > processes ? $(nproc) / processes : 1))}
@@ -168,19 +173,57 @@ train() {
   launcher=(accelerate launch --config_file "$config" --num_processes "$((processes * nnodes))"
     "${launcher[@]}" loop/train.py ${flags[@]+"${flags[@]}"})
   show "${launcher[@]}"
-  LORA_LOOP_STATUS_FILE=$status "${launcher[@]}" &
+  launch "${launcher[@]}" && return
+  code=$?
+  while [ "$until_done" = 1 ] && [ "$asked" = 0 ] && [ "$code" != 2 ]; do
+    if [ "$code" = 75 ]; then
+      case "$why" in *STOP*) break ;; esac  # Who made that file wants no other run.
+    else
+      [ "$crashes" -lt "${MAX_CRASHES:-10}" ] || { echo "error: $((crashes + 1)) crashes; giving up" >&2; break; }
+      crashes=$((crashes + 1))
+      sleep "$crashes"
+    fi
+    echo "--until-done: exit code $code; going on"
+    # It was for the first time: what came of it is now the newest.
+    launch "${launcher[@]}" --resume_from_checkpoint True && return
+    code=$?
+  done
+  return "$code"
+}
+
+# Starts the launcher and returns the exit code that the loop meant. A request to stop goes to the
+# ranks by a file: of the launchers one would die of a signal, one kills the ranks 30 seconds later.
+launch() {
+  local status child code=0 told
+  status=$(mktemp)
+  asked=0 why=
+  (
+    trap '' USR1  # SLURM sends it to every process; the launcher would die of it.
+    export LORA_LOOP_STATUS_FILE=$status
+    # In a session of its own, so that Ctrl-C reaches this script alone.
+    exec $(command -v setsid || true) "$@"
+  ) &
   child=$!
-  # SLURM and Kubernetes may tell this script alone to stop.
-  trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT HUP
+  trap 'stop "$status" "$child"' TERM INT HUP USR1
   wait "$child" || code=$?
   while kill -0 "$child" 2>/dev/null; do  # A signal ends `wait` early.
     wait "$child" && code=0 || code=$?
   done
-  trap - TERM INT HUP
-  told=$(cat "$status")  # Empty where the first rank did not live to tell.
-  rm -f "$status"
+  trap - TERM INT HUP USR1
+  read -r told why <"$status" || true  # Empty where the first rank did not live to tell.
+  rm -f "$status" "$status.stop"
   [ "${told:-1}" = 0 ] || code=${told:-1}
   return "$code"
+}
+
+stop() {
+  if [ "$asked" = 0 ]; then
+    asked=1
+    : >"$1.stop"
+    echo "asked to stop: after this step, with a checkpoint; ask again to stop at once" >&2
+  else
+    kill -KILL "$2" 2>/dev/null || true  # Its ranks end themselves when it is gone.
+  fi
 }
 
 case "${1:-}" in
