@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-        if item.get_closest_marker("slow") and not config.getoption("--slow") and SLOWNESS > 2.5:
+        if item.get_closest_marker("slow") and not config.getoption("--slow") and SLOWNESS > 1.5:
             reason = f"this machine is {SLOWNESS:.1f} times slower than usual; --slow runs it"
             item.add_marker(pytest.mark.skip(reason=reason))
 
@@ -119,26 +119,33 @@ def broken_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-@pytest.fixture
-def train(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Train in this process: the tiny model on two dialogues, four steps."""
+def trainer(tiny_model: Path, folder: Path) -> Callable[..., Path]:
+    """Return a function that trains in this process: two dialogues, four steps unless told."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     from loop import train as training
     from loop.backend import check_launch, join_ranks
     from loop.config import Config, read_config
+    from loop.output import claimed
 
-    data = write_dialogues(tmp_path / "data.json", ["Hi", "Hello there."], ["And?", "So."])
+    data = write_dialogues(folder / "data.json", ["Hi", "Hello there."], ["And?", "So."])
 
     def run(name: str, *flags: str | Path) -> Path:
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         argv = ["--model_name_or_path", tiny_model, "--data_path", data, "--max_steps", "4"]
-        argv += ["--output_dir", tmp_path / name, "--learning_rate", "1e-2", *flags]
+        argv += ["--output_dir", folder / name, "--learning_rate", "1e-2", *flags]
         config = read_config([str(word) for word in argv], Config)
         ranks = join_ranks()
         check_launch(config)
-        training.train(config, ranks)
-        return tmp_path / name
+        with claimed(config):
+            training.train(config, ranks)
+        return folder / name
 
     return run
+
+
+@pytest.fixture
+def train(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Train in this process: the tiny model on two dialogues, four steps."""
+    return trainer(tiny_model, tmp_path)

@@ -1,5 +1,6 @@
 """Runs the project's commands as a user would, and reads what they leave."""
 
+import contextlib
 import functools
 import json
 import os
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -69,6 +71,28 @@ def command(
         timeout=seconds * SLOWNESS,
         check=False,
     )
+
+
+def start(*words: str | Path, log: Path) -> subprocess.Popen[bytes]:
+    """Start a command; it goes on while the test does. What it prints is added to the log."""
+    with log.open("a") as opened:
+        return subprocess.Popen(
+            [str(word) for word in words],
+            cwd=ROOT,
+            env={**os.environ, **warm(), "PATH": f"{BIN}:{os.environ['PATH']}"},
+            stdout=opened,
+            stderr=opened,
+        )
+
+
+def kill_everything(launched: subprocess.Popen[bytes]) -> None:
+    """Kill a command that was started warm, and whatever it has started, all at once."""
+    forked = psutil.Process(_server()[1].pid).children(recursive=True)
+    for process in [*forked, launched]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    launched.wait()
+    psutil.wait_procs(forked)
 
 
 def launch(

@@ -67,23 +67,22 @@ def watched_load(*arguments: Any) -> Any:
         watcher.join()
 
 
-def probed(
-    accelerator: Any, model: Any, tokenizer: Any, history: Any, config: Any, sha: str
-) -> Any:
+def probed(accelerator: Any, model: Any, prepared: Any, history: Any, config: Any) -> None:
     """Save as ever, then leave the logits and what this rank holds."""
     output = Path(config.output_dir)
-    base = [p for p in model.parameters() if not p.requires_grad]
+    inner = accelerator.unwrap_model(model)
+    base = [p for p in inner.parameters() if not p.requires_grad]
     four_bit = [p for p in base if getattr(p, "quant_state", None) is not None]
     held = {"four_bit": bytes_held(four_bit), "base": bytes_held(base)}
     before = peak_memory(reset=True)
-    save_run(accelerator, model, tokenizer, history, config, sha)
+    save_run(accelerator, model, prepared, history, config)
     held["loading"] = loading | {"whole": held["base"]["whole"]}
     held["saving"] = {"held": peak_memory() - before, "whole": held["base"]["whole"]}
     (output / f"held-{accelerator.process_index}.json").write_text(json.dumps(held))
     # Still in training mode, with dropout 0: in eval, bitsandbytes 0.50 multiplies in bf16 on CPUs
     # that can (nn/modules.py, Linear4bit).
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([PROMPT], device=accelerator.device)).logits
+        logits = inner(input_ids=torch.tensor([PROMPT], device=accelerator.device)).logits
     if accelerator.is_main_process:
         save_file({"logits": logits.float().cpu().contiguous()}, output / "logits.safetensors")
 

@@ -15,9 +15,9 @@ import sys
 import time
 
 SOCKET = os.environ.get("LORA_LOOP_WARM", "")
-SCRIPTS = ("bin/accelerate", "loop/train.py", "tests/probed_train.py")
+SCRIPTS = ("bin/accelerate", "loop/train.py", "tests/probed_train.py", "tests/traced_train.py")
 MODULES = ("accelerate.commands.launch", "loop")
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def command_of(words: list[str]) -> list[str]:

@@ -259,7 +259,7 @@ def test_fastchats_command_lines_start_and_train(
         *("--output_dir", tmp_path / "run", *given),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("note: --save_steps: there are no checkpoints yet") == 1
+    assert done.stdout.count("note: --evaluation_strategy: there is no evaluation yet") == 1
     assert len(log_of(tmp_path / "run")) == (4 if flags is SHELL else 3)
 
 

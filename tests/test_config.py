@@ -135,8 +135,8 @@ def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
 
 def test_flags_without_meaning_may_stand_in_a_yaml_file_too(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("lora_r: 4\nsave_steps: 200\n")
+    file.write_text("lora_r: 4\neval_steps: 200\n")
     assert read_config(["--config", str(file)], Config).lora_r == 4
     (note,) = compat.notes(["--config", str(file)])
-    assert note.startswith("note: --save_steps: there are no checkpoints yet")
+    assert note.startswith("note: --eval_steps: there is no evaluation yet")
     assert compat.notes([f"--config={file}"]) == [note]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from loop.checkpoint import list_folders, verify
 from tests.helpers import ROOT, log_of, write_dialogues
 
 GONE_WITHIN = 60.0  # seconds
@@ -95,12 +97,17 @@ def test_a_killed_launcher_leaves_no_rank_training(start: Callable[..., psutil.P
     assert not psutil.wait_procs(ranks, timeout=GONE_WITHIN)[1]
 
 
-def test_launch_sh_told_to_stop_stops_every_process(start: Callable[..., psutil.Popen]) -> None:
+def test_launch_sh_and_all_its_processes_told_to_stop_save_and_end(
+    start: Callable[..., psutil.Popen], tmp_path: Path
+) -> None:
     launched = start(10**6, ROOT / "launch.sh", "accelerate_configs/zero2.yaml")
     everyone = launched.children(recursive=True)
     assert len(ranks_of(launched)) == 2
-    launched.terminate()
-    assert launched.wait(timeout=GONE_WITHIN) != 0
+    for process in [launched, *everyone]:  # as SLURM does with a step
+        process.send_signal(signal.SIGUSR1)
+    assert launched.wait(timeout=GONE_WITHIN) == 75
+    (folder,) = list_folders(tmp_path / "run")
+    verify(folder)
     assert not psutil.wait_procs(everyone, timeout=5)[1]
 
 

@@ -24,8 +24,8 @@ SBATCH = ROOT / "docs" / "slurm.sbatch"
 
 # Of sbatch's options those that these scripts may use.
 SBATCH_OPTIONS = {
-    *("account", "cpus-per-task", "exclusive", "gpus-per-node", "job-name", "mem", "no-requeue"),
-    *("nodes", "ntasks-per-node", "output", "partition", "time"),
+    *("account", "cpus-per-task", "exclusive", "gpus-per-node", "job-name", "mem", "requeue"),
+    *("nodes", "ntasks-per-node", "output", "partition", "signal", "time"),
 }
 SRUN_OPTIONS = {"--kill-on-bad-exit=1", "--cpus-per-task=64"}
 
@@ -45,6 +45,7 @@ for node in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do
 done
 exit "$worst"
 """
+SCONTROL = '#!/usr/bin/env bash\necho "$@" > scontrol_words\n'
 
 
 class Record(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -112,7 +113,8 @@ def run(
     """Run a command beside a stub launch.sh; return what it did and what launch.sh was given."""
     tools = folder / "bin"
     tools.mkdir(exist_ok=True)
-    for file, text in ((folder / "launch.sh", LAUNCH), (tools / "srun", SRUN)):
+    stubs = {folder / "launch.sh": LAUNCH, tools / "srun": SRUN, tools / "scontrol": SCONTROL}
+    for file, text in stubs.items():
         file.write_text(text)
         file.chmod(0o755)
     path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -142,7 +144,7 @@ def operator(node: int, per_node: str) -> dict[str, str]:
 def sbatch(folder: Path, **env: str) -> tuple[Any, list[dict[str, Any]]]:
     """Run the batch script as SLURM would: a copy, from elsewhere, on the first node."""
     spool = folder / "spool"
-    spool.mkdir()
+    spool.mkdir(exist_ok=True)
     shutil.copy(SBATCH, spool / "slurm_script")
     asked = directives()
     slurm = {
@@ -271,6 +273,10 @@ def test_the_batch_script_ends_as_launch_sh_did(tmp_path: Path) -> None:
     (tmp_path / ".venv").mkdir()
     done, _ = sbatch(tmp_path, ENDS_WITH="2")
     assert done.returncode == 2
+    assert not (tmp_path / "scontrol_words").exists()
+    done, _ = sbatch(tmp_path, ENDS_WITH="75")
+    assert done.returncode == 75
+    assert (tmp_path / "scontrol_words").read_text() == "requeue 4242\n"
 
 
 def test_the_batch_script_does_not_let_the_nodes_set_up(tmp_path: Path) -> None:

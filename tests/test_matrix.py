@@ -25,6 +25,15 @@ BACKENDS = {
 BIAS = {"LoRA": "all", "QLoRA": "lora_only"}
 TOLERANCE = {"LoRA": 1e-5, "QLoRA": 1e-3}
 QUICK = [("LoRA", "zero3"), ("QLoRA", "zero3")]
+# From which backend's checkpoint to which one; each is left once and entered once at least.
+MOVES = [
+    *[("LoRA", "one", to) for to in ("ddp", "zero1", "zero2", "zero3")],
+    *[("LoRA", backend, "one") for backend in ("ddp", "zero1", "zero2", "zero3")],
+    *[("LoRA", "ddp", "zero2"), ("LoRA", "zero2", "zero3"), ("LoRA", "zero3", "ddp")],
+    *[("QLoRA", "zero2", "zero2"), ("QLoRA", "zero3", "zero3")],
+    *[("QLoRA", "one", "zero3"), ("QLoRA", "zero3", "zero2"), ("QLoRA", "zero2", "one")],
+]
+QUICK_MOVES = [("LoRA", "one", "zero3"), ("QLoRA", "zero3", "zero3")]
 ALL = [
     pytest.param(kind, backend, marks=[] if (kind, backend) in QUICK else pytest.mark.slow)
     for kind in BIAS
@@ -81,7 +90,7 @@ def outputs(
                 folder / name,
                 *("--model_name_or_path", biased_model, "--data_path", dialogues),
                 *("--global_batch_size", "4", "--per_device_train_batch_size", str(per_device)),
-                *("--max_steps", "8", "--logging_steps", "1", *flags),
+                *("--max_steps", "8", "--logging_steps", "1", "--save_steps", "4", *flags),
                 processes=processes,
                 script="tests/probed_train.py",
             )
@@ -110,6 +119,27 @@ def test_every_backend_gives_the_losses_and_the_adapter_of_one_process(
     assert {*adapter} == {*expected}
     for key, tensor in expected.items():
         assert adapter[key].dtype == tensor.dtype == torch.float32
+        assert torch.allclose(adapter[key], tensor, atol=TOLERANCE[kind], rtol=0), key
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "target"),
+    [
+        move if move in QUICK_MOVES else pytest.param(*move, marks=pytest.mark.slow)
+        for move in MOVES
+    ],
+)
+def test_a_checkpoint_goes_on_under_any_other_backend_and_number_of_ranks(
+    kind: str, source: str, target: str, outputs: Any
+) -> None:
+    folder = outputs(kind, source) / "checkpoint-4"
+    moved = outputs(kind, target, "--resume_from_checkpoint", folder)
+    alone = outputs(kind, "one")
+    for mine, theirs in zip(log_in(moved), log_in(alone), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=TOLERANCE[kind])
+        assert mine["supervised_tokens"] == theirs["supervised_tokens"]
+    adapter = adapter_of(moved)
+    for key, tensor in adapter_of(alone).items():
         assert torch.allclose(adapter[key], tensor, atol=TOLERANCE[kind], rtol=0), key
 
 

@@ -27,14 +27,14 @@ def test_the_loop_in_readme_is_the_loop() -> None:
     (loop,) = blocks("python")
     assert "MAIN_JOB" not in README
     assert textwrap.indent(loop, "    ") in code
-    assert loop.startswith("with Tracker")
+    assert loop.startswith("tracker = Tracker")
     assert "tracker.observe(" in loop
 
 
 def test_the_tree_in_readme_is_the_tree() -> None:
     tree = blocks("text")[-1]
     named = set(re.findall(r"^\S+/[\w.]+|^\S+\.\w+", tree, re.MULTILINE))
-    folders = ("loop", "data", "docs", "tests", "accelerate_configs")
+    folders = ("loop", "data", "docs", "tests", "benchmarks", "accelerate_configs")
     found = {
         str(path.relative_to(ROOT))
         for folder in folders

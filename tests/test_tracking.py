@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from data.errors import Stopped
+from tests.conftest import trainer
 from tests.helpers import command, log_of, write_dialogues
 
 BLOCK = 32768
@@ -30,6 +32,17 @@ def read_wandb(file: Path) -> list[Any]:
             records.append(record)
             parts = b""
     return records
+
+
+def tensorboard_losses(output: Path) -> list[tuple[int, Any]]:
+    """Return steps and losses, each of which equals what was logged to fp32's precision."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (output / "tensorboard").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    scalars = events.Scalars("train/loss")
+    return [(event.step, pytest.approx(event.value, rel=1e-6)) for event in scalars]
 
 
 def train(tiny_model: Path, folder: Path, *flags: str, **env: str) -> Any:
@@ -71,13 +84,25 @@ def test_wandb_offline_and_tensorboard_hold_every_logged_step(
             assert math.isclose(row[f"train/{key}"], entry[key], rel_tol=1e-6)
     assert any(record.WhichOneof("record_type") == "exit" for record in records), "not closed"
 
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert tensorboard_losses(tmp_path / "run") == [(e["step"], e["loss"]) for e in history]
 
-    (folder,) = (tmp_path / "run/tensorboard").iterdir()
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    assert losses == [(e["step"], pytest.approx(e["loss"], rel=1e-6)) for e in history]
+
+def test_a_run_that_goes_on_is_the_same_one_to_its_trackers(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = trainer(tiny_model, tmp_path)
+    flags = ("--logging_steps", "1", "--save_steps", "2", "--report_to", "wandb", "tensorboard")
+    with pytest.raises(Stopped):
+        run("run", *flags, "--max_minutes", "1e-6")
+    output = run("run", *flags)
+    ids = [
+        {r.run.run_id for r in read_wandb(file) if r.WhichOneof("record_type") == "run"}
+        for file in (output / "wandb").glob("offline-run-*/*.wandb")
+    ]
+    assert len(ids) == 2
+    assert len(set.union(*ids)) == 1
+    assert tensorboard_losses(output) == [(e["step"], e["loss"]) for e in log_of(output)]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 python tests/warm_server.py SOCKET
 """
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -46,38 +47,37 @@ def serve(address: str) -> Request:
     wait.register(listener, selectors.EVENT_READ)
     wait.register(sys.stdin, selectors.EVENT_READ)
     while True:
-        for key, _ in wait.select():
-            if key.fileobj is sys.stdin:
-                sys.exit()
-            elif key.fileobj is listener:
-                client, _ = listener.accept()
-                request = receive(client)
-                child = os.fork()
-                if not child:
-                    listener.close()
-                    client.close()
-                    wait.close()
-                    return request
-                for file in request[3]:
-                    os.close(file)
-                ended = os.pidfd_open(child)
-                wait.register(client, selectors.EVENT_READ, child)
-                wait.register(ended, selectors.EVENT_READ, (child, client))
-            elif isinstance(key.data, int):
-                told = key.fileobj.recv(1)  # type: ignore[union-attr]
-                os.kill(key.data, told[0] if told else signal.SIGKILL)
-                if not told:  # Who asked was killed.
-                    wait.unregister(key.fileobj)
-            else:
-                child, client = key.data
-                _, status = os.waitpid(child, 0)
-                wait.unregister(key.fileobj)
-                os.close(key.fd)
-                if client in {k.fileobj for k in wait.get_map().values()}:
-                    wait.unregister(client)
-                    code = os.waitstatus_to_exitcode(status)
-                    client.sendall(code.to_bytes(4, "big", signed=True))
+        key, _ = wait.select()[0]  # One at a time: it may close what another is about.
+        if key.fileobj is sys.stdin:
+            sys.exit()
+        if key.fileobj is listener:
+            client, _ = listener.accept()
+            request = receive(client)
+            child = os.fork()
+            if not child:
+                listener.close()
                 client.close()
+                wait.close()
+                return request
+            for file in request[3]:
+                os.close(file)
+            wait.register(client, selectors.EVENT_READ, child)
+            wait.register(os.pidfd_open(child), selectors.EVENT_READ, (child, client))
+        elif isinstance(key.data, int):
+            told = key.fileobj.recv(1)  # type: ignore[union-attr]
+            os.kill(key.data, told[0] if told else signal.SIGKILL)
+            if not told:  # Who asked was killed.
+                wait.unregister(key.fileobj)
+        else:
+            child, client = key.data
+            _, status = os.waitpid(child, 0)
+            wait.unregister(key.fileobj)
+            os.close(key.fd)
+            with contextlib.suppress(OSError, KeyError):
+                wait.unregister(client)
+                code = os.waitstatus_to_exitcode(status)
+                client.sendall(code.to_bytes(4, "big", signed=True))
+            client.close()
 
 
 def become(request: Request) -> None:
