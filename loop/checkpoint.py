@@ -66,9 +66,16 @@ class Checkpoint:
 def write(output: Path, snapshot: Snapshot, keep: int | None) -> None:
     """Write `checkpoint-<step>` durably, then remove all but the newest `keep`.
 
-    Raises Fault where the disk does not take it; what is older is left as it was.
+    Raises Fault for weights that are not finite, and where the disk does not take them; what is
+    older is left as it was.
     """
     step = snapshot.progress["step"]
+    infinite = [name for name, tensor in snapshot.adapter.items() if not tensor.isfinite().all()]
+    if infinite:
+        raise Fault(
+            f"step {step}: {infinite[0]} is not finite: not saved. Older checkpoints are "
+            "whole. Lower the learning rate, or train in bf16 or fp32."
+        )
     final, partial = output / f"checkpoint-{step}", output / f".checkpoint-{step}.partial"
     progress = snapshot.progress
     # transformers' file of this name, less the log, which is kept once, in metrics.jsonl.

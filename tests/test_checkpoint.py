@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from data.errors import Fault, UserError
-from loop import checkpoint
+from loop import checkpoint, state
 from loop.checkpoint import Damaged, list_folders, verify
 from tests.conftest import trainer
 from tests.helpers import ROOT, adapter_of, log_of
@@ -242,6 +243,22 @@ def test_a_disk_that_fills_up_ends_the_run_and_older_checkpoints_stay(
     assert folders
     assert all(verify(folder) for folder in folders)
     assert not [*(small_disk / "run").glob(".checkpoint-*")]
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gather = state.trained_parameters
+
+    def spoilt(*arguments: Any, **more: Any) -> Any:
+        found = gather(*arguments, **more)
+        spoil = (tmp_path / "run/checkpoint-2").exists()
+        return {name: tensor * torch.nan if spoil else tensor for name, tensor in found.items()}
+
+    monkeypatch.setattr(state, "trained_parameters", spoilt)
+    with pytest.raises(Fault, match=r"step \d: .* is not finite"):
+        train("run", *DROPOUT, "--save_steps", "2")
+    assert all(verify(folder) for folder in list_folders(tmp_path / "run"))
 
 
 def test_a_read_only_disk_is_the_users_mistake(train: Train, small_disk: Path) -> None:
