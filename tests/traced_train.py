@@ -16,7 +16,6 @@ from loop import train, windows
 from loop.leave import run_and_exit
 
 collate, all_windows, loss_sum = windows.collate, train.windows, train.supervised_loss_sum
-OUTPUT = Path(sys.argv[sys.argv.index("--output_dir") + 1])
 seen: list[list[str]] = []
 lines: list[Any] = []
 
@@ -31,7 +30,8 @@ def noted_collate(examples: Any, *more: Any) -> Any:
 
 
 def traced_windows(examples: Any, layout: Any, *more: Any) -> Iterator[Any]:
-    lines.append(open(OUTPUT / f"trace-{layout.rank}.jsonl", "a", buffering=1))  # noqa: SIM115
+    output = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+    lines.append(open(output / f"trace-{layout.rank}.jsonl", "a", buffering=1))  # noqa: SIM115
     for window in all_windows(examples, layout, *more):
         tell(step=window.step, ids=[*seen])
         seen.clear()
