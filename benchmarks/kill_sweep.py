@@ -155,11 +155,11 @@ def main() -> int:
     from transformers import AutoTokenizer
 
     from loop.embedded import embedded_model
-    from tests.conftest import make_tiny_model
+    from tests.conftest import make_tiny_model, small_tokenizer
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+        tokenizer = small_tokenizer(AutoTokenizer.from_pretrained(embedded_model()))
         model = make_tiny_model(folder / "model", tokenizer, False)
         data = write_dialogues(folder / "data.json", *dialogues())
         given = ["--model_name_or_path", str(model), "--data_path", str(data)]

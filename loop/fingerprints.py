@@ -72,9 +72,10 @@ def _tokenizer(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return _sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True))
-    state = json.loads(backend.to_str())
-    # Set anew by every call of the tokenizer.
-    return _sha256(json.dumps({**state, "padding": None, "truncation": None}, sort_keys=True))
+    # Every call of the tokenizer sets both anew.
+    backend.no_padding()
+    backend.no_truncation()
+    return _sha256(backend.to_str())
 
 
 def _sha256(text: str) -> str:

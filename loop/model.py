@@ -17,7 +17,7 @@ from data.errors import UserError
 from loop.backend import told_to_all, zero_stage
 from loop.base import mistakes
 from loop.config import Config
-from loop.quantize import check_quantization, four_bit
+from loop.quantize import check_quantization, four_bit, returned_memory
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -105,7 +105,7 @@ def _load_base(base: str, config: Config, accelerator: Accelerator) -> Any:
     if not zero3 and (config.q_lora or accelerator.device.type == "cuda"):
         # Straight from the mapped file to this rank's device; ZeRO-3 has its own way to load.
         options["device_map"] = {"": accelerator.device}
-    with mistakes(base):
+    with mistakes(base), returned_memory() if config.q_lora else nullcontext():
         model, loaded = AutoModelForCausalLM.from_pretrained(
             base,
             config=base_config,

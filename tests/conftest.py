@@ -1,5 +1,6 @@
 """A tiny model with a real tokenizer, and the folder beside the project that may be absent."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -68,6 +69,13 @@ def chat_tokenizer(chat_model: Path) -> Any:
     return AutoTokenizer.from_pretrained(chat_model)
 
 
+def small_tokenizer(tokenizer: Any) -> Any:
+    """Return one of the same kind with 1,000 tokens from the bundled dialogues: read at once."""
+    records = json.loads((ROOT / "data" / "dummy_conversation.json").read_text(encoding="utf-8"))
+    texts = [turn["value"] for record in records for turn in record["conversations"]]
+    return tokenizer.train_new_from_iterator([texts], 1000)
+
+
 def make_tiny_model(folder: Path, tokenizer: Any, biases: bool) -> Path:
     """Write a random Llama of two layers with this tokenizer."""
     import torch
@@ -94,13 +102,14 @@ def make_tiny_model(folder: Path, tokenizer: Any, biases: bool) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(chat_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers with the embedded model's tokenizer."""
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", chat_tokenizer, False)
+    """A random Llama of two layers with a small tokenizer of the embedded model's kind."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return make_tiny_model(folder, small_tokenizer(chat_tokenizer), False)
 
 
 @pytest.fixture(scope="session")
 def biased_model(chat_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, with biases on its attention layers."""
+    """The same with the embedded model's whole tokenizer, and biases on its attention layers."""
     return make_tiny_model(tmp_path_factory.mktemp("models") / "biased", chat_tokenizer, True)
 
 
