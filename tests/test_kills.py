@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.kill_sweep import BACKENDS, dialogues, sweep
-from tests.helpers import write_dialogues
+from tests.helpers import adapter_of, launch, write_dialogues
 
 # benchmarks/kill_sweep.py makes 200 kills, or as many as you like.
 KILLS = [
@@ -23,3 +24,19 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(
     found = sweep(backend, kills, tmp_path, given)
     assert found.kills.total() == kills
     assert not found.differences
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
+def test_three_ranks_go_on_bit_for_bit(config: str, tiny_model: Path, tmp_path: Path) -> None:
+    # Three numbers' sum depends on their order, and so on how gradients are laid out in buckets.
+    flags = ["--model_name_or_path", tiny_model, "--max_steps", "8", "--save_steps", "4"]
+    flags += ["--data_path", write_dialogues(tmp_path / "data.json", *dialogues())]
+    flags += ["--global_batch_size", "6", "--per_device_train_batch_size", "1"]
+    flags += ["--lora_target_modules", "all-linear", "--mixed_precision", "no"]
+    launch(config, tmp_path / "whole", *flags, processes=3)
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    flags += ["--resume_from_checkpoint", checkpoint]
+    launch(config, tmp_path / "resumed", *flags, processes=3)
+    whole, resumed = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "resumed")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
