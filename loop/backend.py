@@ -19,9 +19,9 @@ from accelerate.utils import (
 )
 
 from data.errors import UserError
-from loop.config import Config
+from loop.config import Config, decisive
 from loop.windows import Layout
-from loop.zero import complete, precision_of, zero_settings
+from loop.zero import complete, launch_facts, precision_of, zero_settings
 
 # Of any collective: longer than a rank may be behind while each reads data and model for itself.
 PATIENCE = datetime.timedelta(minutes=30)
@@ -118,19 +118,23 @@ def told_to_all() -> Iterator[None]:
         raise told_error
 
 
-def check_agreement(facts: dict[str, Any]) -> None:
-    """Make sure that all ranks hold the same facts; every rank must call this.
+def check_agreement(config: Config, facts: dict[str, Any]) -> None:
+    """Make sure that all ranks hold the same facts, launch and settings; every rank must call this.
 
-    Raises UserError: with other data or settings on one machine the gradient would be wrong.
+    Raises UserError: with other data or settings on one machine the gradient would be wrong, and
+    with another backend the ranks would wait for each other in different collectives.
     """
+    facts = {**facts, **launch_facts(config), **decisive(config)}
     everyone = gather_object([facts]) if PartialState().num_processes > 1 else [facts]
     with told_to_all():
         for rank, theirs in enumerate(everyone):
-            for key in facts:
-                if theirs[key] != everyone[0][key]:
+            for key in {**everyone[0], **theirs}:
+                # Of DeepSpeed's values one machine may have what the other leaves open.
+                first, other = everyone[0].get(key, "not set"), theirs.get(key, "not set")
+                if first != other:
                     raise UserError(
-                        f"{key} is {everyone[0][key]} on rank 0 and {theirs[key]} on rank {rank}; "
-                        "expected the same. Give every machine the same files and flags."
+                        f"{key} is {first} on rank 0 and {other} on rank {rank}; expected the "
+                        "same. Give every machine the same files and flags."
                     )
 
 

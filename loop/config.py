@@ -164,15 +164,17 @@ class Config:
         return self.mixed_precision or short or launched
 
 
-# Paths, compared by what lies there, and what changes no number.
+# Paths, compared by what lies there; what changes no number; flags of which `precision` is made.
 PATHS = {"model_name_or_path", "cache_dir", "lora_weight_path", "data_path", "output_dir"}
 TOLD = {"deepspeed", "run_name", "report_to", "resume_from_checkpoint"}
+PRECISION = {"mixed_precision", "bf16", "fp16"}
 
 
 def decisive(config: Config) -> dict[str, Any]:
     """Return the settings that all ranks must share; paths may differ from machine to machine."""
     values = dataclasses.asdict(config).items()
-    return {f"--{name}": value for name, value in values if name not in PATHS | TOLD}
+    told = {f"--{name}": value for name, value in values if name not in PATHS | TOLD | PRECISION}
+    return {"the precision": config.precision, **told}
 
 
 def file_sha256(file: Path) -> str:

@@ -22,7 +22,7 @@ from loop.backend import (
     told_to_all,
 )
 from loop.compat import notes
-from loop.config import Config, decisive, read_config, shown
+from loop.config import Config, read_config, shown
 from loop.leave import run_and_exit
 from loop.model import load_model
 from loop.objective import loss_scale, supervised_loss_sum
@@ -61,7 +61,7 @@ def train(config: Config, ranks: PartialState) -> None:
         examples, pad_id = prepared.examples, prepared.tokenizer.pad_token_id
         layout = plan_layout(config, len(examples), ranks.process_index, ranks.num_processes)
         start = find_start(config, prepared, layout, reads=ranks.is_main_process)
-    check_agreement({"the data's SHA-256": prepared.data_sha256, **decisive(config)})
+    check_agreement(config, {"the data's SHA-256": prepared.data_sha256})
     start.agree()
 
     accelerator = build_accelerator(config, layout)

@@ -144,6 +144,26 @@ def _check_against_flags(asked: dict[str, Any], config: Config, layout: Layout) 
             )
 
 
+def launch_facts(config: Config) -> dict[str, Any]:
+    """Return the backend and DeepSpeed's values, each by its own name, to compare machines by.
+
+    Paths may differ from machine to machine; what is left open is as good as not there.
+    """
+    asked = zero_settings(config)
+    stage = asked["zero_optimization"]["stage"] if asked else 0
+    facts: dict[str, Any] = {"the backend": f"DeepSpeed ZeRO-{stage}" if asked else "DDP"}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                add(f"{name}.{key}" if name else key, inner)
+        elif value not in ("auto", "none", None) and not name.endswith(("path", "file")):
+            facts[f"DeepSpeed's {name}"] = value
+
+    add("", asked)
+    return facts
+
+
 def precision_of(asked: dict[str, Any]) -> str | None:
     """Return the precision that a DeepSpeed file switches on, if it does."""
     return next(

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from data.errors import UserError
 from loop import backend, zero
-from loop.config import Config, read_config
+from loop.config import Config, decisive, read_config
 from loop.quantize import check_quantization
 from loop.windows import Layout
 from tests.helpers import ROOT, command, log_of, write_dialogues
@@ -131,6 +132,43 @@ def test_an_accelerate_config_that_contradicts_a_flag_or_cannot_work_is_refused(
     launched.setenv(f"ACCELERATE_{name}", value)
     with pytest.raises(UserError, match=expected):
         zero.complete(zero.zero_settings(Config()), Config(), LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("other", "section", "expected"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "false"}, None, "backend is DeepSpeed ZeRO-2 on rank 0 and"),
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, None, "and DeepSpeed ZeRO-3 on rank 1"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, None, "the precision is no on rank 0 and bf16"),
+        ({}, {"reduce_bucket_size": 7}, "reduce_bucket_size is not set on rank 0 and 7 on rank 1"),
+        ({}, {"offload_param": {"device": "none"}, "reduce_bucket_size": "auto"}, None),
+    ],
+)
+def test_machines_launched_otherwise_are_told_apart_before_anything_is_built(
+    other: dict[str, str],
+    section: dict[str, Any] | None,
+    expected: str | None,
+    launched: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    # What the other machine would send, and the first one's facts with it, by a gather in between.
+    def facts(config: Config) -> dict[str, Any]:
+        return {**zero.launch_facts(config), **decisive(config)}
+
+    first = facts(Config())
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, **(section or {})}}))
+    for name, value in other.items():
+        launched.setenv(name, value)
+    config = Config(deepspeed=str(file) if section else None)
+    launched.setattr(backend, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    launched.setattr(backend, "gather_object", lambda sent: [first, *sent])
+    launched.setattr(backend, "told_to_all", nullcontext)
+    if expected is None:
+        backend.check_agreement(config, {})
+    else:
+        with pytest.raises(UserError, match=expected):
+            backend.check_agreement(config, {})
 
 
 @pytest.mark.parametrize("name", ["FSDP", "MEGATRON_LM"])
