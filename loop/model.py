@@ -101,7 +101,10 @@ def _load_base(base: str, config: Config, accelerator: Accelerator) -> Any:
     check_quantization(base, base_config, config, accelerator)
     options: dict[str, Any] = {}
     if config.q_lora:
-        options["quantization_config"] = four_bit(DTYPES[config.precision])
+        settings = four_bit(DTYPES[config.precision])  # makes bitsandbytes ready, too
+        # A 4-bit model brings its own, which are checked above and would win with a warning.
+        if not getattr(base_config, "quantization_config", None):
+            options["quantization_config"] = settings
     if not zero3 and (config.q_lora or accelerator.device.type == "cuda"):
         # Straight from the mapped file to this rank's device; ZeRO-3 has its own way to load.
         options["device_map"] = {"": accelerator.device}

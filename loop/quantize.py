@@ -16,6 +16,8 @@ from data.errors import UserError
 from loop.backend import zero_stage
 from loop.config import Config
 
+DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 
 def four_bit(compute_dtype: torch.dtype) -> Any:
     """Return transformers' settings for NF4 with double quantisation.
@@ -82,7 +84,8 @@ def check_quantization(
     Raises UserError.
     """
     stored = getattr(base_config, "quantization_config", None) or {}
-    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = stored.get("quant_method")
     four = method == "bitsandbytes" and stored.get("load_in_4bit", False)
     if method and not four:
         raise UserError(
@@ -94,15 +97,10 @@ def check_quantization(
     stage = zero_stage(accelerator)
     if config.lora_bias != "none":
         _check_biases(config, stage)
+    if four:
+        _check_own(base, stored, config, stage)
     if not config.q_lora or stage != 3:
         return
-    dtype = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.precision]
-    storage = stored.get("bnb_4bit_quant_storage", "uint8") if four else dtype
-    if storage != dtype:
-        raise UserError(
-            f"{base}: its 4-bit weights are stored as {storage}, which ZeRO-3 cannot share out; "
-            f"expected {dtype}. Give the plain model, or use accelerate_configs/zero2.yaml."
-        )
     zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
         if zero.get(key):
@@ -116,6 +114,40 @@ def check_quantization(
         + " Without --gradient_checkpointing True, the backward pass holds all 4-bit weights whole."
         * (not config.gradient_checkpointing)
     )
+
+
+def _check_own(base: str, stored: dict[str, Any], config: Config, stage: int) -> None:
+    """Compare the settings that a 4-bit model brings, which beat the run's, with the run's."""
+    # What is not there is as bitsandbytes' own defaults say (transformers, BitsAndBytesConfig).
+    kind = stored.get("bnb_4bit_quant_type") or "fp4"
+    if kind != "nf4":
+        raise UserError(
+            f"{base}: its 4-bit weights are of the type {kind}; expected nf4. Give the plain "
+            "model, which --q_lora True quantises."
+        )
+    dtype = DTYPES[config.precision]
+    computed = str(stored.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")
+    if computed != dtype:
+        fitting = [precision for precision, name in DTYPES.items() if name == computed]
+        remedy = f"--mixed_precision {fitting[0]}, or " if fitting else ""
+        raise UserError(
+            f"{base}: its 4-bit weights compute in {computed}, and the run in {dtype}; expected "
+            f"the same. Give {remedy}the plain model."
+        )
+    storage = str(stored.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
+    if stage == 3 and storage != dtype:
+        raise UserError(
+            f"{base}: its 4-bit weights are stored as {storage}, which ZeRO-3 cannot share out; "
+            f"expected {dtype}. Give the plain model, or use accelerate_configs/"
+            f"{'ddp' if 'float' in storage else 'zero2'}.yaml."
+        )
+    # DeepSpeed 0.19 casts what is floating-point by value, and these are codes (runtime/engine.py).
+    if stage and "float" in storage and storage != dtype:
+        raise UserError(
+            f"{base}: its 4-bit weights are stored as {storage}, which DeepSpeed would cast to "
+            f"{dtype}; expected that, or uint8. Give the plain model, or use "
+            "accelerate_configs/ddp.yaml."
+        )
 
 
 def _check_biases(config: Config, stage: int) -> None:

@@ -13,7 +13,6 @@ import torch
 from data.errors import UserError
 from loop import backend, zero
 from loop.config import Config, decisive, read_config
-from loop.quantize import check_quantization
 from loop.windows import Layout
 from tests.helpers import ROOT, command, log_of, write_dialogues
 
@@ -195,49 +194,6 @@ def test_more_ranks_than_gpus_and_bf16_without_support_are_refused(
         backend.join_ranks()
     with pytest.raises(UserError, match="found precision bf16 on Tesla T4"):
         backend.check_launch(Config(bf16=True))
-
-
-def accelerator(stage: int, **zero_section: Any) -> Any:
-    section = {"zero_optimization": {"stage": stage, **zero_section}}
-    plugin = SimpleNamespace(deepspeed_config=section)
-    return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin if stage else None))
-
-
-@pytest.mark.parametrize(
-    ("stored", "config", "stage", "section", "expected"),
-    [
-        ({"quant_method": "gptq"}, Config(q_lora=True), 0, {}, "quantised already (gptq)"),
-        ({"quant_method": "gptq"}, Config(), 2, {}, "quantised already (gptq)"),
-        (
-            {"quant_method": "bitsandbytes", "load_in_4bit": True},
-            *(Config(), 2, {}, "Give --q_lora True"),
-        ),
-        (
-            {"quant_method": "bitsandbytes", "load_in_4bit": True},
-            *(Config(q_lora=True, bf16=True), 3, {}, "stored as uint8, which ZeRO-3 cannot share"),
-        ),
-        (None, Config(q_lora=True), 3, {"zero_quantized_weights": True}, "zero_quantized_weights"),
-        (None, Config(q_lora=True, bf16=True, lora_bias="all"), 0, {}, "without an fp32 master"),
-        (None, Config(lora_weight_path="x", lora_bias="all"), 3, {}, "cannot be put into a base"),
-    ],
-)
-def test_4_bit_combinations_that_cannot_work_are_refused(
-    stored: Any, config: Config, stage: int, section: dict[str, Any], expected: str
-) -> None:
-    base_config = SimpleNamespace(quantization_config=stored)
-    with pytest.raises(UserError) as error:
-        check_quantization("base", base_config, config, accelerator(stage, **section))
-    assert expected in str(error.value)
-
-
-def test_fp16_with_t5_is_refused_before_loading(tmp_path: Path) -> None:
-    from transformers import T5Config
-
-    from loop.model import _load_base
-
-    T5Config().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="found precision fp16 with t5"):
-        _load_base(str(tmp_path), Config(fp16=True), accelerator(0))
 
 
 def test_an_fsdp_config_is_one_message_within_seconds(tmp_path: Path) -> None:

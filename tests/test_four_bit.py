@@ -1,0 +1,106 @@
+"""4-bit models and flags that cannot work together are refused; a model that fits is taken as is."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from data.errors import UserError
+from loop.config import Config
+from loop.quantize import check_quantization
+from tests.helpers import command
+
+NF4 = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
+
+
+def accelerator(stage: int, **zero_section: Any) -> Any:
+    section = {"zero_optimization": {"stage": stage, **zero_section}}
+    plugin = SimpleNamespace(deepspeed_config=section)
+    return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin if stage else None))
+
+
+@pytest.mark.parametrize(
+    ("stored", "config", "stage", "section", "expected"),
+    [
+        ({"quant_method": "gptq"}, Config(q_lora=True), 0, {}, "quantised already (gptq)"),
+        ({"quant_method": "gptq"}, Config(), 2, {}, "quantised already (gptq)"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            *(Config(), 2, {}, "Give --q_lora True"),
+        ),
+        (NF4, Config(q_lora=True, bf16=True), 3, {}, "stored as uint8, which ZeRO-3 cannot share"),
+        (
+            NF4 | {"bnb_4bit_quant_type": "fp4"},
+            *(Config(q_lora=True, bf16=True), 0, {}, "of the type fp4; expected nf4. Give the pla"),
+        ),
+        (NF4, Config(q_lora=True), 0, {}, "Give --mixed_precision bf16, or the plain model"),
+        (NF4, Config(q_lora=True, fp16=True), 2, {}, "compute in bfloat16, and the run in float16"),
+        (
+            NF4 | {"bnb_4bit_quant_storage": "float16"},
+            *(Config(q_lora=True, bf16=True), 2, {}, "which DeepSpeed would cast to bfloat16"),
+        ),
+        (None, Config(q_lora=True), 3, {"zero_quantized_weights": True}, "zero_quantized_weights"),
+        (None, Config(q_lora=True, bf16=True, lora_bias="all"), 0, {}, "without an fp32 master"),
+        (None, Config(lora_weight_path="x", lora_bias="all"), 3, {}, "cannot be put into a base"),
+    ],
+)
+def test_4_bit_combinations_that_cannot_work_are_refused(
+    stored: Any, config: Config, stage: int, section: dict[str, Any], expected: str
+) -> None:
+    base_config = SimpleNamespace(quantization_config=stored)
+    with pytest.raises(UserError) as error:
+        check_quantization("base", base_config, config, accelerator(stage, **section))
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("storage", "stage"), [("uint8", 0), ("uint8", 2), ("float32", 0), ("bfloat16", 3)]
+)
+def test_a_4_bit_model_that_fits_the_run_is_taken(storage: str, stage: int) -> None:
+    base_config = SimpleNamespace(quantization_config=NF4 | {"bnb_4bit_quant_storage": storage})
+    taken = accelerator(stage)
+    taken.print = print
+    check_quantization("base", base_config, Config(q_lora=True, bf16=True), taken)
+
+
+def test_a_4_bit_model_keeps_its_own_settings_without_a_warning(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    # In a process of its own: bitsandbytes must not be imported in this one.
+    code = f"""
+import sys, torch, warnings
+from types import SimpleNamespace
+from transformers import AutoModelForCausalLM
+from loop.config import Config
+from loop.model import _load_base
+from loop.quantize import four_bit
+warnings.filterwarnings("error", message=".*quantization_config.*")
+settings = four_bit(torch.float32)
+settings.bnb_4bit_quant_storage = torch.uint8
+plain, folder = {str(tiny_model)!r}, {str(tmp_path / "four")!r}
+AutoModelForCausalLM.from_pretrained(plain, quantization_config=settings).save_pretrained(folder)
+state = SimpleNamespace(deepspeed_plugin=None)
+accelerator = SimpleNamespace(state=state, device=torch.device("cpu"), print=print)
+model = _load_base(folder, Config(q_lora=True, mixed_precision="no"), accelerator)
+weight = model.model.layers[0].self_attn.q_proj.weight
+print("held:", weight.dtype, weight.quant_state.quant_type, model.lm_head.weight.dtype)
+"""
+    done = command("python", "-c", code)
+    assert "held: torch.uint8 nf4 torch.float32" in done.stdout, done.stderr
+    assert "quantization_config" not in done.stderr
+
+
+def test_fp16_with_t5_is_refused_before_loading(tmp_path: Path) -> None:
+    from transformers import T5Config
+
+    from loop.model import _load_base
+
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="found precision fp16 with t5"):
+        _load_base(str(tmp_path), Config(fp16=True), accelerator(0))
