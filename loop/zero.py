@@ -2,32 +2,13 @@
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
 from loop.config import Config
-from loop.flags import nearest
 from loop.windows import Layout
+from loop.zero_file import read_json
 
-# What a DeepSpeed JSON may hold: DeepSpeed itself passes over an unknown key in silence
-# (deepspeed 0.19, runtime/config.py). Of the last line's some are known, and refused below.
-KEYS = (
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
-    *("gradient_clipping", "zero_optimization", "bf16", "fp16", "data_types", "aio", "compile"),
-    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
-    *("sparse_gradients", "steps_per_print", "wall_clock_breakdown", "memory_breakdown"),
-    *("dump_state", "flops_profiler", "comms_logger", "zero_allow_untested_optimizer"),
-    *("zero_force_ds_cpu_optimizer", "activation_checkpointing", "disable_allgather"),
-    *("gradient_allreduce_op", "log_level", "disable_python_gc", "dataloader_drop_last"),
-    *("tensorboard", "wandb", "csv_monitor", "optimizer", "scheduler", "amp", "torch_autocast"),
-)
-TAKEN = {
-    "optimizer": "the loop has its own AdamW (--learning_rate, --weight_decay)",
-    "scheduler": "the loop sets the learning rate (--lr_scheduler_type, --warmup_ratio)",
-    "amp": "precision is --mixed_precision",
-    "torch_autocast": "precision is --mixed_precision",
-}
 # With offload too the optimizer is PyTorch's AdamW, on the CPU, which needs no compiler.
 # DeepSpeed's own is faster, for whole models; an adapter's update takes no time in either.
 NEEDED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
@@ -58,19 +39,19 @@ def zero_settings(config: Config) -> dict[str, Any]:
             f"deepspeed_config_file {theirs}; expected one of them."
         )
     if config.deepspeed:
-        values = _read_json(config.deepspeed, "--deepspeed")
+        values = read_json(config.deepspeed, "--deepspeed")
         if theirs == "none":
             _check_against_accelerate(values["zero_optimization"], config.deepspeed)
         return values
     if theirs != "none":
-        return _read_json(theirs, "deepspeed_config_file")
-    stage = int(os.environ.get(f"{ENV}ZERO_STAGE", "2"))
-    if stage not in (1, 2, 3):
+        return read_json(theirs, "deepspeed_config_file")
+    stage = os.environ.get(f"{ENV}ZERO_STAGE", "2")
+    if stage not in ("1", "2", "3"):
         raise UserError(
             f"the accelerate config's zero_stage: found {stage}; expected 1, 2 or 3. Without ZeRO, "
             "launch with accelerate_configs/ddp.yaml."
         )
-    section: dict[str, Any] = {"stage": stage}
+    section: dict[str, Any] = {"stage": int(stage)}
     for what in ("optimizer", "param"):
         device = os.environ.get(f"{ENV}OFFLOAD_{what.upper()}_DEVICE", "none")
         if device == "nvme":  # accelerate 1.15 does not pass its path on (utils/launch.py).
@@ -82,8 +63,16 @@ def zero_settings(config: Config) -> dict[str, Any]:
     yaml_values: dict[str, Any] = {"zero_optimization": section}
     for key in ("gradient_accumulation_steps", "gradient_clipping"):
         given = os.environ.get(f"ACCELERATE_{key.upper()}", "none").lower()
-        if given not in ("none", "auto", "1", "1.0"):  # 1 is also what accelerate puts for nothing.
+        # 1 is also what accelerate puts where no accumulation was asked for.
+        if given in ("none", "auto") or (key != "gradient_clipping" and given in ("1", "1.0")):
+            continue
+        try:
             yaml_values[key] = float(given)
+        except ValueError:
+            raise UserError(
+                f"the accelerate config's {key}: found {given}; expected a number. Mend it, or "
+                "remove it."
+            ) from None
     return yaml_values
 
 
@@ -169,55 +158,6 @@ def precision_of(asked: dict[str, Any]) -> str | None:
     return next(
         (key for key in ("bf16", "fp16") if asked.get(key, {}).get("enabled") is True), None
     )
-
-
-def _read_json(name: str, where: str) -> dict[str, Any]:
-    where = f"{where} {name}"
-    try:
-        values = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: expected a JSON object.")
-    for key, value in values.items():
-        if key not in KEYS:
-            raise UserError(f"{where}: {key}: no key that is known here.{nearest(key, list(KEYS))}")
-        if key in TAKEN:
-            raise UserError(f"{where}: found {key}; {TAKEN[key]}. Remove it from the file.")
-        if key in ("bf16", "fp16", "data_types", "zero_optimization") and not isinstance(
-            value, dict
-        ):
-            raise UserError(f"{where}: {key}: found {json.dumps(value)}; expected an object.")
-    zero = values.get("zero_optimization", {})
-    if zero.get("stage") not in (1, 2, 3):
-        raise UserError(
-            f"{where}: zero_optimization.stage: found {json.dumps(zero.get('stage'))}; expected 1, "
-            "2 or 3. Without ZeRO, launch with accelerate_configs/ddp.yaml."
-        )
-    _check_zero_section(zero, where)
-    return values
-
-
-def _check_zero_section(zero: dict[str, Any], where: str) -> None:
-    """Let DeepSpeed's own model of the section check it, long before the engine would."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
-
-    try:
-        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        known = [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
-        if first["type"] == "extra_forbidden":
-            raise UserError(
-                f"{where}: zero_optimization.{key}: unknown key.{nearest(key, known)}"
-            ) from None
-        raise UserError(
-            f"{where}: zero_optimization.{key}: found {first['input']!r}; {first['msg']}."
-        ) from None
 
 
 def _check_against_accelerate(zero: dict[str, Any], name: str) -> None:

@@ -53,6 +53,16 @@ def refused(file: Path, values: Any, *flags: str) -> str:
             {"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}},
             "reduce_bucket_size: found",
         ),
+        (TWO | {"bf16": {"enabld": True}}, "bf16.enabld: unknown key. Mend its name, or remove"),
+        (TWO | {"fp16": {"loss_scle_window": 3}}, "fp16.loss_scle_window: unknown key."),
+        (TWO | {"communication_data_type": "fp17"}, 'data_type: found "fp17", which DeepSpeed do'),
+        (TWO | {"flops_profiler": 3}, "flops_profiler: found 3, which DeepSpeed does not take"),
+        (TWO | {"comms_logger": {"bad": 1}}, "comms_logger.bad: unknown key."),
+        (TWO | {"tensorboard": {"bad": 1}}, "tensorboard.bad: unknown key."),
+        (TWO | {"wall_clock_breakdown": "auto"}, 'wall_clock_breakdown: found "auto", which'),
+        (TWO | {"data_types": {"grad_accum_dtype": "x"}}, 'grad_accum_dtype: found "x"; expected'),
+        ({"zero_optimization": {"stage": True}}, "found true; expected 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 2.0}}, "found 2.0; expected 1, 2 or 3"),
         ({"zero_optimization": {"stage": 0}}, "found 0; expected 1, 2 or 3"),
         ({"zero_optimization": 2}, "found 2; expected an object"),
         ({}, "stage: found null"),
@@ -73,6 +83,7 @@ def test_a_deepspeed_file_that_is_wrong_or_contradicts_a_flag_is_refused(
 ) -> None:
     message = refused(tmp_path / "ds.json", values, "--mixed_precision", "no")
     assert expected in message
+    assert "\n" not in message
     assert "ds.json" in message or "the DeepSpeed config" in message
 
 
@@ -121,6 +132,9 @@ def test_the_loops_own_values_fill_what_a_file_leaves_open(
     [
         ("GRADIENT_ACCUMULATION_STEPS", "8", "says gradient_accumulation_steps 8.0, "),
         ("GRADIENT_CLIPPING", "0.5", "says gradient_clipping 0.5, --max_grad_norm is 1.0"),
+        ("GRADIENT_CLIPPING", "abc", "gradient_clipping: found abc; expected a number"),
+        ("GRADIENT_ACCUMULATION_STEPS", "x", "gradient_accumulation_steps: found x; expected a"),
+        ("DEEPSPEED_ZERO_STAGE", "three", "zero_stage: found three; expected 1, 2 or 3"),
         ("DEEPSPEED_ZERO_STAGE", "0", "zero_stage: found 0; expected 1, 2 or 3"),
         ("DEEPSPEED_OFFLOAD_PARAM_DEVICE", "nvme", "offload_param_device: found nvme"),
     ],
@@ -131,6 +145,18 @@ def test_an_accelerate_config_that_contradicts_a_flag_or_cannot_work_is_refused(
     launched.setenv(f"ACCELERATE_{name}", value)
     with pytest.raises(UserError, match=expected):
         zero.complete(zero.zero_settings(Config()), Config(), LAYOUT)
+
+
+def test_an_accelerate_configs_clipping_at_1_contradicts_another_max_grad_norm(
+    launched: pytest.MonkeyPatch,
+) -> None:
+    launched.setenv("ACCELERATE_GRADIENT_CLIPPING", "1.0")
+    # What accelerate puts where nothing was said: no contradiction.
+    launched.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    config = Config(max_grad_norm=0.3)
+    with pytest.raises(UserError, match=r"gradient_clipping 1\.0, --max_grad_norm is 0\.3"):
+        zero.complete(zero.zero_settings(config), config, LAYOUT)
+    assert zero.complete(zero.zero_settings(Config()), Config(), LAYOUT)["gradient_clipping"] == 1
 
 
 @pytest.mark.parametrize(
@@ -150,11 +176,7 @@ def test_machines_launched_otherwise_are_told_apart_before_anything_is_built(
     launched: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    # What the other machine would send, and the first one's facts with it, by a gather in between.
-    def facts(config: Config) -> dict[str, Any]:
-        return {**zero.launch_facts(config), **decisive(config)}
-
-    first = facts(Config())
+    first = {**zero.launch_facts(Config()), **decisive(Config())}
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2, **(section or {})}}))
     for name, value in other.items():

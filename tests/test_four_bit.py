@@ -1,4 +1,4 @@
-"""4-bit models and flags that cannot work together are refused; a model that fits is taken as is."""
+"""4-bit models and flags that cannot work together are refused; one that fits is taken."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -24,7 +24,7 @@ LAYERS = [
     ["__main__", "__init__"],
 ]
 ONLY_IN = {
-    "deepspeed": {"loop/state.py", "loop/zero.py"},
+    "deepspeed": {"loop/state.py", "loop/zero_file.py"},
 }
 
 
