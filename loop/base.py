@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from data.errors import UserError
@@ -15,7 +16,7 @@ from loop.embedded import embedded_model
 # What transformers, peft and safetensors raise about files they cannot load.
 LIBRARY_ERRORS = (
     *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, UserWarning),
-    SafetensorError,
+    *(ArithmeticError, AssertionError, IndexError, SafetensorError, StrictDataclassError),
 )
 
 
@@ -67,7 +68,7 @@ def mistakes(what: str) -> Iterator[None]:
     except LIBRARY_ERRORS as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which `check` does not import
             raise
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UserError(
             f"{what} cannot be loaded: {type(error).__name__}: {reason}. Expected a folder or hub "
             "name that transformers and peft load; check its files."

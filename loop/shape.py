@@ -79,8 +79,8 @@ def read_shape(base: str, config: Config) -> Shape:
         model = AutoModelForCausalLM.from_config(
             base_config, trust_remote_code=config.trust_remote_code
         )
-    heads = base_config.num_attention_heads
-    head = getattr(base_config, "head_dim", None) or base_config.hidden_size // heads
+        heads = base_config.num_attention_heads
+        head = getattr(base_config, "head_dim", None) or base_config.hidden_size // heads
     groups = getattr(base_config, "num_key_value_heads", None) or heads
     layers = base_config.num_hidden_layers
     return Shape(
@@ -180,11 +180,17 @@ def read_backend(path: Path) -> Backend:
     # YAML reads a bare NO as false, and so does the precision below.
     kind = values.get("distributed_type") if isinstance(values, dict) else None
     if kind not in ("NO", False, "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"):
+        fitting = "zero3.yaml" if kind == "FSDP" else ""  # It shares out the base model, too.
         raise UserError(
             f"{where}: found distributed_type {kind}; expected NO, MULTI_GPU or DEEPSPEED. "
-            "Give one of accelerate_configs/."
+            f"Give {'' if fitting else 'one of '}accelerate_configs/{fitting}."
         )
     zero = values.get("deepspeed_config") or {} if kind == "DEEPSPEED" else {"zero_stage": 0}
+    if not isinstance(zero, dict):
+        raise UserError(
+            f"{where}: deepspeed_config: found {zero}; expected keys such as zero_stage. Give one "
+            "of accelerate_configs/."
+        )
     if "deepspeed_config_file" in zero:
         raise UserError(
             f"{where}: found deepspeed_config_file; the estimate reads zero_stage and the offload "
@@ -192,7 +198,7 @@ def read_backend(path: Path) -> Backend:
         )
     stage = zero.get("zero_stage", 2)
     precision: Any = values.get("mixed_precision") or "no"
-    if stage not in (0, 1, 2, 3) or precision not in get_args(Precision):
+    if type(stage) is not int or stage not in range(4) or precision not in get_args(Precision):
         raise UserError(
             f"{where}: found zero_stage {stage} and mixed_precision {precision}; expected stage "
             "1, 2 or 3 and precision no, bf16 or fp16."
@@ -208,10 +214,19 @@ def read_backend(path: Path) -> Backend:
 
 
 def backends() -> list[Backend]:
-    """Return those of accelerate_configs/ that are for GPUs in one machine, smallest first."""
+    """Return those of accelerate_configs/ that are for GPUs in one machine, smallest first.
+
+    A user's own file that the estimate does not understand is named in a note, and left out.
+    """
     found = []
-    for path in CONFIGS.glob("*.yaml"):
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        try:
+            backend = read_backend(path)
+        except UserError as error:
+            print(f"note: left out: {str(error).removeprefix('--accelerate_config ')}")
+            continue
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if values["num_machines"] == 1 and not values["use_cpu"]:
-            found.append(read_backend(path))
+        # What a file leaves out is one machine with GPUs, as for accelerate.
+        if values.get("num_machines", 1) == 1 and not values.get("use_cpu"):
+            found.append(backend)
     return sorted(found, key=lambda b: (b.stage, b.several, b.offload_optimizer))

@@ -1,13 +1,14 @@
 """Flags and YAML give the settings that were meant, or one message that says what is wrong."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
 from data.errors import UserError
-from loop import compat
-from loop.config import MAIN_JOB, Config, dump, read_config
+from loop import compat, shape
+from loop.config import MAIN_JOB, ROOT, Config, dump, read_config
 from loop.flags import parse
 
 MODEL = ["--model_name_or_path", "some/model"]
@@ -140,3 +141,19 @@ def test_flags_without_meaning_may_stand_in_a_yaml_file_too(tmp_path: Path) -> N
     (note,) = compat.notes(["--config", str(file)])
     assert note.startswith("note: --eval_steps: there is no evaluation yet")
     assert compat.notes([f"--config={file}"]) == [note]
+
+
+def test_a_users_file_among_the_configs_is_left_out_with_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(ROOT / "accelerate_configs" / "zero2.yaml", tmp_path)
+    (tmp_path / "mine.yaml").write_text("distributed_type: MULTI_GPU\n")
+    (tmp_path / "fsdp.yaml").write_text("distributed_type: FSDP\n")
+    (tmp_path / "broken.yaml").write_text("{")
+    monkeypatch.setattr(shape, "CONFIGS", tmp_path)
+    assert [backend.name for backend in shape.backends()] == ["mine", "zero2"]
+    notes = capsys.readouterr().out.splitlines()
+    assert len(notes) == 2
+    for note, name in zip(notes, ("broken.yaml", "fsdp.yaml"), strict=True):
+        assert note.startswith("note: left out: ")
+        assert name in note

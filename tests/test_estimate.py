@@ -203,7 +203,14 @@ def test_communication_follows_ranks_and_micro_batches(seven: Shape) -> None:
         ((), "found no --estimate"),
         (("--estimate", "--model_name_or_path", "{here}"), "holds no config.json"),
         (("--estimate", "--accelerate_config", "nowhere.yaml"), "zero3_offload.yaml"),
-        (("--estimate", "--accelerate_config", "{here}/fsdp.yaml"), "distributed_type FSDP"),
+        (
+            ("--estimate", "--accelerate_config", "{here}/fsdp.yaml"),
+            "accelerate_configs/zero3.yaml",
+        ),
+        (("--estimate", "--accelerate_config", "{here}/five.yaml"), "deepspeed_config: found 5"),
+        (("--estimate", "--model_name_or_path", "{here}/no_heads"), "cannot be loaded"),
+        (("--estimate", "--model_name_or_path", "{here}/text"), "cannot be loaded"),
+        (("--estimate", "--model_name_or_path", "{here}/odd"), "cannot be loaded"),
         (("--estimate", "--deepspeed", "ds.json"), "accelerate configs only"),
         (("--estimate", "--model_name_or_path", "{here}/gpt2"), "built like LLaMA"),
         (
@@ -216,6 +223,10 @@ def test_communication_follows_ranks_and_micro_batches(seven: Shape) -> None:
 def test_mistakes_are_one_message(flags: tuple[str, ...], message: str, tmp_path: Path) -> None:
     (tmp_path / "fsdp.yaml").write_text("distributed_type: FSDP\n")
     llama(tmp_path / "m")
+    (tmp_path / "five.yaml").write_text("distributed_type: DEEPSPEED\ndeepspeed_config: 5\n")
+    llama(tmp_path / "no_heads", num_attention_heads=0)
+    llama(tmp_path / "text", hidden_size="64")
+    llama(tmp_path / "odd", hidden_size=65)
     llama(tmp_path / "gpt2", model_type="gpt2", intermediate_size=None)
     here = [flag.format(here=tmp_path) for flag in flags]
     model = () if "--model_name_or_path" in here else ("--model_name_or_path", str(tmp_path / "m"))
