@@ -101,19 +101,26 @@ find_machines() {
     MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
   fi
   nnodes=${NNODES:-1} node_rank=${NODE_RANK:-0} master_addr=${MASTER_ADDR:-} master_port=${MASTER_PORT:-29500}
-  local name
+  local name tries
   for name in nnodes node_rank master_port; do
-    [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || fail "${name^^}: found ${!name}; expected a whole number"
+    [[ ${!name} =~ ^(0|[1-9][0-9]{0,5})$ ]] || fail "${name^^}: found ${!name}; expected a whole number of six digits at most"
   done
   [ "$nnodes" -ge 1 ] || fail "NNODES: found 0; expected at least 1"
   [ "$master_port" -ge 1 ] && [ "$master_port" -le 65535 ] || fail "MASTER_PORT: found $master_port; expected 1 to 65535"
   if [ "$nnodes" -gt 1 ]; then
-    [ -n "${NODE_RANK:-}" ] && [ -n "$master_addr" ] ||
-      fail "found NNODES=$nnodes without NODE_RANK or MASTER_ADDR. Give this machine's number, from 0, and the address of number 0"
+    [ -n "${NODE_RANK:-}" ] || fail "found NNODES=$nnodes without NODE_RANK. Give this machine's number, from 0"
+    [ -n "$master_addr" ] || fail "found NNODES=$nnodes without MASTER_ADDR. Give the address of machine number 0"
     [ "$node_rank" -lt "$nnodes" ] || fail "NODE_RANK: found $node_rank; expected 0 to $((nnodes - 1)), since NNODES is $nnodes"
     if grep -q "^distributed_type: *['\"]*NO" "$1"; then
       fail "$1 starts one process that knows of no other machine. Give accelerate_configs/multi_node_zero2.yaml"
     fi
+    # The ranks would look for a wrong name for many minutes; a new pod's may take seconds.
+    for ((tries = 0; tries < 30; tries++)); do
+      ! command -v getent >/dev/null || getent ahosts "$master_addr" >/dev/null || { sleep 1; continue; }
+      break
+    done
+    [ "$tries" -lt 30 ] || fail "MASTER_ADDR: found $master_addr, a name that is not known here. Give the address of machine number 0"
+    echo "waiting for $nnodes machines at $master_addr:$master_port"
   elif grep -Eq '^num_machines: *([2-9]|[1-9][0-9])' "$1"; then
     fail "$1 is for several machines, and NNODES is 1 or not set. On each give NNODES, NODE_RANK and MASTER_ADDR, or use srun"
   fi

@@ -112,7 +112,7 @@ def test_a_machine_without_what_is_needed_is_told_the_package(tmp_path: Path) ->
 
 @pytest.fixture
 def dry(tmp_path: Path) -> Path:
-    """A copy of launch.sh whose `accelerate` and `scontrol` only say what they were given."""
+    """A copy of launch.sh whose tools only say what they were given; .invalid is no known name."""
     for name in ("requirements.txt", "accelerate_configs", "launch.sh"):
         source = ROOT / name
         copy = shutil.copytree if source.is_dir() else shutil.copy
@@ -126,6 +126,7 @@ def dry(tmp_path: Path) -> Path:
         "accelerate": 'echo "STARTED $*"; echo 0 > "$LORA_LOOP_STATUS_FILE"',
         "scontrol": '[ "$*" = "show hostnames node[07-08]" ] && printf "node07\\nnode08\\n"',
     }
+    says |= {"getent": 'case "$*" in *.invalid) exit 2 ;; esac', "sleep": "exit 0"}
     for name, text in says.items():
         (tools / name).write_text(f"#!/bin/sh\n{text}\n")
         (tools / name).chmod(0o755)
@@ -167,8 +168,12 @@ def test_explicit_machines_beat_slurms_and_wrong_ones_are_named(dry: Path) -> No
         "--main_process_port 1234",
     ):
         assert words in started
+    assert "waiting for 3 machines at 10.0.0.1:1234" in done.stdout
     for words, found in (
-        ({"NNODES": "2", "NODE_RANK": "0"}, "found NNODES=2 without NODE_RANK or MASTER_ADDR"),
+        ({"NNODES": "2", "NODE_RANK": "0"}, "found NNODES=2 without MASTER_ADDR"),
+        ({"NNODES": "2", "MASTER_ADDR": "10.0.0.1"}, "found NNODES=2 without NODE_RANK"),
+        ({**mine, "MASTER_ADDR": "nowhere.invalid"}, "MASTER_ADDR: found nowhere.invalid, a name"),
+        ({**mine, "NNODES": "9" * 20}, "expected a whole number of six digits at most"),
         ({**mine, "NODE_RANK": "3"}, "NODE_RANK: found 3; expected 0 to 2"),
         ({**mine, "MASTER_PORT": "x"}, "MASTER_PORT: found x"),
         ({**mine, "MASTER_PORT": "99999"}, "MASTER_PORT: found 99999"),
