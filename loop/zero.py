@@ -45,6 +45,11 @@ def zero_settings(config: Config) -> dict[str, Any]:
         return values
     if theirs != "none":
         return read_json(theirs, "deepspeed_config_file")
+    return _read_environment()
+
+
+def _read_environment() -> dict[str, Any]:
+    """Return what the accelerate config asks for by its own keys, which it exports."""
     stage = os.environ.get(f"{ENV}ZERO_STAGE", "2")
     if stage not in ("1", "2", "3"):
         raise UserError(
