@@ -180,19 +180,19 @@ train() {
   launcher=(accelerate launch --config_file "$config" --num_processes "$((processes * nnodes))"
     "${launcher[@]}" loop/train.py ${flags[@]+"${flags[@]}"})
   show "${launcher[@]}"
+  export LORA_LOOP_COMMAND=$HOSTNAME-$$-$(date +%s)  # The same in each of the launches that follow.
   launch "${launcher[@]}" && return
   code=$?
   while [ "$until_done" = 1 ] && [ "$asked" = 0 ] && [ "$code" != 2 ]; do
     if [ "$code" = 75 ]; then
-      case "$why" in *STOP*) break ;; esac  # Who made that file wants no other run.
+      case "$why" in *STOP*) break ;; esac  # Who asked for it wants no other run.
     else
       [ "$crashes" -lt "${MAX_CRASHES:-10}" ] || { echo "error: $((crashes + 1)) crashes; giving up" >&2; break; }
       crashes=$((crashes + 1))
       sleep "$crashes"
     fi
     echo "--until-done: exit code $code; going on"
-    # It was for the first time: what came of it is now the newest.
-    launch "${launcher[@]}" --resume_from_checkpoint True && return
+    launch "${launcher[@]}" && return
     code=$?
   done
   return "$code"

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     broadcast_object_list,
     gather_object,
@@ -86,10 +85,6 @@ def build_accelerator(config: Config, layout: Layout) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=layout.accumulation, sync_with_dataloader=False
         ),
-        # Otherwise DDP lays its buckets out anew after the first step (torch 2.13, reducer.hpp,
-        # should_rebuild_buckets), and with them the order in which three ranks or more are
-        # summed: a run that was resumed would differ in its last digits.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
 
 

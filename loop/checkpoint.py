@@ -23,6 +23,7 @@ FORMAT = 1
 MANIFEST, PROGRESS, STATE = "manifest.json", "progress.json", "trainer_state.json"
 ADAPTER, OPTIMIZER = "adapter_model.safetensors", "optimizer.safetensors"
 FILES = {ADAPTER, OPTIMIZER, PROGRESS, STATE, "adapter_config.json"}
+LOG = "metrics.jsonl"
 SMALL = 1 << 20  # bytes: what a checkpoint holds beside tensors is less
 
 
@@ -64,7 +65,7 @@ class Checkpoint:
 
 
 def write(output: Path, snapshot: Snapshot, keep: int | None) -> None:
-    """Write `checkpoint-<step>` durably, then remove all but the newest `keep`.
+    """Write `checkpoint-<step>` durably, then remove older ones but for `keep` in all.
 
     Raises Fault for weights that are not finite, and where the disk does not take them; what is
     older is left as it was.
@@ -90,17 +91,18 @@ def write(output: Path, snapshot: Snapshot, keep: int | None) -> None:
         for name, text in texts.items():
             _write(partial / name, text)
         for name in FILES:
-            _sync(partial / name)
+            sync(partial / name)
         manifest["files"] = {name: _described(partial / name) for name in sorted(FILES)}
         manifest["manifest_sha256"] = _own_sha256(manifest)
+        if (output / LOG).is_file():
+            sync(output / LOG)  # A checkpoint must not outlast the log that leads to it.
         _write(partial / MANIFEST, manifest)
-        _sync(partial / MANIFEST)
-        _sync(partial)
-        if final.exists():  # damaged, or of a run that went on from an older one
+        sync(partial / MANIFEST)
+        sync(partial)
+        if final.exists() or final.is_symlink():  # whatever it is, no run took it for whole
             remove(final)
         partial.rename(final)
-        _sync(output)
-        prune(output, keep)
+        sync(output)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise Fault(
@@ -108,30 +110,45 @@ def write(output: Path, snapshot: Snapshot, keep: int | None) -> None:
             "checkpoints are whole. Make room (--save_total_limit keeps fewer), then run the same "
             "command again."
         ) from error
+    prune(output, step, keep)
 
 
-def prune(output: Path, keep: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints, and what a killed run left half written."""
-    for folder in list_folders(output)[keep:] if keep else []:
-        remove(folder)
+def prune(output: Path, step: int, keep: int | None) -> None:
+    """Of the checkpoints up to this step keep the newest; remove what a kill left half written.
+
+    Raises Fault where one cannot be removed.
+    """
+    older = [folder for folder in list_folders(output) if number(folder) <= step]
+    try:
+        for folder in older[keep:] if keep else []:
+            remove(folder)
+    except OSError as error:
+        raise Fault(
+            f"{error.filename}: cannot be removed: {error.strerror}. checkpoint-{step} is whole."
+        ) from error
     for partial in output.glob(".checkpoint-*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:
     """Remove a checkpoint; one that is half removed has no manifest and is not taken for whole."""
+    if folder.is_symlink() or not folder.is_dir():
+        folder.unlink()  # What a link leads to belongs to somebody else.
+        return
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
 def list_folders(output: Path) -> list[Path]:
     """Return the folders that are named like checkpoints, the newest first."""
-    steps = {
-        int(found[1]): path
-        for path in output.glob("checkpoint-*")
-        if (found := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
-    }
-    return [steps[step] for step in sorted(steps, reverse=True)]
+    named = (path for path in output.glob("checkpoint-*") if path.is_dir())
+    return sorted((path for path in named if number(path) >= 0), key=number, reverse=True)
+
+
+def number(folder: Path) -> int:
+    """Return the step that a folder is named after; -1: it has another name."""
+    found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(found[1]) if found else -1
 
 
 def verify(folder: Path) -> Checkpoint:
@@ -152,6 +169,8 @@ def verify(folder: Path) -> Checkpoint:
         )
     if claimed != _own_sha256(manifest):
         raise Damaged(f"{MANIFEST} was altered")
+    if number(folder) not in (-1, manifest["step"]):
+        raise Damaged(f"renamed, it is checkpoint-{manifest['step']}")
     if lacking := FILES - {*files}:
         raise Damaged(f"{MANIFEST} does not name {', '.join(sorted(lacking))}")
     for name, expected in files.items():
@@ -170,21 +189,23 @@ def verify(folder: Path) -> Checkpoint:
 def check_room(output: Path, parameters: int, saves: int, keep: int | None) -> None:
     """Raise UserError where the disk has no room for the run's checkpoints and adapter."""
     each = 12 * parameters + SMALL  # fp32: weights and two moments
-    held = min(saves, keep or saves)
-    # The new one is whole before the oldest is removed.
-    needed = each * (held + (held < saves)) + 4 * parameters + SMALL
+    there = len(list_folders(output))
+    # The new one is whole before the oldest is removed; those at hand make room for later ones.
+    most = min(there + saves, max(keep, there) + 1) if keep else there + saves
+    more = most - there
+    needed = each * more + 4 * parameters + SMALL
     free = shutil.disk_usage(output).free
     if needed > free:
-        limit = f"; --save_total_limit {max(1, free // each - 2)}" if held > 1 else ""
+        limit = f"; --save_total_limit {max(1, free // each - 2)}" if more > 1 else ""
         raise UserError(
             f"--output_dir {output}: found {free / 1e6:,.0f} MB free; expected "
-            f"{needed / 1e6:,.0f} MB for {held} checkpoints of {each / 1e6:,.1f} MB and the "
+            f"{needed / 1e6:,.0f} MB for {more} checkpoints of {each / 1e6:,.1f} MB and the "
             f"adapter. Free some, save less often (--save_steps){limit}, or give another folder."
         )
 
 
 def _write(file: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    text = json.dumps(value, indent=1) + "\n"  # A loss that is not finite is the loop's to tell.
     file.write_text(text, encoding="utf-8")
 
 
@@ -199,7 +220,7 @@ def _own_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have a file's content, or a folder's names, outlast a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

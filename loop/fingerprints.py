@@ -26,7 +26,9 @@ def run_facts(config: Config, prepared: Prepared, global_batch_size: int) -> dic
     template = prepared.tokenizer.chat_template if prepared.template == "chat" else ""
     return {
         "data (SHA-256)": prepared.data_sha256,
-        "base model (sampled SHA-256)": _base_model(prepared.base, config),
+        "base model (sampled SHA-256)": _weights(prepared.base, "config.json", config),
+        "--lora_weight_path (sampled SHA-256)": config.lora_weight_path
+        and _weights(config.lora_weight_path, "adapter_config.json", config),
         "tokenizer (SHA-256)": _tokenizer(prepared.tokenizer),
         "template": f"{prepared.template} {_sha256(str(template))[:12]}",
         "examples": len(prepared.examples),
@@ -43,21 +45,23 @@ def _result_settings(config: Config) -> dict[str, Any]:
         if field.metadata["group"] in GROUPS_THAT_TRAIN
     }
     values = dataclasses.asdict(config).items()
-    kept = {k: v for k, v in values if k in trains - PATHS - TOLD - SPLIT}
+    # The template is known by what it is, not by how it was asked for.
+    kept = {k: v for k, v in values if k in trains - PATHS - TOLD - SPLIT - {"template"}}
     return {"precision": config.precision, **kept}
 
 
-def _base_model(base: str, config: Config) -> str:
-    """Hash config.json, and of each weights file its size, beginning, middle and end.
+def _weights(base: str, settings: str, config: Config) -> str:
+    """Hash the settings' file, and of each weights file its size, beginning, middle and end.
 
     Reading all of it would take minutes for a large model; another model of the same shape
     differs in every sample. The hub's models are known by their commit.
     """
     folder, hub = Path(base), {"cache_dir": config.cache_dir}
     if not folder.is_dir():
-        return f"{base} {Path(str(cached_file(base, 'config.json', **hub))).parent.name}"
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+        return f"{base} {Path(str(cached_file(base, settings, **hub))).parent.name}"
+    digest = hashlib.sha256((folder / settings).read_bytes())
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+    weights = [file for pattern in patterns for file in folder.glob(pattern)]
     for file in sorted(weights):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())

@@ -1,19 +1,22 @@
 """Leaves a process with the run's exit code: one message for a user's mistake, no traceback."""
 
+import errno
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from data.errors import Stopped, UserError
+from data.errors import Fault, Stopped, UserError
 
 STATUS_FILE = "LORA_LOOP_STATUS_FILE"
 STOP = ".stop"  # what launch.sh adds to that name for the file by which it asks for a stop
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 GRACE = 20.0  # seconds that a rank may take to save and leave once its launcher is gone
 
 
@@ -33,7 +36,8 @@ def run_and_exit(main: Callable[[], None]) -> None:
     code, reason = 0, ""
     first, alone = os.environ.get("LOCAL_RANK", "0") == "0", False
     try:
-        main()
+        with _told_disk():
+            main()
     except UserError as error:
         code, reason = error.exit_code, str(error).splitlines()[0]
         alone = os.environ.get("WORLD_SIZE", "1") != "1" and not error.known_to_all
@@ -45,7 +49,7 @@ def run_and_exit(main: Callable[[], None]) -> None:
     except SystemExit as left:
         if left.code != Stopped.exit_code:
             raise
-        code, alone = Stopped.exit_code, not (status and Path(status + STOP).exists())
+        code, alone = Stopped.exit_code, not launcher_asks()
         if first:
             text = "stopped: asked to, outside of training. The same command goes on."
             print(text, file=sys.stderr, flush=True)
@@ -54,6 +58,25 @@ def run_and_exit(main: Callable[[], None]) -> None:
     if status and first:
         Path(status).write_text(f"{code} {reason}\n")
     sys.exit(0 if status and not alone else code)
+
+
+@contextmanager
+def _told_disk() -> Iterator[None]:
+    """Turn what a full or broken disk raises, wherever it is met, into one message."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        raise Fault(
+            f"{error.filename or 'a file'}: cannot be written: {error.strerror}."
+        ) from error
+
+
+def launcher_asks() -> bool:
+    """Say whether launch.sh was asked to stop."""
+    status = os.environ.get(STATUS_FILE)
+    return bool(status) and Path(f"{status}{STOP}").exists()
 
 
 def _first_rank_tells(status: str | None) -> bool:
@@ -79,7 +102,7 @@ def _follow(launcher: int, status: str | None) -> None:
     """
     asked = 0.0
     while os.getppid() == launcher:
-        if status and not asked and Path(status + STOP).exists():
+        if not asked and launcher_asks():
             asked = time.monotonic()
             os.kill(os.getpid(), signal.SIGTERM)
         outside = signal.getsignal(signal.SIGTERM) is _stop

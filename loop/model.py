@@ -132,8 +132,6 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     # DeepSpeed 0.19 calls torch.distributed by names that torch 2.13 calls deprecated.
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated")
-    # DDP looks for unused parameters for another reason: loop/backend.py.
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True")
     # It waits on a barrier without a device, too.
     warnings.filterwarnings("ignore", message=".*using the device under current context")
     # transformers 5.23 has a new name for it, which 5.17 does not know.

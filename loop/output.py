@@ -5,9 +5,10 @@ import getpass
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,12 +16,14 @@ import yaml
 from accelerate import Accelerator, PartialState
 
 from data.errors import UserError
+from loop import launch
 from loop.backend import told_to_all
+from loop.checkpoint import sync
 from loop.config import ADAPTER_FILES, Config, dump, file_sha256
-from loop.flags import FALSE
+from loop.flags import TRUE
 from loop.prepare import Prepared
 from loop.utils import save_adapter, write_json
-from loop.windows import global_batch_size
+from loop.windows import Layout, global_batch_size
 
 SETTINGS, STATE = "training_config.yaml", "trainer_state.json"
 PATHS = ("model_name_or_path", "data_path", "lora_weight_path", "cache_dir")
@@ -38,8 +41,8 @@ def is_finished(config: Config) -> bool:
     Raises UserError where it holds a finished run with other settings or other data.
     """
     folder = Path(config.output_dir)
-    if config.resume_anyway or config.resume_from_checkpoint.lower() in FALSE:
-        return False  # Asked to train on, or anew.
+    if config.resume_anyway or config.resume_from_checkpoint.lower() not in TRUE:
+        return False  # Asked to train on, anew, or from elsewhere.
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         settings = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
@@ -66,7 +69,8 @@ def is_finished(config: Config) -> bool:
     if changed:
         raise UserError(
             f"--output_dir {folder}: found a finished run with other settings "
-            f"({'; '.join(changed)}). Give another --output_dir, or remove the folder."
+            f"({'; '.join(changed)}). Give another --output_dir; or --resume_anyway to go on from "
+            "its last checkpoint with the new ones."
         )
     return True
 
@@ -84,6 +88,7 @@ def claimed(config: Config) -> Iterator[None]:
     where the folder cannot be written, or where another run holds it.
     """
     folder, lock = Path(config.output_dir), None
+    made = not folder.exists()
     with told_to_all():
         if PartialState().is_main_process:
             try:
@@ -95,15 +100,23 @@ def claimed(config: Config) -> Iterator[None]:
                     "Give another folder."
                 ) from None
             _lock(lock, folder)
-            (folder / "STOP").unlink(missing_ok=True)  # It was for the run before.
+            if not launch.is_restart(folder):
+                _remove_stop(folder / "STOP")  # It was for the run before.
     try:
         yield
     finally:
         if lock:
-            if {path.name for path in folder.iterdir()} == {LOCK}:
-                (folder / LOCK).unlink()  # Nothing came of it, so nothing is left.
-                folder.rmdir()
+            with suppress(OSError):  # What went wrong before is what the user is to hear of.
+                if made and {path.name for path in folder.iterdir()} <= {LOCK, launch.FILE}:
+                    shutil.rmtree(folder)  # Nothing came of it, so nothing is left.
             lock.close()
+
+
+def _remove_stop(file: Path) -> None:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be removed: {error.strerror}. Remove it.") from None
 
 
 def _lock(lock: TextIO, folder: Path) -> None:
@@ -125,10 +138,17 @@ def _lock(lock: TextIO, folder: Path) -> None:
             break
     lock.truncate(0)
     lock.write(
-        f"process {os.getpid()} of {getpass.getuser()} on {platform.node()}, "
+        f"process {os.getpid()} of {_user()} on {platform.node()}, "
         f"since {time.strftime('%Y-%m-%d %H:%M:%S')}"
     )
     lock.flush()
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # A container's user need not have a name.
+        return str(os.getuid())
 
 
 def write_settings(accelerator: Accelerator, config: Config) -> None:
@@ -144,6 +164,7 @@ def save_run(
     model: Any,
     prepared: Prepared,
     history: list[dict[str, Any]],
+    layout: Layout,
     config: Config,
 ) -> None:
     """Write adapter and tokenizer, and last trainer_state.json, by which the run is finished."""
@@ -152,12 +173,14 @@ def save_run(
     if not accelerator.is_main_process:
         return
     prepared.tokenizer.save_pretrained(folder)
-    last = history[-1]
+    for name in ADAPTER_FILES:  # What counts as finished must outlast a loss of power.
+        if (folder / name).is_file():
+            sync(folder / name)
     state = {
         "finished": True,
-        "global_step": last["step"],
-        "max_steps": last["step"],
-        "epoch": last["epoch"],
+        "global_step": layout.total_steps,
+        "max_steps": layout.total_steps,
+        "epoch": round(layout.total_steps / layout.steps_per_epoch, 4),
         "data_sha256": prepared.data_sha256,
         "global_batch_size": global_batch_size(config, accelerator.num_processes),
         "log_history": history,

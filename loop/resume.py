@@ -2,6 +2,7 @@
 
 import datetime
 import math
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 
 from data.errors import UserError
-from loop import checkpoint, state
+from loop import checkpoint, launch, state
 from loop.backend import told_to_all
 from loop.checkpoint import Checkpoint, Damaged
 from loop.config import Config
@@ -45,7 +46,7 @@ class Start:
     @property
     def log(self) -> Path | None:
         """The log that the checkpoint's run has left."""
-        return self.folder.parent / "metrics.jsonl" if self.folder else None
+        return self.folder.parent / checkpoint.LOG if self.folder else None
 
     def agree(self) -> None:
         """Take the first rank's progress; every rank must call this."""
@@ -78,6 +79,7 @@ class Start:
 
     def put_optimizer(self, accelerator: Accelerator, model: Any, optimizer: Any) -> None:
         """Put moments, step count and master weights back; after `prepare`, and on every rank."""
+        state.keep_buckets(model)
         state.create_moments(optimizer)
         if not self.resumed:
             return
@@ -102,20 +104,23 @@ def find_start(config: Config, prepared: Prepared, layout: Layout, reads: bool) 
         return Start({})
     start = Start(run_facts(config, prepared, layout.global_batch_size))
     output, asked = Path(config.output_dir), config.resume_from_checkpoint
+    folders = own = checkpoint.list_folders(output)
+    again = launch.is_restart(output)
     if asked.lower() in FALSE:
-        _set_aside(output, after=0)
-        return start
-    folders = checkpoint.list_folders(output)
-    if asked.lower() not in TRUE:
-        folders = _named(Path(asked).expanduser())
+        folders = own if again else []
+    elif asked.lower() not in TRUE:
+        folders = _named(Path(asked).expanduser().resolve())
+        if again:  # Those that the launch has saved itself.
+            newest = checkpoint.number(folders[0])
+            folders = [mine for mine in own if checkpoint.number(mine) > newest] or folders
     found = _newest_whole(folders)
-    if found is None:
-        return start
-    _check_facts(found, start.facts, config, layout)
-    if asked.lower() not in TRUE:
-        _set_aside(output, after=found.step, but=found.folder)
-    start.folder, start.progress = found.folder, found.progress()
-    print(f"resume: {found.folder}, after step {found.step} of {layout.total_steps}")
+    if found:
+        _check_facts(found, start.facts, config, layout)
+        start.folder, start.progress = found.folder, found.progress()
+        print(f"resume: {found.folder}, after step {found.step} of {layout.total_steps}")
+    beside = found and found.folder.parent.resolve() == output.resolve()
+    _set_aside([mine for mine in own if not (beside and checkpoint.number(mine) <= start.step)])
+    launch.begun(output)
     return start
 
 
@@ -153,6 +158,11 @@ def _newest_whole(folders: list[Path]) -> Checkpoint | None:
 
 def _check_facts(found: Checkpoint, facts: dict[str, Any], config: Config, layout: Layout) -> None:
     old = found.manifest["facts"]
+    if found.step > layout.total_steps:
+        raise UserError(
+            f"{found.folder}: found {found.step} steps done; expected at most the "
+            f"{layout.total_steps} of this run. Give a larger --max_steps, or an older checkpoint."
+        )
     changed = [
         f"{name} was {_short(old.get(name))}, is {_short(facts.get(name))}"
         for name in {**old, **facts}
@@ -160,7 +170,7 @@ def _check_facts(found: Checkpoint, facts: dict[str, Any], config: Config, layou
     ]
     if changed and config.resume_anyway:
         for line in changed:
-            print(f"note: {line}; going on, as --resume_anyway says")
+            print(f"note: {line}; going on at step {found.step}, as --resume_anyway says")
     elif changed:
         batch = old.get("examples a step")
         split = _splits(batch, layout) if batch != layout.global_batch_size else ""
@@ -189,17 +199,15 @@ def _short(value: Any) -> str:
     return f"{text[:12]}..." if len(text) == 64 and text.isalnum() else text
 
 
-def _set_aside(output: Path, after: int, but: Path | None = None) -> None:
-    """Move what a run starting over would take for its own newer checkpoints out of its way."""
-    stale = [
-        folder
-        for folder in checkpoint.list_folders(output)
-        if int(folder.name.rpartition("-")[2]) > after
-        and folder.resolve() != (but or output).resolve()
-    ]
-    if stale:
-        aside = output / f"discarded-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-        aside.mkdir()
-        for folder in stale:
-            folder.rename(aside / folder.name)
-        print(f"note: {len(stale)} checkpoints of an earlier run are now in {aside}")
+def _set_aside(stale: list[Path]) -> None:
+    """Move what a run would take for checkpoints of its own out of its way, with their log."""
+    if not stale:
+        return
+    output = stale[0].parent
+    aside = output / f"discarded-{datetime.datetime.now():%Y%m%d-%H%M%S.%f}"
+    aside.mkdir()
+    for folder in stale:
+        folder.rename(aside / folder.name)
+    if (output / checkpoint.LOG).is_file():
+        shutil.copy2(output / checkpoint.LOG, aside)
+    print(f"note: {len(stale)} checkpoints that this run does not go on from are now in {aside}")

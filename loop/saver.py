@@ -18,12 +18,21 @@ from loop import checkpoint, state
 from loop.backend import PATIENCE, told_to_all, zero_stage
 from loop.checkpoint import Snapshot
 from loop.config import Config
+from loop.flags import TRUE
+from loop.leave import launcher_asks
 from loop.resume import Start
 from loop.tracking import Tracker
 from loop.windows import Layout, Window
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-GO_ON, SAVE, STOP, FAILED = range(4)  # what a rank asks for; of all ranks the greatest counts
+# What a rank asks for; of all ranks the greatest counts. ASKED: by whoever wants no other launch.
+GO_ON, SAVE, TIME_IS_OVER, SIGNAL, ASKED, FAILED = range(6)
+ELSEWHERE = {
+    TIME_IS_OVER: "--max_minutes are over",
+    SIGNAL: "another rank received a signal",
+    ASKED: "a STOP was asked for on another machine",
+}
+BEGAN = time.monotonic()  # --max_minutes holds data and model, read before the loop, too.
 
 
 class Saver:
@@ -38,8 +47,8 @@ class Saver:
     ) -> None:
         self.config, self.layout, self.accelerator, self.start = config, layout, accelerator, start
         self.output, self.main = Path(config.output_dir), accelerator.is_main_process
-        self.began = self.saved_at = time.monotonic()
-        self.asked, self.reason = GO_ON, ""
+        self.saved_at = time.monotonic()
+        self.asked, self.reason, self.interrupts = GO_ON, "", 0
         self.writer: threading.Thread | None = None
         self.failure: Exception | None = None
         self.saves, self.waited = 0, 0.0
@@ -84,7 +93,7 @@ class Saver:
             before = time.monotonic()
             self._save(window, model, optimizer, tracker)
             self.waited += time.monotonic() - before
-            if wanted == STOP or last:
+            if wanted > SAVE or last:
                 self._wait()
                 wanted = max(wanted, self._greatest(FAILED if self.failure else GO_ON))
         if wanted == FAILED:
@@ -92,10 +101,12 @@ class Saver:
             if isinstance(failure, Fault):
                 failure.known_to_all = True
             raise failure
-        if wanted == STOP and not last:
+        if wanted > SAVE and not last:
+            named = self.config.resume_from_checkpoint.lower() not in TRUE
+            without = ", without --resume_from_checkpoint," if named else ""
             stopped = Stopped(
-                f"{self.reason or 'another rank was asked to stop'}; checkpoint-{step} is saved. "
-                "The same command goes on from there."
+                f"{self.reason or ELSEWHERE[wanted]}; checkpoint-{step} is saved. "
+                f"The same command{without} goes on from there."
             )
             stopped.known_to_all = True
             raise stopped
@@ -113,6 +124,8 @@ class Saver:
             "no": steps + 1,
         }[config.save_strategy]
         saves = ceil(steps / interval) if self._saves else 0
+        if config.save_minutes:  # How many these will be is not known.
+            saves = max(saves, config.save_total_limit or 1)
         checkpoint.check_room(self.output, self.start.parameters, saves, config.save_total_limit)
 
     def _due(self, step: int) -> bool:
@@ -124,20 +137,22 @@ class Saver:
         return step % interval == 0
 
     def _ask(self, number: int, _: FrameType | None) -> None:
-        if self.asked == STOP and number == signal.SIGINT:
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts > 1:
             raise Fault("interrupted twice: stopped at once, without a checkpoint")
-        self.asked, self.reason = STOP, f"{signal.Signals(number).name} was received"
+        self.asked = ASKED if launcher_asks() else SIGNAL
+        self.reason = f"{signal.Signals(number).name} was received"
 
     def _wanted(self) -> int:
         """What this rank asks for after a step; clocks and the STOP file are the first rank's."""
         if self.failure:
             return FAILED
-        if self.main and self.asked < STOP:
+        if self.main and self.asked < SIGNAL:
             now, limit = time.monotonic(), self.config.max_minutes
-            if limit and now - self.began > 60 * limit:
-                self.asked, self.reason = STOP, f"--max_minutes {limit:g} are over"
-            elif (self.output / "STOP").exists():
-                self.asked, self.reason = STOP, f"found {self.output / 'STOP'}"
+            if (self.output / "STOP").exists():
+                self.asked, self.reason = ASKED, f"found {self.output / 'STOP'}"
+            elif limit and now - BEGAN > 60 * limit:
+                self.asked, self.reason = TIME_IS_OVER, f"--max_minutes {limit:g} are over"
             elif self.config.save_minutes and now - self.saved_at > 60 * self.config.save_minutes:
                 return SAVE
         return self.asked

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Tensors = dict[str, Tensor]
@@ -143,6 +144,18 @@ def put_master(model: nn.Module, optimizer: Any, adapter: Tensors, moments: Tens
         held["step"].copy_(moments["step"])
 
 
+def keep_buckets(model: Any) -> None:
+    """Have DDP lay its buckets out before the first step, once and for all; after `prepare`.
+
+    By itself it does so after a run's first step (torch 2.13, reducer.hpp, should_rebuild_buckets),
+    and with them changes the order in which three ranks or more are summed: a resumed run would
+    differ in the last digits.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model.reducer._push_all_rebuilt_params()
+        model.reducer._rebuild_buckets()
+
+
 def loss_scale(accelerator: Accelerator, optimizer: Any) -> dict[str, float] | None:
     """Return the state of fp16's dynamic loss scale; None in other precisions."""
     if accelerator.mixed_precision != "fp16":
@@ -155,6 +168,8 @@ def loss_scale(accelerator: Accelerator, optimizer: Any) -> dict[str, float] | N
 
 def put_loss_scale(accelerator: Accelerator, optimizer: Any, state: dict[str, float]) -> None:
     """Restore it; from another backend the scale alone, since each counts in its own way."""
+    if accelerator.mixed_precision != "fp16":  # --resume_anyway
+        return
     if accelerator.scaler is not None:
         mine = accelerator.scaler.state_dict()
         scale = state.get("scale", state.get("cur_scale"))

@@ -227,7 +227,7 @@ def history_until(file: Path | None, step: int) -> list[dict[str, Any]]:
     """Return the log up to a step, from metrics.jsonl; what a kill has cut off is passed over."""
     history: list[dict[str, Any]] = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines() if file else []
+        lines = file.read_text("utf-8", errors="replace").splitlines() if file else []
     except OSError as error:
         tqdm.write(f"note: {file}: {error.strerror}: the log begins anew at step {step}")
         return history

@@ -95,7 +95,7 @@ def train(config: Config, ranks: PartialState) -> None:
             tracker.observe(window, loss_sum, lr, grad_norm)
             saver.after(window, model, optimizer, tracker)
 
-    save_run(accelerator, model, prepared, tracker.history, config)
+    save_run(accelerator, model, prepared, tracker.history, layout, config)
     accelerator.end_training()
 
 

@@ -67,15 +67,15 @@ def watched_load(*arguments: Any) -> Any:
         watcher.join()
 
 
-def probed(accelerator: Any, model: Any, prepared: Any, history: Any, config: Any) -> None:
+def probed(accelerator: Any, model: Any, prepared: Any, *rest: Any) -> None:
     """Save as ever, then leave the logits and what this rank holds."""
-    output = Path(config.output_dir)
+    output = Path(rest[-1].output_dir)
     inner = accelerator.unwrap_model(model)
     base = [p for p in inner.parameters() if not p.requires_grad]
     four_bit = [p for p in base if getattr(p, "quant_state", None) is not None]
     held = {"four_bit": bytes_held(four_bit), "base": bytes_held(base)}
     before = peak_memory(reset=True)
-    save_run(accelerator, model, prepared, history, config)
+    save_run(accelerator, model, prepared, *rest)
     held["loading"] = loading | {"whole": held["base"]["whole"]}
     held["saving"] = {"held": peak_memory() - before, "whole": held["base"]["whole"]}
     (output / f"held-{accelerator.process_index}.json").write_text(json.dumps(held))

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from data.errors import Fault, Stopped
+from loop import checkpoint
 from loop import train as training
 from loop.checkpoint import list_folders, verify
 from tests.helpers import ROOT, adapter_of, log_of, start, write_dialogues
@@ -33,19 +35,39 @@ def at_step(step: int, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(training, "supervised_loss_sum", interrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("number", "step"), [(signal.SIGTERM, 1), (signal.SIGINT, 2), (signal.SIGUSR1, 5)]
+)
 def test_a_signal_is_answered_after_the_step_and_the_run_can_go_on(
-    number: signal.Signals, train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    number: signal.Signals, step: int, train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     reference = train("reference", *SIX)
     before = signal.getsignal(number)
-    at_step(2, lambda: os.kill(os.getpid(), number), monkeypatch)
-    with pytest.raises(Stopped, match=rf"{number.name} was received; checkpoint-2 is saved"):
+    at_step(step, lambda: os.kill(os.getpid(), number), monkeypatch)
+    with pytest.raises(Stopped, match=rf"{number.name} was received; checkpoint-{step} is saved"):
         train("run", *SIX)
     assert signal.getsignal(number) == before
     assert Stopped.exit_code == 75
     assert same(train("run", *SIX), reference)
     assert [entry["step"] for entry in log_of(tmp_path / "run")] == [*range(1, 7)]
+
+
+def test_a_request_during_a_save_is_answered_after_the_next_step(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, asked = checkpoint.write, threading.Event()
+
+    def interrupted(*arguments: Any) -> None:
+        if not asked.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+            asked.set()
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write", interrupted)
+    at_step(3, asked.wait, monkeypatch)
+    with pytest.raises(Stopped, match="checkpoint-3 is saved"):
+        train("run", *SIX, "--save_steps", "2")
+    assert same(train("run", *SIX, "--save_steps", "2"), train("reference", *SIX))
 
 
 def test_a_second_interrupt_stops_at_once(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

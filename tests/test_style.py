@@ -11,7 +11,7 @@ FILES = sorted([*CODE, *ROOT.glob("tests/*.py")])
 
 # Who may import whom inside loop/: each module only from rows above its own.
 LAYERS = [
-    ["flags", "compat", "leave", "state", "checkpoint"],
+    ["flags", "compat", "leave", "state", "checkpoint", "launch"],
     ["config", "utils", "zero_file"],
     ["embedded", "windows"],
     ["zero", "base", "objective", "optim"],

@@ -1,0 +1,187 @@
+"""A run that is begun again goes on from its own checkpoints, and loses nobody's."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from data.errors import Fault, Stopped, UserError
+from loop import checkpoint, launch, saver, state
+from loop.checkpoint import Damaged, check_room, list_folders, prune, verify
+from loop.leave import _told_disk
+from tests.helpers import log_of
+from tests.test_checkpoint import damage, same
+
+Train = Callable[..., Path]
+SIX = ("--max_steps", "6", "--lora_dropout", "0.3", "--logging_steps", "1", "--save_steps", "2")
+STOP = ("--max_minutes", "1e-6")
+
+
+def stopped(train: Train, *flags: str | Path) -> str:
+    """Train one step; return how the run was stopped."""
+    with pytest.raises(Stopped) as found:
+        train("run", *SIX, *STOP, *flags)
+    return str(found.value)
+
+
+def names(output: Path) -> list[str]:
+    return [folder.name for folder in list_folders(output)]
+
+
+def test_afresh_counts_once_for_a_launch_and_again_for_the_next(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    stopped(train)
+    monkeypatch.setenv(launch.COMMAND, "first")
+    afresh = ("--resume_from_checkpoint", "False")
+    assert "command, without --resume_from_checkpoint, goes on" in stopped(train, *afresh)
+    assert names(output) == ["checkpoint-1"]
+    assert len([*output.glob("discarded-*/checkpoint-1")]) == 1
+    # As torchelastic and --until-done do: the same launch, the same flags.
+    stopped(train, *afresh)
+    assert names(output) == ["checkpoint-2", "checkpoint-1"]
+    monkeypatch.setenv(launch.COMMAND, "second")
+    stopped(train, *afresh)
+    assert names(output) == ["checkpoint-1"]
+    assert len([*output.glob("discarded-*/metrics.jsonl")]) == 2
+
+
+def test_a_named_checkpoint_counts_until_the_launch_has_saved_one_itself(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train("other", *SIX)
+    named = ("--resume_from_checkpoint", whole / "checkpoint-4")
+    stopped(train)  # Another run's, which is not to be gone on with.
+    monkeypatch.setenv(launch.COMMAND, "first")
+    stopped(train, *named)
+    assert names(tmp_path / "run") == ["checkpoint-5"]
+    shutil.rmtree(tmp_path / "run/checkpoint-5")  # As if the launch had crashed before it.
+    stopped(train, *named)
+    assert names(tmp_path / "run") == ["checkpoint-5"]
+    assert same(train("run", *SIX, *named), whole)
+    assert [entry["step"] for entry in log_of(tmp_path / "run")] == [*range(1, 7)]
+
+
+def test_a_torchelastic_restart_is_the_same_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch.begun(tmp_path)
+    assert not launch.is_restart(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert launch.is_restart(tmp_path)
+
+
+def test_a_stop_during_a_restart_is_not_forgotten(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(launch.COMMAND, "first")
+    stopped(train)
+    (tmp_path / "run/STOP").touch()
+    with pytest.raises(Stopped, match="STOP; checkpoint-2"):
+        train("run", *SIX)
+    monkeypatch.setenv(launch.COMMAND, "second")
+    train("run", *SIX)
+
+
+def test_who_asked_on_another_machine_wants_no_other_launch() -> None:
+    # launch.sh --until-done looks for this word.
+    assert "STOP" in saver.ELSEWHERE[saver.ASKED]
+    assert "STOP" not in saver.ELSEWHERE[saver.SIGNAL] + saver.ELSEWHERE[saver.TIME_IS_OVER]
+
+
+def test_damaged_ones_are_set_aside_and_do_not_crowd_out_whole_ones(
+    train: Train, tmp_path: Path
+) -> None:
+    output = train("run", *SIX)
+    (output / "trainer_state.json").unlink()
+    damage(output / "checkpoint-6/optimizer.safetensors", "cut")
+    shutil.rmtree(output / "checkpoint-2")
+    assert "checkpoint-5 is saved" in stopped(train, "--save_total_limit", "1")
+    assert names(output) == ["checkpoint-5"]
+    assert verify(output / "checkpoint-5").step == 5
+    assert [*output.glob("discarded-*/checkpoint-6")]
+
+
+def test_a_checkpoint_under_another_number_is_not_taken(train: Train, tmp_path: Path) -> None:
+    output = train("run", *SIX)
+    (output / "checkpoint-4").rename(output / "checkpoint-99")
+    with pytest.raises(Damaged, match="renamed, it is checkpoint-4"):
+        verify(output / "checkpoint-99")
+    (output / "checkpoint-99").rename(output / "best")
+    assert verify(output / "best").step == 4
+
+
+def test_pruning_leaves_what_a_link_leads_to(tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere"
+    for folder in (target, tmp_path / "checkpoint-3", tmp_path / "checkpoint-7"):
+        folder.mkdir()
+        (folder / checkpoint.MANIFEST).touch()
+    (tmp_path / "checkpoint-2").symlink_to(target)
+    prune(tmp_path, 3, 1)
+    assert (target / checkpoint.MANIFEST).exists()
+    assert names(tmp_path) == ["checkpoint-7", "checkpoint-3"]  # 7 is of another run.
+
+
+def test_a_run_that_fitted_on_the_disk_may_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each = 12 * 1_000_000 + checkpoint.SMALL
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * each))
+    with pytest.raises(UserError, match="3 checkpoints"):
+        check_room(tmp_path, 1_000_000, 10, 2)
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    check_room(tmp_path, 1_000_000, 10, 2)
+
+
+def test_a_finished_run_without_its_log_can_be_gone_on_with(train: Train, tmp_path: Path) -> None:
+    output = train("run", *SIX)
+    (output / "metrics.jsonl").unlink()
+    (output / "trainer_state.json").unlink()
+    train("run", *SIX)
+    assert log_of(output) == []
+    (output / "metrics.jsonl").write_bytes(b"\xff\n")
+    (output / "trainer_state.json").unlink()
+    train("run", *SIX)
+
+
+def test_fewer_steps_than_are_done_are_refused(train: Train) -> None:
+    train("run", *SIX)
+    with pytest.raises(UserError, match="found 6 steps done; expected at most the 3"):
+        train("run", *SIX, "--max_steps", "3", "--resume_anyway")
+
+
+def test_another_first_adapter_is_refused(train: Train, tmp_path: Path) -> None:
+    first = train("first", *SIX)
+    stopped(train, "--lora_weight_path", first)
+    with pytest.raises(UserError, match=r"--lora_weight_path .*was .*, is None"):
+        train("run", *SIX)
+
+
+def test_a_loss_scale_is_put_back_in_fp16_alone() -> None:
+    other: Any = SimpleNamespace(mixed_precision="no", scaler=None)
+    state.put_loss_scale(other, object(), {"scale": 2.0})
+
+
+def test_an_empty_folder_of_the_users_stays_and_the_first_error_is_told(
+    train: Train, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="nowhere"):
+        train("run", "--data_path", tmp_path / "nowhere.json")
+    assert (tmp_path / "run").is_dir()
+    with pytest.raises(UserError, match="nowhere"):
+        train("fresh", "--data_path", tmp_path / "nowhere.json")
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_a_full_disk_is_one_message_wherever_it_is_met(tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    with pytest.raises(Fault, match="No space left"), _told_disk():
+        full.write_text("x")
+    with pytest.raises(FileNotFoundError), _told_disk():
+        (tmp_path / "missing").read_text()
