@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.collate import collate
 from data.encode import Example, encode_dialogues
@@ -16,9 +16,10 @@ from loop.objective import supervised_loss_sum
 
 
 @pytest.fixture(scope="module")
-def examples(chat_tokenizer: Any) -> list[Example]:
+def examples(tiny_model: Path) -> list[Example]:
     dialogues, tally = read_dialogues(DUMMY_DATA)
-    return encode_dialogues(dialogues[:5], "chat", chat_tokenizer, 128, tally)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    return encode_dialogues(dialogues[:5], "chat", tokenizer, 128, tally)
 
 
 @pytest.fixture
