@@ -179,8 +179,9 @@ train() {
   [ "$max_restarts" = 0 ] || launcher+=(--max_restarts "$max_restarts")
   launcher=(accelerate launch --config_file "$config" --num_processes "$((processes * nnodes))"
     "${launcher[@]}" loop/train.py ${flags[@]+"${flags[@]}"})
-  show "${launcher[@]}"
+  trap 'exit 75' TERM INT HUP USR1  # Nothing has begun yet.
   export LORA_LOOP_COMMAND=$HOSTNAME-$$-$(date +%s)  # The same in each of the launches that follow.
+  show "${launcher[@]}"
   launch "${launcher[@]}" && return
   code=$?
   while [ "$until_done" = 1 ] && [ "$asked" = 0 ] && [ "$code" != 2 ]; do
@@ -203,7 +204,8 @@ train() {
 launch() {
   local status child code=0 told
   status=$(mktemp)
-  asked=0 why=
+  asked=0 why= child=
+  trap 'stop "$status" "$child"' TERM INT HUP USR1
   (
     trap '' USR1  # SLURM sends it to every process; the launcher would die of it.
     export LORA_LOOP_STATUS_FILE=$status
@@ -211,7 +213,6 @@ launch() {
     exec $(command -v setsid || true) "$@"
   ) &
   child=$!
-  trap 'stop "$status" "$child"' TERM INT HUP USR1
   wait "$child" || code=$?
   while kill -0 "$child" 2>/dev/null; do  # A signal ends `wait` early.
     wait "$child" && code=0 || code=$?

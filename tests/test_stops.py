@@ -180,5 +180,6 @@ def test_until_done_goes_on_after_crashes_and_stops(launched: Any, tmp_path: Pat
     wait_for("resume: ", log, run)
     (tmp_path / "run/STOP").touch()
     assert run.wait() == 75, log.read_text()
-    assert len(entries(tmp_path / "run")) > 30
+    # It went on from checkpoint-20 or a later one.
+    assert len(entries(tmp_path / "run")) > 20
     assert adapter_of(list_folders(tmp_path / "run")[0])
