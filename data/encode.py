@@ -14,12 +14,27 @@ ENCODE_BATCH = 256  # dialogues a tokenizer call: enough to keep its threads bus
 
 @dataclass(frozen=True)
 class Example:
-    """One dialogue as token ids; `labels` equal `input_ids` where supervised, else -100."""
+    """A dialogue as token ids; `labels` equal `input_ids` where supervised, else -100.
+
+    A pair, for an encoder-decoder: `input_ids` are its source, `labels` its target, whole.
+    """
 
     id: str
     input_ids: list[int]
     labels: list[int]
     supervised_tokens: int
+    record: int = 0  # the dialogue's place among those kept by the reader
+    is_pair: bool = False
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of the encoder, or of the whole dialogue, and tokens of the decoder."""
+        return len(self.input_ids), len(self.labels) * self.is_pair
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model reads and, of a pair, writes."""
+        return sum(self.lengths)
 
 
 def encode_dialogues(
@@ -33,11 +48,7 @@ def encode_dialogues(
 
     Raises UserError for a tokenizer without character offsets, or when no example is left.
     """
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"{type(tokenizer).__name__} has no character offsets, which exact masks need. "
-            "Use a model with a fast tokenizer (a tokenizer.json)."
-        )
+    check_fast(tokenizer)
     examples = []
     for example, length in _encode(dialogues, template, tokenizer, max_length):
         if length > max_length:
@@ -52,6 +63,15 @@ def encode_dialogues(
             f"({tally}). Give a larger --model_max_length or dialogues with answers."
         )
     return examples
+
+
+def check_fast(tokenizer: Any) -> None:
+    """Raise UserError for a tokenizer that does not know which characters a token stands for."""
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{type(tokenizer).__name__} has no character offsets, which exact masks need. "
+            "Use a model with a fast tokenizer (a tokenizer.json)."
+        )
 
 
 def _encode(
@@ -69,11 +89,12 @@ def _encode(
             verbose=False,
         )
         columns = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        for dialogue, item, (ids, offsets) in zip(batch, rendered, columns, strict=True):
+        rows = enumerate(zip(batch, rendered, columns, strict=True), begin)
+        for record, (dialogue, item, (ids, offsets)) in rows:
             cut = ids[:max_length]
             labels = label(cut, offsets[:max_length], item)
             supervised = sum(one != IGNORE_INDEX for one in labels)
-            yield Example(dialogue.id, cut, labels, supervised), len(ids)
+            yield Example(dialogue.id, cut, labels, supervised, record), len(ids)
 
 
 def label(input_ids: list[int], offsets: list[tuple[int, int]], rendered: Rendered) -> list[int]:

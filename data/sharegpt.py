@@ -44,10 +44,10 @@ class Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     noted: Counter[str] = field(default_factory=Counter)
 
-    def drop(self, cause: str) -> None:
-        """Move one record from kept to dropped."""
-        self.kept -= 1
-        self.dropped[cause] += 1
+    def drop(self, cause: str, records: int = 1) -> None:
+        """Move records from kept to dropped."""
+        self.kept -= records
+        self.dropped[cause] += records
 
     def __str__(self) -> str:
         causes = ", ".join(f"{cause}: {count}" for cause, count in sorted(self.dropped.items()))
@@ -65,9 +65,11 @@ class BadRecord(Exception):
 
 
 def read_dialogues(
-    path: Path, on_bad_record: Literal["fail", "skip"] = "fail"
+    path: Path,
+    on_bad_record: Literal["fail", "skip"] = "fail",
+    empty_answers: bool = False,
 ) -> tuple[list[Dialogue], Tally]:
-    """Read a JSON array or JSONL file of ShareGPT records.
+    """Read a JSON array or JSONL file of ShareGPT records, with or without `empty_answers`.
 
     Raises UserError for an unreadable file and, unless `on_bad_record` is "skip", a bad record.
     """
@@ -75,7 +77,7 @@ def read_dialogues(
     for index, record in _records(path):
         tally.read += 1
         try:
-            dialogue, skipped_first = _parse_record(record, index)
+            dialogue, skipped_first = _parse_record(record, index, empty_answers)
         except BadRecord as bad:
             if on_bad_record == "fail":
                 identity = _identity(record)
@@ -153,7 +155,7 @@ def _identity(record: Any) -> str:
     return f" (id {json.dumps(record['id'], ensure_ascii=False)[:80]})" if has_id else ""
 
 
-def _parse_record(record: Any, index: int) -> tuple[Dialogue, bool]:
+def _parse_record(record: Any, index: int, empty_answers: bool) -> tuple[Dialogue, bool]:
     """Return the dialogue and whether a first turn that was not human was skipped."""
     if isinstance(record, BadRecord):
         raise record
@@ -165,7 +167,7 @@ def _parse_record(record: Any, index: int) -> tuple[Dialogue, bool]:
         _bad("no conversations", f'expected a list under "conversations", but {found}')
     if not turns:
         _bad("no turns", '"conversations" is empty; expected a human turn and a gpt turn')
-    parsed = [_parse_turn(turn, number) for number, turn in enumerate(turns)]
+    parsed = [_parse_turn(turn, number, empty_answers) for number, turn in enumerate(turns)]
     system = parsed.pop(0).text if parsed[0].role == "system" else None
     # As FastChat does: dialogues scraped in mid-thread often open with an answer.
     skip = bool(parsed) and parsed[0].role == "assistant"
@@ -183,7 +185,7 @@ def _parse_record(record: Any, index: int) -> tuple[Dialogue, bool]:
     return Dialogue(printable, tuple(parsed), system), skip
 
 
-def _parse_turn(turn: Any, number: int) -> Turn:
+def _parse_turn(turn: Any, number: int, empty_answers: bool) -> Turn:
     if not isinstance(turn, dict):
         expected = 'expected an object with "from" and "value"'
         _bad("turn is not an object", f"turn {number} is {_kind(turn)}; {expected}")
@@ -194,7 +196,7 @@ def _parse_turn(turn: Any, number: int) -> Turn:
     if not isinstance(value, str):
         found = f'"value" is {_kind(value)}' if "value" in turn else 'there is no "value"'
         _bad("value is not text", f"turn {number}: {found}; expected a string")
-    if not value.strip():
+    if not value.strip() and not (empty_answers and role == "gpt"):
         _bad("empty value", f'turn {number}: "value" is empty; expected text')
     if LONE_SURROGATE.search(value):
         _bad("lone surrogate", f'turn {number}: "value" holds half a surrogate pair; expected text')

@@ -9,12 +9,17 @@ from jinja2 import TemplateError
 from data.errors import UserError
 from data.sharegpt import Dialogue, Turn
 
-TemplateName = Literal["vicuna", "chat"]
+TemplateName = Literal["vicuna", "chat", "t5"]
 
 # FastChat 0.2.36, fastchat/conversation.py, `vicuna_v1.1`.
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+# FastChat 0.2.36, fastchat/conversation.py, `one_shot`, which train_flant5.py falls back to.
+T5_SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
 
 
@@ -25,7 +30,9 @@ class Rendered:
     text: str
     spans: tuple[tuple[int, int], ...]
     add_special_tokens: bool
-    """Whether the tokenizer still has to add its own BOS."""
+    """Whether the tokenizer still has to add its own BOS, or EOS."""
+    header: int = 0
+    """Characters of the t5 template's header."""
 
 
 def default_template(tokenizer: Any) -> TemplateName:
@@ -37,6 +44,8 @@ def render(dialogue: Dialogue, template: TemplateName, tokenizer: Any) -> Render
     """Render a dialogue; an answer's span ends with the token that closes it."""
     if template == "vicuna":
         return _render_vicuna(dialogue, tokenizer)
+    if template == "t5":
+        return _render_t5(dialogue)
     return _render_chat(dialogue, tokenizer)
 
 
@@ -45,6 +54,8 @@ def prompt(turns: tuple[Turn, ...], template: TemplateName, tokenizer: Any) -> R
     if template == "vicuna":
         text = _render_vicuna(Dialogue("", turns), tokenizer).text
         return Rendered(text + "ASSISTANT:", (), add_special_tokens=True)
+    if template == "t5":
+        return _render_t5(Dialogue("", turns))
     text = _apply(tokenizer, _messages(Dialogue("", turns)), generation=True)
     return Rendered(text, (), add_special_tokens=False)
 
@@ -60,6 +71,18 @@ def _render_vicuna(dialogue: Dialogue, tokenizer: Any) -> Rendered:
         text += f" {turn.text}{tokenizer.eos_token}"
         spans.append((start, len(text)))
     return Rendered(text, tuple(spans), add_special_tokens=True)
+
+
+def _render_t5(dialogue: Dialogue) -> Rendered:
+    text = header = (dialogue.system or T5_SYSTEM) + "\n\n"
+    spans = []
+    for turn in dialogue.turns:
+        if turn.role == "user":
+            text += f"### Human: {turn.text}\n### Assistant: "
+            continue
+        spans.append((len(text), len(text) + len(turn.text)))
+        text += f"{turn.text}\n"
+    return Rendered(text, tuple(spans), add_special_tokens=True, header=len(header))
 
 
 def _render_chat(dialogue: Dialogue, tokenizer: Any) -> Rendered:

@@ -1,5 +1,7 @@
-"""Finds the base model, or says within seconds that it does not exist; loads its tokenizer."""
+"""Finds the base model, or says within seconds that it does not exist; reads what it is."""
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,9 +77,19 @@ def mistakes(what: str) -> Iterator[None]:
         ) from error
 
 
+def read_base_config(base: str, config: Config) -> Any:
+    """Return the base model's configuration, by which it is a decoder or an encoder-decoder."""
+    from transformers import AutoConfig  # here, since `check` has no use for its import time
+
+    with mistakes(base):
+        return AutoConfig.from_pretrained(
+            base, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
+        )
+
+
 def load_tokenizer(base: str, config: Config) -> Any:
     """Return the base model's tokenizer, with a pad token and padding on the right."""
-    from transformers import AutoTokenizer  # here, since `check` has no use for its import time
+    from transformers import AutoTokenizer
 
     with mistakes(f"{base}: its tokenizer"):
         tokenizer: Any = AutoTokenizer.from_pretrained(
@@ -89,3 +101,16 @@ def load_tokenizer(base: str, config: Config) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Return the hash of all that decides a text's ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return hashlib.sha256(
+            json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
+        ).hexdigest()
+    # Every call of the tokenizer sets both anew.
+    backend.no_padding()
+    backend.no_truncation()
+    return hashlib.sha256(backend.to_str().encode()).hexdigest()

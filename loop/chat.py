@@ -12,7 +12,13 @@ from typing import Any
 import torch
 import yaml
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    TextStreamer,
+)
 
 from data.errors import UserError
 from data.sharegpt import Turn
@@ -20,6 +26,7 @@ from data.templates import TemplateName, default_template, prompt
 from loop.base import mistakes
 from loop.flags import flag, parse
 from loop.model import DTYPES, quiet
+from loop.new_tokens import grow, set_up
 from loop.output import SETTINGS
 
 
@@ -62,7 +69,9 @@ class Speaker:
                 streamer=streamer,
                 **(sampling if self.config.temperature else {"do_sample": False}),
             )
-        new = ids[0, inputs["input_ids"].shape[1] :]
+        # An encoder-decoder returns its answer alone, behind the token that starts it.
+        pairs = self.model.config.is_encoder_decoder
+        new = ids[0, 1 if pairs else inputs["input_ids"].shape[1] :]
         text: str = self.tokenizer.decode(new, skip_special_tokens=True)
         return text.strip()
 
@@ -107,9 +116,15 @@ def load_speaker(config: ChatConfig) -> Speaker:
         base = config.base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
         has_tokenizer = (folder / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else base, **hub)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **hub).to(device)
+        pairs = AutoConfig.from_pretrained(base, **hub).is_encoder_decoder
+        loader = AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM
+        model = loader.from_pretrained(base, dtype=dtype, **hub).to(device)
+        if pairs:
+            grow(model, len(tokenizer))
         model = PeftModel.from_pretrained(model, str(folder)).eval()
-    return Speaker(model, tokenizer, trained.get("template") or default_template(tokenizer), config)
+        set_up(model, None, train=False)
+    template = trained.get("template") or ("t5" if pairs else default_template(tokenizer))
+    return Speaker(model, tokenizer, template, config)
 
 
 def base_answer(speaker: Speaker, turns: tuple[Turn, ...]) -> str:

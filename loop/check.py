@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from data.errors import UserError
 from loop.base import find_base_model
-from loop.config import Config, read_config
+from loop.config import Config
+from loop.settings import read_config
 
 
 def main(argv: Sequence[str]) -> None:

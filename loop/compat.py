@@ -11,7 +11,6 @@ EVALUATION = "there is no evaluation yet; training goes on without it"
 SHARDING = "sharding is the accelerate config's; the like of it is accelerate_configs/zero3.yaml"
 WITHOUT_MEANING = {
     "lazy_preprocess": "dialogues are always encoded before training, which takes seconds",
-    "preprocessed_path": "nothing is cached; dialogues are encoded afresh, which takes seconds",
     "optim": "the optimizer is always AdamW",
     "eval_strategy": EVALUATION,
     "evaluation_strategy": EVALUATION,

@@ -1,30 +1,21 @@
-"""Every setting of a run: names, defaults, ranges, cross-checks, and the YAML left beside it."""
+"""Every setting of a run: names, defaults and ranges."""
 
 import dataclasses
 import hashlib
-import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import yaml
+from typing import Any, Literal
 
 from data.errors import UserError
-from loop import compat
-from loop.flags import flag, parse
+from loop.flags import flag
 
 ROOT = Path(__file__).resolve().parent.parent
-MAIN_JOB = ROOT / "loop" / "main_job.yaml"
 DUMMY_DATA = ROOT / "data" / "dummy_conversation.json"
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 Precision = Literal["no", "bf16", "fp16"]
-
-
-C = TypeVar("C", bound="Config")
 
 
 @dataclass(frozen=True)
@@ -57,8 +48,8 @@ class Config:
         16, "scale: the update is multiplied by alpha / r", "LoRA", at_least=1, at_most=10**9
     )
     lora_dropout: float = flag(0.05, "dropout before the adapter", "LoRA", at_least=0, below=1)
-    lora_target_modules: tuple[str, ...] = flag(
-        ("q_proj", "v_proj"), "module names, or all-linear", "LoRA"
+    lora_target_modules: tuple[str, ...] | None = flag(
+        None, "module names, or all-linear; none: q_proj v_proj, or T5's q v", "LoRA"
     )
     lora_bias: Literal["none", "all", "lora_only"] = flag(
         "none", "which biases are trained", "LoRA"
@@ -66,21 +57,40 @@ class Config:
     lora_weight_path: str | None = flag(
         None, "continue from this adapter; rank, alpha, targets and bias are its own", "LoRA"
     )
+    train_new_tokens: bool = flag(
+        True, "train the rows of the tokens that T5 lacked; False: their mean stays", "LoRA"
+    )
 
     data_path: str | None = flag(
         None, "ShareGPT JSON or JSONL; none: the bundled dialogues", "data"
     )
-    template: Literal["vicuna", "chat"] | None = flag(
-        None, "vicuna, or chat: the model's own; none: chat where the model has one", "data"
+    template: Literal["vicuna", "chat", "t5"] | None = flag(
+        None,
+        "vicuna; chat: the model's own; t5: pairs; none: chat where the model has one, t5 for an "
+        "encoder-decoder",
+        "data",
     )
+    t5_compat: bool = flag(False, "FastChat's tokens and pairs for T5, id for id", "data")
     model_max_length: int = flag(
-        2048, "tokens; longer dialogues are cut on the right", "data", at_least=8
+        2048,
+        "tokens; longer dialogues are cut on the right, a T5's sources on the left",
+        "data",
+        at_least=8,
     )
+    max_target_length: int | None = flag(
+        None, "tokens of a T5's target; none: model_max_length", "data", at_least=8
+    )
+    keep_header: bool = flag(False, "what is cut of a T5's source lies behind its header", "data")
     on_bad_record: Literal["fail", "skip"] = flag(
         "fail", "stop at a record that is wrong, or drop and count it", "data"
     )
 
-    num_data: int = flag(-1, "use the first so many dialogues; -1: all", "data", at_least=-1)
+    num_data: int = flag(
+        -1, "use so many dialogues, chosen by the seed; -1: all", "data", at_least=-1
+    )
+    preprocessed_path: str | None = flag(
+        None, "file that keeps the encoded data, to be used again while it fits", "data"
+    )
 
     num_train_epochs: float = flag(3.0, "passes over the data", "training", above=0)
     max_steps: int = flag(-1, "stop after so many steps; -1: by epochs", "training", at_least=-1)
@@ -130,6 +140,9 @@ class Config:
     )
     run_name: str | None = flag(None, "name in the trackers; none: output_dir's", "output")
     save_safetensors: bool = flag(True, "False: adapter_model.bin", "output")
+    save_non_lora_state: Literal["none", "trainable", "all"] = flag(
+        "none", "beside the adapter: what else was trained, or the base model whole", "output"
+    )
 
     save_strategy: Literal["steps", "epoch", "no"] = flag(
         "steps", "checkpoint every save_steps, at each epoch's end, or never", "checkpoints"
@@ -165,7 +178,10 @@ class Config:
 
 
 # Paths, compared by what lies there; what changes no number; flags of which `precision` is made.
-PATHS = {"model_name_or_path", "cache_dir", "lora_weight_path", "data_path", "output_dir"}
+PATHS = {
+    *("model_name_or_path", "cache_dir", "lora_weight_path", "data_path", "preprocessed_path"),
+    "output_dir",
+}
 TOLD = {"deepspeed", "run_name", "report_to", "resume_from_checkpoint"}
 PRECISION = {"mixed_precision", "bf16", "fp16"}
 
@@ -191,104 +207,3 @@ def shown(path: str | Path) -> str:
     path = Path(path)
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
-def read_config(argv: Sequence[str], config_type: type[C], description: str = "") -> C:
-    """Return the run's settings from flags and YAML; no flag at all means the main job.
-
-    Raises UserError for anything that is wrong by itself or contradicts something else.
-    """
-    values = parse(config_type, compat.without(argv), description, compat.WITHOUT_MEANING)
-    if values.pop("config", None) is None and not {"model_name_or_path", "data_path"} & {*values}:
-        values = parse(config_type, ["--config", str(MAIN_JOB)], description) | values
-        values.pop("config")
-    if values.get("lora_weight_path"):
-        values |= _adapter_settings(Path(values["lora_weight_path"]).expanduser(), values)
-    config = config_type(**values)
-    _cross_check(config)
-    return config
-
-
-def _cross_check(config: Config) -> None:
-    asked = {name for name in ("bf16", "fp16") if getattr(config, name)}
-    asked |= {config.mixed_precision} if config.mixed_precision else set()
-    if len(asked) > 1:
-        raise UserError(
-            f"found both {' and '.join(sorted(asked))}; expected one precision. "
-            "Give --mixed_precision alone."
-        )
-    if config.precision not in ("no", "bf16", "fp16"):
-        raise UserError(
-            f"the accelerate config's mixed_precision is {config.precision}; expected no, bf16 or "
-            "fp16. Give --mixed_precision."
-        )
-    # Before the launch the accelerate config's precision is not known yet.
-    known = config.mixed_precision or "ACCELERATE_MIXED_PRECISION" in os.environ
-    if config.flash_attn and known and config.precision == "no":
-        raise UserError(
-            "--flash_attn: found precision no (fp32); FlashAttention-2 takes bf16 and fp16 only. "
-            "Give --mixed_precision bf16, or leave it out."
-        )
-    if config.num_data == 0:
-        raise UserError("--num_data: found 0; expected at least 1, or -1 for all dialogues.")
-    if config.max_steps == 0:
-        raise UserError("--max_steps: found 0; expected at least 1, or -1 to train by epochs.")
-    if "none" in config.report_to and len(config.report_to) > 1:
-        raise UserError("--report_to: found none beside a tracker; expected one or the other.")
-    if config.global_batch_size and config.gradient_accumulation_steps:
-        raise UserError(
-            f"found --global_batch_size {config.global_batch_size} and "
-            f"--gradient_accumulation_steps {config.gradient_accumulation_steps}; expected one of "
-            "them, since the first decides the second."
-        )
-
-
-def _adapter_settings(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of an existing adapter, which must agree with the flags given."""
-    file = folder / "adapter_config.json"
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"--lora_weight_path: {file}: cannot be read: {error.strerror}. Give a "
-            "folder with adapter_config.json and adapter_model.safetensors."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"--lora_weight_path: {file}: not valid JSON: {error}.") from None
-    if not isinstance(saved, dict) or saved.get("peft_type") != "LORA":
-        raise UserError(f"--lora_weight_path: {file}: found no LoRA adapter; expected peft's.")
-    missing = {"r", "lora_alpha", "bias", "target_modules", "lora_dropout"} - {*saved}
-    if missing:
-        raise UserError(f"--lora_weight_path: {file}: lacks {', '.join(sorted(missing))}.")
-    if not any((folder / name).is_file() for name in ADAPTER_FILES):
-        raise UserError(f"--lora_weight_path {folder}: no weights; expected {ADAPTER_FILES[0]}.")
-    targets = saved["target_modules"]
-    if not isinstance(saved["r"], int) or not isinstance(targets, str | list):
-        raise UserError(f"--lora_weight_path: {file}: r or target_modules is not of peft's kind.")
-    settings = {
-        "lora_r": saved["r"],
-        "lora_alpha": saved["lora_alpha"],
-        "lora_bias": saved["bias"],
-        "lora_target_modules": (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
-    }
-    for name, value in settings.items():
-        same = name not in given or (
-            set(given[name]) == set(value) if isinstance(value, tuple) else given[name] == value
-        )
-        if not same:
-            raise UserError(
-                f"--{name}: found {given[name]}, but the adapter {folder} has {value}. Leave the "
-                "flag out, or train a new adapter without --lora_weight_path."
-            )
-    return {"lora_dropout": saved["lora_dropout"], **given, **settings}
-
-
-def dump(config: Config) -> str:
-    """Return the settings as YAML that `--config` reads back."""
-    values = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(config).items()
-    }
-    values["mixed_precision"] = config.precision
-    header = "# Every setting of this run; give it to --config to repeat the run.\n"
-    return header + yaml.safe_dump(values, sort_keys=False)

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from data.errors import UserError
 from loop.base import find_base_model
-from loop.config import Config, read_config, shown
+from loop.config import Config, shown
 from loop.estimate import Run, host_memory, memory, sent
 from loop.flags import flag
+from loop.settings import read_config
 from loop.shape import Backend, Shape, backends, read_backend, read_shape
+from loop.targets import USUAL
 
 GIB = 2**30
 
@@ -76,7 +78,7 @@ def setting(config: DoctorConfig) -> str:
     return (
         f"micro-batch {config.per_device_train_batch_size} x {config.model_max_length} tokens, "
         f"{100 * config.supervised_share:g} % supervised; checkpointing {checkpointing}; "
-        f"LoRA r {config.lora_r} on {' '.join(config.lora_target_modules)}"
+        f"LoRA r {config.lora_r} on {' '.join(config.lora_target_modules or USUAL[0])}"
     )
 
 

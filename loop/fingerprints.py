@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+from loop.base import tokenizer_sha256
 from loop.config import PATHS, TOLD, Config
 from loop.prepare import Prepared
 
@@ -29,7 +30,7 @@ def run_facts(config: Config, prepared: Prepared, global_batch_size: int) -> dic
         "base model (sampled SHA-256)": _weights(prepared.base, "config.json", config),
         "--lora_weight_path (sampled SHA-256)": config.lora_weight_path
         and _weights(config.lora_weight_path, "adapter_config.json", config),
-        "tokenizer (SHA-256)": _tokenizer(prepared.tokenizer),
+        "tokenizer (SHA-256)": tokenizer_sha256(prepared.tokenizer),
         "template": f"{prepared.template} {_sha256(str(template))[:12]}",
         "examples": len(prepared.examples),
         "examples a step": global_batch_size,
@@ -70,16 +71,6 @@ def _weights(base: str, settings: str, config: Config) -> str:
                 opened.seek(start)
                 digest.update(opened.read(SAMPLE))
     return digest.hexdigest()
-
-
-def _tokenizer(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return _sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True))
-    # Every call of the tokenizer sets both anew.
-    backend.no_padding()
-    backend.no_truncation()
-    return _sha256(backend.to_str())
 
 
 def _sha256(text: str) -> str:

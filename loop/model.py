@@ -3,26 +3,30 @@
 import importlib.util
 import sys
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, modeling_utils
 from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError
+from loop import new_tokens
 from loop.backend import told_to_all, zero_stage
 from loop.base import mistakes
 from loop.config import Config
+from loop.prepare import Prepared
 from loop.quantize import check_quantization, four_bit, returned_memory
+from loop.state import whole
+from loop.targets import ALL_LINEAR, target_names
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_model(base: str, config: Config, accelerator: Accelerator) -> PeftModel:
+def load_model(prepared: Prepared, config: Config, accelerator: Accelerator) -> PeftModel:
     """Return the base model in the run's precision with a LoRA adapter to train.
 
     Raises UserError for a missing FlashAttention, and targets that the model does not have.
@@ -35,7 +39,7 @@ def load_model(base: str, config: Config, accelerator: Accelerator) -> PeftModel
     # Under ZeRO-3 loading is made of collectives, which a rank that fails alone must not add to.
     sharded = zero_stage(accelerator) == 3
     with nullcontext() if sharded else told_to_all():
-        model = _load_base(base, config, accelerator)
+        model = _load_base(prepared, config, accelerator)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         # Before DeepSpeed's pull request 8148, which 0.19.8 has, recomputed layers found their
@@ -44,12 +48,18 @@ def load_model(base: str, config: Config, accelerator: Accelerator) -> PeftModel
         model.gradient_checkpointing_enable({"use_reentrant": sharded})
         if sharded:
             model.enable_input_require_grads()
+    tokens, values = prepared.new_tokens, None
+    if tokens:
+        new_tokens.grow(model, len(prepared.tokenizer))
+        values = new_tokens.first_values(model, tokens)
     torch.manual_seed(config.seed)  # lora_A's initial values
     # DeepSpeed casts all parameters to one precision and keeps an fp32 master of the trained
     # ones; elsewhere what is trained is fp32 itself and runs under autocast.
     autocast = accelerator.state.deepspeed_plugin is None
-    with told_to_all():
-        with_adapter = _add_adapter(model, base, config, autocast)
+    with told_to_all(), new_tokens.without_collectives():
+        with_adapter = _add_adapter(model, prepared, config, autocast)
+    values = None if config.lora_weight_path else values
+    new_tokens.set_up(with_adapter, values, config.train_new_tokens, sharded)
     if autocast:
         # peft casts its own parameters only, not the base's biases.
         for parameter in with_adapter.parameters():
@@ -58,47 +68,53 @@ def load_model(base: str, config: Config, accelerator: Accelerator) -> PeftModel
     return with_adapter
 
 
-def _add_adapter(model: Any, base: str, config: Config, autocast: bool) -> PeftModel:
+def _add_adapter(model: Any, prepared: Prepared, config: Config, autocast: bool) -> PeftModel:
     if config.lora_weight_path:
         saved = PeftConfig.from_pretrained(config.lora_weight_path)
         saved.lora_dropout = config.lora_dropout
         with mistakes(f"--lora_weight_path {config.lora_weight_path}"):
             # peft only warns, and would train on from random values.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(
+            loaded = PeftModel.from_pretrained(
                 model,
                 config.lora_weight_path,
                 config=saved,
                 is_trainable=True,
                 autocast_adapter_dtype=autocast,
             )
+        new_tokens.check_rows(loaded, prepared.new_tokens, config.lora_weight_path)
+        return loaded
+    pairs, tokens = model.config.is_encoder_decoder, prepared.new_tokens
+    targets = target_names(model, config.lora_target_modules)
     adapter = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType.SEQ_2_SEQ_LM if pairs else TaskType.CAUSAL_LM,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=_targets(model, config.lora_target_modules),
+        target_modules=targets[0] if targets == ALL_LINEAR else list(targets),
         bias=config.lora_bias,
-        base_model_name_or_path=base,
+        trainable_token_indices=new_tokens.places(model, tokens) if tokens else None,
+        base_model_name_or_path=prepared.base,
     )
     return get_peft_model(model, adapter, autocast_adapter_dtype=autocast)
 
 
-def _load_base(base: str, config: Config, accelerator: Accelerator) -> Any:
+def _load_base(prepared: Prepared, config: Config, accelerator: Accelerator) -> Any:
     quiet()
-    shared = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
-    with mistakes(base):
-        base_config = AutoConfig.from_pretrained(base, **shared)
+    base, base_config = prepared.base, prepared.base_config
     kind = base_config.model_type
     if "t5" in kind and config.precision == "fp16":
         raise UserError(
             f"{base}: found precision fp16 with {kind}, whose activations overflow it; expected "
             "bf16. Give --mixed_precision bf16, or no."
         )
-    if base_config.is_encoder_decoder:
-        raise UserError(f"{base}: an encoder-decoder ({kind}); expected a decoder.")
     zero3 = zero_stage(accelerator) == 3
     check_quantization(base, base_config, config, accelerator)
+    if zero3 and base_config.is_encoder_decoder and not _compares_ties():
+        raise UserError(
+            f"{base}: this transformers ties an encoder-decoder's LM head under ZeRO-3, whatever "
+            "its weights; expected 5.23 or newer. Launch with accelerate_configs/zero2.yaml."
+        )
     options: dict[str, Any] = {}
     if config.q_lora:
         settings = four_bit(DTYPES[config.precision])  # makes bitsandbytes ready, too
@@ -108,20 +124,54 @@ def _load_base(base: str, config: Config, accelerator: Accelerator) -> Any:
     if not zero3 and (config.q_lora or accelerator.device.type == "cuda"):
         # Straight from the mapped file to this rank's device; ZeRO-3 has its own way to load.
         options["device_map"] = {"": accelerator.device}
-    with mistakes(base), returned_memory() if config.q_lora else nullcontext():
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+    loader = AutoModelForSeq2SeqLM if base_config.is_encoder_decoder else AutoModelForCausalLM
+    with (
+        mistakes(base),
+        returned_memory() if config.q_lora else nullcontext(),
+        _compared_whole() if zero3 else nullcontext(),
+    ):
+        model, loaded = loader.from_pretrained(
             base,
             config=base_config,
             dtype=DTYPES[config.precision],
             attn_implementation="flash_attention_2" if config.flash_attn else "sdpa",
             output_loading_info=True,
+            cache_dir=config.cache_dir,
+            trust_remote_code=config.trust_remote_code,
             **options,
-            **shared,
         )
     if loaded["missing_keys"]:
         names = ", ".join(sorted(loaded["missing_keys"])[:5])
         raise UserError(f"{base}: the weights lack {names}, which would be random. Mend the model.")
     return model
+
+
+def _compares_ties() -> bool:
+    """Whether this transformers does so in a function of its own, as 5.23."""
+    return hasattr(modeling_utils, "_tied_params_are_equal")
+
+
+@contextmanager
+def _compared_whole() -> Iterator[None]:
+    """Have transformers compare whole matrices before it ties them.
+
+    Under ZeRO-3 it compares what a rank holds, nothing with nothing (5.23, modeling_utils.py), and
+    would put Flan-T5's embedding in the place of its LM head.
+    """
+    if not _compares_ties():
+        yield
+        return
+    are_equal = modeling_utils._tied_params_are_equal
+
+    def whole_are_equal(one: Any, other: Any) -> bool:
+        with whole(one), whole(other):
+            return bool(are_equal(one, other))
+
+    modeling_utils._tied_params_are_equal = whole_are_equal
+    try:
+        yield
+    finally:
+        modeling_utils._tied_params_are_equal = are_equal
 
 
 def quiet() -> None:
@@ -136,19 +186,3 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*using the device under current context")
     # transformers 5.23 has a new name for it, which 5.17 does not know.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*")
-
-
-def _targets(model: nn.Module, asked: tuple[str, ...]) -> list[str] | str:
-    """Return the targets for peft, after making sure that each one matches a module."""
-    if asked == ("all-linear",):
-        return "all-linear"
-    kinds = (nn.Linear, nn.Embedding, nn.Conv1d)
-    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-    for target in asked:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-            raise UserError(
-                f"--lora_target_modules: nothing in the model is named {target}. It has: {known}; "
-                "or give all-linear."
-            )
-    return list(asked)

@@ -19,9 +19,11 @@ from data.errors import UserError
 from loop import launch
 from loop.backend import told_to_all
 from loop.checkpoint import sync
-from loop.config import ADAPTER_FILES, Config, dump, file_sha256
+from loop.config import ADAPTER_FILES, Config, file_sha256
 from loop.flags import TRUE
+from loop.non_lora import save_non_lora
 from loop.prepare import Prepared
+from loop.settings import dump
 from loop.utils import save_adapter, write_json
 from loop.windows import Layout, global_batch_size
 
@@ -30,7 +32,7 @@ PATHS = ("model_name_or_path", "data_path", "lora_weight_path", "cache_dir")
 # The folder, however it is spelt, and what says when to save and when to stop.
 HOW_TO_SAVE = (
     *("output_dir", "save_strategy", "save_steps", "save_minutes", "save_total_limit"),
-    *("resume_from_checkpoint", "resume_anyway", "max_minutes"),
+    *("resume_from_checkpoint", "resume_anyway", "max_minutes", "preprocessed_path"),
 )
 LOCK, PATIENCE = ".lock", 5.0  # seconds that a run which was just killed may take to be gone
 
@@ -169,7 +171,9 @@ def save_run(
 ) -> None:
     """Write adapter and tokenizer, and last trainer_state.json, by which the run is finished."""
     folder = Path(config.output_dir)
-    save_adapter(accelerator, accelerator.unwrap_model(model), folder, config.save_safetensors)
+    unwrapped = accelerator.unwrap_model(model)
+    save_adapter(accelerator, unwrapped, folder, config.save_safetensors)
+    save_non_lora(accelerator, unwrapped, folder, config)
     if not accelerator.is_main_process:
         return
     prepared.tokenizer.save_pretrained(folder)

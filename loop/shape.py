@@ -9,6 +9,7 @@ import yaml
 from data.errors import UserError
 from loop.base import mistakes
 from loop.config import ROOT, Config, Precision
+from loop.targets import ALL_LINEAR, target_names
 
 CONFIGS = ROOT / "accelerate_configs"
 # LLaMA's names, which config classes of other families map theirs to.
@@ -134,22 +135,17 @@ def _targets(model: Any, head: Any, config: Config) -> dict[str, Any]:
     """Return the modules that get a LoRA pair, by the rules of peft 0.21, tuners_utils.py."""
     from torch import nn
 
-    asked = config.lora_target_modules
-    kinds = nn.Linear if asked == ("all-linear",) else (nn.Linear, nn.Embedding)
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
-    if asked == ("all-linear",):
-        return {name: m for name, m in modules.items() if m is not head}
-    found: dict[str, Any] = {}
-    for target in asked:
-        fits = {n: m for n, m in modules.items() if n == target or n.endswith(f".{target}")}
-        if not fits:
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in modules}))
-            raise UserError(
-                f"--lora_target_modules: nothing in the model is named {target}. It has: {known}; "
-                "or give all-linear."
-            )
-        found |= fits
-    return found
+    asked = target_names(model, config.lora_target_modules)
+    if asked == ALL_LINEAR:
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        return {name: m for name, m in linears.items() if m is not head}
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    return {
+        name: module
+        for target in asked
+        for name, module in modules.items()
+        if name == target or name.endswith(f".{target}")
+    }
 
 
 def _trained_biases(model: Any, targets: dict[str, Any], config: Config) -> dict[int, int]:

@@ -9,9 +9,10 @@ from itertools import groupby
 from typing import Any
 
 from data.encode import IGNORE_INDEX, Example
-from loop.config import Config, read_config
+from loop.config import Config
 from loop.flags import flag
 from loop.prepare import prepare
+from loop.settings import read_config
 
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
@@ -30,32 +31,43 @@ def main(argv: Sequence[str]) -> None:
     examples = prepared.examples
     colour = "FORCE_COLOR" in os.environ or (sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     try:
-        for example in examples:
-            print(
-                as_json(example) if config.jsonl else as_text(example, prepared.tokenizer, colour)
-            )
+        for _, group in groupby(examples, key=lambda example: example.record):
+            dialogue = [*group]
+            if config.jsonl:
+                print(as_json(dialogue))
+                continue
+            for example in dialogue:
+                print(as_text(example, prepared.tokenizer, colour))
         sys.stdout.flush()
     except BrokenPipeError:  # `show | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    tokens = sum(len(example.input_ids) for example in examples)
+    tokens = sum(example.tokens for example in examples)
     supervised = sum(example.supervised_tokens for example in examples)
     share = f"{supervised:,} of {tokens:,} tokens supervised ({100 * supervised / tokens:.1f} %)"
     print(f"{prepared}; {share}", file=sys.stderr)
 
 
-def as_json(example: Example) -> str:
-    """Return the example as one line of JSON, labels -100 where unsupervised."""
-    fields = {"id": example.id, "input_ids": example.input_ids, "labels": example.labels}
-    return json.dumps(fields, ensure_ascii=False)
+def as_json(dialogue: Sequence[Example]) -> str:
+    """Return a dialogue as one line of JSON: labels -100 where unsupervised, or its pairs."""
+    encoded = [{"input_ids": one.input_ids, "labels": one.labels} for one in dialogue]
+    fields = {"pairs": encoded} if dialogue[0].is_pair else encoded[0]
+    return json.dumps({"id": dialogue[0].id, **fields}, ensure_ascii=False)
 
 
 def as_text(example: Example, tokenizer: Any, colour: bool) -> str:
     """Return the decoded example, supervised runs green, or in brackets where there is no colour.
 
     Each run is what decoding one run more adds: decoded alone it would lose its leading space.
+    Of a pair the source is plain, and the target, all of it supervised, has a line of its own.
     """
     before, after = (GREEN, PLAIN) if colour else ("⟦", "⟧")
+    if example.is_pair:
+        source, target = (
+            tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            for ids in (example.input_ids, example.labels)
+        )
+        return f"--- {example.id}\n{source}\n{before}{target}{after}"
     text, end, decoded = f"--- {example.id}\n", 0, ""
     for supervised, run in groupby(example.labels, key=lambda label: label != IGNORE_INDEX):
         end += len(list(run))

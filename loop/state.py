@@ -122,8 +122,24 @@ def put_weights(model: nn.Module, adapter: Tensors) -> None:
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            with _whole(parameter), torch.no_grad():
+            with whole(parameter), torch.no_grad():
                 parameter.copy_(adapter[file_name(name)])
+
+
+def whole(parameter: nn.Parameter) -> Any:
+    """Gather a parameter that ZeRO-3 has shared out; the first rank's changes are kept."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters([parameter], modifier_rank=0)
+
+
+def use_whole(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Have ZeRO-3 gather a parameter for a module that uses it while another one holds it."""
+    from deepspeed.runtime.zero import register_external_parameter
+
+    register_external_parameter(module, parameter)
 
 
 def put_master(model: nn.Module, optimizer: Any, adapter: Tensors, moments: Tensors) -> None:
@@ -186,14 +202,6 @@ def put_loss_scale(accelerator: Accelerator, optimizer: Any, state: dict[str, fl
 
 def _is_shared_out(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-
-
-def _whole(parameter: nn.Parameter) -> Any:
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
-
-    return GatheredParameters([parameter], modifier_rank=0)
 
 
 def _put_share(parameter: Any, value: Tensor, moment: str | None) -> None:

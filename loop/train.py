@@ -22,7 +22,7 @@ from loop.backend import (
     told_to_all,
 )
 from loop.compat import notes
-from loop.config import Config, read_config, shown
+from loop.config import Config, shown
 from loop.leave import run_and_exit
 from loop.model import load_model
 from loop.objective import loss_scale, supervised_loss_sum
@@ -32,6 +32,7 @@ from loop.prepare import prepare
 from loop.quantize import describe_parameters
 from loop.resume import find_start
 from loop.saver import Saver
+from loop.settings import read_config
 from loop.tracking import Tracker
 from loop.windows import plan_layout, windows
 
@@ -58,7 +59,7 @@ def train(config: Config, ranks: PartialState) -> None:
     # Each rank reads for itself, all at the same time: none waits for another one's work.
     with told_to_all():
         prepared = prepare(config)
-        examples, pad_id = prepared.examples, prepared.tokenizer.pad_token_id
+        examples, collate = prepared.examples, prepared.collator
         layout = plan_layout(config, len(examples), ranks.process_index, ranks.num_processes)
         start = find_start(config, prepared, layout, reads=ranks.is_main_process)
     check_agreement(config, {"the data's SHA-256": prepared.data_sha256})
@@ -66,7 +67,7 @@ def train(config: Config, ranks: PartialState) -> None:
 
     accelerator = build_accelerator(config, layout)
     accelerator.print(f"data: {prepared}\nplan: {layout}")
-    model = load_model(prepared.base, config, accelerator)
+    model = load_model(prepared, config, accelerator)
     accelerator.print(f"model: {shown(prepared.base)}: {describe_parameters(model)}")
     start.put_weights(accelerator, model)
     optimizer = build_optimizer(model, config)
@@ -78,7 +79,7 @@ def train(config: Config, ranks: PartialState) -> None:
     tracker = Tracker(config, layout, accelerator, start)
     with tracker, Saver(config, layout, accelerator, start) as saver:
         model.train()
-        for window in windows(examples, layout, config.seed, pad_id, start.step):
+        for window in windows(examples, layout, config.seed, collate, start.step):
             # Before the backward pass: in its last one DeepSpeed makes the optimizer step.
             lr = lr_at(window.step, layout.total_steps, config)
             set_learning_rate(optimizer, lr)

@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from loop import new_tokens
 from loop.state import shapes, trained_parameters
 
 
@@ -20,7 +21,8 @@ def save_adapter(
 
     The file is opened again and checked. Raises RuntimeError where it is not what was trained.
     """
-    state = trained_parameters(model, keep=accelerator.is_main_process)
+    main = accelerator.is_main_process
+    state = new_tokens.rows(model, trained_parameters(model, keep=main), keep=main)
     if not accelerator.is_main_process:
         return
     # save_embedding_layers="auto" may ask the hub (peft 0.21, utils/save_and_load.py).
@@ -34,7 +36,7 @@ def save_adapter(
         torch.save(weights, partial)
     saved = load_file(partial) if safetensors else torch.load(partial, weights_only=True)
     try:
-        _check_saved(saved, shapes(model), partial)
+        _check_saved(saved, {**shapes(model), **new_tokens.row_shapes(model)}, partial)
     except RuntimeError:
         partial.unlink()
         raise

@@ -1,15 +1,17 @@
 """Deals examples into windows: all micro-batches of one optimizer step over all ranks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
 
-from data.collate import MicroBatch, collate
+from data.collate import MicroBatch
 from data.encode import Example
 from data.errors import UserError
 from loop.config import Config
+
+Collate = Callable[[Sequence[Example], int], MicroBatch]  # examples, random seed
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Window:
     epoch: float  # epochs done after it
     micro_batches: list[MicroBatch]
     examples: int
-    tokens: int  # padding not counted
+    tokens: int  # padding not counted; of pairs both sides
     supervised_tokens: int
 
 
@@ -69,7 +71,7 @@ def global_batch_size(config: Config, world_size: int) -> int:
 
 
 def windows(
-    examples: Sequence[Example], layout: Layout, seed: int, pad_id: int, start: int = 0
+    examples: Sequence[Example], layout: Layout, seed: int, collate: Collate, start: int = 0
 ) -> Iterator[Window]:
     """Yield this rank's windows from step `start` on; an epoch's permutation is f(seed, epoch)."""
     size = layout.global_batch_size
@@ -82,11 +84,11 @@ def windows(
             step=step,
             epoch=epoch + min(1.0, (index + 1) * size / len(examples)),
             micro_batches=[
-                collate(part, pad_id, _random_seed(seed, step, layout.rank, slot))
+                collate(part, _random_seed(seed, step, layout.rank, slot))
                 for slot, part in enumerate(_deal(chosen, layout))
             ],
             examples=len(chosen),
-            tokens=sum(len(example.input_ids) for example in chosen),
+            tokens=sum(example.tokens for example in chosen),
             supervised_tokens=sum(example.supervised_tokens for example in chosen),
         )
 
@@ -97,11 +99,34 @@ def _deal(chosen: list[Example], layout: Layout) -> list[list[Example]]:
     Neighbours in length share a micro-batch, which saves padding, and the ranks run neighbours at
     the same time, which saves waiting.
     """
-    by_length = sorted(chosen, key=lambda example: -len(example.input_ids))
-    parts = layout.accumulation * layout.world_size
-    cuts = [round(part * len(by_length) / parts) for part in range(parts + 1)]
-    mine = range(layout.rank, parts, layout.world_size)
-    return [by_length[cuts[part] : cuts[part + 1]] for part in mine]
+    parts = _alike(chosen, layout.accumulation * layout.world_size)
+    return parts[layout.rank :: layout.world_size]
+
+
+def _alike(chosen: list[Example], parts: int) -> list[list[Example]]:
+    """Split examples into parts of like size and like lengths, the longest first.
+
+    Each half of them is sorted anew, by the side of the pairs whose padding it cuts most. Of
+    dialogues, which have one side, that is one order by length.
+    """
+    if parts == 1:
+        return [chosen]
+    half = parts // 2
+    middle = round(half * len(chosen) / parts)
+    lengths = (lambda e: -max(e.lengths), lambda e: -e.lengths[0], lambda e: -e.lengths[1])
+    orders = [sorted(chosen, key=length) for length in lengths]
+    halves = min(
+        ((order[:middle], order[middle:]) for order in orders),
+        key=lambda halves: sum(map(_padded_tokens, halves)),
+    )
+    return _alike(halves[0], half) + _alike(halves[1], parts - half)
+
+
+def _padded_tokens(examples: list[Example]) -> int:
+    """Return the tokens of one micro-batch of these, padding included."""
+    return len(examples) * sum(
+        max((example.lengths[side] for example in examples), default=0) for side in range(2)
+    )
 
 
 def _random_seed(*key: int) -> int:

@@ -108,6 +108,14 @@ def tiny_model(chat_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random T5 of two layers, with an LM head of its own and more rows than tokens."""
+    from tests.small_t5 import make_t5, t5_tokenizer
+
+    return make_t5(tmp_path_factory.mktemp("models") / "t5", t5_tokenizer())
+
+
+@pytest.fixture(scope="session")
 def biased_model(chat_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with the embedded model's whole tokenizer, and biases on its attention layers."""
     return make_tiny_model(tmp_path_factory.mktemp("models") / "biased", chat_tokenizer, True)
@@ -134,8 +142,9 @@ def trainer(tiny_model: Path, folder: Path) -> Callable[..., Path]:
 
     from loop import train as training
     from loop.backend import check_launch, join_ranks
-    from loop.config import Config, read_config
+    from loop.config import Config
     from loop.output import claimed
+    from loop.settings import read_config
 
     data = write_dialogues(folder / "data.json", ["Hi", "Hello there."], ["And?", "So."])
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,7 +31,6 @@ def counting() -> float:
 SLOWNESS = max(1.0, min(counting() for _ in range(3)) / USUAL)
 BIN = Path(sys.executable).parent
 TESTS = ROOT / "tests"
-PROMPT = [*range(100, 120)]  # ids that every model under test knows
 
 
 @functools.cache
@@ -114,6 +114,19 @@ def launch(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return log_of(output)
+
+
+def prompt_of(config: Any) -> dict[str, Tensor]:
+    """Return ids that every model under test knows; for a T5 the tokens that it lacked, too."""
+    known = [*range(100, 120)]
+    if not config.is_encoder_decoder:
+        return {"input_ids": torch.tensor([known])}
+    new = [*range(1000, 1008)]
+    return {
+        "input_ids": torch.tensor([[*known, *new]]),
+        "attention_mask": torch.ones(1, 28, dtype=torch.int64),
+        "decoder_input_ids": torch.tensor([[0, *new, *known]]),
+    }
 
 
 def log_of(output: Path) -> list[dict[str, Any]]:

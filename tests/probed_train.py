@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from loop import train
 from loop.leave import run_and_exit
-from tests.helpers import PROMPT
+from tests.helpers import prompt_of
 
 load_model, save_run = train.load_model, train.save_run
 loading = {"held": 0}
@@ -82,7 +82,7 @@ def probed(accelerator: Any, model: Any, prepared: Any, *rest: Any) -> None:
     # Still in training mode, with dropout 0: in eval, bitsandbytes 0.50 multiplies in bf16 on CPUs
     # that can (nn/modules.py, Linear4bit).
     with torch.no_grad():
-        logits = inner(input_ids=torch.tensor([PROMPT], device=accelerator.device)).logits
+        logits = inner(**prompt_of(inner.config)).logits
     if accelerator.is_main_process:
         save_file({"logits": logits.float().cpu().contiguous()}, output / "logits.safetensors")
 

@@ -12,7 +12,8 @@ import torch
 
 from data.errors import UserError
 from loop import backend, zero
-from loop.config import Config, decisive, read_config
+from loop.config import Config, decisive
+from loop.settings import read_config
 from loop.windows import Layout
 from tests.helpers import ROOT, command, log_of, write_dialogues
 

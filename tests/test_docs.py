@@ -16,7 +16,8 @@ from lightkube.models.core_v1 import Container, PodTemplateSpec
 from lightkube.models.meta_v1 import ObjectMeta
 
 from data.errors import UserError
-from loop.config import Config, read_config
+from loop.config import Config
+from loop.settings import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = ROOT / "docs" / "pytorchjob.yaml"

@@ -64,7 +64,7 @@ def built(base: str, config: DoctorConfig, **lora: Any) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    targets = config.lora_target_modules
+    targets = config.lora_target_modules or ("q_proj", "v_proj")
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,

@@ -76,7 +76,7 @@ def test_a_4_bit_model_keeps_its_own_settings_without_a_warning(
     code = f"""
 import sys, torch, warnings
 from types import SimpleNamespace
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from loop.config import Config
 from loop.model import _load_base
 from loop.quantize import four_bit
@@ -87,7 +87,8 @@ plain, folder = {str(tiny_model)!r}, {str(tmp_path / "four")!r}
 AutoModelForCausalLM.from_pretrained(plain, quantization_config=settings).save_pretrained(folder)
 state = SimpleNamespace(deepspeed_plugin=None)
 accelerator = SimpleNamespace(state=state, device=torch.device("cpu"), print=print)
-model = _load_base(folder, Config(q_lora=True, mixed_precision="no"), accelerator)
+prepared = SimpleNamespace(base=folder, base_config=AutoConfig.from_pretrained(folder))
+model = _load_base(prepared, Config(q_lora=True, mixed_precision="no"), accelerator)
 weight = model.model.layers[0].self_attn.q_proj.weight
 print("held:", weight.dtype, weight.quant_state.quant_type, model.lm_head.weight.dtype)
 """
@@ -96,11 +97,11 @@ print("held:", weight.dtype, weight.quant_state.quant_type, model.lm_head.weight
     assert "quantization_config" not in done.stderr
 
 
-def test_fp16_with_t5_is_refused_before_loading(tmp_path: Path) -> None:
+def test_fp16_with_t5_is_refused_before_loading() -> None:
     from transformers import T5Config
 
     from loop.model import _load_base
 
-    T5Config().save_pretrained(tmp_path)
+    t5: Any = SimpleNamespace(base="t5", base_config=T5Config())
     with pytest.raises(UserError, match="found precision fp16 with t5"):
-        _load_base(str(tmp_path), Config(fp16=True), accelerator(0))
+        _load_base(t5, Config(fp16=True), accelerator(0))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.helpers import PROMPT, adapter_of, launch, write_dialogues
+from tests.helpers import adapter_of, launch, prompt_of, write_dialogues
 
 EXACT = ["--mixed_precision", "no", "--lora_dropout", "0", "--learning_rate", "1e-2"]
 # Accelerate config, processes, examples in a micro-batch. Of a window's four each rank runs two, in
@@ -170,13 +170,15 @@ def logits_of(model: Path, adapter: Path, four_bit: bool) -> tuple[Tensor, Tenso
 
     quantised = {"quantization_config": settings(torch.float32)} if four_bit else {}
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **quantised).train()
-    ids = torch.tensor([PROMPT])
+    pairs = AutoConfig.from_pretrained(model).is_encoder_decoder
+    loader = AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM
+    base = loader.from_pretrained(model, dtype=torch.float32, **quantised).train()
+    inputs = prompt_of(base.config)
     with torch.no_grad():
-        before = base(input_ids=ids).logits
-        after = PeftModel.from_pretrained(base, adapter).train()(input_ids=ids).logits
+        before = base(**inputs).logits
+        after = PeftModel.from_pretrained(base, adapter).train()(**inputs).logits
     return before, after
 
 

@@ -59,10 +59,11 @@ def test_readme_names_every_accelerate_config_and_each_opens_with_its_command() 
 
 def test_readme_holds_the_commands_that_are_tested() -> None:
     # launch.sh itself is run by test_main_job.py; `test` is what runs this.
-    first, second, show, real, chat = commands()
+    first, second, show, real, t5, chat = commands()
     assert (first, second) == ("./launch.sh", "./launch.sh test")
     assert show.startswith("python -m loop show")
     assert real.startswith("accelerate launch --config_file accelerate_configs/zero2.yaml")
+    assert "--model_name_or_path google/flan-t5-xl" in t5
     assert chat.startswith("python -m loop chat --adapter runs/main_job")
 
 
@@ -74,13 +75,16 @@ def test_the_show_command_runs(chat_model: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["decoder", "Flan-T5"])
 def test_the_real_command_trains_a_small_model_without_a_gpu(
-    tiny_model: Path, tmp_path: Path
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """Everything but the model, the data, the GPU's attention and their number is as it stands."""
-    real = next(line for line in commands() if "accelerate launch" in line)
-    _, _, flags = real.partition("loop/train.py")
-    data = write_dialogues(tmp_path / "data.json", ["Hi", "Yo"], ["And?", "So."])
+    decoder, t5 = (line for line in commands() if "accelerate launch" in line)
+    _, _, flags = (decoder if kind == "decoder" else t5).partition("loop/train.py")
+    tiny_model = request.getfixturevalue("tiny_model" if kind == "decoder" else "tiny_t5")
+    texts = [["Hi", "Yo, I am happy to be here."], ["And?", "So, I am happy to be here."]]
+    data = write_dialogues(tmp_path / "data.json", *texts)
     words = shlex.split(flags)
     values = dict(zip(words[::2], words[1::2], strict=True))
     values |= {"--model_name_or_path": str(tiny_model), "--data_path": str(data)}

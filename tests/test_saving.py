@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from data.errors import UserError
-from loop.config import Config, read_config
+from loop.config import Config
 from loop.embedded import embedded_model
 from loop.output import is_finished
+from loop.settings import read_config
 from loop.utils import _check_saved
 from tests.helpers import adapter_of, log_of, write_dialogues
 

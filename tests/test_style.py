@@ -11,9 +11,9 @@ FILES = sorted([*CODE, *ROOT.glob("tests/*.py")])
 
 # Who may import whom inside loop/: each module only from rows above its own.
 LAYERS = [
-    ["flags", "compat", "leave", "state", "checkpoint", "launch"],
-    ["config", "utils", "zero_file"],
-    ["embedded", "windows"],
+    ["flags", "compat", "leave", "state", "checkpoint", "launch", "targets"],
+    ["config", "new_tokens", "zero_file"],
+    ["embedded", "windows", "utils", "non_lora", "settings"],
     ["zero", "base", "objective", "optim"],
     ["backend", "prepare", "shape"],
     ["quantize", "estimate", "output", "fingerprints"],

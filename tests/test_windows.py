@@ -2,14 +2,16 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from data.collate import Collator
 from data.encode import Example
 from loop.config import Config
 from loop.optim import lr_at
-from loop.windows import Window, plan_layout, windows
+from loop.windows import Window, _alike, plan_layout, windows
 
 EXAMPLES = [
     Example(str(i), [100 + i] * n, [-100] + [100 + i] * (n - 1), n - 1)
@@ -23,7 +25,7 @@ def config(**values: object) -> Config:
 
 def run(rank: int, world_size: int, **values: object) -> list[Window]:
     layout = plan_layout(config(num_train_epochs=2, **values), len(EXAMPLES), rank, world_size)
-    return list(windows(EXAMPLES, layout, seed=1, pad_id=0))
+    return list(windows(EXAMPLES, layout, seed=1, collate=Collator(0)))
 
 
 def seen(window: Window) -> Counter[int]:
@@ -125,3 +127,32 @@ def test_the_learning_rate_is_transformers_value(name: str, schedule: object, st
         assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-12, abs=1e-20)
         optimizer.step()
         theirs.step()
+
+
+def padded(parts: list[list[Example]]) -> int:
+    """Return the tokens of these micro-batches, padding included."""
+    return sum(
+        len(part) * sum(max(e.lengths[side] for e in part) for side in range(2)) for part in parts
+    )
+
+
+def test_pairs_that_share_a_micro_batch_are_alike_on_both_sides() -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 500, (128, 2)).tolist()
+    pairs = [Example(str(s), [1] * s, [1] * t, t, is_pair=True) for s, t in sizes]
+    parts = _alike(pairs, 32)
+    assert [len(part) for part in parts] == [4] * 32
+    assert Counter(e.id for part in parts for e in part) == Counter(e.id for e in pairs)
+    by_source = sorted(pairs, key=lambda e: -e.lengths[0])
+    by_longer = sorted(pairs, key=lambda e: -max(e.lengths))
+    for order in (by_source, by_longer):
+        assert padded(parts) < 0.9 * padded([order[i : i + 4] for i in range(0, 128, 4)])
+
+
+@pytest.mark.parametrize("examples", [0, 1, 5, 7, 10, 11, 12])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
+def test_no_part_is_larger_than_an_even_split_makes_it(examples: int, parts: int) -> None:
+    found = _alike((EXAMPLES * 2)[:examples], parts)
+    assert len(found) == parts
+    assert sum(map(len, found)) == examples
+    assert max(map(len, found)) <= -(-examples // parts)

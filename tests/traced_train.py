@@ -12,10 +12,10 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from loop import train, windows
+from loop import train
 from loop.leave import run_and_exit
 
-collate, all_windows, loss_sum = windows.collate, train.windows, train.supervised_loss_sum
+all_windows, loss_sum = train.windows, train.supervised_loss_sum
 seen: list[list[str]] = []
 lines: list[Any] = []
 
@@ -24,15 +24,16 @@ def tell(**line: Any) -> None:
     lines[0].write(json.dumps(line) + "\n")
 
 
-def noted_collate(examples: Any, *more: Any) -> Any:
-    seen.append([example.id for example in examples])
-    return collate(examples, *more)
+def traced_windows(
+    examples: Any, layout: Any, seed: int, collate: Any, *more: Any
+) -> Iterator[Any]:
+    def noted(part: Any, part_seed: int) -> Any:
+        seen.append([example.id for example in part])
+        return collate(part, part_seed)
 
-
-def traced_windows(examples: Any, layout: Any, *more: Any) -> Iterator[Any]:
     output = Path(sys.argv[sys.argv.index("--output_dir") + 1])
     lines.append(open(output / f"trace-{layout.rank}.jsonl", "a", buffering=1))  # noqa: SIM115
-    for window in all_windows(examples, layout, *more):
+    for window in all_windows(examples, layout, seed, noted, *more):
         tell(step=window.step, ids=[*seen])
         seen.clear()
         yield window
@@ -44,6 +45,5 @@ def traced_loss_sum(*arguments: Any) -> Any:
 
 
 if __name__ == "__main__":
-    windows.collate, train.windows = noted_collate, traced_windows
-    train.supervised_loss_sum = traced_loss_sum
+    train.windows, train.supervised_loss_sum = traced_windows, traced_loss_sum
     run_and_exit(train.main)

@@ -1,0 +1,173 @@
+"""Trains a small T5 from scratch, then teaches it a second task by LoRA, through the real command.
+
+python benchmarks/small_t5.py --tokenizer DIR [--output_dir runs/small_t5] [--epochs 10]
+
+DIR holds T5's own tokenizer. The second task is the bundled dialogues again with each answer in
+braces, which T5's vocabulary does not have.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+
+from data.sharegpt import Turn
+from loop.config import DUMMY_DATA, ROOT, Config
+from loop.objective import supervised_loss_sum
+from loop.prepare import Prepared, prepare
+
+HELD_OUT = 10  # of so many dialogues one is held out
+ANSWER = '{{"answer": "{}"}}'
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What the second task has changed."""
+
+    loss_before: float  # a token of the held-out answers
+    loss_after: float
+    answered: list[str]  # greedy, to held-out questions
+    well_formed: int  # of them: begin and end as the second task's answers do
+
+
+def make_base(folder: Path, tokenizer: Any, width: int, layers: int) -> int:
+    """Write a random T5 with an LM head of its own; return its number of parameters."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=-(-len(tokenizer) // 128) * 128,
+        d_model=width,
+        d_kv=width // 4,
+        d_ff=2 * width,
+        num_layers=layers,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    model = T5ForConditionalGeneration(config)
+    model.lm_head.weight = torch.nn.Parameter(0.02 * torch.randn_like(model.lm_head.weight))
+    with torch.no_grad():
+        model.shared.weight.mul_(0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def train_all(folder: Path, data: Path, epochs: int, lr: float) -> list[float]:
+    """Train every weight of the model in the folder, plainly; return each epoch's loss a token."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    prepared = prepare(Config(str(folder), data_path=str(data)))
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    examples, losses = sorted(prepared.examples, key=lambda e: e.tokens), []
+    batches = [examples[i : i + 8] for i in range(0, len(examples), 8)]
+    for epoch in range(epochs):
+        random.Random(epoch).shuffle(batches)
+        total = 0.0
+        for number, batch in enumerate(batches):
+            done = (epoch * len(batches) + number) / (epochs * len(batches))
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, 20 * done, 1.05 - done)
+            loss = supervised_loss_sum(model, prepared.collator(batch, epoch))
+            (loss / sum(example.supervised_tokens for example in batch)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            total += loss.item()
+        losses.append(total / sum(example.supervised_tokens for example in examples))
+        print(f"epoch {epoch + 1}/{epochs}: loss {losses[-1]:.3f}", flush=True)
+    model.save_pretrained(folder)
+    return losses
+
+
+def second_task(folder: Path) -> tuple[Path, Path]:
+    """Write the second task's dialogues, one question each, to train on and held out."""
+    records = json.loads(DUMMY_DATA.read_text(encoding="utf-8"))
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    for number, record in enumerate(records):
+        asked, answered = record["conversations"][:2]
+        answer = {"from": "gpt", "value": ANSWER.format(answered["value"])}
+        part = parts[number % HELD_OUT == 0]
+        part.append({"id": record["id"], "conversations": [asked, answer]})
+    files = folder / "second.json", folder / "held_out.json"
+    for file, part in zip(files, parts, strict=True):
+        file.write_text(json.dumps(part), encoding="utf-8")
+    return files
+
+
+def teach(base: Path, folder: Path, epochs: int, flags: list[str], command: Any) -> Taught:
+    """Train an adapter by the real command, and look at what it does to held-out dialogues."""
+    from loop.chat import ChatConfig, load_speaker
+
+    train_on, held_out = second_task(folder)
+    command(
+        *("accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml"),
+        *("loop/train.py", "--model_name_or_path", str(base), "--data_path", str(train_on)),
+        *("--output_dir", str(folder / "adapter"), "--num_train_epochs", str(epochs), *flags),
+    )
+    prepared = prepare(Config(str(base), data_path=str(held_out)))
+    speaker = load_speaker(ChatConfig(adapter=str(folder / "adapter"), max_new_tokens=60))
+    with speaker.model.disable_adapter():
+        before = loss_of(speaker.model, prepared)
+    after = loss_of(speaker.model, prepared)
+    records = json.loads(held_out.read_text(encoding="utf-8"))[:10]
+    questions = [record["conversations"][0]["value"] for record in records]
+    answered = [speaker.answer((Turn("user", question),)) for question in questions]
+    begin, end = ANSWER.format("|").split("|")
+    well_formed = [text for text in answered if text.startswith(begin) and text.endswith(end)]
+    return Taught(before, after, answered, len(well_formed))
+
+
+def loss_of(model: Any, prepared: Prepared) -> float:
+    """Return the loss a token of the answers."""
+    total = 0.0
+    with torch.no_grad():
+        for example in prepared.examples:
+            total += supervised_loss_sum(model, prepared.collator([example], 0)).item()
+    return total / sum(example.supervised_tokens for example in prepared.examples)
+
+
+def main() -> None:
+    """Train both, and print what came of it."""
+    from transformers import AutoTokenizer
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs/small_t5")
+    parser.add_argument("--epochs", type=int, default=10)
+    asked = parser.parse_args()
+    base = asked.output_dir / "base"
+    count = make_base(base, AutoTokenizer.from_pretrained(asked.tokenizer), width=96, layers=2)
+    print(f"base: {count:,} parameters")
+    started = time.monotonic()
+    losses = train_all(base, DUMMY_DATA, asked.epochs, lr=3e-3)
+    print(
+        f"from scratch: loss {losses[0]:.3f} -> {losses[-1]:.3f}, "
+        f"{time.monotonic() - started:.0f} s"
+    )
+
+    def run(*words: str) -> None:
+        subprocess.run(words, cwd=ROOT, check=True)
+
+    flags = ["--learning_rate", "1e-2", "--lora_r", "16", "--lora_target_modules", "all-linear"]
+    taught = teach(base, asked.output_dir, 4, [*flags, "--mixed_precision", "no"], run)
+    print(f"held-out loss: {taught.loss_before:.3f} -> {taught.loss_after:.3f}")
+    print(f"{taught.well_formed} of {len(taught.answered)} greedy answers in braces:")
+    print("\n".join(taught.answered))
+
+
+if __name__ == "__main__":
+    main()

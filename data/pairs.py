@@ -1,0 +1,158 @@
+"""Turns dialogues into (source, target) pairs for encoder-decoder models: one pair an answer."""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data.encode import ENCODE_BATCH, Example, check_fast
+from data.errors import UserError
+from data.sharegpt import Dialogue, Tally
+from data.templates import T5_SYSTEM, Rendered, render
+
+SHORTEST = 5  # ids; a pair with so few on either side is dropped, as FastChat does
+SHORT = f"pairs of {SHORTEST} ids or fewer on a side, dropped"
+
+UNKNOWN = "targets with a token that stands for unknown characters"
+
+
+@dataclass(frozen=True)
+class PairLimits:
+    """Most ids of a side, EOS included; a source is cut on the left, a target on the right."""
+
+    source: int
+    target: int
+    keep_header: bool  # what is cut of a source lies behind its header
+
+
+def encode_pairs(
+    dialogues: Sequence[Dialogue], tokenizer: Any, limits: PairLimits, fastchat: bool, tally: Tally
+) -> list[Example]:
+    """Return a pair for each answer; `labels` are the target's ids, with the source in input_ids.
+
+    Raises UserError for a tokenizer without character offsets, or when no pair is left.
+    """
+    check_fast(tokenizer)
+    encode = _fastchat_pairs if fastchat else _pairs
+    examples: list[Example] = []
+    for record, pairs in enumerate(encode(dialogues, tokenizer, limits, tally)):
+        kept = [pair for pair in pairs if min(map(len, pair)) > SHORTEST]
+        tally.noted.update([SHORT] * (len(pairs) - len(kept)))
+        tally.noted.update([UNKNOWN for _, target in kept if tokenizer.unk_token_id in target])
+        if not kept:
+            tally.drop("no pair left")
+        examples += [
+            Example(dialogues[record].id, source, target, len(target), record, is_pair=True)
+            for source, target in kept
+        ]
+    if not examples:
+        raise UserError(
+            f"none of {tally.read} dialogues has a pair of more than {SHORTEST} ids on each side "
+            f"({tally}). Give larger --model_max_length and --max_target_length, or dialogues "
+            "with longer answers."
+        )
+    return examples
+
+
+Pairs = list[tuple[list[int], list[int]]]
+
+
+def _pairs(
+    dialogues: Sequence[Dialogue], tokenizer: Any, limits: PairLimits, tally: Tally
+) -> Iterator[Pairs]:
+    """Yield each dialogue's pairs: a dialogue is read once, and each answer once more."""
+    before, after = _special_ids(tokenizer)
+    for begin in range(0, len(dialogues), ENCODE_BATCH):
+        batch = [render(d, "t5", tokenizer) for d in dialogues[begin : begin + ENCODE_BATCH]]
+        answers = [item.text[start:end] for item in batch for start, end in item.spans]
+        targets = iter(_ids(tokenizer, answers) if answers else [])
+        whole = tokenizer(
+            [item.text for item in batch],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        columns = zip(batch, whole["input_ids"], whole["offset_mapping"], strict=True)
+        for item, ids, offsets in columns:
+            ends, pairs = [end for _, end in offsets], []
+            for span in item.spans:
+                source = _before(item, span[0], ids, ends, tokenizer)
+                header = bisect_right(ends, item.header) if limits.keep_header else 0
+                room = limits.source - len(before) - len(after)
+                source = _cut_source(source, header, room, tally)
+                target = _cut_target(next(targets), before, after, limits.target, tally)
+                pairs.append(([*before, *source, *after], target))
+            yield pairs
+
+
+def _before(
+    item: Rendered, start: int, ids: list[int], ends: list[int], tokenizer: Any
+) -> list[int]:
+    """Return the ids of the text before an answer, as that text alone would have them.
+
+    The space before the answer may have gone into the answer's first token.
+    """
+    whole = bisect_right(ends, start)
+    while whole and ends[whole - 1] > start:
+        whole -= 1
+    left = item.text[ends[whole - 1] if whole else 0 : start]
+    return ids[:whole] + (_ids(tokenizer, [left])[0] if left else [])
+
+
+def _cut_source(ids: list[int], header: int, room: int, tally: Tally) -> list[int]:
+    if len(ids) <= room:
+        return ids
+    tally.noted["sources cut on the left"] += 1
+    kept = room - header
+    return ids[:header] + ids[-kept:] if kept > 0 else ids[-room:]
+
+
+def _cut_target(
+    ids: list[int], before: list[int], after: list[int], most: int, tally: Tally
+) -> list[int]:
+    if len(before) + len(ids) + len(after) <= most:
+        return [*before, *ids, *after]
+    tally.noted["targets cut on the right, without EOS"] += 1
+    return [*before, *ids][:most]
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer puts before and after a text."""
+    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
+    place = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
+    return whole[:place], whole[place + len(inner) :]
+
+
+def _fastchat_pairs(
+    dialogues: Sequence[Dialogue], tokenizer: Any, limits: PairLimits, tally: Tally
+) -> Iterator[Pairs]:
+    """Yield the pairs that FastChat 0.2.36 makes (train_flant5.py), its wrong cuts included.
+
+    Turns are found by the lengths of the pieces tokenised alone, each counted as at most the limit
+    less one: behind a longer turn all cuts are misplaced. An answer ends with a newline.
+    """
+    end, most = [tokenizer.eos_token_id], limits.source
+    for dialogue in dialogues:
+        pieces = [(dialogue.system or T5_SYSTEM) + "\n\n"]
+        for number, turn in enumerate(dialogue.turns):
+            last = number == len(dialogue.turns) - 1
+            if turn.role == "user":
+                asked = f"### Human: {turn.text}\n### Assistant: "
+                pieces.append(turn.text if last else asked)
+            else:
+                pieces.append(f"{turn.text}\n")
+        whole = _ids(tokenizer, ["".join(pieces)])[0]
+        lengths = [min(len(ids), most - 1) for ids in _ids(tokenizer, pieces)]
+        start, pairs = lengths[0], []
+        for turn, length in zip(dialogue.turns, lengths[1:], strict=True):
+            if turn.role == "assistant":
+                source = whole[:start][-most:]
+                pairs.append((source + end, whole[start : start + length][:most] + end))
+            start += length
+        yield pairs

@@ -1,0 +1,96 @@
+"""Saves what is not LoRA: what else was trained, or the base model whole."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from peft import PeftModel
+from safetensors.torch import save_file
+
+from data.errors import Fault
+from loop import new_tokens
+from loop.config import Config
+from loop.state import Tensors, file_name, trained_parameters, whole
+
+NAME, INDEX = "non_lora_state", "non_lora_state.safetensors.index.json"
+SHARD = 2 << 30  # bytes of a file at most, but for a single larger tensor
+
+
+def save_non_lora(accelerator: Accelerator, model: PeftModel, folder: Path, config: Config) -> None:
+    """Write non_lora_state.safetensors, or its shards and their index; every rank must call this.
+
+    Raises Fault where it cannot be written; the adapter is saved by then.
+    """
+    if config.save_non_lora_state == "none":
+        return
+    keep = accelerator.is_main_process
+    state = new_tokens.rows(model, trained_parameters(model, keep), keep)
+    if config.save_non_lora_state == "trainable":
+        named = {file_name(n): t.contiguous() for n, t in state.items() if "lora_" not in n}
+        _write(lambda: save_file(named, folder / f"{NAME}.safetensors"), keep)
+        return
+    shards = _plan(model)
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        tail = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"{NAME}{tail}.safetensors"
+        tensors: Tensors = {}
+        for name in names:
+            tensors |= _base_tensors(model, name, state, keep)
+        index |= dict.fromkeys(tensors, file)
+        _write(lambda t=tensors, f=file: save_file(t, folder / f, {"format": "pt"}), keep)
+    if len(shards) > 1:
+        text = json.dumps({"metadata": {}, "weight_map": index}, indent=1)
+        _write(lambda: (folder / INDEX).write_text(text + "\n", encoding="utf-8"), keep)
+
+
+def _write(write: Any, keep: bool) -> None:
+    try:
+        if keep:
+            write()
+    except Exception as error:
+        raise Fault(
+            f"--save_non_lora_state: {error}. The adapter itself is saved; make room and run the "
+            "command again."
+        ) from error
+
+
+def _plan(model: PeftModel) -> list[list[str]]:
+    """Return the names of the base model's parameters and buffers, one list a file."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in _named(model).items():
+        bytes_ = getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
+        if size and size + bytes_ > SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += bytes_
+    return shards
+
+
+def _named(model: PeftModel) -> dict[str, Any]:
+    """Return the base model's tensors by their names here; a tied one once."""
+    base = model.get_base_model()
+    kept = dict(base.named_parameters())
+    saved = {*base.state_dict(keep_vars=True)}
+    kept |= {name: buffer for name, buffer in base.named_buffers() if name in saved}
+    return {n: t for n, t in kept.items() if "lora_" not in n and "trainable_tokens" not in n}
+
+
+def _base_tensors(model: PeftModel, name: str, state: Tensors, keep: bool) -> Tensors:
+    """Return a tensor under the name that the base model has for it, and its 4-bit scales."""
+    tensor = _named(model)[name]
+    with whole(tensor):
+        value = tensor.detach().to("cpu", copy=True).contiguous() if keep else None
+    if value is None:
+        return {}
+    tokens, rows = new_tokens.replaced(model).get(id(tensor), ([], ""))
+    if tokens:
+        value[tokens] = state[rows].to(value)
+    own = name.replace(".base_layer", "").replace(".token_adapter", "")
+    if not hasattr(tensor, "quant_state"):
+        return {own: value}
+    packed = tensor.quant_state.as_dict(packed=True)
+    return {own: value, **{f"{own}.{key}": item.cpu() for key, item in packed.items()}}

@@ -1,0 +1,57 @@
+"""Makes small T5s, with a tokenizer of T5's kind: it lacks the characters that T5's lacks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data.templates import T5_SYSTEM
+from data.tokens import CHARACTERS
+from loop.config import DUMMY_DATA
+
+TOKENS = 1000
+
+
+def t5_tokenizer() -> Any:
+    """Return a unigram tokenizer of the bundled dialogues, built and splitting as T5's own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import T5Tokenizer
+
+    records = json.loads(DUMMY_DATA.read_text(encoding="utf-8"))
+    without = {ord(character): " " for character in CHARACTERS}
+    texts = [turn["value"].translate(without) for r in records for turn in r["conversations"]]
+    texts += [T5_SYSTEM, "### Human: ### Assistant: "] * 10
+    trained = Tokenizer(models.Unigram())
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    )
+    special = ["<pad>", "</s>", "<unk>"]
+    how = trainers.UnigramTrainer(vocab_size=TOKENS, special_tokens=special, unk_token="<unk>")
+    trained.train_from_iterator(texts, how)
+    vocabulary = json.loads(trained.to_str())["model"]["vocab"]
+    return T5Tokenizer(vocab=[(piece, score) for piece, score in vocabulary], extra_ids=0)
+
+
+def make_t5(folder: Path, tokenizer: Any, tied: bool = False, rows: int = TOKENS + 32) -> Path:
+    """Write a random T5 of two layers; like Flan-T5 with an LM head of its own, unless tied."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=rows,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=tied,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    model = T5ForConditionalGeneration(config)
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn_like(model.lm_head.weight))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,113 @@
+"""Encoded data is used again while it fits, and made anew, aloud, when it does not."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data import cache
+from data.encode import Example
+from data.errors import UserError
+from data.sharegpt import Tally
+from loop import prepare as preparing
+from loop.config import Config
+from tests.helpers import adapter_of, write_dialogues
+from tests.test_pairs import LONG
+
+KEY = {"data": "a", "--seed": 1}
+EXAMPLES = [
+    Example("one", [1, 2, 3], [-100, 2, 3], 2, record=0),
+    Example("zwei ☃", [70000], [5, 6], 2, record=3, is_pair=True),
+]
+
+
+def written(folder: Path) -> Path:
+    tally = Tally(5, 2)
+    tally.drop("too short", 0)
+    tally.noted["cut"] += 3
+    cache.write_cache(str(folder / "new" / "data.bin"), KEY, EXAMPLES, tally)
+    return folder / "new" / "data.bin"
+
+
+def test_what_was_kept_comes_back_as_it_was(tmp_path: Path) -> None:
+    file = written(tmp_path)
+    examples, tally = cache.read_cache(str(file), KEY) or ([], Tally())
+    assert examples == EXAMPLES
+    assert (tally.read, tally.kept, tally.noted) == (5, 2, {"cut": 3})
+    assert [path.name for path in file.parent.iterdir()] == ["data.bin"]
+
+
+def test_none_is_no_mistake(tmp_path: Path) -> None:
+    assert cache.read_cache(str(tmp_path / "none"), KEY) is None
+
+
+def test_another_key_is_named_and_the_data_made_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path)
+    assert cache.read_cache(str(file), {"data": "b", "--seed": 1}) is None
+    assert "made of another data; made anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty tail"])
+def test_a_damaged_file_is_made_anew(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path)
+    raw = bytearray(file.read_bytes())
+    if damage == "flipped":
+        raw[-3] ^= 1
+    file.write_bytes({"cut": raw[:-8], "flipped": raw, "empty tail": raw + b"\0" * 8}[damage])
+    assert cache.read_cache(str(file), KEY) is None
+    assert "damaged; made anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b'{"input_ids": [], "labels": []}', b"\x08" + b"\0" * 80])
+def test_a_file_of_another_kind_is_never_overwritten(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"found a file of another kind"):
+        cache.read_cache(str(file), KEY)
+    assert file.read_bytes() == content
+
+
+def test_a_place_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        cache.write_cache(str(tmp_path / "file" / "x"), KEY, EXAMPLES, Tally())
+
+
+def test_a_run_uses_what_another_has_kept_and_gives_the_same(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = adapter_of(train("plain"))
+    first = adapter_of(train("first", "--preprocessed_path", tmp_path / "kept"))
+    made: list[Any] = []
+    encode = preparing._encode
+    monkeypatch.setattr(preparing, "_encode", lambda *a: made.append(1) or encode(*a))
+    again = adapter_of(train("again", "--preprocessed_path", tmp_path / "kept"))
+    assert not made
+    for name, tensor in plain.items():
+        assert torch.equal(tensor, first[name])
+        assert torch.equal(tensor, again[name])
+    data = write_dialogues(tmp_path / "other.json", ["Hi", "Good morning."])
+    train("other", "--preprocessed_path", tmp_path / "kept", "--data_path", data)
+    train("shorter", "--preprocessed_path", tmp_path / "kept", "--model_max_length", "100")
+    assert len(made) == 2
+
+
+def test_num_data_takes_dialogues_by_the_seed(tiny_t5: Path, tmp_path: Path) -> None:
+    texts = [[f"Question {n}?", f"{LONG} {n}"] for n in range(20)]
+    data = write_dialogues(tmp_path / "data.json", *texts)
+
+    def chosen(seed: int) -> list[str]:
+        config = Config(str(tiny_t5), data_path=str(data), num_data=5, seed=seed)
+        prepared = preparing.prepare(config)
+        assert prepared.tally.dropped == {"beyond num_data": 15}
+        return [example.id for example in prepared.examples]
+
+    assert chosen(1) == chosen(1)
+    assert len({*chosen(1)}) == 5
+    assert chosen(1) != chosen(2)

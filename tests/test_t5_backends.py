@@ -1,0 +1,151 @@
+"""A T5 trains, stops and goes on under every backend as a decoder does: a smaller selection."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.kill_sweep import dialogues, sweep
+from tests.helpers import adapter_of, launch, write_dialogues
+from tests.small_t5 import TOKENS
+from tests.test_matrix import BACKENDS, EXACT, SHARE_ALL, TOLERANCE, log_in, logits_of
+
+QUICK = [("LoRA", "zero3"), ("QLoRA", "zero2")]
+KINDS = [
+    pytest.param(kind, backend, marks=[] if (kind, backend) in QUICK else pytest.mark.slow)
+    for kind in ("LoRA", "QLoRA")
+    for backend in ("ddp", "zero2", "zero3")
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten dialogues of very different lengths, some of them with tokens that T5 lacks."""
+    texts = [
+        ["What is " + "very " * (3 * n) + "long?", "No {idea}.\n" + "I am happy. " * (n + 1)]
+        for n in range(10)
+    ]
+    return write_dialogues(tmp_path_factory.mktemp("data") / "dialogues.json", *texts)
+
+
+@pytest.fixture(scope="module")
+def outputs(tiny_t5: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("runs")
+    share_all = folder / "share_all.json"
+    share_all.write_text(json.dumps(SHARE_ALL))
+    done: dict[str, Path] = {}
+
+    def train(kind: str, backend: str, *more: str | Path) -> Path:
+        name = "-".join([kind, backend, *map(str, more[:2])]).replace("/", "_")
+        if name not in done:
+            config, processes, per_device = BACKENDS[backend]
+            flags = [*EXACT, "--q_lora", str(kind == "QLoRA"), "--save_non_lora_state", "all"]
+            # Where a gradient is as small as 2e-5, AdamW makes 1e-3 of this rate of its rounding.
+            flags += ["--learning_rate", "3e-3"]
+            if backend == "zero3" and not more:
+                flags += ["--deepspeed", share_all, "--gradient_checkpointing", "True"]
+            launch(
+                config,
+                folder / name,
+                *("--model_name_or_path", tiny_t5, "--data_path", data, *flags, *more),
+                *("--global_batch_size", "4", "--per_device_train_batch_size", str(per_device)),
+                *("--max_steps", "8", "--logging_steps", "1", "--save_steps", "4"),
+                processes=processes,
+                script="tests/probed_train.py",
+            )
+            done[name] = folder / name
+        return done[name]
+
+    return train
+
+
+@pytest.mark.parametrize(("kind", "backend"), KINDS)
+def test_a_t5_has_the_losses_and_the_adapter_of_one_process(
+    kind: str, backend: str, outputs: Any, tiny_t5: Path
+) -> None:
+    alone, output = outputs(kind, "one"), outputs(kind, backend)
+    for mine, theirs in zip(log_in(output), log_in(alone), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=TOLERANCE[kind])
+    expected, adapter = adapter_of(alone), adapter_of(output)
+    assert {*adapter} == {*expected}
+    assert sum("trainable_tokens" in name for name in adapter) == 3
+    for key, tensor in expected.items():
+        assert torch.allclose(adapter[key], tensor, atol=TOLERANCE[kind], rtol=0), key
+    trained = load_file(output / "logits.safetensors")["logits"]
+    base, loaded = logits_of(tiny_t5, output, four_bit=kind == "QLoRA")
+    assert torch.allclose(loaded, trained, atol=1e-4, rtol=0)
+    assert (base - trained).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("kind", "backend"), KINDS)
+def test_the_base_is_saved_whole_and_its_old_rows_as_they_were(
+    kind: str, backend: str, outputs: Any, tiny_t5: Path
+) -> None:
+    before = load_file(tiny_t5 / "model.safetensors")
+    state = load_file(outputs(kind, backend) / "non_lora_state.safetensors")
+    alone = load_file(outputs(kind, "one") / "non_lora_state.safetensors")
+    assert {*state} == {*alone}
+    for matrix in ("shared.weight", "lm_head.weight"):
+        assert torch.equal(state[matrix][:TOKENS], before[matrix][:TOKENS])
+    four_bit = [name for name in state if name.endswith("absmax")]
+    assert bool(four_bit) == (kind == "QLoRA")
+    # T5's wo is never held in 4 bits.
+    assert not [name for name in four_bit if ".wo." in name]
+    for name, tensor in state.items():
+        assert tensor.shape == alone[name].shape
+        if kind == "LoRA":
+            assert torch.allclose(tensor, alone[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "target"),
+    [
+        ("LoRA", "one", "zero3"),
+        pytest.param("LoRA", "zero3", "ddp", marks=pytest.mark.slow),
+        pytest.param("QLoRA", "zero2", "zero2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_t5s_checkpoint_goes_on_elsewhere(
+    kind: str, source: str, target: str, outputs: Any
+) -> None:
+    folder = outputs(kind, source) / "checkpoint-4"
+    moved = outputs(kind, target, "--resume_from_checkpoint", folder)
+    alone = outputs(kind, "one")
+    for mine, theirs in zip(log_in(moved), log_in(alone), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=TOLERANCE[kind])
+    adapter = adapter_of(moved)
+    for key, tensor in adapter_of(alone).items():
+        assert torch.allclose(adapter[key], tensor, atol=TOLERANCE[kind], rtol=0), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "kills"), [("one process", 2), ("ZeRO-3 x 2", 3)])
+def test_a_t5_killed_again_and_again_ends_as_one_never_killed(
+    backend: str, kills: int, tiny_t5: Path, tmp_path: Path
+) -> None:
+    file = write_dialogues(tmp_path / "data.json", *dialogues())
+    given = ["--model_name_or_path", str(tiny_t5), "--data_path", str(file)]
+    found = sweep(backend, kills, tmp_path, given)
+    assert found.kills.total() == kills
+    assert not found.differences
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zero2", "zero3"])
+def test_a_t5_in_bf16_stays_near_fp32(backend: str, outputs: Any) -> None:
+    exact = log_in(outputs("LoRA", "one"))
+    rounded = log_in(outputs("LoRA", backend, "--mixed_precision", "bf16"))
+    for mine, theirs in zip(rounded, exact, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["one", "zero2", "zero3"])
+def test_a_t5_in_4_bits_and_bf16_stays_near_fp32(backend: str, outputs: Any) -> None:
+    exact = log_in(outputs("QLoRA", "one"))
+    rounded = log_in(outputs("QLoRA", backend, "--mixed_precision", "bf16"))
+    for mine, theirs in zip(rounded, exact, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-2)

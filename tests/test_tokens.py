@@ -1,0 +1,87 @@
+"""Text goes through a T5's tokenizer unchanged, and its ids stay what they were."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.sharegpt import read_dialogues
+from data.templates import T5_SYSTEM
+from data.tokens import CHARACTERS, with_fastchat_tokens, with_missing_characters
+from loop.config import DUMMY_DATA
+from tests.small_t5 import TOKENS, t5_tokenizer
+
+CODE = [
+    'def f(x):\n    """Doc."""\n\treturn {"a": [1, 2], "b": x ** 2}\n',
+    '```json\n{\n  "key": "a\\\\b",\n\n  "list": [ 1,  2 ]\n}\n```',
+    "if (a < b && c ^ d) { x = y; }\t// `x`",
+    "<p class='a'>one</p>\n\n\n<br/>  C:\\dir\\file.txt  \n",
+    "a{b}c<d>e\\f^g`h\ti\nj",
+]
+
+
+@pytest.fixture(scope="module", params=["small", "T5's own"])
+def plain(request: pytest.FixtureRequest) -> Any:
+    if request.param == "small":
+        return t5_tokenizer()
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(request.getfixturevalue("shared") / "tokenizers/t5")
+
+
+def there_and_back(tokenizer: Any, text: str) -> str:
+    decoded: str = tokenizer.decode(
+        tokenizer(text)["input_ids"], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return decoded
+
+
+@pytest.fixture(scope="module")
+def reloaded(plain: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tokenizer with its new tokens, as a model's folder gives it back."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    with_missing_characters(plain)[0].save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", CODE)
+def test_code_goes_through_tokenizer_folder_and_decoding_unchanged(
+    text: str, plain: Any, reloaded: Any
+) -> None:
+    if len(plain) > TOKENS:  # The small one has not seen every letter.
+        assert there_and_back(reloaded, text) == text
+        assert there_and_back(plain, text) != text
+    known = "".join(c for c in text if c in CHARACTERS or c == " ")
+    assert there_and_back(reloaded, f"a{known}a") == f"a{known}a"
+
+
+def test_a_text_of_words_has_the_ids_that_it_had(plain: Any, reloaded: Any) -> None:
+    dialogues, _ = read_dialogues(DUMMY_DATA)
+    texts = [" ".join(turn.text.split()) for d in dialogues for turn in d.turns]
+    texts = [text for text in texts if not {*text} & {*CHARACTERS}]
+    assert len(texts) > 900
+    assert plain(texts)["input_ids"] == reloaded(texts)["input_ids"]
+
+
+def test_each_character_becomes_one_token_and_none_twice(plain: Any, reloaded: Any) -> None:
+    assert len(reloaded) == len(plain) + len(CHARACTERS)
+    new = [reloaded.convert_tokens_to_ids(character) for character in CHARACTERS]
+    assert new == [*range(len(plain), len(reloaded))]
+    assert with_missing_characters(reloaded)[1] == []
+
+
+def test_a_tokenizer_that_lacks_nothing_is_left_as_it_is(chat_tokenizer: Any) -> None:
+    assert with_missing_characters(chat_tokenizer) == (chat_tokenizer, [])
+
+
+def test_fastchats_tokens_have_fastchats_order(shared: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer, new = with_fastchat_tokens(AutoTokenizer.from_pretrained(shared / "tokenizers/t5"))
+    assert new == [*range(32100, 32110)]
+    assert tokenizer.convert_ids_to_tokens(new) == ["[PAD]", *"<{\n}` \\^\t"]
+    assert tokenizer.pad_token_id == 32100
+    # The space, a token of its own, doubles the length of a text.
+    assert len(tokenizer(T5_SYSTEM)["input_ids"]) > 45
