@@ -21,3 +21,14 @@ class Stopped(UserError):
     """The run was asked to stop and can go on from where it is: exit code 75."""
 
     exit_code = 75
+
+
+class BadRecord(Exception):
+    """A record that cannot be used: a countable cause, and what was found and expected."""
+
+    def __init__(self, cause: str, explanation: str) -> None:
+        super().__init__(cause, explanation)  # both, or it could not go to another process
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return str(self.args[1])

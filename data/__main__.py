@@ -1,0 +1,29 @@
+"""`python -m data COMMAND`: prepares dialogues; each command is a module of this folder."""
+
+import sys
+
+from data.errors import UserError
+
+COMMANDS = ("clean", "split", "convert", "stats")
+
+
+def main() -> None:
+    """Run the command; a user's mistake is told in one line, exit code 2."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in COMMANDS:
+        found = f"unknown command {name!r}" if name and name not in ("-h", "--help") else __doc__
+        print(f"{found}\nusage: python -m data {{{','.join(COMMANDS)}}} --help", file=sys.stderr)
+        sys.exit(0 if name in ("-h", "--help") else 2)
+    from importlib import import_module
+
+    try:
+        import_module(f"data.{name}").main(sys.argv[2:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Runs a preparation from files to one file: on all cores, in flat memory, resumable, accounted."""
+
+import argparse
+import fcntl
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from data.errors import BadRecord, UserError
+from data.files import find_files, read_records
+from data.journal import Journal
+
+CHUNK = 256  # records that a process is given at a time
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one record: read = records + dropped.
+
+    dropped: a cause for each item that is not written. noted: what was changed, to be counted.
+    exact: (cause, digest) pairs; the record is dropped for the first that an earlier one had too.
+    near: a MinHash signature [n] uint32 as bytes, by which near duplicates are known.
+    """
+
+    id: str
+    records: tuple[dict[str, Any], ...] = ()
+    dropped: tuple[str, ...] = ()
+    noted: tuple[str, ...] = ()
+    exact: tuple[tuple[str, bytes], ...] = ()
+    near: bytes = b""
+
+
+# A parsed value and its place ("file: record 7"), which errors name; raises BadRecord.
+Transform = Callable[[Any, str], Result]
+Chunk = list[tuple[Any, str]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A preparation: `settings` are all that decides its result beside the data."""
+
+    name: str
+    inputs: list[Path]
+    out: Path
+    report: Path | None
+    settings: dict[str, Any]
+    transform: Transform
+    skip_bad: bool = False
+    processes: int = 0
+    near_threshold: float = 0.9
+
+
+def parser(name: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser with the flags that every preparation has."""
+    made = argparse.ArgumentParser(
+        f"python -m data {name}", description=description, allow_abbrev=False
+    )
+    made.add_argument("--in", dest="inputs", type=Path, nargs="+", required=True, metavar="FILE")
+    made.add_argument("--out", type=Path, required=True, help="x.jsonl, or x.json for an array")
+    made.add_argument("--report", type=Path, help="a JSON file: read = kept + dropped, by cause")
+    made.add_argument("--on_bad_record", choices=("fail", "skip"), default="fail")
+    made.add_argument("--processes", type=int, default=0, help="0: one a core")
+    return made
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Write the output and the report, and return the report.
+
+    A run that was killed goes on where it was when it is started again. Raises UserError.
+    """
+    files = find_files(job.inputs)
+    kinds = (".json", ".jsonl")
+    if job.out.suffix not in kinds or job.out.is_dir():
+        raise UserError(f"--out {job.out}: expected a file named {' or '.join(kinds)}.")
+    same = [file for file in files if file.resolve() == job.out.resolve()]
+    if same:
+        raise UserError(f"--out {job.out}: it is one of --in. Give another file.")
+    key = {
+        "job": job.name,
+        "settings": job.settings,
+        "files": [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()],
+    }
+    try:
+        job.out.parent.mkdir(parents=True, exist_ok=True)
+        with _claimed(job.out), Journal(job.out, key, job.near_threshold) as journal:
+            _write(job, files, journal)
+            account = journal.account()
+            journal.finish(job.out)
+            if job.report:
+                _write_atomically(job.report, json.dumps(account, indent=1, ensure_ascii=False))
+    except OSError as error:
+        raise UserError(f"--out {job.out}: cannot be written: {error.strerror}.") from None
+    return account
+
+
+def _write(job: Job, files: list[Path], journal: Journal) -> None:
+    done = journal.done
+    if done:
+        print(f"{job.name}: going on behind record {done:,}", file=sys.stderr)
+    last = time.monotonic()
+    with tqdm(desc=job.name, unit=" records", initial=done, disable=None) as progress:
+        for results in _results(job, _chunks(files, done)):
+            for result in results:
+                journal.add(result)
+            progress.update(len(results))
+            if time.monotonic() - last > 1.0:
+                journal.commit()
+                last = time.monotonic()
+
+
+def _chunks(files: list[Path], done: int) -> Iterator[Chunk]:
+    """Yield the records that are not done yet, each with its place."""
+    records = ((record, f"{f}: record {index}") for f in files for index, record in read_records(f))
+    waiting = islice(records, done, None)
+    while chunk := [*islice(waiting, CHUNK)]:
+        yield chunk
+
+
+def _results(job: Job, chunks: Iterator[Chunk]) -> Iterator[list[Result]]:
+    """Transform the chunks, on several processes, in their order."""
+    processes = job.processes or len(os.sched_getaffinity(0))
+    if processes == 1:
+        for chunk in chunks:
+            yield _transformed(job.transform, job.skip_bad, chunk)
+        return
+    with ProcessPoolExecutor(processes) as pool:
+        waiting: deque[Future[list[Result]]] = deque()
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(_transformed, job.transform, job.skip_bad, chunk))
+                # So many at most are held in memory.
+                if len(waiting) > 2 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _transformed(transform: Transform, skip_bad: bool, chunk: Chunk) -> list[Result]:
+    results = []
+    for record, place in chunk:
+        try:
+            if isinstance(record, BadRecord):
+                raise record
+            results.append(transform(record, place))
+        except BadRecord as bad:
+            if not skip_bad:
+                raise UserError(
+                    f"{place}: {bad}. Correct the record, or drop all such records with "
+                    "--on_bad_record skip."
+                ) from None
+            results.append(Result(place.rpartition(" ")[2], dropped=(bad.cause,)))
+    return results
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+class _claimed:
+    """A lock on an output file, which the kernel releases when the process ends."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.lock: IO[str] | None = None
+
+    def __enter__(self) -> None:
+        self.lock = open(self.out.with_name(f".{self.out.name}.lock"), "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {self.out}: another run is writing it.") from None
+
+    def __exit__(self, *_: object) -> None:
+        if self.lock:
+            self.out.with_name(f".{self.out.name}.lock").unlink(missing_ok=True)
+            self.lock.close()

@@ -1,0 +1,221 @@
+"""Reads JSON values from a stream one at a time, and goes on behind those that are broken."""
+
+import codecs
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from data.errors import BadRecord, UserError
+
+LARGEST = 64 << 20  # characters of a record; more is counted as bad, so that memory is bounded
+CHUNK = 1 << 20
+SPACE = re.compile(r"[ \t\r\n]*")
+SCALAR_END = re.compile(r"[,\]]")
+# A string, to the end of the text where it is not closed, or a bracket.
+STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
+# A byte that is not UTF-8, as the decoder lets it through.
+ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+# An error in so many of the last characters may be gone when more have been read: "tru", "\\u00".
+CUT = 12
+
+
+def json_records(stream: BinaryIO, path: Path) -> Iterator[Any]:
+    """Yield each parsed value, or a BadRecord, of an array or of one value a line.
+
+    Raises UserError for an empty file and one in UTF-16.
+    """
+    window = _Window(stream, path)
+    first = window.skip_space()
+    if not first and not window.damage:
+        raise UserError(f"{path}: the file is empty; expected ShareGPT dialogues, JSON or JSONL.")
+    yield from _array(window) if first == "[" else _lines(window)
+
+
+class _Window:
+    """The part of a text that is being looked at: characters from `at` on, more as asked for."""
+
+    def __init__(self, stream: BinaryIO, path: Path) -> None:
+        self.stream, self.text, self.at, self.line = stream, "", 0, 1
+        self.ended = False
+        self.damage = ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        head = self._read(4)
+        if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(f"{path}: found UTF-16; expected UTF-8. Save the file as UTF-8.")
+        self.text = self.decoder.decode(head)
+        self.more()
+        self.text = self.text.removeprefix("\ufeff")
+
+    def more(self) -> bool:
+        """Read on, as much again as there is; say whether there was anything."""
+        if self.ended:
+            return False
+        self.line += self.text.count("\n", 0, self.at)
+        raw = self._read(max(CHUNK, len(self.text) - self.at))
+        self.ended = not raw
+        self.text = self.text[self.at :] + self.decoder.decode(raw, final=self.ended)
+        self.at = 0
+        return not self.ended
+
+    def _read(self, size: int) -> bytes:
+        try:
+            return self.stream.read(size)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            self.damage = f"; its compression is damaged: {error}"
+        except Exception as error:
+            if type(error).__name__ != "ZstdError":
+                raise
+            self.damage = f"; its compression is damaged: {error}"
+        return b""
+
+    def skip_space(self) -> str:
+        """Go to the next character that is no white space, and return it."""
+        while True:
+            self.at = cast(re.Match[str], SPACE.match(self.text, self.at)).end()
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self.more():
+                return ""
+
+    def place(self, offset: int = 0) -> str:
+        """Return line and column of a character, counted from where the window stands."""
+        end = self.at + offset
+        line = self.line + self.text.count("\n", 0, end)
+        return f"line {line}, column {end - self.text.rfind(chr(10), 0, end)}"
+
+
+def _lines(window: _Window) -> Iterator[Any]:
+    while window.skip_space():
+        # Only "\n" ends a line: str.splitlines also cuts at U+2028, which JSON strings may hold.
+        size = len(window.text) - window.at
+        end = window.text.find("\n", window.at)
+        while end < 0 and size <= LARGEST and window.more():
+            end = window.text.find("\n", size)
+            size = len(window.text)
+        if end < 0 and size > LARGEST:
+            yield _too_large(window)
+            while end < 0:
+                window.at = len(window.text)
+                if not window.more():
+                    return
+                end = window.text.find("\n")
+            window.at = end
+            continue
+        end = len(window.text) if end < 0 else end
+        line = window.text[window.at : end]
+        try:
+            value, parsed = _decode(line, 0)
+            rest = cast(re.Match[str], SPACE.match(line, parsed)).end()
+            if rest < len(line):
+                value = _invalid(window, "extra data", rest)
+        except json.JSONDecodeError as error:
+            value = _invalid(window, error.msg, error.pos)
+        except (ValueError, RecursionError) as error:
+            value = _invalid(window, str(error), 0)
+        yield _bytes_checked(value, line, window)
+        window.at = end
+    if window.damage:
+        yield BadRecord("breaks off", f"{window.place()}: the file breaks off{window.damage}")
+
+
+def _array(window: _Window) -> Iterator[Any]:
+    window.at += 1
+    expected = "]"  # what may stand in place of a record: the end, right after the beginning
+    while window.skip_space() != expected:
+        value, end = _record(window)
+        if end is None:
+            yield value
+            return
+        yield _bytes_checked(value, window.text[window.at : end], window)
+        window.at = end
+        if window.skip_space() == "]":
+            break
+        if window.text[window.at : window.at + 1] != ",":
+            yield _invalid(window, "expected , or ] after a record" + window.damage, 0)
+            return
+        window.at += 1
+        expected = ""
+    window.at += 1
+    if window.skip_space():
+        yield _invalid(window, "text after the array's end", 0)
+
+
+def _record(window: _Window) -> tuple[Any, int | None]:
+    """Return the record that begins here and where it ends: None where that cannot be told."""
+    while True:
+        size = len(window.text) - window.at
+        try:
+            value, end = _decode(window.text, window.at)
+            if end < len(window.text) or window.ended or not window.more():
+                return value, end
+            continue  # A number may go on behind what has been read.
+        except json.JSONDecodeError as error:
+            cut = error.msg.startswith("Unterminated") or error.pos >= (len(window.text) - CUT)
+            if cut and size <= LARGEST and window.more():
+                continue
+            if cut and size > LARGEST:
+                return _too_large(window), _end_of_record(window)
+            if cut or not window.text[window.at :]:
+                return BadRecord(
+                    "breaks off", f"{window.place()}: the file breaks off here{window.damage}"
+                ), None
+            bad = _invalid(window, error.msg, error.pos - window.at)
+        except (ValueError, RecursionError) as error:  # thousands of digits, nesting, doubled keys
+            bad = _invalid(window, str(error), 0)
+        return bad, _end_of_record(window)
+
+
+def _end_of_record(window: _Window) -> int | None:
+    """Return where a record ends that cannot be parsed, by its brackets; None if it does not."""
+    if window.text[window.at] not in '{["':
+        found = SCALAR_END.search(window.text, window.at)
+        return found.start() if found else None
+    while True:
+        depth = 0
+        for match in STRUCTURE.finditer(window.text, window.at):
+            mark = match.group()
+            if mark[0] != '"':
+                depth += 1 if mark in "[{" else -1
+            if depth <= 0:
+                # A bracket that closes what is around the record is not the record's.
+                return match.start() if depth < 0 else match.end()
+        if len(window.text) - window.at > 2 * LARGEST or not window.more():
+            return None
+
+
+def _decode(text: str, start: int) -> tuple[Any, int]:
+    return DECODER.raw_decode(text, start)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    parsed = dict(pairs)
+    if len(parsed) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {json.dumps(double)[:40]} stands twice in one object")
+    return parsed
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _bytes_checked(value: Any, text: str, window: _Window) -> Any:
+    found = ESCAPED_BYTE.search(text)
+    if found is None:
+        return value
+    byte = f"0x{ord(found.group()) - 0xDC00:02x}"
+    place = window.place(found.start())
+    return BadRecord("not UTF-8", f"{place}: the byte {byte} is not UTF-8; save the file as UTF-8")
+
+
+def _invalid(window: _Window, message: str, offset: int) -> BadRecord:
+    return BadRecord("not valid JSON", f"{window.place(offset)}: not valid JSON: {message}")
+
+
+def _too_large(window: _Window) -> BadRecord:
+    most = LARGEST >> 20
+    return BadRecord("too large", f"{window.place()}: it has more than {most} million characters")
