@@ -1,29 +1,82 @@
-"""Keeps encoded data in one file, to be used again for as long as it is made of the same."""
+"""Keeps encoded examples in Arrow's columns: in memory, or in a file for as long as it fits."""
 
-import hashlib
+import fcntl
 import json
 import os
+import zlib
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
-from itertools import accumulate, pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, overload
 
-import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+import pyarrow as pa
 
 from data.encode import Example
 from data.errors import UserError
 from data.sharegpt import Tally
 
-FORMAT = "lora-loop encoded data 1"  # to be raised when the same key would give other ids
-Arrays = dict[str, NDArray[Any]]
+FORMAT = "lora-loop encoded data 2"  # to be raised when the same key would give other ids
+OURS = FORMAT[:22].encode()
+BATCH = 1024  # examples that are held while a file is written
+COLUMNS = {
+    "id": pa.string(),
+    "input_ids": pa.list_(pa.int32()),
+    "labels": pa.list_(pa.int32()),
+    "supervised_tokens": pa.int32(),
+    "record": pa.int64(),
+    "is_pair": pa.bool_(),
+}
+CHECKSUM = 4  # bytes at a file's end
 
 
-def read_cache(path: str, key: dict[str, Any]) -> tuple[list[Example], Tally] | None:
+class Examples(Sequence[Example]):
+    """Examples in Arrow's record batches, read where they lie; `tally` is the account of all."""
+
+    def __init__(self, source: Any) -> None:
+        reader = pa.ipc.open_file(source)
+        found = [reader.get_batch_with_custom_metadata(n) for n in range(reader.num_record_batches)]
+        self.batches = [batch for batch, _ in found]
+        self.ends, end = [], 0
+        for batch in self.batches:
+            end += batch.num_rows
+            self.ends.append(end)
+        read, kept, dropped, noted, named, answers, ended = json.loads(found[-1][1][b"tally"])
+        self.tally = Tally(read, kept, Counter(dropped), Counter(noted), named, answers, ended)
+        self.key = json.loads(reader.schema.metadata[b"key"])
+        self.format = reader.schema.metadata[b"format"].decode()
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """Return an example, its ids as lists."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        number = bisect_right(self.ends, place)
+        row = place - (self.ends[number - 1] if number else 0)
+        values = [column[row] for column in self.batches[number].columns]
+        ids, labels = (value.values.to_numpy().tolist() for value in values[1:3])
+        name, supervised, record, is_pair = (values[n].as_py() for n in (0, 3, 4, 5))
+        return Example(name, ids, labels, supervised, record, is_pair)
+
+
+def in_memory(examples: Iterable[Example], tally: Tally) -> Examples:
+    """Return the examples in memory, in a tenth of what lists of Python's numbers take."""
+    sink = BytesIO()
+    _write(sink, {}, examples, tally)
+    return Examples(pa.py_buffer(sink.getvalue()))
+
+
+def read_cache(path: str, key: dict[str, Any], silent: bool = False) -> Examples | None:
     """Return what the file keeps; None where there is none, or where it has to be made anew.
 
     Raises UserError for a file of another kind, which is not ours to overwrite.
@@ -32,98 +85,107 @@ def read_cache(path: str, key: dict[str, Any]) -> tuple[list[Example], Tally] | 
     if not file.exists():
         return None
     try:
-        with safe_open(file, "np") as opened:
-            facts = opened.metadata() or {}
-            if facts.get("format", "")[:9] != FORMAT[:9]:
-                raise _foreign(path)
-            found = json.loads(facts["key"])
-            if facts["format"] != FORMAT or found != _plain(key):
-                print(f"note: --preprocessed_path {path}: {_difference(found, _plain(key))}")
-                return None
-            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        with open(file, "rb") as opened:
+            if OURS not in opened.read(1 << 16):
+                raise UserError(
+                    f"--preprocessed_path {path}: found a file of another kind; expected none, or "
+                    "one that this flag has made. Give another file name."
+                )
+        whole = _is_whole(file)
+        examples = Examples(pa.memory_map(str(file)).read_buffer()[:-CHECKSUM]) if whole else None
+    except pa.ArrowException:
+        examples = None
     except OSError as error:
         raise UserError(f"--preprocessed_path {path}: cannot be read: {error.strerror}.") from None
-    except (SafetensorError, KeyError, ValueError):
-        if not _begins_as_ours(file):
-            raise _foreign(path) from None
-        facts, arrays = {}, {}
-    if facts.get("sha256") != _sha256(arrays):
-        print(f"note: --preprocessed_path {path}: damaged; made anew")
-        return None
-    return _examples(arrays), _tally(json.loads(facts["tally"]))
+    if examples and examples.format == FORMAT and examples.key == _plain(key):
+        return examples
+    if not silent:
+        why = _difference(examples.key, _plain(key)) if examples else "damaged"
+        print(f"note: --preprocessed_path {path}: {why}; made anew")
+    return None
 
 
-def write_cache(path: str, key: dict[str, Any], examples: Sequence[Example], tally: Tally) -> None:
-    """Write the file whole or not at all; of several that write it at once, the last one stays.
+def write_cache(path: str, key: dict[str, Any], examples: Iterable[Example], tally: Tally) -> None:
+    """Write the file whole or not at all, a batch of examples at a time.
 
     Raises UserError where it cannot be written.
     """
     file = Path(path).expanduser()
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    arrays = {
-        "input_ids": _flat([example.input_ids for example in examples]),
-        "input_ends": _ends([example.input_ids for example in examples]),
-        "labels": _flat([example.labels for example in examples]),
-        "label_ends": _ends([example.labels for example in examples]),
-        "counts": np.array(
-            [(e.supervised_tokens, e.record, e.is_pair) for e in examples], dtype=np.int64
-        ),
-        "ids": np.frombuffer(json.dumps([e.id for e in examples]).encode(), dtype=np.uint8),
-    }
-    facts = {
-        "format": FORMAT,
-        "key": json.dumps(_plain(key)),
-        "tally": json.dumps([tally.read, tally.kept, tally.dropped, tally.noted]),
-        "sha256": _sha256(arrays),
-    }
+    partial = file.with_name(f".{file.name}.partial")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, partial, metadata=facts)
+        with open(partial, "wb") as opened:
+            summed = _Summed(opened)
+            _write(summed, _plain(key), examples, tally)
+            opened.write(summed.sum.to_bytes(CHECKSUM, "little"))
+            opened.flush()
+            os.fsync(opened.fileno())
         partial.replace(file)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    finally:
         with suppress(OSError):
             partial.unlink()
-        raise UserError(
-            f"--preprocessed_path {path}: cannot be written: {error}. Give another file, or "
-            "leave it out."
-        ) from None
 
 
-def _examples(arrays: Arrays) -> list[Example]:
-    inputs = _rows(arrays["input_ids"], arrays["input_ends"])
-    labels = _rows(arrays["labels"], arrays["label_ends"])
-    ids = json.loads(arrays["ids"].tobytes())
-    rows = zip(ids, inputs, labels, arrays["counts"].tolist(), strict=True)
-    return [
-        Example(name, source, target, supervised, record, bool(is_pair))
-        for name, source, target, (supervised, record, is_pair) in rows
-    ]
+@contextmanager
+def claimed(path: str) -> Iterator[None]:
+    """Wait until no other process makes the file; the kernel ends the claim of one that dies.
+
+    Raises UserError where nothing can be written.
+    """
+    file = Path(path).expanduser()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file.with_name(f".{file.name}.lock"), "w")  # noqa: SIM115
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
-def _tally(values: list[Any]) -> Tally:
-    read, kept, dropped, noted = values
-    return Tally(read, kept, Counter(dropped), Counter(noted))
+class _Summed:
+    """A file that sums up what is written into it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sum, self.closed = file, 0, False
+
+    def write(self, data: Any) -> int:
+        self.sum = zlib.crc32(data, self.sum)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def tell(self) -> int:
+        return self.file.tell()
 
 
-def _flat(rows: Sequence[Sequence[int]]) -> NDArray[Any]:
-    return np.array([number for row in rows for number in row], dtype=np.int32)
+def _is_whole(file: Path) -> bool:
+    """Whether the bytes are those that were written; read, not mapped, to take no memory."""
+    found, left = 0, file.stat().st_size - CHECKSUM
+    with open(file, "rb") as opened:
+        while left > 0 and (part := opened.read(min(left, 1 << 20))):
+            found = zlib.crc32(part, found)
+            left -= len(part)
+        return opened.read() == found.to_bytes(CHECKSUM, "little")
 
 
-def _ends(rows: Sequence[Sequence[int]]) -> NDArray[Any]:
-    return np.array([*accumulate(map(len, rows))], dtype=np.int64)
-
-
-def _rows(flat: NDArray[Any], ends: NDArray[Any]) -> list[list[int]]:
-    whole = flat.tolist()
-    return [whole[start:end] for start, end in pairwise([0, *ends.tolist()])]
-
-
-def _sha256(arrays: Arrays) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].shape} ".encode())
-        digest.update(arrays[name].tobytes())
-    return digest.hexdigest()
+def _write(sink: Any, key: dict[str, Any], examples: Iterable[Example], tally: Tally) -> None:
+    facts = {"format": FORMAT, "key": json.dumps(key)}
+    schema = pa.schema([*COLUMNS.items()], metadata=facts)
+    rest = iter(examples)
+    with pa.ipc.new_file(pa.PythonFile(sink, "w"), schema) as writer:
+        while batch := [*islice(rest, BATCH)]:
+            columns = [
+                pa.array([getattr(example, name) for example in batch], kind)
+                for name, kind in COLUMNS.items()
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+        # The account is known at the end only: it goes with a batch of no example.
+        none = pa.record_batch([pa.array([], kind) for kind in COLUMNS.values()], schema=schema)
+        account = {"tally": json.dumps([*vars(tally).values()])}
+        writer.write_batch(none, custom_metadata=account)
 
 
 def _plain(key: dict[str, Any]) -> dict[str, Any]:
@@ -134,17 +196,11 @@ def _plain(key: dict[str, Any]) -> dict[str, Any]:
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    text = f"made of another {', '.join(changed)}" if changed else "of an older format"
-    return f"{text}; made anew"
+    return f"made of another {', '.join(changed)}" if changed else "of an older format"
 
 
-def _begins_as_ours(file: Path) -> bool:
-    with open(file, "rb") as opened:
-        return FORMAT[:9].encode() in opened.read(1 << 16)
-
-
-def _foreign(path: str) -> UserError:
+def _unwritable(path: str, error: OSError) -> UserError:
     return UserError(
-        f"--preprocessed_path {path}: found a file of another kind; expected none, or one that "
-        "this flag has made. Give another file name."
+        f"--preprocessed_path {path}: cannot be written: {error.strerror}. Give another file, or "
+        "leave it out."
     )

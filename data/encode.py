@@ -1,10 +1,12 @@
 """Turns rendered dialogues into token ids and labels; masks come from character offsets."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from data.errors import UserError
+from data.literal import Encoder
 from data.sharegpt import Dialogue, Tally
 from data.templates import Rendered, TemplateName, render
 
@@ -38,31 +40,42 @@ class Example:
 
 
 def encode_dialogues(
-    dialogues: Sequence[Dialogue],
+    dialogues: Iterable[Dialogue],
     template: TemplateName,
     tokenizer: Any,
     max_length: int,
     tally: Tally,
-) -> list[Example]:
+) -> Iterator[Example]:
     """Encode dialogues, cut on the right at `max_length` tokens; those with no label are dropped.
 
-    Raises UserError for a tokenizer without character offsets, or when no example is left.
+    Raises UserError for a tokenizer without character offsets, and for answers that do not end with
+    a control token.
     """
     check_fast(tokenizer)
-    examples = []
-    for example, length in _encode(dialogues, template, tokenizer, max_length):
-        if length > max_length:
-            tally.noted[f"cut at {max_length} tokens"] += 1
-        if example.supervised_tokens:
-            examples.append(example)
-        else:
-            tally.drop("no supervised token")
-    if not examples:
-        raise UserError(
-            f"none of {tally.read} dialogues has a supervised token within {max_length} tokens "
-            f"({tally}). Give a larger --model_max_length or dialogues with answers."
-        )
-    return examples
+    encoder = Encoder(tokenizer)
+    for begin, batch in batches(dialogues):
+        rendered = [render(dialogue, template, tokenizer) for dialogue in batch]
+        rows = zip(batch, rendered, encoder(rendered), strict=True)
+        for record, (dialogue, item, (ids, spans, offsets)) in enumerate(rows, begin):
+            cut = ids[:max_length]
+            labels, ends = label(cut, offsets[:max_length], spans)
+            _count_ends(dialogue, ends, len(spans), len(ids) > max_length, encoder, tally)
+            if len(ids) > max_length:
+                tally.noted[f"cut at {max_length} tokens"] += 1
+            supervised = sum(one != IGNORE_INDEX for one in labels)
+            if supervised:
+                tally.kept += 1
+                yield Example(dialogue.id, cut, labels, supervised, record)
+            else:
+                tally.drop(_why_unsupervised(item, max_length), dialogue.id)
+
+
+def batches(dialogues: Iterable[Dialogue]) -> Iterator[tuple[int, list[Dialogue]]]:
+    """Yield the dialogues in tokenizer calls, each with the place of its first."""
+    rest, begin = iter(dialogues), 0
+    while batch := [*islice(rest, ENCODE_BATCH)]:
+        yield begin, batch
+        begin += len(batch)
 
 
 def check_fast(tokenizer: Any) -> None:
@@ -74,43 +87,48 @@ def check_fast(tokenizer: Any) -> None:
         )
 
 
-def _encode(
-    dialogues: Sequence[Dialogue], template: TemplateName, tokenizer: Any, max_length: int
-) -> Iterator[tuple[Example, int]]:
-    """Yield each example with the length in tokens that it had before it was cut."""
-    for begin in range(0, len(dialogues), ENCODE_BATCH):
-        batch = dialogues[begin : begin + ENCODE_BATCH]
-        rendered = [render(dialogue, template, tokenizer) for dialogue in batch]
-        encoded = tokenizer(
-            [item.text for item in rendered],
-            add_special_tokens=rendered[0].add_special_tokens,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
+def _count_ends(
+    dialogue: Dialogue, ends: list[int], answers: int, cut: bool, encoder: Encoder, tally: Tally
+) -> None:
+    """Count the answers and those whose end token is supervised: all, but for what was cut off."""
+    tally.answers += answers
+    tally.ended += len(ends)
+    odd = next((end for end in ends if end not in encoder.control_ids), None)
+    if odd is not None or (len(ends) < answers and not cut):
+        found = "nothing" if odd is None else repr(encoder.tokenizer.convert_ids_to_tokens(odd))
+        raise UserError(
+            f"dialogue {dialogue.id}: found {found} at an answer's end; expected a control token "
+            "of the tokenizer, which the model would learn to stop with. Use another --template."
         )
-        columns = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        rows = enumerate(zip(batch, rendered, columns, strict=True), begin)
-        for record, (dialogue, item, (ids, offsets)) in rows:
-            cut = ids[:max_length]
-            labels = label(cut, offsets[:max_length], item)
-            supervised = sum(one != IGNORE_INDEX for one in labels)
-            yield Example(dialogue.id, cut, labels, supervised, record), len(ids)
 
 
-def label(input_ids: list[int], offsets: list[tuple[int, int]], rendered: Rendered) -> list[int]:
-    """Return the ids whose characters overlap a supervised span, -100 elsewhere.
+def _why_unsupervised(rendered: Rendered, max_length: int) -> str:
+    if rendered.spans:
+        return f"no supervised token within {max_length}"
+    return "no answer to supervise"
 
-    >>> label([5, 6, 7], [(0, 0), (0, 3), (3, 5)], Rendered("abcde", ((3, 5),), False))
-    [-100, -100, 7]
-    >>> label([5, 6], [(0, 2), (2, 5)], Rendered("abcde", ((3, 5),), False))  # one that straddles
-    [-100, 6]
+
+def label(
+    input_ids: list[int], offsets: list[tuple[int, int]], spans: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[int]]:
+    """Return the ids whose characters overlap a span, -100 elsewhere, and each span's last id.
+
+    >>> label([5, 6, 7], [(0, 0), (0, 3), (3, 5)], [(3, 5)])
+    ([-100, -100, 7], [7])
+    >>> label([5, 6], [(0, 2), (2, 5)], [(3, 5)])  # one that straddles
+    ([-100, 6], [6])
     """
-    labels = [IGNORE_INDEX] * len(input_ids)
-    spans = iter(rendered.spans)
-    start, end = next(spans, (len(rendered.text), len(rendered.text)))
+    labels, ends = [IGNORE_INDEX] * len(input_ids), []
+    rest = iter(spans)
+    start, end = next(rest, NOWHERE)
     for position, (token_start, token_end) in enumerate(offsets):
-        while token_start >= end and end < len(rendered.text):
-            start, end = next(spans, (len(rendered.text), len(rendered.text)))
+        while token_start >= end:
+            start, end = next(rest, NOWHERE)
         if token_start < end and token_end > start:
             labels[position] = input_ids[position]
-    return labels
+            if token_end >= end:
+                ends.append(input_ids[position])
+    return labels, ends
+
+
+NOWHERE = (1 << 62, 1 << 62)

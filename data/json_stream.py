@@ -154,16 +154,18 @@ def _record(window: _Window) -> tuple[Any, int | None]:
                 return value, end
             continue  # A number may go on behind what has been read.
         except json.JSONDecodeError as error:
-            cut = error.msg.startswith("Unterminated") or error.pos >= (len(window.text) - CUT)
-            if cut and size <= LARGEST and window.more():
-                continue
-            if cut and size > LARGEST:
-                return _too_large(window), _end_of_record(window)
-            if cut or not window.text[window.at :]:
-                return BadRecord(
-                    "breaks off", f"{window.place()}: the file breaks off here{window.damage}"
-                ), None
-            bad = _invalid(window, error.msg, error.pos - window.at)
+            offset = error.pos - window.at
+            unterminated = error.msg.startswith("Unterminated")
+            if unterminated or offset >= size - CUT:
+                if size <= LARGEST and window.more():
+                    continue
+                if size > LARGEST:
+                    return _too_large(window), _end_of_record(window)
+            if unterminated or offset >= len(window.text[window.at :].rstrip()):
+                where = window.place(len(window.text) - window.at)
+                found = f"{where}: the file breaks off in this record{window.damage}"
+                return BadRecord("breaks off", found), None
+            bad = _invalid(window, error.msg, offset)
         except (ValueError, RecursionError) as error:  # thousands of digits, nesting, doubled keys
             bad = _invalid(window, str(error), 0)
         return bad, _end_of_record(window)

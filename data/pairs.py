@@ -1,18 +1,17 @@
 """Turns dialogues into (source, target) pairs for encoder-decoder models: one pair an answer."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data.encode import ENCODE_BATCH, Example, check_fast
-from data.errors import UserError
+from data.encode import Example, batches, check_fast
 from data.sharegpt import Dialogue, Tally
 from data.templates import T5_SYSTEM, Rendered, render
 
 SHORTEST = 5  # ids; a pair with so few on either side is dropped, as FastChat does
 SHORT = f"pairs of {SHORTEST} ids or fewer on a side, dropped"
-
+NONE_LEFT = "no pair left"
 UNKNOWN = "targets with a token that stands for unknown characters"
 
 
@@ -26,54 +25,47 @@ class PairLimits:
 
 
 def encode_pairs(
-    dialogues: Sequence[Dialogue], tokenizer: Any, limits: PairLimits, fastchat: bool, tally: Tally
-) -> list[Example]:
-    """Return a pair for each answer; `labels` are the target's ids, with the source in input_ids.
+    dialogues: Iterable[Dialogue], tokenizer: Any, limits: PairLimits, fastchat: bool, tally: Tally
+) -> Iterator[Example]:
+    """Yield a pair for each answer; `labels` are the target's ids, with the source in input_ids.
 
-    Raises UserError for a tokenizer without character offsets, or when no pair is left.
+    Raises UserError for a tokenizer without character offsets.
     """
     check_fast(tokenizer)
     encode = _fastchat_pairs if fastchat else _pairs
-    examples: list[Example] = []
-    for record, pairs in enumerate(encode(dialogues, tokenizer, limits, tally)):
+    for record, (dialogue, pairs) in enumerate(encode(dialogues, tokenizer, limits, tally)):
         kept = [pair for pair in pairs if min(map(len, pair)) > SHORTEST]
         tally.noted.update([SHORT] * (len(pairs) - len(kept)))
         tally.noted.update([UNKNOWN for _, target in kept if tokenizer.unk_token_id in target])
-        if not kept:
-            tally.drop("no pair left")
-        examples += [
-            Example(dialogues[record].id, source, target, len(target), record, is_pair=True)
-            for source, target in kept
-        ]
-    if not examples:
-        raise UserError(
-            f"none of {tally.read} dialogues has a pair of more than {SHORTEST} ids on each side "
-            f"({tally}). Give larger --model_max_length and --max_target_length, or dialogues "
-            "with longer answers."
-        )
-    return examples
+        if kept:
+            tally.kept += 1
+        else:
+            tally.drop(NONE_LEFT, dialogue.id)
+        for source, target in kept:
+            yield Example(dialogue.id, source, target, len(target), record, is_pair=True)
 
 
 Pairs = list[tuple[list[int], list[int]]]
 
 
 def _pairs(
-    dialogues: Sequence[Dialogue], tokenizer: Any, limits: PairLimits, tally: Tally
-) -> Iterator[Pairs]:
-    """Yield each dialogue's pairs: a dialogue is read once, and each answer once more."""
+    dialogues: Iterable[Dialogue], tokenizer: Any, limits: PairLimits, tally: Tally
+) -> Iterator[tuple[Dialogue, Pairs]]:
+    """Yield each dialogue with its pairs: it is read once, and each answer once more."""
     before, after = _special_ids(tokenizer)
-    for begin in range(0, len(dialogues), ENCODE_BATCH):
-        batch = [render(d, "t5", tokenizer) for d in dialogues[begin : begin + ENCODE_BATCH]]
+    for _, some in batches(dialogues):
+        batch = [render(dialogue, "t5", tokenizer) for dialogue in some]
         answers = [item.text[start:end] for item in batch for start, end in item.spans]
         targets = iter(_ids(tokenizer, answers) if answers else [])
         whole = tokenizer(
             [item.text for item in batch],
             add_special_tokens=False,
+            split_special_tokens=True,
             return_offsets_mapping=True,
             verbose=False,
         )
-        columns = zip(batch, whole["input_ids"], whole["offset_mapping"], strict=True)
-        for item, ids, offsets in columns:
+        columns = zip(some, batch, whole["input_ids"], whole["offset_mapping"], strict=True)
+        for dialogue, item, ids, offsets in columns:
             ends, pairs = [end for _, end in offsets], []
             for span in item.spans:
                 source = _before(item, span[0], ids, ends, tokenizer)
@@ -82,7 +74,7 @@ def _pairs(
                 source = _cut_source(source, header, room, tally)
                 target = _cut_target(next(targets), before, after, limits.target, tally)
                 pairs.append(([*before, *source, *after], target))
-            yield pairs
+            yield dialogue, pairs
 
 
 def _before(
@@ -116,8 +108,15 @@ def _cut_target(
     return [*before, *ids][:most]
 
 
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+def _ids(tokenizer: Any, texts: list[str], control_tokens: bool = False) -> list[list[int]]:
+    """Return the ids of texts; "</s>" in a text is text, unless control tokens are to be found."""
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=not control_tokens,
+        verbose=False,
+    )
+    ids: list[list[int]] = encoded["input_ids"]
     return ids
 
 
@@ -130,8 +129,8 @@ def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _fastchat_pairs(
-    dialogues: Sequence[Dialogue], tokenizer: Any, limits: PairLimits, tally: Tally
-) -> Iterator[Pairs]:
+    dialogues: Iterable[Dialogue], tokenizer: Any, limits: PairLimits, tally: Tally
+) -> Iterator[tuple[Dialogue, Pairs]]:
     """Yield the pairs that FastChat 0.2.36 makes (train_flant5.py), its wrong cuts included.
 
     Turns are found by the lengths of the pieces tokenised alone, each counted as at most the limit
@@ -147,12 +146,12 @@ def _fastchat_pairs(
                 pieces.append(turn.text if last else asked)
             else:
                 pieces.append(f"{turn.text}\n")
-        whole = _ids(tokenizer, ["".join(pieces)])[0]
-        lengths = [min(len(ids), most - 1) for ids in _ids(tokenizer, pieces)]
+        whole = _ids(tokenizer, ["".join(pieces)], control_tokens=True)[0]
+        lengths = [min(len(ids), most - 1) for ids in _ids(tokenizer, pieces, control_tokens=True)]
         start, pairs = lengths[0], []
         for turn, length in zip(dialogue.turns, lengths[1:], strict=True):
             if turn.role == "assistant":
                 source = whole[:start][-most:]
                 pairs.append((source + end, whole[start : start + length][:most] + end))
             start += length
-        yield pairs
+        yield dialogue, pairs

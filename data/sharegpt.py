@@ -3,29 +3,44 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from data.errors import UserError
+from data.errors import BadRecord, UserError
+from data.files import find_files, read_records
 
-Role = Literal["system", "user", "assistant"]
-ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: dict[str, Role] = {
+    "system": "system",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+}
+# Who may speak after whom; a system turn stands first, before the user's.
+AFTER: dict[Role, tuple[Role, ...]] = {
+    "user": ("assistant",),
+    "assistant": ("user", "assistant", "tool"),
+    "tool": ("user", "assistant", "tool"),
+}
+NAMED = 5  # ids that are told of each cause
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a dialogue."""
+    """One message of a dialogue; of the assistant's only those `supervised` are learnt."""
 
     role: Role
     text: str
+    supervised: bool = True
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Alternating turns, the user's first; `id` is the record's own or its index in the file.
+    """Turns, the user's first; `id` is the record's own or its index in the file.
 
     `system` is the text of a leading system turn, which replaces the template's own.
     """
@@ -37,117 +52,89 @@ class Dialogue:
 
 @dataclass
 class Tally:
-    """Where every record went: read = kept + dropped, always; `noted` counts what was altered."""
+    """Where every record went: read = kept + dropped; `noted` counts what was altered.
+
+    Each of the three is counted where it happens. `named` are the first ids of each cause. Of
+    `answers` that are to be learnt, `ended` are learnt to their end.
+    """
 
     read: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     noted: Counter[str] = field(default_factory=Counter)
+    named: dict[str, list[str]] = field(default_factory=dict)
+    answers: int = 0
+    ended: int = 0
 
-    def drop(self, cause: str, records: int = 1) -> None:
-        """Move records from kept to dropped."""
-        self.kept -= records
-        self.dropped[cause] += records
+    def drop(self, cause: str, identity: str) -> None:
+        """Count a record as dropped."""
+        self.dropped[cause] += 1
+        named = self.named.setdefault(cause, [])
+        if len(named) < NAMED:
+            named.append(identity[:40])
 
     def __str__(self) -> str:
-        causes = ", ".join(f"{cause}: {count}" for cause, count in sorted(self.dropped.items()))
+        causes = ", ".join(map(self._cause, sorted(self.dropped)))
         text = f"read {self.read} = kept {self.kept} + dropped {self.dropped.total()}"
         text += f" ({causes})" if causes else ""
+        if self.answers:
+            text += f"; {self.ended} of {self.answers} answers learnt to their end"
         return text + "".join(f"; {note}: {n}" for note, n in sorted(self.noted.items()))
 
-
-class BadRecord(Exception):
-    """A record that cannot be used: a countable cause, and what was found and expected."""
-
-    def __init__(self, cause: str, explanation: str) -> None:
-        super().__init__(explanation)
-        self.cause = cause
+    def _cause(self, cause: str) -> str:
+        count, named = self.dropped[cause], self.named.get(cause, [])
+        ids = ", ".join(named) + ", …" * (count > len(named))
+        return f"{cause}: {count}" + f" [{ids}]" * bool(named)
 
 
 def read_dialogues(
-    path: Path,
+    paths: Sequence[Path],
+    tally: Tally,
     on_bad_record: Literal["fail", "skip"] = "fail",
     empty_answers: bool = False,
-) -> tuple[list[Dialogue], Tally]:
-    """Read a JSON array or JSONL file of ShareGPT records, with or without `empty_answers`.
+    supervise: Literal["all", "last"] = "all",
+) -> Iterator[Dialogue]:
+    """Yield the dialogues of files and folders one at a time, and count every record.
 
-    Raises UserError for an unreadable file and, unless `on_bad_record` is "skip", a bad record.
+    Raises UserError for a file that cannot be read and, unless `on_bad_record` is "skip", for a bad
+    record; also where nothing was kept. `empty_answers` are kept only where asked for.
     """
-    dialogues, tally = [], Tally()
-    for index, record in _records(path):
-        tally.read += 1
-        try:
-            dialogue, skipped_first = _parse_record(record, index, empty_answers)
-        except BadRecord as bad:
-            if on_bad_record == "fail":
-                identity = _identity(record)
-                raise UserError(
-                    f"{path}: record {index}{identity}: {bad}. "
-                    "Correct the record, or drop all such records with --on_bad_record skip."
-                ) from None
-            tally.dropped[bad.cause] += 1
-            continue
-        tally.kept += 1
-        tally.noted.update(["first turn not human, skipped"] if skipped_first else [])
-        dialogues.append(dialogue)
-    if not dialogues:
-        found = f"{tally.read} records, all dropped" if tally.read else "no records"
-        raise UserError(f"{path}: found {found}; expected at least one ShareGPT dialogue.")
-    return dialogues, tally
+    found = 0
+    for path in find_files(paths):
+        for index, record in read_records(path):
+            tally.read += 1
+            try:
+                dialogue, skipped_first = _parse_record(record, index, empty_answers)
+            except BadRecord as bad:
+                if on_bad_record == "fail":
+                    raise UserError(
+                        f"{path}: record {index}{_identity(record)}: {bad}. "
+                        "Correct the record, or drop all such records with --on_bad_record skip."
+                    ) from None
+                tally.drop(bad.cause, _id(record, index))
+                continue
+            tally.noted.update(["first turn not human, skipped"] if skipped_first else [])
+            found += 1
+            yield _last_only(dialogue) if supervise == "last" else dialogue
+    if not found:
+        records = f"{tally.read} records, all dropped ({tally})" if tally.read else "no records"
+        names = ", ".join(map(str, paths))
+        raise UserError(f"{names}: found {records}; expected at least one ShareGPT dialogue.")
 
 
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (index, parsed JSON value or BadRecord) for each record of the file."""
-    text = _read_text(path)
-    if text.lstrip().startswith("["):
-        yield from enumerate(_parse_array(text, path))
-        return
-    # Splitting on "\n" alone: str.splitlines also cuts at U+2028, which JSON strings may hold.
-    lines = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
-    for index, (number, line) in enumerate(lines):
-        record: Any
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            record = BadRecord(
-                "not valid JSON",
-                f"line {number}, column {error.colno}: not valid JSON: {error.msg} "
-                "(a file that does not begin with [ is read as one record a line)",
-            )
-        except (ValueError, RecursionError) as error:
-            record = BadRecord("not valid JSON", f"line {number}: not valid JSON: {error}")
-        yield index, record
+def _last_only(dialogue: Dialogue) -> Dialogue:
+    """Return the dialogue with its last answer supervised and no other."""
+    answers = [n for n, turn in enumerate(dialogue.turns) if turn.role == "assistant"]
+    turns = tuple(
+        replace(turn, supervised=turn.supervised and n == max(answers, default=-1))
+        for n, turn in enumerate(dialogue.turns)
+    )
+    return replace(dialogue, turns=turns)
 
 
-def _parse_array(text: str, path: Path) -> list[Any]:
-    try:
-        records: list[Any] = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}. "
-            "Expected one array of records; mend the file there."
-        ) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting
-        raise UserError(f"{path}: not valid JSON: {error}. Expected an array of records.") from None
-    return records
-
-
-def _read_text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{path}: cannot be read: {reason}. Give a JSON or JSONL file.") from None
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}: line {line}: byte {error.start} is not UTF-8. Save the file as UTF-8."
-        ) from None
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty; expected ShareGPT dialogues, JSON or JSONL.")
-    return text
+def _id(record: Any, index: int) -> str:
+    given = record.get("id") if isinstance(record, dict) else None
+    return str(index if given is None else given).encode("utf-8", "replace").decode()
 
 
 def _identity(record: Any) -> str:
@@ -174,15 +161,21 @@ def _parse_record(record: Any, index: int, empty_answers: bool) -> tuple[Dialogu
     parsed = parsed[1:] if skip else parsed
     if not parsed:
         _bad("no turns", "no human turn is left; expected a human turn and a gpt turn")
-    for number, turn in enumerate(parsed):
-        expected = "human" if number % 2 == 0 else "gpt"
-        if turn.role != ROLES[expected]:
-            found = next(name for name, role in ROLES.items() if role == turn.role)
-            place = number + int(skip) + int(system is not None)
-            _bad("turns do not alternate", f'turn {place} is "{found}"; expected "{expected}"')
-    identity = str(index if record.get("id") is None else record["id"])
-    printable = identity.encode("utf-8", "replace").decode()
-    return Dialogue(printable, tuple(parsed), system), skip
+    offset = len(turns) - len(parsed)
+    if parsed[0].role != "user":
+        _bad("turns do not alternate", f'turn {offset} is {_name(parsed[0])}; expected "human"')
+    for number, (before, turn) in enumerate(pairwise(parsed), offset + 1):
+        if turn.role not in AFTER[before.role]:
+            _bad(
+                "turns do not alternate",
+                f"turn {number} is {_name(turn)} after {_name(before)}; expected "
+                + ('"gpt"' if before.role == "user" else '"human" or "gpt"'),
+            )
+    return Dialogue(_id(record, index), tuple(parsed), system), skip
+
+
+def _name(turn: Turn) -> str:
+    return f'"{next(name for name, role in ROLES.items() if role == turn.role)}"'
 
 
 def _parse_turn(turn: Any, number: int, empty_answers: bool) -> Turn:
@@ -192,15 +185,24 @@ def _parse_turn(turn: Any, number: int, empty_answers: bool) -> Turn:
     role, value = turn.get("from"), turn.get("value")
     if not isinstance(role, str) or role not in ROLES:
         found = f"the role {json.dumps(role, ensure_ascii=False)}" if "from" in turn else "no role"
-        _bad("unknown role", f"turn {number} has {found[:80]}; expected human, gpt or system")
+        _bad("unknown role", f"turn {number} has {found[:80]}; expected human, gpt, system or tool")
     if not isinstance(value, str):
         found = f'"value" is {_kind(value)}' if "value" in turn else 'there is no "value"'
         _bad("value is not text", f"turn {number}: {found}; expected a string")
-    if not value.strip() and not (empty_answers and role == "gpt"):
+    if not value.strip() and not (empty_answers and ROLES[role] == "assistant"):
         _bad("empty value", f'turn {number}: "value" is empty; expected text')
     if LONE_SURROGATE.search(value):
         _bad("lone surrogate", f'turn {number}: "value" holds half a surrogate pair; expected text')
-    return Turn(ROLES[role], value)
+    return Turn(ROLES[role], value, _is_supervised(turn, number))
+
+
+def _is_supervised(turn: dict[str, Any], number: int) -> bool:
+    """Whether a turn is to be learnt, as its "train" or "weight" says, if it has one."""
+    train, weight = turn.get("train"), turn.get("weight")
+    if train not in (None, True, False) or weight not in (None, 0, 1):
+        found = f'"train" {train!r}' if train not in (None, True, False) else f'"weight" {weight!r}'
+        _bad("unknown weight", f"turn {number}: found {found}; expected true or false, 0 or 1")
+    return train is not False and weight != 0
 
 
 def _bad(cause: str, explanation: str) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -10,6 +11,8 @@ from data.errors import UserError
 from data.sharegpt import Dialogue, Turn
 
 TemplateName = Literal["vicuna", "chat", "t5"]
+Span = tuple[int, int]
+Messages = list[dict[str, str]]
 
 # FastChat 0.2.36, fastchat/conversation.py, `vicuna_v1.1`.
 VICUNA_SYSTEM = (
@@ -22,17 +25,23 @@ T5_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
 
+T5_NAMES = {"user": "Human", "tool": "Tool"}
+
 
 @dataclass(frozen=True)
 class Rendered:
-    """A dialogue as text, with the half-open character spans that are supervised."""
+    """A dialogue as text, with the half-open character spans that are supervised.
+
+    add_special_tokens: whether the tokenizer still has to add its own BOS, or EOS.
+    messages: the spans of what people wrote, in order; all else is the template's.
+    header: characters of the t5 template's header.
+    """
 
     text: str
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[Span, ...]
     add_special_tokens: bool
-    """Whether the tokenizer still has to add its own BOS, or EOS."""
+    messages: tuple[Span, ...] = ()
     header: int = 0
-    """Characters of the t5 template's header."""
 
 
 def default_template(tokenizer: Any) -> TemplateName:
@@ -62,67 +71,111 @@ def prompt(turns: tuple[Turn, ...], template: TemplateName, tokenizer: Any) -> R
 
 def _render_vicuna(dialogue: Dialogue, tokenizer: Any) -> Rendered:
     text, spans = (dialogue.system or VICUNA_SYSTEM) + " ", []
+    messages = [(0, len(text) - 1)]
     for turn in dialogue.turns:
-        if turn.role == "user":
-            text += f"USER: {turn.text} "
+        text += f"{turn.role.upper()}:"
+        # The space belongs to the answer: SentencePiece joins it to the word.
+        start, end = len(text), len(text) + 1 + len(turn.text)
+        messages.append((start + 1, end))
+        if turn.role != "assistant":
+            text += f" {turn.text} "
             continue
-        text += "ASSISTANT:"
-        start = len(text)  # The space belongs to the answer: SentencePiece joins it to the word.
         text += f" {turn.text}{tokenizer.eos_token}"
-        spans.append((start, len(text)))
-    return Rendered(text, tuple(spans), add_special_tokens=True)
+        if turn.supervised:
+            spans.append((start, len(text)))
+    return Rendered(text, tuple(spans), add_special_tokens=True, messages=tuple(messages))
 
 
 def _render_t5(dialogue: Dialogue) -> Rendered:
     text = header = (dialogue.system or T5_SYSTEM) + "\n\n"
-    spans = []
+    spans, asked = [], "### Assistant: "
     for turn in dialogue.turns:
-        if turn.role == "user":
-            text += f"### Human: {turn.text}\n### Assistant: "
+        if turn.role != "assistant":
+            text = text.removesuffix(asked) if turn.role == "tool" else text
+            text += f"### {T5_NAMES[turn.role]}: {turn.text}\n{asked}"
             continue
-        spans.append((len(text), len(text) + len(turn.text)))
+        text += "" if text.endswith(asked) else asked  # a second answer in a row
+        if turn.supervised:
+            spans.append((len(text), len(text) + len(turn.text)))
         text += f"{turn.text}\n"
     return Rendered(text, tuple(spans), add_special_tokens=True, header=len(header))
 
 
 def _render_chat(dialogue: Dialogue, tokenizer: Any) -> Rendered:
-    """Render by the model's own chat template and find each answer by rendering it changed.
-
-    The text that two renderings do not share, one with the answer and one with a stand-in, is the
-    answer as the template wrote it (trimmed, say). It works for any template that shows answers.
-    """
+    """Render by the model's own chat template; an answer ends with the control token behind it."""
     messages = _messages(dialogue)
     text = _apply(tokenizer, messages)
-    stand_in, end_token = _unused_character(text), _special_tokens(tokenizer)
-    spans, closing_limit = [], len(text)
-    for number in reversed(range(len(messages))):
+    shown = _filled_in(text, messages, tokenizer) or _changed_one_by_one(dialogue, text, tokenizer)
+    end_token, spans = control_tokens(tokenizer), []
+    skipped = len(messages) - len(dialogue.turns)
+    for number, (start, end) in enumerate(shown):
+        if messages[number]["role"] != "assistant":
+            continue
+        # What closes an answer stands before the next turn's text.
+        later = (place[0] for place in shown[number + 1 :] if place[0] < place[1])
+        limit = min(later, default=len(text))
+        closing = end_token.search(text, end, limit)
+        if start == end or closing is None:
+            lost = "does not show" if start == end else "does not close with a special token"
+            raise UserError(
+                f"dialogue {dialogue.id}: the model's chat template {lost} the answer in turn "
+                f"{number}, so it cannot be supervised exactly. Use --template vicuna."
+            )
+        if dialogue.turns[number - skipped].supervised:
+            spans.append((start, closing.end()))
+    return Rendered(text, tuple(spans), add_special_tokens=False, messages=tuple(shown))
+
+
+def _filled_in(text: str, messages: Messages, tokenizer: Any) -> list[Span] | None:
+    """Return where each message stands, if the template only puts them, or trimmed, in places.
+
+    The places are found by rendering marks; filled with the messages they must give the text.
+    """
+    marks = unused_characters(text, len(messages))
+    if len(marks) < len(messages):
+        return None
+    marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+    between = re.split(f"([{''.join(marks)}])", _apply(tokenizer, marked))
+    if between[1::2] != marks:
+        return None
+    for written in ([m["content"] for m in messages], [m["content"].strip() for m in messages]):
+        if "".join(x + y for x, y in zip(between[::2], [*written, ""], strict=True)) != text:
+            continue
+        spans, end = [], 0
+        for before, content in zip(between[::2], written, strict=False):
+            start = end + len(before)
+            end = start + len(content)
+            spans.append((start, end))
+        return spans
+    return None
+
+
+def _changed_one_by_one(dialogue: Dialogue, text: str, tokenizer: Any) -> list[Span]:
+    """Return where each message stands: what two renderings do not share, one with a stand-in.
+
+    Raises UserError for a template that shows a message in more than one place.
+    """
+    messages, stand_in = _messages(dialogue), unused_characters(text, 1)[0]
+    shown: list[Span] = []
+    for number in range(len(messages)):
         changed = [*messages]
         changed[number] = {**messages[number], "content": stand_in}
         start, end = _difference(text, _apply(tokenizer, changed))
-        if start < end and end > closing_limit:
+        if start < end and shown and start < max(end for _, end in shown):
             raise UserError(
                 f"dialogue {dialogue.id}: the model's chat template shows turn {number} in more "
                 "than one place, so answers cannot be told from it. Use --template vicuna."
             )
-        if messages[number]["role"] == "assistant":
-            closing = end_token.search(text, end, closing_limit)
-            if start == end or closing is None:
-                lost = "does not show" if start == end else "does not close with a special token"
-                raise UserError(
-                    f"dialogue {dialogue.id}: the model's chat template {lost} the answer in turn "
-                    f"{number}, so it cannot be supervised exactly. Use --template vicuna."
-                )
-            spans.append((start, closing.end()))
-        closing_limit = start  # What closes an answer stands before the next turn's text.
-    return Rendered(text, tuple(reversed(spans)), add_special_tokens=False)
+        shown.append((start, end))
+    return shown
 
 
-def _messages(dialogue: Dialogue) -> list[dict[str, str]]:
+def _messages(dialogue: Dialogue) -> Messages:
     system = [] if dialogue.system is None else [Turn("system", dialogue.system)]
     return [{"role": turn.role, "content": turn.text} for turn in (*system, *dialogue.turns)]
 
 
-def _apply(tokenizer: Any, messages: list[dict[str, str]], generation: bool = False) -> str:
+def _apply(tokenizer: Any, messages: Messages, generation: bool = False) -> str:
     if not tokenizer.chat_template:
         raise UserError("this tokenizer has no chat template. Use --template vicuna.")
     try:
@@ -137,9 +190,10 @@ def _apply(tokenizer: Any, messages: list[dict[str, str]], generation: bool = Fa
     return text
 
 
-def _unused_character(text: str) -> str:
-    """Return a private-use character that the text does not hold."""
-    return next(char for char in map(chr, range(0xE000, 0xF8FF)) if char not in text)
+def unused_characters(text: str, count: int) -> list[str]:
+    """Return so many private-use characters that the text does not hold, fewer where it has all."""
+    unused = (char for char in map(chr, range(0xE000, 0xF8FF)) if char not in text)
+    return [*islice(unused, count)]
 
 
 def _difference(text: str, changed: str) -> tuple[int, int]:
@@ -157,7 +211,7 @@ def _difference(text: str, changed: str) -> tuple[int, int]:
     return start, len(text) - end
 
 
-def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
+def control_tokens(tokenizer: Any) -> re.Pattern[str]:
     """Return a pattern of the tokenizer's control tokens, the longest first."""
     added = tokenizer.added_tokens_decoder.values()
     names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)

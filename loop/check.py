@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from data.errors import UserError
+from data.files import find_files
 from loop.base import find_base_model
 from loop.config import Config
 from loop.settings import read_config
@@ -13,6 +14,8 @@ def main(argv: Sequence[str]) -> None:
     config = read_config(argv, Config, "Training flags. With none of them: the main job.")
     if config.model_name_or_path:
         find_base_model(config)
-    if not config.data_file.is_file():
-        found = "a folder" if config.data_file.is_dir() else "no such file"
-        raise UserError(f"--data_path {config.data_file}: {found}. Give a JSON or JSONL file.")
+    for file in find_files([config.data_file]):
+        if not file.is_file():
+            raise UserError(
+                f"--data_path {file}: no such file. Give JSON, JSONL, CSV or Parquet, or a folder."
+            )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import UserError
+from data.files import find_files
 from loop.flags import flag
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +63,9 @@ class Config:
     )
 
     data_path: str | None = flag(
-        None, "ShareGPT JSON or JSONL; none: the bundled dialogues", "data"
+        None,
+        "dialogues in JSON, JSONL, CSV or Parquet, .gz or .zst, or a folder; none: the bundled ones",
+        "data",
     )
     template: Literal["vicuna", "chat", "t5"] | None = flag(
         None,
@@ -85,6 +88,16 @@ class Config:
         "fail", "stop at a record that is wrong, or drop and count it", "data"
     )
 
+    supervise: Literal["all", "last"] = flag(
+        "all", "learn every answer of a dialogue, or its last one", "data"
+    )
+    max_dropped: float = flag(
+        0.05,
+        "share of the dialogues that may have no supervised token",
+        "data",
+        at_least=0,
+        at_most=1,
+    )
     num_data: int = flag(
         -1, "use so many dialogues, chosen by the seed; -1: all", "data", at_least=-1
     )
@@ -182,7 +195,7 @@ PATHS = {
     *("model_name_or_path", "cache_dir", "lora_weight_path", "data_path", "preprocessed_path"),
     "output_dir",
 }
-TOLD = {"deepspeed", "run_name", "report_to", "resume_from_checkpoint"}
+TOLD = {"deepspeed", "run_name", "report_to", "resume_from_checkpoint", "max_dropped"}
 PRECISION = {"mixed_precision", "bf16", "fp16"}
 
 
@@ -193,13 +206,19 @@ def decisive(config: Config) -> dict[str, Any]:
     return {"the precision": config.precision, **told}
 
 
-def file_sha256(file: Path) -> str:
-    """Return the SHA-256 of a file; raises UserError where it cannot be read."""
-    try:
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}.") from None
+def data_sha256(config: Config) -> str:
+    """Return the SHA-256 of the data's file, or of the hashes of a folder's files.
+
+    Raises UserError where one cannot be read.
+    """
+    hashes = []
+    for file in find_files([config.data_file]):
+        try:
+            with open(file, "rb") as opened:
+                hashes.append(hashlib.file_digest(opened, "sha256").hexdigest())
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}.") from None
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(str(hashes).encode()).hexdigest()
 
 
 def shown(path: str | Path) -> str:

@@ -19,7 +19,7 @@ from data.errors import UserError
 from loop import launch
 from loop.backend import told_to_all
 from loop.checkpoint import sync
-from loop.config import ADAPTER_FILES, Config, file_sha256
+from loop.config import ADAPTER_FILES, Config, data_sha256
 from loop.flags import TRUE
 from loop.non_lora import save_non_lora
 from loop.prepare import Prepared
@@ -60,7 +60,7 @@ def is_finished(config: Config) -> bool:
             values.pop(name, None)
         values |= {key: _resolved(values.get(key)) for key in PATHS}
     settings["data_sha256"] = state.get("data_sha256")
-    now["data_sha256"] = file_sha256(config.data_file)
+    now["data_sha256"] = data_sha256(config)
     settings["examples a step"] = state.get("global_batch_size")
     now["examples a step"] = global_batch_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     changed = [

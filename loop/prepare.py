@@ -1,27 +1,29 @@
 """Finds the base model and encodes the examples: one way for training and for `show`."""
 
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from data.cache import read_cache, write_cache
+from data.cache import Examples, claimed, in_memory, read_cache, write_cache
 from data.collate import Collator
 from data.encode import Example, encode_dialogues
 from data.errors import UserError
 from data.pairs import PairLimits, encode_pairs
-from data.sharegpt import Tally, read_dialogues
+from data.sharegpt import Dialogue, Tally, read_dialogues
 from data.templates import TemplateName, default_template
 from data.tokens import with_fastchat_tokens, with_missing_characters
 from loop.base import find_base_model, load_tokenizer, read_base_config, tokenizer_sha256
-from loop.config import Config, file_sha256, shown
+from loop.config import Config, data_sha256, shown
 
 # Settings that decide the encoded data, beside the data itself and the tokenizer.
 ENCODING = (
     *("t5_compat", "model_max_length", "max_target_length", "keep_header", "on_bad_record"),
-    *("num_data", "seed"),
+    *("num_data", "seed", "supervise"),
 )
+# How the causes of dialogues that teach nothing begin.
+UNSUPERVISED = ("no supervised token", "no answer", "no pair")
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,7 @@ class Prepared:
     tokenizer: Any
     new_tokens: list[int]
     template: TemplateName
-    examples: list[Example]
-    tally: Tally
+    examples: Examples
     source: str
     data_sha256: str
 
@@ -49,7 +50,7 @@ class Prepared:
         return Collator(self.tokenizer.pad_token_id, start)
 
     def __str__(self) -> str:
-        return f"{self.source}, template {self.template}: {self.tally}"
+        return f"{self.source}, template {self.template}: {self.examples.tally}"
 
 
 def prepare(config: Config) -> Prepared:
@@ -62,37 +63,88 @@ def prepare(config: Config) -> Prepared:
     if template == "t5":
         added = with_fastchat_tokens if config.t5_compat else with_missing_characters
         tokenizer, new_tokens = added(tokenizer)
-    data_sha256 = file_sha256(config.data_file)
+    data_hash = data_sha256(config)
     key = {
-        "data": data_sha256,
+        "data": data_hash,
         "tokenizer": tokenizer_sha256(tokenizer),
         "template": f"{template} {tokenizer.chat_template if template == 'chat' else ''}",
         **{f"--{name}": getattr(config, name) for name in ENCODING},
     }
-    cached = read_cache(config.preprocessed_path, key) if config.preprocessed_path else None
-    examples, tally = cached or _encode(config, template, tokenizer)
-    # One rank a machine writes; the others have encoded the same meanwhile, so none waits.
-    if config.preprocessed_path and not cached and os.environ.get("LOCAL_RANK", "0") == "0":
-        write_cache(config.preprocessed_path, key, examples, tally)
+    examples = _examples(config, key, template, tokenizer)
+    _check_account(examples.tally, config)
     source = shown(config.data_file)
     return Prepared(
-        *(base, base_config, tokenizer, new_tokens, template, examples, tally, source, data_sha256)
+        *(base, base_config, tokenizer, new_tokens, template, examples, source, data_hash)
     )
 
 
-def _encode(config: Config, template: TemplateName, tokenizer: Any) -> tuple[list[Example], Tally]:
+def _examples(
+    config: Config, key: dict[str, Any], template: TemplateName, tokenizer: Any
+) -> Examples:
+    """Return the encoded data; one rank a machine makes the file that the others then open.
+
+    They wait for a lock, in no collective, so no time-out counts.
+    """
+    path = config.preprocessed_path
+    if path is None:
+        tally = Tally()
+        return in_memory(_encode(config, template, tokenizer, tally), tally)
+    if kept := read_cache(path, key):
+        return kept
+    with claimed(path):
+        if not (kept := read_cache(path, key, silent=True)):
+            tally = Tally()
+            write_cache(path, key, _encode(config, template, tokenizer, tally), tally)
+            kept = read_cache(path, key)
+    if kept is None:
+        raise UserError(f"--preprocessed_path {path}: it changes while it is used. Run again.")
+    return kept
+
+
+def _encode(
+    config: Config, template: TemplateName, tokenizer: Any, tally: Tally
+) -> Iterator[Example]:
     pairs = template == "t5"
-    dialogues, tally = read_dialogues(config.data_file, config.on_bad_record, empty_answers=pairs)
-    if 0 <= config.num_data < len(dialogues):
-        tally.drop("beyond num_data", len(dialogues) - config.num_data)
-        order = np.random.default_rng(config.seed).permutation(len(dialogues))
-        dialogues = [dialogues[i] for i in sorted(order[: config.num_data])]
+    dialogues = _chosen(config, pairs, tally)
     if not pairs:
-        longest = config.model_max_length
-        return encode_dialogues(dialogues, template, tokenizer, longest, tally), tally
+        return encode_dialogues(dialogues, template, tokenizer, config.model_max_length, tally)
     target = config.max_target_length or config.model_max_length
     limits = PairLimits(config.model_max_length, target, config.keep_header)
-    return encode_pairs(dialogues, tokenizer, limits, config.t5_compat, tally), tally
+    return encode_pairs(dialogues, tokenizer, limits, config.t5_compat, tally)
+
+
+def _chosen(config: Config, empty_answers: bool, tally: Tally) -> Iterator[Dialogue]:
+    """Yield the dialogues that are asked for, one at a time, however many there are."""
+
+    def read(into: Tally) -> Iterator[Dialogue]:
+        how = (config.on_bad_record, empty_answers, config.supervise)
+        return read_dialogues([config.data_file], into, *how)
+
+    if config.num_data < 0:
+        yield from read(tally)
+        return
+    count = sum(1 for _ in read(Tally()))
+    order = np.random.default_rng(config.seed).permutation(count)
+    chosen = {*order[: config.num_data].tolist()}
+    for number, dialogue in enumerate(read(tally)):
+        if number in chosen:
+            yield dialogue
+        else:
+            tally.drop("beyond num_data", dialogue.id)
+
+
+def _check_account(tally: Tally, config: Config) -> None:
+    """Refuse data of which too much teaches nothing, or that does not add up."""
+    if tally.read != tally.kept + tally.dropped.total():
+        raise RuntimeError(f"records are lost: {tally}")
+    useless = sum(n for cause, n in tally.dropped.items() if cause.startswith(UNSUPERVISED))
+    share = useless / max(1, tally.kept + useless)
+    if share > config.max_dropped or not tally.kept:
+        raise UserError(
+            f"{config.data_file}: {useless} of {tally.kept + useless} dialogues ({share:.1%}) have "
+            f"no supervised token; expected {config.max_dropped:.1%} at most. {tally}. Mend the "
+            "data, give a larger --model_max_length, or allow more by --max_dropped."
+        )
 
 
 def _template(base: str, base_config: Any, tokenizer: Any, config: Config) -> TemplateName:

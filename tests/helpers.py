@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.sharegpt import Dialogue, Tally, read_dialogues
+
 ROOT = Path(__file__).resolve().parent.parent
 USUAL = 0.25  # seconds that `counting` takes on the machines where these tests were timed
 
@@ -158,3 +160,9 @@ def write_dialogues(file: Path, *dialogues: list[str]) -> Path:
     ]
     file.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     return file
+
+
+def dialogues_in(file: Path, *how: Any, **more: Any) -> tuple[list[Dialogue], Tally]:
+    """Return all dialogues of a file, and the account of its records."""
+    tally = Tally()
+    return [*read_dialogues([file], tally, *how, **more)], tally

@@ -1,5 +1,7 @@
 """Encoded data is used again while it fits, and made anew, aloud, when it does not."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from data.errors import UserError
 from data.sharegpt import Tally
 from loop import prepare as preparing
 from loop.config import Config
-from tests.helpers import adapter_of, write_dialogues
+from tests.helpers import ROOT, adapter_of, write_dialogues
 from tests.test_pairs import LONG
 
 KEY = {"data": "a", "--seed": 1}
@@ -24,19 +26,33 @@ EXAMPLES = [
 
 
 def written(folder: Path) -> Path:
-    tally = Tally(5, 2)
-    tally.drop("too short", 0)
+    tally = Tally(3, 2)
+    tally.drop("too short", "drei")
     tally.noted["cut"] += 3
-    cache.write_cache(str(folder / "new" / "data.bin"), KEY, EXAMPLES, tally)
-    return folder / "new" / "data.bin"
+    cache.write_cache(str(folder / "data.bin"), KEY, EXAMPLES, tally)
+    return folder / "data.bin"
 
 
 def test_what_was_kept_comes_back_as_it_was(tmp_path: Path) -> None:
     file = written(tmp_path)
-    examples, tally = cache.read_cache(str(file), KEY) or ([], Tally())
-    assert examples == EXAMPLES
-    assert (tally.read, tally.kept, tally.noted) == (5, 2, {"cut": 3})
-    assert [path.name for path in file.parent.iterdir()] == ["data.bin"]
+    examples = cache.read_cache(str(file), KEY)
+    assert examples is not None
+    assert [*examples] == EXAMPLES
+    assert examples[-1] == EXAMPLES[1]
+    assert examples[:1] == EXAMPLES[:1]
+    assert str(examples.tally) == "read 3 = kept 2 + dropped 1 (too short: 1 [drei]); cut: 3"
+    assert [path.name for path in tmp_path.iterdir()] == ["data.bin"]
+
+
+def test_examples_are_found_in_any_batch(tmp_path: Path) -> None:
+    many = [Example(str(n), [n] * (n % 7), [n], 1, n) for n in range(2 * cache.BATCH + 1)]
+    kept = cache.in_memory(iter(many), Tally(len(many), len(many)))
+    assert len(kept) == len(many)
+    assert [kept[n] for n in (0, 1023, 1024, 2047, 2048, -1)] == [
+        many[n] for n in (0, 1023, 1024, 2047, 2048, -1)
+    ]
+    with pytest.raises(IndexError):
+        kept[len(many)]
 
 
 def test_none_is_no_mistake(tmp_path: Path) -> None:
@@ -75,8 +91,30 @@ def test_a_file_of_another_kind_is_never_overwritten(content: bytes, tmp_path: P
 
 def test_a_place_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    place = str(tmp_path / "file" / "x")
+    with pytest.raises(UserError, match="cannot be written"), cache.claimed(place):
+        pass
     with pytest.raises(UserError, match="cannot be written"):
-        cache.write_cache(str(tmp_path / "file" / "x"), KEY, EXAMPLES, Tally())
+        cache.write_cache(place, KEY, EXAMPLES, Tally())
+
+
+def test_four_processes_that_want_one_file_make_it_once(tiny_model: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from loop.config import Config\n"
+        "from loop import prepare\n"
+        "encode = prepare._encode\n"
+        "prepare._encode = lambda *a: print('made') or encode(*a)\n"
+        "kept = prepare.prepare(Config(sys.argv[1], preprocessed_path=sys.argv[2])).examples\n"
+        "print(len(kept), kept[499].supervised_tokens)\n"
+    )
+    words = [sys.executable, "-c", script, str(tiny_model), str(tmp_path / "new" / "kept")]
+    running = [
+        subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    said = sorted(process.communicate(timeout=300)[0] for process in running)
+    assert [text.count("made") for text in said] == [0, 0, 0, 1]
+    assert len({text.splitlines()[-1] for text in said}) == 1
 
 
 def test_a_run_uses_what_another_has_kept_and_gives_the_same(
@@ -86,7 +124,7 @@ def test_a_run_uses_what_another_has_kept_and_gives_the_same(
     first = adapter_of(train("first", "--preprocessed_path", tmp_path / "kept"))
     made: list[Any] = []
     encode = preparing._encode
-    monkeypatch.setattr(preparing, "_encode", lambda *a: made.append(1) or encode(*a))
+    monkeypatch.setattr(preparing, "_encode", lambda *a: (made.append(1), encode(*a))[1])
     again = adapter_of(train("again", "--preprocessed_path", tmp_path / "kept"))
     assert not made
     for name, tensor in plain.items():
@@ -105,7 +143,7 @@ def test_num_data_takes_dialogues_by_the_seed(tiny_t5: Path, tmp_path: Path) -> 
     def chosen(seed: int) -> list[str]:
         config = Config(str(tiny_t5), data_path=str(data), num_data=5, seed=seed)
         prepared = preparing.prepare(config)
-        assert prepared.tally.dropped == {"beyond num_data": 15}
+        assert prepared.examples.tally.dropped == {"beyond num_data": 15}
         return [example.id for example in prepared.examples]
 
     assert chosen(1) == chosen(1)

@@ -10,16 +10,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.collate import collate
 from data.encode import Example, encode_dialogues
-from data.sharegpt import read_dialogues
 from loop.config import DUMMY_DATA
 from loop.objective import supervised_loss_sum
+from tests.helpers import dialogues_in
 
 
 @pytest.fixture(scope="module")
 def examples(tiny_model: Path) -> list[Example]:
-    dialogues, tally = read_dialogues(DUMMY_DATA)
+    dialogues, tally = dialogues_in(DUMMY_DATA)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    return encode_dialogues(dialogues[:5], "chat", tokenizer, 128, tally)
+    return [*encode_dialogues(dialogues[:5], "chat", tokenizer, 128, tally)]
 
 
 @pytest.fixture

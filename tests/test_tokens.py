@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from data.sharegpt import read_dialogues
 from data.templates import T5_SYSTEM
 from data.tokens import CHARACTERS, with_fastchat_tokens, with_missing_characters
 from loop.config import DUMMY_DATA
+from tests.helpers import dialogues_in
 from tests.small_t5 import TOKENS, t5_tokenizer
 
 CODE = [
@@ -58,7 +58,7 @@ def test_code_goes_through_tokenizer_folder_and_decoding_unchanged(
 
 
 def test_a_text_of_words_has_the_ids_that_it_had(plain: Any, reloaded: Any) -> None:
-    dialogues, _ = read_dialogues(DUMMY_DATA)
+    dialogues, _ = dialogues_in(DUMMY_DATA)
     texts = [" ".join(turn.text.split()) for d in dialogues for turn in d.turns]
     texts = [text for text in texts if not {*text} & {*CHARACTERS}]
     assert len(texts) > 900

@@ -1,0 +1,99 @@
+"""Encodes rendered dialogues so that control tokens come from the template alone.
+
+Text like "</s>" in a message is a message's text: were it read as a control token, a user could
+end an answer, or begin one.
+"""
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from data.templates import Rendered, Span, control_tokens, unused_characters
+
+# Ids, the supervised spans, and each id's characters, in the text that was encoded.
+Encoded = tuple[list[int], Sequence[Span], list[Span]]
+
+
+class Encoder:
+    """Encodes with one tokenizer, and with a copy of it where messages hold control tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.pattern = control_tokens(tokenizer)
+        added = tokenizer.added_tokens_decoder.values()
+        self.control = {token.content: token for token in added if token.special}
+        self.control_ids = {tokenizer.convert_tokens_to_ids(name) for name in self.control}
+        self.control_ids |= {*tokenizer.all_special_ids}
+        self.copies: dict[str, tuple[Any, dict[int, int]]] = {}
+
+    def __call__(self, rendered: Sequence[Rendered]) -> Iterator[Encoded]:
+        """Yield what each becomes; a template's own control tokens are found as ever."""
+        quoting = [self._quotes(item) for item in rendered]
+        plain = [item for item, quotes in zip(rendered, quoting, strict=True) if not quotes]
+        encoded = iter(self._encoded(self.tokenizer, plain) if plain else ())
+        for item, quotes in zip(rendered, quoting, strict=True):
+            yield self._literally(item) if quotes else next(encoded)
+
+    def _quotes(self, item: Rendered) -> bool:
+        return any(_inside(match, item) for match in self.pattern.finditer(item.text))
+
+    def _encoded(self, tokenizer: Any, items: Sequence[Rendered], **how: Any) -> Iterator[Encoded]:
+        encoded = tokenizer(
+            [item.text for item in items],
+            add_special_tokens=items[0].add_special_tokens,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+            **how,
+        )
+        columns = zip(items, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        for item, ids, offsets in columns:
+            yield ids, item.spans, offsets
+
+    def _literally(self, item: Rendered) -> Encoded:
+        """Encode a dialogue whose messages hold control tokens, as the text that they are.
+
+        A tokenizer reads special tokens everywhere or nowhere. So the template's own are put into
+        the text as other characters, which a copy of the tokenizer knows in their place.
+        """
+        own = [match for match in self.pattern.finditer(item.text) if not _inside(match, item)]
+        unused = unused_characters(item.text, len(self.control))
+        marks = dict(zip(self.control, unused, strict=True))
+        copied, originals = self._copy(marks)
+        text, shifts, end = "", [(0, 0)], 0
+        for match in own:
+            text += item.text[end : match.start()] + marks[match.group()]
+            end = match.end()
+            shifts.append((end, end - len(text)))
+        text += item.text[end:]
+        spans = tuple((_shifted(a, shifts), _shifted(b, shifts)) for a, b in item.spans)
+        marked = Rendered(text, spans, item.add_special_tokens)
+        (ids, _, offsets) = next(self._encoded(copied, [marked], split_special_tokens=True))
+        return [originals.get(one, one) for one in ids], spans, offsets
+
+    def _copy(self, marks: dict[str, str]) -> tuple[Any, dict[int, int]]:
+        """Return a tokenizer that also knows the marks, and the ids that they stand for."""
+        from tokenizers import AddedToken
+
+        key = repr(marks)
+        if key not in self.copies:
+            copied = copy.deepcopy(self.tokenizer)
+            for name, mark in marks.items():
+                was = self.control[name]
+                how = {"lstrip": was.lstrip, "rstrip": was.rstrip, "normalized": was.normalized}
+                copied.add_tokens([AddedToken(mark, special=False, **how)])
+            to_id = self.tokenizer.convert_tokens_to_ids
+            ids = {copied.convert_tokens_to_ids(m): to_id(name) for name, m in marks.items()}
+            self.copies = {key: (copied, ids)}  # the marks are nearly always the same
+        return self.copies[key]
+
+
+def _inside(match: re.Match[str], item: Rendered) -> bool:
+    """Whether a control token's name is at least partly a message's text."""
+    return any(match.start() < end and match.end() > start for start, end in item.messages)
+
+
+def _shifted(place: int, shifts: Sequence[tuple[int, int]]) -> int:
+    """Return where a place of the text is when the control tokens before it have been replaced."""
+    return place - next(shift for start, shift in reversed(shifts) if start <= place)
