@@ -64,7 +64,7 @@ class Config:
 
     data_path: str | None = flag(
         None,
-        "dialogues in JSON, JSONL, CSV or Parquet, .gz or .zst, or a folder; none: the bundled ones",
+        "dialogues: JSON, JSONL, CSV, Parquet, .gz, .zst, or a folder; none: the bundled ones",
         "data",
     )
     template: Literal["vicuna", "chat", "t5"] | None = flag(
