@@ -5,7 +5,6 @@ Cleaning what is clean changes nothing: each message is cleaned until nothing ch
 
 import argparse
 import difflib
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -193,7 +192,11 @@ def _rejected(turns: Turns, settings: Settings) -> str | None:
 
 
 def _digest(parts: list[str]) -> bytes:
-    return blake2b(json.dumps(parts).encode(), digest_size=16).digest()
+    digest = blake2b(digest_size=16)
+    for part in parts:
+        encoded = part.encode("utf-8", "surrogatepass")
+        digest.update(f"{len(encoded)}:".encode() + encoded)
+    return digest.digest()
 
 
 def told(account: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ BLOCKS = {*BLOCK.split()}
 TEXT = BLOCKS | VOID | {*INLINE.split()}
 # On an indented line these are source code, too: exported HTML is not indented.
 LAID_OUT = {"div", "span", "p", "a", "img", "table", "h1", "h2", "h3", "h4", "h5", "h6"}
+IN_STRING = re.compile(r"(?:[=:(,+?\[]|return)\s*[\"'`][^\"'`]*\Z")
 IN_SOURCE = re.compile(r"className|[{}]|\b(?:on[a-z]+|v-[a-z]+|ng-[a-z]+)\s*=")
 FENCE = re.compile(r"\n[ \t]*(`{3,}|~{3,})([^\n]*)")
 TOKEN = re.compile(r"(?P<code>(`+)[^`\n]+\2)|(?<!\\)<(?P<end>/?)(?P<name>[A-Za-z][A-Za-z0-9]*)"
@@ -88,6 +89,7 @@ def _elements(text: str) -> list[tuple[int, int, bool]]:
             continue
         line = text[text.rfind("\n", 0, token.start()) + 1 : token.start()]
         laid_out = bool(line) and line.isspace() and name in LAID_OUT
+        laid_out = laid_out or (not stack and IN_STRING.search(line) is not None)
         if name in SOURCE or laid_out or IN_SOURCE.search(token["rest"] or ""):
             return []
         if name not in TEXT or name in VOID:

@@ -11,10 +11,9 @@ GRAM = 5  # words
 FEWEST = 50  # words; in shorter dialogues one word is too large a share
 # Only so many of the smallest hashes go into a signature: two sets that are alike agree in these,
 # too, and the 128 permutations of every gram would take most of the time.
-SAMPLE = 512
-LONGEST = 1 << 20  # bytes that are looked at, so that memory is bounded
-BASE = 0x9E3779B97F4A7C15
-SPREAD = np.uint64(0xFF51AFD7ED558CCD)
+SAMPLE = 256
+LONGEST = 1 << 18  # bytes that are looked at, so that memory is bounded
+BASE = 0x9E3779B1
 
 
 def signature(text: str) -> bytes:
@@ -23,40 +22,46 @@ def signature(text: str) -> bytes:
     if len(words) < FEWEST:
         return b""
     count = len(words) - GRAM + 1
-    grams = np.zeros(count, np.uint64)
-    for offset in range(GRAM):
-        grams = grams * np.uint64(BASE) + words[offset : offset + count]
-    hashes = np.unique((_mixed(grams) >> np.uint64(32)).astype(np.uint32))[:SAMPLE]
+    grams = words[:count].copy()
+    for offset in range(1, GRAM):
+        grams *= np.uint32(BASE)
+        grams += words[offset : offset + count]
+    hashes = np.sort(_mixed(grams))
+    different = np.append(True, hashes[1:] != hashes[:-1])
     sketch = MinHash(PERMUTATIONS, hashfunc=int, permutations=_permutations(), scheme="affine32")
-    sketch.update_batch(hashes.tolist())
+    sketch.update_batch(hashes[different][:SAMPLE].tolist())
     return bytes(sketch.hashvalues.tobytes())
 
 
-def _words(text: str) -> NDArray[np.uint64]:
+def _words(text: str) -> NDArray[np.uint32]:
     """Return a hash of each word; a sign of a script without spaces is a word of its own."""
-    data = np.frombuffer(text.lower().encode("utf-8", "surrogatepass")[:LONGEST], np.uint8)
-    kind = KINDS[data]
-    before = np.zeros_like(kind)
-    before[1:] = kind[:-1]
-    starts = np.flatnonzero((kind == 2) | ((kind == 1) & (before == 0)))
+    data = text.lower().encode("utf-8", "surrogatepass")[:LONGEST]
+    kind = np.frombuffer(data.translate(KINDS), np.uint8)
+    begins = kind == 2
+    begins[1:] |= (kind[1:] == 1) & (kind[:-1] == 0)
+    begins[:1] |= kind[:1] == 1
+    starts = np.flatnonzero(begins)
     if not len(starts):
-        return np.zeros(0, np.uint64)
+        return np.zeros(0, np.uint32)
     # sum of byte * BASE ** offset, from sums over the whole text: numpy has no loop over words.
     powers, inverses = _powers()
-    sums = np.add.reduceat(VALUES[data] * powers[: len(data)], starts)
+    values = np.frombuffer(data.translate(VALUES), np.uint8)
+    sums = np.add.reduceat(values * powers[: len(data)], starts, dtype=np.uint32)
     return _mixed(sums * inverses[starts])
 
 
-def _mixed(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    hashes = (hashes ^ (hashes >> np.uint64(33))) * SPREAD
-    return hashes ^ (hashes >> np.uint64(29))
+def _mixed(hashes: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Spread each bit over all (the finalizer of MurmurHash3)."""
+    hashes = (hashes ^ (hashes >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    hashes = (hashes ^ (hashes >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return hashes ^ (hashes >> np.uint32(16))
 
 
 @functools.cache
-def _powers() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Return BASE ** n and BASE ** -n modulo 2 ** 64; BASE is odd, so that it has an inverse."""
-    bases = (BASE, pow(BASE, -1, 1 << 64))
-    one, two = (np.cumprod(np.full(LONGEST, base, np.uint64), dtype=np.uint64) for base in bases)
+def _powers() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Return BASE ** n and BASE ** -n modulo 2 ** 32; BASE is odd, so that it has an inverse."""
+    bases = (BASE, pow(BASE, -1, 1 << 32))
+    one, two = (np.cumprod(np.full(LONGEST, base), dtype=np.uint32) for base in bases)
     return one, two
 
 
@@ -66,15 +71,13 @@ def _permutations() -> NDArray[np.uint32]:
     return made
 
 
-def _kinds() -> NDArray[np.uint8]:
-    """Return of each byte of UTF-8 whether it parts words (0), is in one (1) or begins one (2)."""
-    kinds = np.zeros(256, np.uint8)
-    for byte in range(128):
-        kinds[byte] = chr(byte).isalnum()
-    kinds[128:] = 1
-    kinds[0xE3:] = 2  # From U+3000 on: Chinese, Japanese, Korean; emoji.
-    return kinds
+def _kind(byte: int) -> int:
+    """Return whether a byte of UTF-8 parts words (0), is in one (1) or begins one (2)."""
+    if byte < 0x80:
+        return int(chr(byte).isalnum())
+    # From U+3000 on: Chinese, Japanese, Korean; emoji.
+    return 2 if byte >= 0xE3 else 1
 
 
-KINDS = _kinds()
-VALUES = np.where(KINDS > 0, np.arange(1, 257), 0).astype(np.uint64)
+KINDS = bytes(map(_kind, range(256)))
+VALUES = bytes(byte if KINDS[byte] else 0 for byte in range(256))
