@@ -7,14 +7,16 @@ from bs4 import BeautifulSoup
 from markdownify import MarkdownConverter
 
 BLOCK = "p div pre ul ol li dl dt dd h1 h2 h3 h4 h5 h6 blockquote table thead tbody tfoot tr td th"
-INLINE = "a b strong i em u s del code kbd samp sub sup span q mark small cite math semantics"
+INLINE = "a b strong i em u s del code kbd samp sub sup span q mark small cite"
+MATH = """math semantics annotation mrow mi mo mn ms mtext mspace msup msub msubsup mfrac msqrt
+mroot mover munder munderover mtable mtr mtd mstyle mpadded mphantom menclose"""
 VOID = {"br", "hr", "img"}
 # These make a page or a picture: whoever writes them in a message writes about the code itself.
 PAGE = """html head body script style form input select option textarea label button meta link
 title nav header footer main section article aside canvas svg iframe template video audio"""
 SOURCE = {*PAGE.split()}
 BLOCKS = {*BLOCK.split()}
-TEXT = BLOCKS | VOID | {*INLINE.split()}
+TEXT = BLOCKS | VOID | {*INLINE.split(), *MATH.split()}
 # On an indented line these are source code, too: exported HTML is not indented.
 LAID_OUT = {"div", "span", "p", "a", "img", "table", "h1", "h2", "h3", "h4", "h5", "h6"}
 IN_STRING = re.compile(r"(?:[=:(,+?\[]|return)\s*[\"'`][^\"'`]*\Z")
@@ -23,6 +25,8 @@ FENCE = re.compile(r"\n[ \t]*(`{3,}|~{3,})([^\n]*)")
 TOKEN = re.compile(r"(?P<code>(`+)[^`\n]+\2)|(?<!\\)<(?P<end>/?)(?P<name>[A-Za-z][A-Za-z0-9]*)"
                    r"(?P<rest>\s[^<>]*)?/?>")  # fmt: skip
 NO_TAG = re.compile(rf"<(?!/?(?:{'|'.join(sorted(TEXT | SOURCE))})[\s/>]|!--)", re.IGNORECASE)
+# The picture on the button that copies the code.
+ICON = re.compile(r"<svg\b(?:(?!</svg>)[\s\S])*</svg>\s*(?=Copy code)")
 LANGUAGE = re.compile(r"language-([\w+#.-]+)")
 LABEL = re.compile(r"\A\s*([\w+#.-]{1,20}?)\s*(?:Copy code|\Z)")
 
@@ -107,7 +111,7 @@ def _elements(text: str) -> list[tuple[int, int, bool]]:
 
 
 def _markdown(html: str) -> str:
-    soup = BeautifulSoup(NO_TAG.sub("&lt;", html), "lxml")
+    soup = BeautifulSoup(NO_TAG.sub("&lt;", ICON.sub("", html)), "lxml")
     for formula in soup.select("span.katex"):
         source = formula.find("annotation")
         formula.replace_with(f"${source.get_text()}$" if source else formula.get_text())
