@@ -98,6 +98,7 @@ def clean(settings: Settings, record: Any, place: str) -> Result:
     turns = turns_of(record)
     number = place.rpartition(" ")[2]
     identity = number if record.get("id") is None else str(record["id"])
+    identity = identity.encode("utf-8", "replace").decode()  # half a surrogate pair is not printed
     if "plugins" in settings.rules and record.get("plugins"):
         return Result(identity, dropped=("plug-ins",))
     try:
@@ -155,7 +156,7 @@ def _settled(text: str, settings: Settings) -> tuple[str, set[str]]:
             if rule in settings.rules:
                 try:
                     after = step(text)
-                except (RecursionError, AssertionError) as error:  # of the HTML parser
+                except (RecursionError, AssertionError, ValueError) as error:  # of parsers
                     raise _Unsettled from error
                 if after != text:
                     noted.add(rule)
@@ -217,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     width = max(map(len, RULES))
     made.epilog = "rules:\n" + "\n".join(f"  {n:{width}}  {what}" for n, what in RULES.items())
+    made.epilog += "\nA dialogue without a question or without an answer is always dropped."
     made.add_argument("--skip", nargs="+", default=[], metavar="RULE", help="leave out rules")
     made.add_argument(
         "--blocked_words", type=Path, default=BLOCKED_WORDS, help="a text file, a phrase a line"

@@ -10,6 +10,8 @@ BLOCK = "p div pre ul ol li dl dt dd h1 h2 h3 h4 h5 h6 blockquote table thead tb
 INLINE = "a b strong i em u s del code kbd samp sub sup span q mark small cite"
 MATH = """math semantics annotation mrow mi mo mn ms mtext mspace msup msub msubsup mfrac msqrt
 mroot mover munder munderover mtable mtr mtd mstyle mpadded mphantom menclose"""
+LOOK_BACK = 200  # characters
+DEEPEST = 100  # no page is nested so far, and the parsers' recursion is bounded
 VOID = {"br", "hr", "img"}
 # These make a page or a picture: whoever writes them in a message writes about the code itself.
 PAGE = """html head body script style form input select option textarea label button meta link
@@ -21,12 +23,15 @@ TEXT = BLOCKS | VOID | {*INLINE.split(), *MATH.split()}
 LAID_OUT = {"div", "span", "p", "a", "img", "table", "h1", "h2", "h3", "h4", "h5", "h6"}
 IN_STRING = re.compile(r"(?:[=:(,+?\[]|return)\s*[\"'`][^\"'`]*\Z")
 IN_SOURCE = re.compile(r"className|[{}]|\b(?:on[a-z]+|v-[a-z]+|ng-[a-z]+)\s*=")
+SPACE = re.compile(r"\s*")
 FENCE = re.compile(r"\n[ \t]*(`{3,}|~{3,})([^\n]*)")
-TOKEN = re.compile(r"(?P<code>(`+)[^`\n]+\2)|(?<!\\)<(?P<end>/?)(?P<name>[A-Za-z][A-Za-z0-9]*)"
-                   r"(?P<rest>\s[^<>]*)?/?>")  # fmt: skip
+TOKEN = re.compile(
+    r"(?P<code>(?<!`)(`+)[^`\n]+\2)"
+    r"|(?<!\\)<(?P<end>/?)(?P<name>[A-Za-z][A-Za-z0-9]*)(?P<rest>\s[^<>]*)?/?>"
+)
 NO_TAG = re.compile(rf"<(?!/?(?:{'|'.join(sorted(TEXT | SOURCE))})[\s/>]|!--)", re.IGNORECASE)
 # The picture on the button that copies the code.
-ICON = re.compile(r"<svg\b(?:(?!</svg>)[\s\S])*</svg>\s*(?=Copy code)")
+ICON = re.compile(r"<svg\b(?:(?!</svg>)[\s\S]){0,4000}</svg>\s*(?=Copy code)")
 LANGUAGE = re.compile(r"language-([\w+#.-]+)")
 LABEL = re.compile(r"\A\s*([\w+#.-]{1,20}?)\s*(?:Copy code|\Z)")
 
@@ -62,19 +67,24 @@ def html_to_markdown(text: str) -> str:
 
 
 def _converted(text: str) -> str:
-    made, at = "", 0
+    parts, at = [""], 0
     for start, end, block in _elements(text):
         before, element = text[at:start], _markdown(text[start:end])
         # What stood there as text, `&lt;b&gt;`, must not become a tag in its turn.
         if _elements(element):
             element = TOKEN.sub(lambda m: m[0] if m["code"] else "\\" + m[0], element)
-        if block:
-            made = f"{(made + before).rstrip()}\n\n{element.strip()}\n\n".lstrip("\n")
-            at = end + len(text[end:]) - len(text[end:].lstrip())
+        at = end
+        if block and element.strip():
+            before = before.rstrip()
+            apart = "".join(parts[-2:]) + before
+            between = "" if not apart or apart.endswith("\n\n") else "\n\n"
+            parts += [before, between, element.strip(), "\n\n"]
+            at = SPACE.match(text, end).end()  # type: ignore[union-attr]  # it always matches
         else:
-            made, at = made + before + element, end
-    rest = text[at:]
-    return made + rest if rest or not at else made.rstrip("\n") + "\n" * text.endswith("\n")
+            parts += [before, element]
+    if at == len(text) and parts[-1] == "\n\n":
+        parts.pop()
+    return "".join(parts) + text[at:]
 
 
 def _elements(text: str) -> list[tuple[int, int, bool]]:
@@ -91,7 +101,7 @@ def _elements(text: str) -> list[tuple[int, int, bool]]:
         name, end = token["name"].lower(), bool(token["end"])
         if "pre" in stack and not (end and name == "pre"):
             continue
-        line = text[text.rfind("\n", 0, token.start()) + 1 : token.start()]
+        line = text[max(0, token.start() - LOOK_BACK) : token.start()].rpartition("\n")[2]
         laid_out = bool(line) and line.isspace() and name in LAID_OUT
         laid_out = laid_out or (not stack and IN_STRING.search(line) is not None)
         if name in SOURCE or laid_out or IN_SOURCE.search(token["rest"] or ""):
@@ -101,6 +111,8 @@ def _elements(text: str) -> list[tuple[int, int, bool]]:
         if not end:
             start = start if stack else token.start()
             stack.append(name)
+            if len(stack) > DEEPEST:
+                return []
         elif name in stack:
             first = stack[0]
             while stack.pop() != name:

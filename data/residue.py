@@ -15,15 +15,15 @@ BREAKS = {"\u2028", "\u2029", "\x85"}
 # Thai, Lao, Burmese and Khmer part words by the zero-width space.
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 PAGER = re.compile(r"\A\s*\d{1,3} / \d{1,3}(?:[ \t]*\n\s*(?!\d+ / \d)(?=\S)|(?=[A-Z][a-z]))")
-COUNTER = re.compile(r"Copy\d+ chars / \d+ words|(?m:\d+ chars [/|] \d+ words[ \t]*$)")
+COUNTER = re.compile(r"Copy\d+ chars / \d+ words|(?m:(?<!\d)\d{1,9} chars [/|] \d+ words[ \t]*$)")
+END = 64  # characters
 SHARE = re.compile(r"(?:(?<=\S)|\n\s*)Share Prompt\s*\Z")
 COPY_LINE = re.compile(r"^[ \t]*[\w+#.-]{0,20}Copy code[ \t]*(?:\n|\Z)", re.MULTILINE)
 # "python" and "Copy code" stand in any arrangement between the fence and the code.
 COPY_IN_FENCE = re.compile(
-    r"\A([ \t]*[`~]{3,})[ \t]*([\w+#.-]*?)[ \t]*\n?[ \t]*"
-    r"(?:([\w+#.-]+?)(?:Copy code)+|(?:Copy code)+[ \t]*(?=\n))[ \t]*\n?"
+    r"\A([ \t]*[`~]{3,})[ \t]*([\w+#.-]{0,20}?)[ \t]*\n?[ \t]*"
+    r"(?:([\w+#.-]{1,20}?)(?:Copy code)+|(?:Copy code)+[ \t]*(?=\n))[ \t]*\n?"
 )
-INFO = re.compile(r"\A[ \t]*[`~]{3,}[^\n]*\n")
 EMPTY_FENCE = re.compile(r"\A[ \t]*(?:`{3,}|~{3,})[^\n]*\n\s*(?:`{3,}|~{3,})\s*\Z")
 # These two begin with fixed text, which re looks for fast.
 MAYBE_EMPTY = (re.compile(r"```[^\n]*\n\s*```"), re.compile(r"~~~[^\n]*\n\s*~~~"))
@@ -46,7 +46,7 @@ def _seen(found: re.Match[str]) -> str:
         return " "
     if character in BREAKS:
         return "\n"
-    before, after = found.string[:at][-1:], found.string[at + 1 : at + 2]
+    before, after = found.string[max(0, at - 1) : at], found.string[at + 1 : at + 2]
     if character == "\u200b" and UNSPACED.match(before) and UNSPACED.match(after):
         return character
     joins = character in "\u200c\u200d" and _joined(before) and _joined(after)
@@ -67,7 +67,8 @@ def without_residue(text: str) -> str:
         text = "".join(pieces)
     if " / " in text[:16]:
         text = PAGER.sub("", text)
-    return SHARE.sub("", text) if "Share Prompt" in text[-32:] else text
+    tail = text[-END:]
+    return text[:-END] + SHARE.sub("", tail) if "Share Prompt" in tail else text
 
 
 def _without_copy(fence: str) -> str:

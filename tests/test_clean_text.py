@@ -143,10 +143,11 @@ PIECES = st.sampled_from(
     ["a", "B c", "\n", "\n\n\n", " ", "```", "```python\n", "\n```\n", "~~~\n", "`", "<p>", "</p>",
      "<b>", "</b>", "<pre>", "</pre>", "<code>", "</code>", "<li>", "</li>", "<ul>", "</ul>",
      "<br>", "<div", ">", "&lt;", "&amp;", "&nbsp;", "<td>", "</td>", "</table>", "<table>", "<tr>",
-     "\\", "Copy code", "1 / 2", "1", " / ", "12 chars / 2 words", "Copy3 chars / 1 words", "\u200b",
-     "Share Prompt", "\u200d", "\xa0", "\ud800", "\x00", "*", "_", "#", "- ", "1. ", "> ", "|",
-     "é", "字", "👩", "a@b.org", "+49 30 1234567", "<!--", "-->", "<h1>", "</h1>", "</a>",
-     "<a href='x'>", "<blockquote>", "</blockquote>", "<span>", "</span>", "<img src='a'>", "<hr>", "$"]
+     "\\", "Copy code", "1 / 2", "1", " / ", "12 chars / 2 words", "Copy3 chars / 1 words",
+     "\u200b", "Share Prompt", "\u200d", "\xa0", "\ud800", "\x00", "*", "_", "#", "- ", "1. ", "> ",
+     "|", "é", "字", "👩", "a@b.org", "+49 30 1234567", "<!--", "-->", "<h1>", "</h1>", "</a>",
+     "<a href='x'>", "<blockquote>", "</blockquote>", "<span>", "</span>", "<img src='a'>", "<hr>",
+     "$"]
 )  # fmt: skip
 TEXTS = st.lists(PIECES | st.text(max_size=4), max_size=14).map("".join)
 DIALOGUES = st.lists(
