@@ -1,7 +1,7 @@
 """Turns the HTML of a message into Markdown, and leaves code that merely looks like it alone."""
 
 import re
-from typing import Any
+from typing import Any, cast
 
 from bs4 import BeautifulSoup
 from markdownify import MarkdownConverter
@@ -79,7 +79,7 @@ def _converted(text: str) -> str:
             apart = "".join(parts[-2:]) + before
             between = "" if not apart or apart.endswith("\n\n") else "\n\n"
             parts += [before, between, element.strip(), "\n\n"]
-            at = SPACE.match(text, end).end()  # type: ignore[union-attr]  # it always matches
+            at = cast(re.Match[str], SPACE.match(text, end)).end()
         else:
             parts += [before, element]
     if at == len(text) and parts[-1] == "\n\n":
@@ -130,7 +130,7 @@ def _markdown(html: str) -> str:
     return str(CONVERTER.convert_soup(soup)).strip("\n")
 
 
-class _Converter(MarkdownConverter):  # type: ignore[misc]  # of an untyped package
+class _Converter(MarkdownConverter):
     """Fences that are longer than any in the code, with the language that the page names."""
 
     def convert_pre(self, element: Any, text: str, parent_tags: set[str]) -> str:

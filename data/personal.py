@@ -1,6 +1,7 @@
 """Finds and masks what looks like personal data: addresses, phone numbers, keys, cards."""
 
 import re
+from functools import partial
 
 EMAIL = re.compile(
     r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w-])"
@@ -31,9 +32,9 @@ def masked(text: str) -> tuple[str, set[str]]:
         return f"[{kind}]"
 
     if "@" in text:
-        text = EMAIL.sub(lambda match: mask("EMAIL", match), text)
+        text = EMAIL.sub(partial(mask, "EMAIL"), text)
     for kind, pattern in (("KEY", KEY), ("CARD", CARD), ("PHONE", PHONE)):
-        text = pattern.sub(lambda match, kind=kind: mask(kind, match), text)
+        text = pattern.sub(partial(mask, kind), text)
     return text, found
 
 
