@@ -1,0 +1,46 @@
+"""Tells the language of a dialogue by a detector that is loaded only when it is asked for."""
+
+import difflib
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from data.errors import UserError
+from data.markup import split_fences
+
+ENOUGH = 2000  # characters; more make the answer slower, not better
+UNKNOWN = ("und", "zxx")  # undetermined; no linguistic content (ISO 639-2)
+
+
+def language_of(texts: Iterable[str]) -> str:
+    """Return the ISO 639-1 code of the language that most of the text outside of code is in."""
+    text = ""
+    for part in texts:
+        text += " ".join(split_fences(part[:ENOUGH])[::2]) + "\n"
+        if len(text) > ENOUGH:
+            break
+    return str(_detector().classify(text[:ENOUGH])[0])
+
+
+def check_languages(codes: Iterable[str]) -> None:
+    """Raise UserError for a code that the detector does not know."""
+    codes = list(codes)
+    if not codes:
+        return
+    known = sorted(_detector().labels)
+    for code in codes:
+        if code not in known:
+            near = (difflib.get_close_matches(code, known, 1, 0) or known)[0]
+            raise UserError(
+                f"found the language {code!r}; expected an ISO 639-1 code, such as {near}. "
+                f"Known: {' '.join(known)}."
+            )
+
+
+@functools.cache
+def _detector() -> Any:
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError:
+        raise UserError("languages need py3langid: pip install py3langid.") from None
+    return LanguageIdentifier.from_model_file(MODEL_FILE)
