@@ -155,11 +155,14 @@ def _pieces(settings: Settings, system: Turns, rounds: list[Turns]) -> Iterator[
     """
 
     @cache
-    def fits(first: int, end: int) -> bool:
+    def encoded(first: int, end: int) -> _Encoded:
         turns = [turn for some in rounds[first:end] for turn in some]
-        return _encoded(settings, system + turns).length <= settings.max_length
+        return _encoded(settings, system + turns)
 
-    whole = _encoded(settings, system + [turn for turns in rounds for turn in turns])
+    def fits(first: int, end: int) -> bool:
+        return encoded(first, end).length <= settings.max_length
+
+    whole = encoded(0, len(rounds))
     if whole.length <= settings.max_length:
         yield 0, len(rounds)
         return
