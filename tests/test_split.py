@@ -16,7 +16,7 @@ from data.sharegpt import Dialogue, Tally, Turn, read_dialogues
 from data.split import Settings, load_tokenizer, main, split
 
 HUGE = 1 << 30
-NAMES = {"human": "user", "gpt": "assistant"}
+NAMES = {"human": "user", "gpt": "assistant", "tool": "tool"}
 Texts = list[tuple[str, str]]
 
 
@@ -140,7 +140,7 @@ def test_turns_that_follow_an_answer_stay_in_its_round_as_they_are(tiny_model: P
     (piece,) = split(how, whole, "").records
     assert piece == {"id": "7_1", "conversations": turns[1:]}
     assert "turn before the first question left out" in split(how, whole, "").noted
-    tight = settings_of(tiny_model, "chat", 105)
+    tight = settings_of(tiny_model, "chat", length({"conversations": turns[1:5]}, how))
     assert [p["conversations"] for p in split(tight, whole, "").records] == [turns[1:5], turns[5:]]
 
 
