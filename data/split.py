@@ -180,9 +180,24 @@ def _pieces(settings: Settings, system: Turns, rounds: list[Turns]) -> Iterator[
         first = max(end, first + 1)
 
 
+@lru_cache(maxsize=1)
+def bytewise(name: str) -> bool:
+    """Whether every token of a text stands for one of its bytes at least: byte-level BPE, plain."""
+    made = json.loads(load_tokenizer(name).backend_tokenizer.to_str())
+    steps = made["pre_tokenizer"] or {}
+    steps = steps.get("pretokenizers", [steps])
+    # A normalizer may lengthen a text, and so does a space put before it.
+    plain = made["normalizer"] is None and not any(one.get("add_prefix_space") for one in steps)
+    kinds = {one.get("type") for one in steps}
+    return plain and made["model"]["type"] == "BPE" and kinds <= {"ByteLevel", "Split", "Digits"}
+
+
 @dataclass(frozen=True)
 class _Encoded:
-    """A dialogue as text and tokens, where it is much too long only its beginning's."""
+    """A dialogue as text and tokens, where it is much too long only its beginning's.
+
+    length: of its tokens; a bound of it where they are far too many, or fit in any case.
+    """
 
     text: str
     looked_at: int
@@ -191,7 +206,7 @@ class _Encoded:
 
 
 def _encoded(settings: Settings, turns: Turns) -> _Encoded:
-    """Encode a dialogue as data.encode does; the length of one much too long is a lower bound."""
+    """Encode a dialogue as data.encode does, as far as that is needed to know whether it fits."""
     tokenizer = load_tokenizer(settings.tokenizer)
     parsed = [Turn(cast(Any, ROLES[turn["from"]]), turn["value"]) for turn in turns]
     system = parsed.pop(0).text if parsed[0].role == "system" else None
@@ -200,6 +215,9 @@ def _encoded(settings: Settings, turns: Turns) -> _Encoded:
     except UserError as error:
         raise BadRecord("refused by the template", str(error).rstrip(".")) from None
     text, special = rendered.text, rendered.add_special_tokens
+    most = len(text.encode()) + special * tokenizer.num_special_tokens_to_add()
+    if most <= settings.max_length and bytewise(settings.tokenizer):
+        return _Encoded(text, len(text), None, most)
     many = CHARACTERS * settings.max_length
     for looked_at in [many, len(text)] if len(text) > many else [len(text)]:
         tokens = tokenizer(text[:looked_at], add_special_tokens=special, verbose=False)

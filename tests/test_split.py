@@ -13,7 +13,7 @@ from data.errors import UserError
 from data.jobs import Result
 from data.journal import Journal
 from data.sharegpt import Dialogue, Tally, Turn, read_dialogues
-from data.split import Settings, load_tokenizer, main, split
+from data.split import Settings, bytewise, load_tokenizer, main, split
 
 HUGE = 1 << 30
 NAMES = {"human": "user", "gpt": "assistant", "tool": "tool"}
@@ -106,6 +106,25 @@ def test_a_bos_and_sentencepieces_joins_are_counted(with_bos: Path) -> None:
     texts = [("Why?" + " and why?" * n, "Because.\n" * (n % 5 + 1)) for n in range(12)]
     for limit in range(64, 110):
         check(texts, None, settings_of(with_bos, "vicuna", limit))
+
+
+def test_no_token_of_a_bytewise_vocabulary_stands_for_less_than_a_byte(
+    chat_model: Path, tiny_model: Path
+) -> None:
+    @settings(max_examples=50, deadline=None)
+    @given(st.text(st.characters(exclude_categories=["Cs"])) | text)
+    def holds(any_text: str) -> None:
+        for name in tokenizers:
+            tokens = tokenizers[name](any_text, add_special_tokens=False)["input_ids"]
+            assert len(tokens) <= len(any_text.encode())
+
+    tokenizers = {str(name): load_tokenizer(str(name)) for name in (chat_model, tiny_model)}
+    assert all(map(bytewise, tokenizers))
+    holds()
+
+
+def test_a_sentencepiece_vocabulary_is_not_taken_for_bytewise(with_bos: Path) -> None:
+    assert not bytewise(str(with_bos))
 
 
 def test_the_last_round_is_never_lost(tiny_model: Path) -> None:
