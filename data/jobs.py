@@ -6,9 +6,10 @@ import json
 import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from data.errors import BadRecord, UserError
 from data.files import find_files, read_records
 from data.journal import Journal
+from data.sharegpt import Tally
 
 CHUNK = 256  # records that a process is given at a time
 
@@ -30,6 +32,7 @@ class Result:
     dropped: a cause for each item that is not written. noted: what was changed, to be counted.
     exact: (cause, digest) pairs; the record is dropped for the first that an earlier one had too.
     near: a MinHash signature [n] uint32 as bytes, by which near duplicates are known.
+    held_out: whether it is written to the job's second output.
     """
 
     id: str
@@ -38,6 +41,7 @@ class Result:
     noted: tuple[str, ...] = ()
     exact: tuple[tuple[str, bytes], ...] = ()
     near: bytes = b""
+    held_out: bool = False
 
 
 # A parsed value and its place ("file: record 7"), which errors name; raises BadRecord.
@@ -47,7 +51,10 @@ Chunk = list[tuple[Any, str]]
 
 @dataclass(frozen=True)
 class Job:
-    """A preparation: `settings` are all that decides its result beside the data."""
+    """A preparation: `settings` are all that decides its result beside the data.
+
+    held_out: the output of the results that say so.
+    """
 
     name: str
     inputs: list[Path]
@@ -58,6 +65,12 @@ class Job:
     skip_bad: bool = False
     processes: int = 0
     near_threshold: float = 0.9
+    held_out: Path | None = None
+
+    @property
+    def outputs(self) -> dict[str, Path]:
+        """The files that are written, by the flags that name them."""
+        return {"--out": self.out} | ({"--eval_out": self.held_out} if self.held_out else {})
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -79,28 +92,48 @@ def run(job: Job) -> dict[str, Any]:
     A run that was killed goes on where it was when it is started again. Raises UserError.
     """
     files = find_files(job.inputs)
-    kinds = (".json", ".jsonl")
-    if job.out.suffix not in kinds or job.out.is_dir():
-        raise UserError(f"--out {job.out}: expected a file named {' or '.join(kinds)}.")
-    same = [file for file in files if file.resolve() == job.out.resolve()]
-    if same:
-        raise UserError(f"--out {job.out}: it is one of --in. Give another file.")
+    _check_outputs(job, files)
     key = {
         "job": job.name,
         "settings": job.settings,
         "files": [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()],
     }
+    outputs = [*job.outputs.values()]
     try:
-        job.out.parent.mkdir(parents=True, exist_ok=True)
-        with _claimed(job.out), Journal(job.out, key, job.near_threshold) as journal:
+        with ExitStack() as stack:
+            for out in outputs:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_claimed(out))
+            journal = stack.enter_context(Journal(outputs, key, job.near_threshold))
             _write(job, files, journal)
             account = journal.account()
-            journal.finish(job.out)
+            journal.finish()
             if job.report:
                 _write_atomically(job.report, json.dumps(account, indent=1, ensure_ascii=False))
     except OSError as error:
         raise UserError(f"--out {job.out}: cannot be written: {error.strerror}.") from None
     return account
+
+
+def summary(account: dict[str, Any]) -> str:
+    """Return a report in a line: read = kept + dropped, by cause."""
+    found = account["dropped"].items()
+    dropped = Counter({cause: n if isinstance(n, int) else len(n) for cause, n in found})
+    noted = Counter(account["noted"])
+    if "held_out" in account:
+        noted["held out"] = account["held_out"]
+    return str(Tally(account["read"], account["kept"], dropped, noted))
+
+
+def _check_outputs(job: Job, files: list[Path]) -> None:
+    taken = {file.resolve(): "one of --in" for file in files}
+    for flag, out in job.outputs.items():
+        kinds = (".json", ".jsonl")
+        if out.suffix not in kinds or out.is_dir():
+            raise UserError(f"{flag} {out}: expected a file named {' or '.join(kinds)}.")
+        if out.resolve() in taken:
+            raise UserError(f"{flag} {out}: it is {taken[out.resolve()]}. Give another file.")
+        taken[out.resolve()] = flag
 
 
 def _write(job: Job, files: list[Path], journal: Journal) -> None:

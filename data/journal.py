@@ -5,7 +5,7 @@ import os
 import sqlite3
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,19 +24,51 @@ CREATE TABLE IF NOT EXISTS signatures (number INTEGER PRIMARY KEY, value BLOB);
 NEAR = "near duplicate"
 
 
-class Journal:
-    """The partial output, and beside it the account and the fingerprints, in step with each other.
+class _Output:
+    """A file of records on its way: a partial one beside it, of which so many bytes are sure."""
 
+    stream: BinaryIO
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.partial = path.with_name(f".{path.name}.partial")
+        self.array = path.suffix == ".json"
+        self.kept = 0
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add a record."""
+        line = _encoded(record)
+        separator = (b",\n" if self.kept else b"[\n") if self.array else b""
+        self.stream.write(separator + line + (b"" if self.array else b"\n"))
+        self.kept += 1
+
+    def sure(self) -> dict[str, int]:
+        """Have all that was written outlast a kill, and return how much that is."""
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        return {"bytes": self.stream.tell(), "kept": self.kept}
+
+    def finish(self) -> None:
+        """Put the file in its place, whole."""
+        if self.array:
+            self.stream.write(b"\n]\n" if self.kept else b"[]\n")
+        self.sure()
+        self.partial.replace(self.path)
+
+
+class Journal:
+    """The partial outputs, and beside them the account and the fingerprints, in step.
+
+    outputs: the file of what is kept and, where there is one, that of what is held out.
     Memory stays flat: what duplicates are known by lies in an SQLite file.
     """
 
-    def __init__(self, out: Path, key: dict[str, Any], near_threshold: float) -> None:
-        self.partial = out.with_name(f".{out.name}.partial")
-        self.file = out.with_name(f".{out.name}.journal")
-        self.array = out.suffix == ".json"
+    def __init__(self, outputs: list[Path], key: dict[str, Any], near_threshold: float) -> None:
+        self.outputs = [_Output(path) for path in outputs]
+        self.file = outputs[0].with_name(f".{outputs[0].name}.journal")
         self.near_threshold = near_threshold
-        self.key = json.dumps(key, sort_keys=True)
-        self.done = self.read = self.kept = 0
+        self.key = json.dumps({**key, "outputs": [path.name for path in outputs]}, sort_keys=True)
+        self.done = self.read = 0
         self.dropped: Counter[str] = Counter()
         self.named: dict[str, list[str]] = {}
         self.noted: Counter[str] = Counter()
@@ -45,27 +77,31 @@ class Journal:
         found = self._state()
         if found is None:
             self.file.unlink(missing_ok=True)
-            self.partial.unlink(missing_ok=True)
         self.base = sqlite3.connect(self.file, isolation_level=None)
         self.base.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + TABLES)
         self.base.execute("BEGIN")
-        self.output = open(self.partial, "ab")
+        nothing = [{"bytes": 0, "kept": 0}] * len(self.outputs)
+        sure = found["outputs"] if found else nothing
+        for output, state in zip(self.outputs, sure, strict=True):
+            output.stream = open(output.partial, "ab")
+            output.stream.truncate(state["bytes"])
+            output.kept = state["kept"]
         if found is None:
             self.base.execute("INSERT INTO progress VALUES (?, '')", (self.key,))
         else:
-            self.output.truncate(found["bytes"])
-            self.done, self.read, self.kept = found["done"], found["read"], found["kept"]
+            self.done, self.read = found["done"], found["read"]
             self.dropped, self.noted = Counter(found["dropped"]), Counter(found["noted"])
             self.named = found["named"]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.output.close()
+        for output in self.outputs:
+            output.stream.close()
         self.base.close()
 
     def _state(self) -> dict[str, Any] | None:
         """Return what an earlier run of the same has left, None where it left nothing of use."""
-        if not self.file.exists() or not self.partial.exists():
+        if not all(file.exists() for file in (self.file, *(o.partial for o in self.outputs))):
             return None
         try:
             base = sqlite3.connect(self.file)
@@ -77,7 +113,9 @@ class Journal:
             state: dict[str, Any] = json.loads(rows[0][1])
         except (sqlite3.Error, ValueError):
             return None
-        return state if self.partial.stat().st_size >= state["bytes"] else None
+        pairs = zip(self.outputs, state["outputs"], strict=True)
+        whole = all(output.partial.stat().st_size >= sure["bytes"] for output, sure in pairs)
+        return state if whole else None
 
     def add(self, result: "Result") -> None:
         """Write what the record gives, unless it is a duplicate, and count it."""
@@ -88,10 +126,7 @@ class Journal:
             dropped += (cause,) * len(result.records)
         else:
             for record in result.records:
-                line = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
-                separator = (b",\n" if self.kept else b"[\n") if self.array else b""
-                self.output.write(separator + line + (b"" if self.array else b"\n"))
-                self.kept += 1
+                self.outputs[result.held_out].write(record)
             self.noted.update(result.noted)
         self.read += len(result.records) + len(result.dropped)
         for one in dropped:
@@ -130,11 +165,9 @@ class Journal:
 
     def commit(self) -> None:
         """Have all that was added until now outlast a kill."""
-        self.output.flush()
-        os.fsync(self.output.fileno())
         state = {
-            "bytes": self.output.tell(),
-            **{name: getattr(self, name) for name in ("done", "read", "kept")},
+            "outputs": [output.sure() for output in self.outputs],
+            **{name: getattr(self, name) for name in ("done", "read")},
             **{name: getattr(self, name) for name in ("dropped", "noted", "named")},
         }
         self.base.execute("UPDATE progress SET state = ?", (json.dumps(state),))
@@ -148,18 +181,25 @@ class Journal:
             named = self.named[cause]
             dropped[cause] = named if len(named) == count else count
         noted = dict(sorted(self.noted.items()))
-        return {"read": self.read, "kept": self.kept, "dropped": dropped, "noted": noted}
+        kept = [output.kept for output in self.outputs]
+        held_out = {"held_out": kept[1]} if len(kept) > 1 else {}
+        account = {"read": self.read, "kept": sum(kept), **held_out}
+        return {**account, "dropped": dropped, "noted": noted}
 
-    def finish(self, out: Path) -> None:
-        """Put the output in its place, whole, and remove what was beside it."""
-        if self.array:
-            self.output.write(b"\n]\n" if self.kept else b"[]\n")
-        self.output.flush()
-        os.fsync(self.output.fileno())
-        self.partial.replace(out)
+    def finish(self) -> None:
+        """Put the outputs in their places, whole, and remove what was beside them."""
+        for output in reversed(self.outputs):  # The first that is there says that all are.
+            output.finish()
         self.base.close()
         for file in self.file.parent.glob(f"{self.file.name}*"):
             file.unlink()
+
+
+def _encoded(record: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:  # Half a surrogate pair is no UTF-8; escaped it can be read again.
+        return json.dumps(record).encode("ascii")
 
 
 def _bands(signature: NDArray[np.uint32]) -> list[int]:

@@ -58,6 +58,14 @@ def render(dialogue: Dialogue, template: TemplateName, tokenizer: Any) -> Render
     return _render_chat(dialogue, tokenizer)
 
 
+def render_text(dialogue: Dialogue, template: TemplateName, tokenizer: Any) -> Rendered:
+    """Render a dialogue without looking for its answers: quick where only its length counts."""
+    if template != "chat":
+        return render(dialogue, template, tokenizer)
+    text = _apply(tokenizer, _messages(dialogue))
+    return Rendered(text, (), add_special_tokens=False)
+
+
 def prompt(turns: tuple[Turn, ...], template: TemplateName, tokenizer: Any) -> Rendered:
     """Render turns that end with the user's, up to where the assistant's answer begins."""
     if template == "vicuna":

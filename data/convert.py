@@ -1,0 +1,176 @@
+"""`python -m data convert`: dialogues of any known form to ShareGPT's."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+from data.errors import BadRecord, UserError
+from data.formats import as_sharegpt, from_alpaca, from_messages, from_sharegpt, kind, turn_roles
+from data.jobs import Job, Result, parser, run, summary
+
+FORMATS = ("auto", "sharegpt", "messages", "alpaca", "oasst", "columns")
+PARTS = ("user", "assistant", "system", "id")
+READERS = {"sharegpt": from_sharegpt, "messages": from_messages, "alpaca": from_alpaca}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides how records are read; `columns`: (part, name of the column) pairs."""
+
+    format: str
+    columns: tuple[tuple[str, str], ...]
+    oasst_paths: Literal["best", "all"]
+
+
+def main(argv: list[str]) -> None:
+    """Convert the files; raises UserError."""
+    flags = parser("convert", "Dialogues of any known form to ShareGPT's.")
+    flags.add_argument("--format", choices=FORMATS, default="auto", help="auto: by their keys")
+    flags.add_argument(
+        "--columns", nargs="+", default=[], metavar="PART=NAME",
+        help="of a table: user=question assistant=answer [system=...] [id=...]",
+    )  # fmt: skip
+    flags.add_argument(
+        "--oasst_paths", choices=("best", "all"), default="best",
+        help="best: the best-ranked reply at each step; all: a dialogue for each last answer",
+    )  # fmt: skip
+    given = flags.parse_args(argv)
+    form = "columns" if given.columns and given.format == "auto" else given.format
+    settings = Settings(form, _columns(given.columns, form), given.oasst_paths)
+    job = Job(
+        name="convert",
+        inputs=given.inputs,
+        out=given.out,
+        report=given.report,
+        settings=asdict(settings),
+        transform=partial(convert, settings),
+        skip_bad=given.on_bad_record == "skip",
+        processes=given.processes,
+    )
+    print(summary(run(job)), file=sys.stderr)
+
+
+def _columns(words: list[str], form: str) -> tuple[tuple[str, str], ...]:
+    if form != "columns":
+        if words:
+            raise UserError(f"--columns: --format {form} has none. Leave one of them out.")
+        return ()
+    pairs = tuple((part, name) for part, _, name in (word.partition("=") for word in words))
+    parts = [part for part, _ in pairs]
+    wrong = len({*parts}) < len(parts) or not {*parts} <= {*PARTS} or not all(n for _, n in pairs)
+    if wrong or not {"user", "assistant"} <= {*parts}:
+        found = " ".join(words) or "nothing"
+        raise UserError(
+            f"--columns: found {found}; expected user=NAME assistant=NAME and, where there are "
+            "such columns, system=NAME and id=NAME."
+        )
+    return pairs
+
+
+def convert(settings: Settings, record: Any, place: str) -> Result:
+    """Return the record's dialogues in ShareGPT form; raises BadRecord."""
+    number = place.rpartition(" ")[2]
+    tree = isinstance(record, dict) and isinstance(record.get("prompt"), dict)
+    if settings.format == "oasst" or (settings.format == "auto" and tree):
+        return _from_tree(record, number, settings.oasst_paths)
+    if settings.format == "auto":
+        made = as_sharegpt(record)
+    elif not isinstance(record, dict):
+        raise BadRecord("record is not an object", f"found {kind(record)}; expected an object")
+    elif settings.format == "columns":
+        made = _from_columns(record, dict(settings.columns))
+    else:
+        made = READERS[settings.format](record)
+    turn_roles(made)
+    return Result(str(made.get("id", number)), (made,))
+
+
+def _from_columns(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    missing = [name for name in columns.values() if name not in row]
+    if missing:
+        explanation = f"found the columns {', '.join(map(str, row))}"[:200]
+        raise BadRecord("no such column", f"{explanation}; expected {', '.join(missing)}")
+    turns = []
+    for part, speaker in (("system", "system"), ("user", "human"), ("assistant", "gpt")):
+        value = row[columns[part]] if part in columns else None
+        if part == "system" and not value:
+            continue
+        if not isinstance(value, str):
+            explanation = f'"{columns[part]}" is {kind(value)}; expected a string'
+            raise BadRecord("value is not text", explanation)
+        turns.append({"from": speaker, "value": value})
+    identity = {"id": str(row[columns["id"]])} if "id" in columns else {}
+    others = {key: row[key] for key in row if key not in (*columns.values(), "id")}
+    return {**identity, **others, "conversations": turns}
+
+
+def _from_tree(tree: Any, number: str, paths: str) -> Result:
+    """Return the dialogues of an OpenAssistant tree, `prompt` and its `replies`; deleted: none."""
+    prompt = tree.get("prompt") if isinstance(tree, dict) else None
+    if not isinstance(prompt, dict):
+        raise BadRecord("not a tree", 'expected an object with "message_tree_id" and "prompt"')
+    name = str(tree.get("message_tree_id") or number)
+    if _role(prompt) != "human":
+        raise BadRecord("unknown role", 'the prompt is of an assistant; expected "prompter"')
+    language = {"lang": prompt["lang"]} if "lang" in prompt else {}
+    found = _all_paths(prompt) if paths == "all" else _best_path(prompt)
+    records = []
+    for index, path in enumerate(found):
+        turns = [{"from": _role(message), "value": message["text"]} for message in path]
+        records.append({"id": f"{name}_{index}", "conversations": turns, **language})
+        turn_roles(records[-1])
+    return Result(name, tuple(records), dropped=() if records else ("no answer",))
+
+
+def _role(message: dict[str, Any]) -> str:
+    names = {"prompter": "human", "assistant": "gpt"}
+    role, text = message.get("role"), message.get("text")
+    if not isinstance(role, str) or role not in names:
+        raise BadRecord("unknown role", f"found {str(role)[:40]}; expected prompter or assistant")
+    if not isinstance(text, str):
+        raise BadRecord("value is not text", f'"text" is {kind(text)}; expected a string')
+    return names[role]
+
+
+def _replies(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the replies that stand, the best-ranked first, those without a rank last."""
+    replies = message.get("replies") or []
+    if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
+        raise BadRecord("replies of no use", '"replies" is not a list of objects; expected one')
+    if any(_role(reply) == _role(message) for reply in replies):
+        raise BadRecord("turns do not alternate", "a reply is of the same role as its parent")
+    standing = [reply for reply in replies if not reply.get("deleted")]
+    return sorted(standing, key=_rank)
+
+
+def _rank(message: dict[str, Any]) -> float:
+    rank = message.get("rank")
+    return rank if isinstance(rank, (int, float)) else float("inf")
+
+
+Messages = tuple[dict[str, Any], ...]
+
+
+def _best_path(prompt: dict[str, Any]) -> Iterator[Messages]:
+    path = [] if prompt.get("deleted") else [prompt]
+    while path and (replies := _replies(path[-1])):
+        path.append(replies[0])
+    if len(path) % 2:
+        path = path[:-1]  # a question that nobody answered
+    if path:
+        yield tuple(path)
+
+
+def _all_paths(prompt: dict[str, Any]) -> Iterator[Messages]:
+    """Yield a path for each answer that no answered question follows."""
+    waiting: list[Messages] = [] if prompt.get("deleted") else [(prompt,)]
+    while waiting:
+        path = waiting.pop()
+        replies = _replies(path[-1])
+        if _role(path[-1]) == "gpt":
+            replies = [question for question in replies if _replies(question)]
+            if not replies:
+                yield path
+        waiting += [(*path, reply) for reply in reversed(replies)]

@@ -1,0 +1,208 @@
+"""Knows the forms that people keep dialogues in, and gives each in ShareGPT's."""
+
+import json
+import re
+from contextlib import suppress
+from typing import Any, Literal, NoReturn
+
+from data.errors import BadRecord
+
+Role = Literal["system", "user", "assistant", "tool"]
+# Every name of a role that is read, whichever form it is used in.
+ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "developer": "system",  # what OpenAI calls it since its o1 models
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+# ShareGPT's own name of each.
+SHAREGPT: dict[Role, str] = {
+    "system": "system",
+    "user": "human",
+    "assistant": "gpt",
+    "tool": "tool",
+}
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def as_sharegpt(record: Any) -> dict[str, Any]:
+    """Return the record in ShareGPT form; one that is in it already comes back itself.
+
+    Known by their keys: ShareGPT (also with role and content), OpenAI messages, alpaca.
+    Raises BadRecord.
+    """
+    if not isinstance(record, dict):
+        _bad("record is not an object", f"found {kind(record)}; expected an object")
+    if "conversations" in record:
+        return from_sharegpt(record)
+    if "messages" in record:
+        return from_messages(record)
+    if "instruction" in record and "output" in record:
+        return from_alpaca(record)
+    found = f"the keys {', '.join(map(str, record))}"[:80] if record else "no keys"
+    expected = 'expected "conversations", "messages", or "instruction" and "output"'
+    raise BadRecord("unknown format", f"found {found}; {expected}")
+
+
+def turn_roles(record: dict[str, Any]) -> list[Role]:
+    """Return the role of each turn of a ShareGPT record; raises BadRecord for one of no use."""
+    turns = _list(record, "conversations")
+    roles: list[Role] = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            expected = 'expected an object with "from" and "value"'
+            _bad("turn is not an object", f"turn {number} is {kind(turn)}; {expected}")
+        roles.append(_role(turn, "from", number))
+        text = _text(turn, "value", f"turn {number}: ")
+        if LONE_SURROGATE.search(text):
+            found = f'turn {number}: "value" holds half a surrogate pair'
+            _bad("lone surrogate", f"{found}; expected text")
+    return roles
+
+
+def from_sharegpt(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record itself, or with from and value for role and content."""
+    turns = _list(record, "conversations")
+    if any(isinstance(turn, dict) and "from" not in turn and "role" in turn for turn in turns):
+        return {**record, "conversations": _turns(turns)}
+    return record
+
+
+def from_messages(record: dict[str, Any]) -> dict[str, Any]:
+    """Return OpenAI messages as ShareGPT; the calls of tools follow the text of their turn."""
+    return _replaced(record, ("messages",), _turns(_list(record, "messages")))
+
+
+def from_alpaca(record: dict[str, Any]) -> dict[str, Any]:
+    """Return an alpaca record as ShareGPT: system, history, then instruction and output."""
+    pairs = record.get("history") or []
+    if not isinstance(pairs, list):
+        _bad("history is not a list", f'"history" is {kind(pairs)}; expected a list of pairs')
+    turns = []
+    if record.get("system"):
+        turns.append({"from": "system", "value": _text(record, "system")})
+    for number, pair in enumerate(pairs):
+        place = f"history {number}"
+        if not isinstance(pair, list) or len(pair) != 2:
+            expected = "expected a list of a question and an answer"
+            _bad("history is not pairs", f"{place} is {kind(pair)}; {expected}")
+        for speaker, text in zip(("human", "gpt"), pair, strict=True):
+            if not isinstance(text, str):
+                _bad("value is not text", f"{place} holds {kind(text)}; expected strings")
+            turns.append({"from": speaker, "value": text})
+    question, given = _text(record, "instruction"), ""
+    if record.get("input") is not None:
+        given = _text(record, "input")
+    if given.strip():  # FastChat 0.2.36, fastchat/data/convert_alpaca.py
+        question += f"\nInput:\n{given}"
+    turns.append({"from": "human", "value": question})
+    turns.append({"from": "gpt", "value": _text(record, "output")})
+    return _replaced(record, ("instruction", "input", "output", "system", "history"), turns)
+
+
+def _replaced(
+    record: dict[str, Any], keys: tuple[str, ...], turns: list[dict[str, Any]]
+) -> dict[str, Any]:
+    kept = {key: value for key, value in record.items() if key not in keys}
+    identity = {"id": kept.pop("id")} if "id" in kept else {}
+    return {**identity, "conversations": turns, **kept}
+
+
+def _turns(messages: list[Any]) -> list[dict[str, Any]]:
+    """Return messages of role and content as turns of from and value."""
+    turns = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            expected = 'expected an object with "role" and "content"'
+            _bad("turn is not an object", f"turn {number} is {kind(message)}; {expected}")
+        kept = {key: message[key] for key in ("train", "weight") if key in message}
+        speaker = SHAREGPT[_role(message, "role", number)]
+        turns.append({"from": speaker, "value": _content(message, number), **kept})
+    return turns
+
+
+def _content(message: dict[str, Any], number: int) -> str:
+    calls, content = _calls(message, number), message.get("content")
+    parts: list[str] = []
+    if isinstance(content, list):
+        for part in content:
+            found = part.get("type") if isinstance(part, dict) else kind(part)
+            if found != "text":
+                explanation = f"turn {number} has a part {str(found)[:40]!r}; expected text alone"
+                _bad("part is not text", explanation)
+            parts.append(_text(part, "text", f"turn {number}: a part's "))
+        parts = ["".join(parts)]
+    elif content is not None or not calls:
+        parts = [_text(message, "content", f"turn {number}: ")]
+    return "\n".join([*filter(None, parts), *calls])
+
+
+def _calls(message: dict[str, Any], number: int) -> list[str]:
+    """Return the calls of tools as text, their arguments as JSON whether it is packed or not."""
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        _bad(
+            "tool call of no use", f'turn {number}: "tool_calls" is {kind(calls)}; expected a list'
+        )
+    if message.get("function_call"):  # its older form: one call
+        calls = [*calls, {"function": message["function_call"]}]
+    texts = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else call
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            expected = "expected an object that names a function"
+            _bad("tool call of no use", f"turn {number}: a tool call is {kind(call)}; {expected}")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            # A model's own words may be no JSON: they are kept as the string that they are.
+            with suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
+        named = {"name": function["name"], "arguments": arguments}
+        texts.append(f"<tool_call>\n{json.dumps(named, ensure_ascii=False)}\n</tool_call>")
+    return texts
+
+
+def _list(record: dict[str, Any], key: str) -> list[Any]:
+    turns = record.get(key)
+    if not isinstance(turns, list):
+        found = f"it is {kind(turns)}" if key in record else "there is none"
+        _bad(f"no {key}", f'expected a list under "{key}", but {found}')
+    if not turns:
+        _bad("no turns", f'"{key}" is empty; expected a human turn and a gpt turn')
+    return turns
+
+
+def _role(turn: dict[str, Any], key: str, number: int) -> Role:
+    role = turn.get(key)
+    if not isinstance(role, str) or role not in ROLES:
+        found = f"the role {json.dumps(role, ensure_ascii=False)}" if key in turn else "no role"
+        _bad("unknown role", f"turn {number} has {found[:80]}; expected {', '.join(ROLES)}")
+    return ROLES[role]
+
+
+def _text(holder: dict[str, Any], key: str, place: str = "") -> str:
+    value = holder.get(key)
+    if not isinstance(value, str):
+        found = f'"{key}" is {kind(value)}' if key in holder else f'there is no "{key}"'
+        _bad("value is not text", f"{place}{found}; expected a string")
+    return value
+
+
+def _bad(cause: str, explanation: str) -> NoReturn:
+    raise BadRecord(cause, explanation)
+
+
+def kind(value: Any) -> str:
+    """Return what a JSON value is, in words; a table's file may hold other kinds."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    kinds |= {int: "a number", float: "a number", type(None): "null"}
+    return kinds.get(type(value), f"a {type(value).__name__}")

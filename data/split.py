@@ -1,0 +1,258 @@
+"""`python -m data split`: dialogues cut at whole rounds, so that each piece fits the model."""
+
+import argparse
+import hashlib
+import json
+import sys
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from data.encode import check_fast
+from data.errors import BadRecord, UserError
+from data.formats import ROLES, Role, as_sharegpt, turn_roles
+from data.jobs import Job, Result, parser, run, summary
+from data.sharegpt import Dialogue, Turn
+from data.templates import TemplateName, default_template, render_text
+
+NO_FIT = "round longer than a piece may be"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides how dialogues are cut; `held_out` is a share of all dialogues."""
+
+    tokenizer: str
+    template: TemplateName
+    max_length: int
+    long_round: Literal["truncate", "drop"]
+    held_out: float
+
+
+# A text of more characters for each token that fits is looked at in part, to bound memory.
+CHARACTERS = 64
+# A user's turn and all that follows it up to the next: its place among the turns, and they.
+Turns = list[dict[str, Any]]
+Round = tuple[int, Turns]
+
+
+def main(argv: list[str]) -> None:
+    """Split the files; raises UserError."""
+    flags = parser("split", "Dialogues cut at whole rounds, so that each piece fits the model.")
+    flags.add_argument("--model_name_or_path", required=True, metavar="FOLDER")
+    flags.add_argument("--template", choices=("vicuna", "chat"), help="default: as in training")
+    flags.add_argument("--model_max_length", type=int, default=2048, help="tokens of a piece")
+    flags.add_argument(
+        "--long_round", choices=("drop", "truncate"), default="drop",
+        help="a round that alone does not fit; truncate: cut its last answer. The default is drop, "
+        "since an answer that was cut teaches the model to stop in mid-sentence",
+    )  # fmt: skip
+    flags.add_argument(
+        "--eval", type=float, help="the share of dialogues to hold out, such as 0.02"
+    )
+    flags.add_argument("--eval_out", type=Path, help="default: --out with .eval before its suffix")
+    given = flags.parse_args(argv)
+    _check(given)
+    tokenizer = load_tokenizer(given.model_name_or_path)
+    template = given.template or default_template(tokenizer)
+    limit, share = given.model_max_length, given.eval or 0.0
+    settings = Settings(given.model_name_or_path, template, limit, given.long_round, share)
+    held_out = given.eval_out or given.out.with_suffix(f".eval{given.out.suffix}")
+    job = Job(
+        name="split",
+        inputs=given.inputs,
+        out=given.out,
+        report=given.report,
+        settings={**asdict(settings), "fingerprint": _fingerprint(tokenizer)},
+        transform=partial(split, settings),
+        skip_bad=given.on_bad_record == "skip",
+        processes=given.processes,
+        held_out=held_out if given.eval is not None else None,
+    )
+    print(summary(run(job)), file=sys.stderr)
+
+
+def _check(given: argparse.Namespace) -> None:
+    if given.model_max_length < 1:
+        raise UserError(f"--model_max_length {given.model_max_length}: expected at least 1 token.")
+    if given.eval is not None and not 0.0 < given.eval < 1.0:
+        raise UserError(f"--eval {given.eval:g}: expected a share between 0 and 1, such as 0.02.")
+    if given.eval_out and given.eval is None:
+        raise UserError("--eval_out: nothing is held out. Give --eval, such as --eval 0.02.")
+
+
+@lru_cache(maxsize=1)  # one a process: transforms run in others
+def load_tokenizer(name: str) -> Any:
+    """Return the tokenizer of a model's folder; raises UserError."""
+    if not Path(name).is_dir():
+        raise UserError(f"--model_name_or_path {name}: no such folder.")
+    from transformers import AutoTokenizer  # here, since a mistake in flags need not wait for it
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise UserError(f"{name}: its tokenizer cannot be loaded: {reason}.") from None
+    check_fast(tokenizer)
+    return tokenizer
+
+
+def _fingerprint(tokenizer: Any) -> str:
+    known = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
+    return hashlib.sha256(known.encode()).hexdigest()
+
+
+def split(settings: Settings, record: Any, place: str) -> Result:
+    """Return the pieces of a dialogue; raises BadRecord."""
+    record = as_sharegpt(record)
+    roles, number = turn_roles(record), place.rpartition(" ")[2]
+    name = str(number if record.get("id") is None else record["id"])
+    system, rounds, left_out = _rounds(record["conversations"], roles)
+    noted = ["dialogues", *["turn before the first question left out"] * left_out]
+    pieces, dropped = [], 0
+    for first, end in _pieces(settings, system, [turns for _, turns in rounds]):
+        start, turns = rounds[first][0], [turn for _, some in rounds[first:end] for turn in some]
+        if first == end and settings.long_round == "truncate":
+            turns = _truncated(settings, system, rounds[first][1])
+            noted += ["answer cut to fit"] * bool(turns)
+        if turns:
+            changed = {"id": f"{name}_{start}", "conversations": [*system, *turns]}
+            pieces.append({"id": ""} | record | changed)
+        else:
+            dropped += 1
+    noted += ["dialogues cut"] * (len(pieces) + dropped > 1)
+    held_out = _share(record["conversations"], roles) < settings.held_out
+    drops = (NO_FIT,) * dropped
+    return Result(name, tuple(pieces), drops, tuple(noted), held_out=held_out)
+
+
+def _rounds(turns: Turns, roles: list[Role]) -> tuple[Turns, list[Round], int]:
+    """Return the system turns that open a dialogue, its rounds, and how many turns are in none."""
+    starts = [number for number, role in enumerate(roles) if role == "user"]
+    if not starts:
+        raise BadRecord("no human turn", "found no human turn; expected one")
+    opening = next(number for number, role in enumerate(roles) if role != "system")
+    ends = [*starts[1:], len(turns)]
+    rounds = [(start, turns[start:end]) for start, end in zip(starts, ends, strict=True)]
+    return turns[:opening], rounds, starts[0] - opening
+
+
+def _share(turns: Turns, roles: list[Role]) -> float:
+    """Return a number from 0 up to 1 that the dialogue's content decides, and nothing else."""
+    content = [[role, turn["value"]] for role, turn in zip(roles, turns, strict=True)]
+    digest = hashlib.sha256(json.dumps(content).encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64
+
+
+def _pieces(settings: Settings, system: Turns, rounds: list[Turns]) -> Iterator[tuple[int, int]]:
+    """Yield the rounds of each piece, as many as fit; (n, n) where round n alone does not fit.
+
+    Each piece is really encoded, and so is the one of a round more, which does not fit. Where its
+    rounds stand among the tokens of all of them is only where the search begins.
+    """
+
+    @cache
+    def encoded(first: int, end: int) -> _Encoded:
+        turns = [turn for some in rounds[first:end] for turn in some]
+        return _encoded(settings, system + turns)
+
+    def fits(first: int, end: int) -> bool:
+        return encoded(first, end).length <= settings.max_length
+
+    whole = encoded(0, len(rounds))
+    if whole.length <= settings.max_length:
+        yield 0, len(rounds)
+        return
+    at = _positions(whole, rounds)
+    first = 0
+    while first < len(rounds):
+        # What stands before the first question is part of each piece.
+        end = bisect_right(at, at[first] + settings.max_length - at[0]) - 1
+        end = min(max(end, first + 1), len(rounds))
+        while end > first and not fits(first, end):
+            end -= 1
+        while first < end < len(rounds) and fits(first, end + 1):
+            end += 1
+        yield first, end
+        first = max(end, first + 1)
+
+
+@lru_cache(maxsize=1)
+def bytewise(name: str) -> bool:
+    """Whether every token of a text stands for one of its bytes at least: byte-level BPE, plain."""
+    made = json.loads(load_tokenizer(name).backend_tokenizer.to_str())
+    steps = made["pre_tokenizer"] or {}
+    steps = steps.get("pretokenizers", [steps])
+    # A normalizer may lengthen a text, and so does a space put before it.
+    plain = made["normalizer"] is None and not any(one.get("add_prefix_space") for one in steps)
+    kinds = {one.get("type") for one in steps}
+    return plain and made["model"]["type"] == "BPE" and kinds <= {"ByteLevel", "Split", "Digits"}
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A dialogue as text and tokens, where it is much too long only its beginning's.
+
+    length: of its tokens; a bound of it where they are far too many, or fit in any case.
+    """
+
+    text: str
+    looked_at: int
+    tokens: Any
+    length: int
+
+
+def _encoded(settings: Settings, turns: Turns) -> _Encoded:
+    """Encode a dialogue as data.encode does, as far as that is needed to know whether it fits."""
+    tokenizer = load_tokenizer(settings.tokenizer)
+    parsed = [Turn(cast(Any, ROLES[turn["from"]]), turn["value"]) for turn in turns]
+    system = parsed.pop(0).text if parsed[0].role == "system" else None
+    try:
+        rendered = render_text(Dialogue("", tuple(parsed), system), settings.template, tokenizer)
+    except UserError as error:
+        raise BadRecord("refused by the template", str(error).rstrip(".")) from None
+    text, special = rendered.text, rendered.add_special_tokens
+    most = len(text.encode()) + special * tokenizer.num_special_tokens_to_add()
+    if most <= settings.max_length and bytewise(settings.tokenizer):
+        return _Encoded(text, len(text), None, most)
+    many = CHARACTERS * settings.max_length
+    for looked_at in [many, len(text)] if len(text) > many else [len(text)]:
+        tokens = tokenizer(text[:looked_at], add_special_tokens=special, verbose=False)
+        length = len(tokens["input_ids"])
+        # The rest of a text does not halve the tokens of its beginning.
+        if length > 2 * settings.max_length:
+            break
+    return _Encoded(text, looked_at, tokens, length)
+
+
+def _positions(whole: _Encoded, rounds: list[Turns]) -> list[int]:
+    """Return about where among the tokens each round begins, and where the last one ends."""
+    at, found = 0, []
+    for turns in rounds:
+        at = max(whole.text.find(turns[0]["value"].strip(), at), at)
+        token = whole.tokens.char_to_token(at) if at < whole.looked_at else None
+        found.append(whole.length * at // whole.looked_at if token is None else token)
+        at += len(turns[0]["value"].strip())
+    return [*found, whole.length * len(whole.text) // whole.looked_at]
+
+
+def _truncated(settings: Settings, system: Turns, turns: Turns) -> Turns:
+    """Return the round with its last answer cut so that it fits, nothing if that is impossible."""
+    answers = [n for n, turn in enumerate(turns) if ROLES[turn["from"]] == "assistant"]
+    if not answers:
+        return []
+    number, limit = answers[-1], settings.max_length
+    answer = turns[number]["value"][: CHARACTERS * limit]
+    tokens = load_tokenizer(settings.tokenizer)(answer, add_special_tokens=False, verbose=False)
+    left = min(len(tokens["input_ids"]), limit)
+    while left > 0:
+        cut = answer[: tokens.token_to_chars(left - 1).end].rstrip()
+        shorter = [*turns[:number], {**turns[number], "value": cut}, *turns[number + 1 :]]
+        length = _encoded(settings, system + shorter).length
+        if length <= limit:
+            return shorter if cut else []
+        left -= length - limit
+    return []
