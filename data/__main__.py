@@ -4,7 +4,7 @@ import sys
 
 from data.errors import UserError
 
-COMMANDS = ("clean", "split", "convert", "stats")
+COMMANDS = ("clean", "split", "convert")
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from data import jobs, markup, residue
 from data.errors import UserError
+from data.formats import as_sharegpt, turn_roles
 from data.jobs import Result
 from data.languages import UNKNOWN, check_languages, language_of
 from data.near import signature
@@ -25,7 +26,6 @@ from data.turns import (
     from_first_user,
     speaker,
     to_last_answer,
-    turns_of,
     until_empty,
 )
 
@@ -69,6 +69,9 @@ class Settings:
     personal: str = "off"
 
 
+NO_EXCHANGE = "no question and answer"
+
+
 class _Unsettled(Exception):
     """A message that each pass changes anew, or that cannot be parsed."""
 
@@ -90,15 +93,20 @@ def main(argv: list[str]) -> None:
         flags.processes,
         flags.near_threshold,
     )
-    print(told(jobs.run(job)), file=sys.stderr)
+    print(jobs.summary(jobs.run(job)), file=sys.stderr)
 
 
 def clean(settings: Settings, record: Any, place: str) -> Result:
     """Return the record cleaned, or why it is dropped; raises BadRecord."""
-    turns = turns_of(record)
+    empty = isinstance(record, dict) and record.get("conversations") == []
+    record = record if empty else as_sharegpt(record)
     number = place.rpartition(" ")[2]
     identity = number if record.get("id") is None else str(record["id"])
     identity = identity.encode("utf-8", "replace").decode()  # half a surrogate pair is not printed
+    if empty:
+        return Result(identity, dropped=(NO_EXCHANGE,))
+    turn_roles(record, surrogates=True)  # the rule for invisible characters takes them out
+    turns: Turns = record["conversations"]
     if "plugins" in settings.rules and record.get("plugins"):
         return Result(identity, dropped=("plug-ins",))
     try:
@@ -173,7 +181,7 @@ def _rejected(turns: Turns, settings: Settings) -> str | None:
     """Return why the dialogue is dropped, if it is."""
     rules = settings.rules
     if not {"user", "assistant"} <= {speaker(turn) for turn in turns}:
-        return "no question and answer"
+        return NO_EXCHANGE
     if "alternation" in rules and not alternate(turns):
         return "wrong alternation"
     texts = [turn["value"] for turn in turns]
@@ -198,19 +206,6 @@ def _digest(parts: list[str]) -> bytes:
         encoded = part.encode("utf-8", "surrogatepass")
         digest.update(f"{len(encoded)}:".encode() + encoded)
     return digest.digest()
-
-
-def told(account: dict[str, Any]) -> str:
-    """Return the account in words: read = kept + dropped, by cause, and what was changed."""
-    counts = {
-        cause: found if isinstance(found, int) else len(found)
-        for cause, found in account["dropped"].items()
-    }
-    text = f"clean: read {account['read']:,} = kept {account['kept']:,}"
-    text += f" + dropped {sum(counts.values()):,}"
-    causes = ", ".join(f"{cause}: {count:,}" for cause, count in counts.items())
-    changes = ", ".join(f"{rule}: {count:,}" for rule, count in account["noted"].items())
-    return text + (f" ({causes})" if causes else "") + (f"\nchanged: {changes}" if changes else "")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -31,6 +31,12 @@ SHAREGPT: dict[Role, str] = {
     "assistant": "gpt",
     "tool": "tool",
 }
+# Who may speak after whom; a system turn stands first, before the user's.
+AFTER: dict[Role, tuple[Role, ...]] = {
+    "user": ("assistant",),
+    "assistant": ("user", "assistant", "tool"),
+    "tool": ("user", "assistant", "tool"),
+}
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -53,8 +59,11 @@ def as_sharegpt(record: Any) -> dict[str, Any]:
     raise BadRecord("unknown format", f"found {found}; {expected}")
 
 
-def turn_roles(record: dict[str, Any]) -> list[Role]:
-    """Return the role of each turn of a ShareGPT record; raises BadRecord for one of no use."""
+def turn_roles(record: dict[str, Any], surrogates: bool = False) -> list[Role]:
+    """Return the role of each turn of a ShareGPT record; raises BadRecord for one of no use.
+
+    `surrogates`: text that holds half a surrogate pair is of use, too.
+    """
     turns = _list(record, "conversations")
     roles: list[Role] = []
     for number, turn in enumerate(turns):
@@ -63,7 +72,7 @@ def turn_roles(record: dict[str, Any]) -> list[Role]:
             _bad("turn is not an object", f"turn {number} is {kind(turn)}; {expected}")
         roles.append(_role(turn, "from", number))
         text = _text(turn, "value", f"turn {number}: ")
-        if LONE_SURROGATE.search(text):
+        if not surrogates and LONE_SURROGATE.search(text):
             found = f'turn {number}: "value" holds half a surrogate pair'
             _bad("lone surrogate", f"{found}; expected text")
     return roles

@@ -1,7 +1,6 @@
 """Reads and validates ShareGPT dialogues; every error names file, record and remedy."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,22 +10,9 @@ from typing import Any, Literal, NoReturn
 
 from data.errors import BadRecord, UserError
 from data.files import find_files, read_records
+from data.formats import AFTER, SHAREGPT, Role, as_sharegpt, turn_roles
 
-Role = Literal["system", "user", "assistant", "tool"]
-ROLES: dict[str, Role] = {
-    "system": "system",
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation"), "tool"),
-}
-# Who may speak after whom; a system turn stands first, before the user's.
-AFTER: dict[Role, tuple[Role, ...]] = {
-    "user": ("assistant",),
-    "assistant": ("user", "assistant", "tool"),
-    "tool": ("user", "assistant", "tool"),
-}
 NAMED = 5  # ids that are told of each cause
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -146,15 +132,14 @@ def _parse_record(record: Any, index: int, empty_answers: bool) -> tuple[Dialogu
     """Return the dialogue and whether a first turn that was not human was skipped."""
     if isinstance(record, BadRecord):
         raise record
-    if not isinstance(record, dict):
-        _bad("record is not an object", f"found {_kind(record)}; expected an object")
-    turns = record.get("conversations")
-    if not isinstance(turns, list):
-        found = f"it is {_kind(turns)}" if "conversations" in record else "there is none"
-        _bad("no conversations", f'expected a list under "conversations", but {found}')
+    record = as_sharegpt(record)
+    roles, turns = turn_roles(record), record["conversations"]
     if not turns:
         _bad("no turns", '"conversations" is empty; expected a human turn and a gpt turn')
-    parsed = [_parse_turn(turn, number, empty_answers) for number, turn in enumerate(turns)]
+    parsed = [
+        _turn(turn, role, number, empty_answers)
+        for number, (turn, role) in enumerate(zip(turns, roles, strict=True))
+    ]
     system = parsed.pop(0).text if parsed[0].role == "system" else None
     # As FastChat does: dialogues scraped in mid-thread often open with an answer.
     skip = bool(parsed) and parsed[0].role == "assistant"
@@ -163,37 +148,21 @@ def _parse_record(record: Any, index: int, empty_answers: bool) -> tuple[Dialogu
         _bad("no turns", "no human turn is left; expected a human turn and a gpt turn")
     offset = len(turns) - len(parsed)
     if parsed[0].role != "user":
-        _bad("turns do not alternate", f'turn {offset} is {_name(parsed[0])}; expected "human"')
+        found = f'turn {offset} is "{SHAREGPT[parsed[0].role]}"'
+        _bad("turns do not alternate", f'{found}; expected "human"')
     for number, (before, turn) in enumerate(pairwise(parsed), offset + 1):
         if turn.role not in AFTER[before.role]:
-            _bad(
-                "turns do not alternate",
-                f"turn {number} is {_name(turn)} after {_name(before)}; expected "
-                + ('"gpt"' if before.role == "user" else '"human" or "gpt"'),
-            )
+            found = f'turn {number} is "{SHAREGPT[turn.role]}" after "{SHAREGPT[before.role]}"'
+            expected = " or ".join(f'"{SHAREGPT[role]}"' for role in AFTER[before.role])
+            _bad("turns do not alternate", f"{found}; expected {expected}")
     return Dialogue(_id(record, index), tuple(parsed), system), skip
 
 
-def _name(turn: Turn) -> str:
-    return f'"{next(name for name, role in ROLES.items() if role == turn.role)}"'
-
-
-def _parse_turn(turn: Any, number: int, empty_answers: bool) -> Turn:
-    if not isinstance(turn, dict):
-        expected = 'expected an object with "from" and "value"'
-        _bad("turn is not an object", f"turn {number} is {_kind(turn)}; {expected}")
-    role, value = turn.get("from"), turn.get("value")
-    if not isinstance(role, str) or role not in ROLES:
-        found = f"the role {json.dumps(role, ensure_ascii=False)}" if "from" in turn else "no role"
-        _bad("unknown role", f"turn {number} has {found[:80]}; expected human, gpt, system or tool")
-    if not isinstance(value, str):
-        found = f'"value" is {_kind(value)}' if "value" in turn else 'there is no "value"'
-        _bad("value is not text", f"turn {number}: {found}; expected a string")
-    if not value.strip() and not (empty_answers and ROLES[role] == "assistant"):
+def _turn(turn: dict[str, Any], role: Role, number: int, empty_answers: bool) -> Turn:
+    text = turn["value"]
+    if not text.strip() and not (empty_answers and role == "assistant"):
         _bad("empty value", f'turn {number}: "value" is empty; expected text')
-    if LONE_SURROGATE.search(value):
-        _bad("lone surrogate", f'turn {number}: "value" holds half a surrogate pair; expected text')
-    return Turn(ROLES[role], value, _is_supervised(turn, number))
+    return Turn(role, text, _is_supervised(turn, number))
 
 
 def _is_supervised(turn: dict[str, Any], number: int) -> bool:
@@ -207,9 +176,3 @@ def _is_supervised(turn: dict[str, Any], number: int) -> bool:
 
 def _bad(cause: str, explanation: str) -> NoReturn:
     raise BadRecord(cause, explanation)
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    kinds |= {int: "a number", float: "a number", type(None): "null"}
-    return kinds[type(value)]

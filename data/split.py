@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from data.encode import check_fast
 from data.errors import BadRecord, UserError
 from data.formats import ROLES, Role, as_sharegpt, turn_roles
 from data.jobs import Job, Result, parser, run, summary
+from data.literal import Encoder
 from data.sharegpt import Dialogue, Turn
-from data.templates import TemplateName, default_template, render_text
+from data.templates import TemplateName, default_template, render, render_text
 
 NO_FIT = "round longer than a piece may be"
 
@@ -82,6 +83,12 @@ def _check(given: argparse.Namespace) -> None:
         raise UserError(f"--eval {given.eval:g}: expected a share between 0 and 1, such as 0.02.")
     if given.eval_out and given.eval is None:
         raise UserError("--eval_out: nothing is held out. Give --eval, such as --eval 0.02.")
+
+
+@lru_cache(maxsize=1)
+def load_encoder(name: str) -> Encoder:
+    """Return what encodes for training."""
+    return Encoder(load_tokenizer(name))
 
 
 @lru_cache(maxsize=1)  # one a process: transforms run in others
@@ -208,10 +215,11 @@ class _Encoded:
 def _encoded(settings: Settings, turns: Turns) -> _Encoded:
     """Encode a dialogue as data.encode does, as far as that is needed to know whether it fits."""
     tokenizer = load_tokenizer(settings.tokenizer)
-    parsed = [Turn(cast(Any, ROLES[turn["from"]]), turn["value"]) for turn in turns]
+    parsed = [Turn(ROLES[turn["from"]], turn["value"]) for turn in turns]
     system = parsed.pop(0).text if parsed[0].role == "system" else None
     try:
-        rendered = render_text(Dialogue("", tuple(parsed), system), settings.template, tokenizer)
+        dialogue = Dialogue("", tuple(parsed), system)
+        rendered = render_text(dialogue, settings.template, tokenizer)
     except UserError as error:
         raise BadRecord("refused by the template", str(error).rstrip(".")) from None
     text, special = rendered.text, rendered.add_special_tokens
@@ -225,6 +233,10 @@ def _encoded(settings: Settings, turns: Turns) -> _Encoded:
         # The rest of a text does not halve the tokens of its beginning.
         if length > 2 * settings.max_length:
             break
+    encoder = load_encoder(settings.tokenizer)
+    if looked_at == len(text) and any(encoder.pattern.search(turn.text) for turn in parsed):
+        # Text like a control token is more than one token (data/literal.py).
+        length = len(next(encoder([render(dialogue, settings.template, tokenizer)]))[0])
     return _Encoded(text, looked_at, tokens, length)
 
 

@@ -1,53 +1,16 @@
 """The turns of a ShareGPT record by their roles, which are named in many ways."""
 
-import json
-from typing import Any, Literal, NoReturn
+from itertools import pairwise
+from typing import Any
 
-from data.errors import BadRecord
+from data.formats import AFTER, ROLES, Role
 
-Speaker = Literal["user", "assistant", "system", "tool"]
-SPEAKERS: dict[str, Speaker] = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "function_call"), "assistant"),
-    "system": "system",
-    **dict.fromkeys(("tool", "function", "observation"), "tool"),
-}
-# Who may speak before whom; "" is the beginning.
-BEFORE: dict[Speaker, tuple[str, ...]] = {
-    "system": ("",),
-    "user": ("", "system", "assistant"),
-    "assistant": ("user", "assistant", "tool"),
-    "tool": ("assistant", "tool"),
-}
 Turns = list[dict[str, Any]]
 
 
-def turns_of(record: Any) -> Turns:
-    """Return the turns, all with a known role and text; raises BadRecord."""
-    if not isinstance(record, dict):
-        _bad("record is not an object", f"found {_kind(record)}; expected an object")
-    turns = record.get("conversations")
-    if not isinstance(turns, list):
-        found = f"it is {_kind(turns)}" if "conversations" in record else "there is none"
-        _bad("no conversations", f'expected a list under "conversations", but {found}')
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            expected = 'expected an object with "from" and "value"'
-            _bad("turn is not an object", f"turn {number} is {_kind(turn)}; {expected}")
-        role, value = turn.get("from"), turn.get("value")
-        if not isinstance(role, str) or role not in SPEAKERS:
-            found = f"the role {json.dumps(role)}" if "from" in turn else "no role"
-            known = ", ".join(SPEAKERS)
-            _bad("unknown role", f"turn {number} has {found[:80]}; expected one of {known}")
-        if not isinstance(value, str):
-            found = f'"value" is {_kind(value)}' if "value" in turn else 'there is no "value"'
-            _bad("value is not text", f"turn {number}: {found}; expected a string")
-    return list(turns)
-
-
-def speaker(turn: dict[str, Any]) -> Speaker:
+def speaker(turn: dict[str, Any]) -> Role:
     """Return who speaks, whatever the role is called."""
-    return SPEAKERS[turn["from"]]
+    return ROLES[turn["from"]]
 
 
 def until_empty(turns: Turns) -> Turns:
@@ -74,19 +37,7 @@ def to_last_answer(turns: Turns) -> Turns:
 
 def alternate(turns: Turns) -> bool:
     """Say whether user and assistant take turns; answers and tools may follow one another."""
-    before = ""
-    for turn in turns:
-        if before not in BEFORE[speaker(turn)]:
-            return False
-        before = speaker(turn)
-    return True
-
-
-def _bad(cause: str, explanation: str) -> NoReturn:
-    raise BadRecord(cause, explanation)
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    kinds |= {int: "a number", float: "a number", type(None): "null"}
-    return kinds.get(type(value), type(value).__name__)
+    roles = [speaker(turn) for turn in turns]
+    roles = roles[1:] if roles[:1] == ["system"] else roles
+    follow = all(after in AFTER.get(before, ()) for before, after in pairwise(roles))
+    return roles[:1] == ["user"] and follow

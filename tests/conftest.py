@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+STARTED, MOST = time.monotonic(), 3600  # seconds of a whole suite
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,6 +35,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("slow") and not config.getoption("--slow") and SLOWNESS > 1.5:
             reason = f"this machine is {SLOWNESS:.1f} times slower than usual; --slow runs it"
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out what is left when the suite has had its hour, and say so: CI has no more."""
+    if time.monotonic() - STARTED > MOST and not item.config.getoption("--slow"):
+        pytest.skip(f"{MOST // 60} minutes are over on this machine; --slow runs all")
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +133,7 @@ def biased_model(chat_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) 
 def broken_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with one weight that is not a number."""
     import shutil
+import time
 
     from safetensors.torch import load_file, save_file
 

@@ -164,7 +164,7 @@ def test_other_keys_of_records_and_turns_stay_as_they_are() -> None:
     ("record", "cause"),
     [
         (7, "record is not an object"),
-        ({"id": 1}, "no conversations"),
+        ({"id": 1}, "unknown format"),
         ({"conversations": [None]}, "turn is not an object"),
         ({"conversations": [{"from": "parrot", "value": "x"}]}, "unknown role"),
         ({"conversations": [{"from": "human", "value": 7}]}, "value is not text"),
@@ -205,6 +205,6 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert not out.exists()
     went_on = subprocess.run([*words, out], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "going on behind record" in went_on.stderr
-    assert "read 6,000 = kept 6,000" in went_on.stderr
+    assert "read 6000 = kept 6000" in went_on.stderr
     clean.main([str(word) for word in [*words[4:], tmp_path / "whole.jsonl"]])
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -11,7 +11,7 @@ import pytest
 from data.convert import main
 from data.errors import BadRecord, UserError
 from data.formats import ROLES, as_sharegpt, turn_roles
-from data.sharegpt import read_dialogues
+from tests.helpers import dialogues_in
 
 
 def texts(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -246,7 +246,7 @@ def test_named_columns_of_any_table_become_dialogues(kind: str, tmp_path: Path) 
     assert texts(records[0]) == [("system", "Be brief."), ("human", "Hi"), ("gpt", "Yo\nthere")]
     assert texts(records[1]) == [("human", "1"), ("gpt", "2")]
     assert [(record["id"], record["source"]) for record in records] == [("a", "s"), ("b", "s")]
-    dialogues, _ = read_dialogues(tmp_path / "out.jsonl")
+    dialogues, _ = dialogues_in(tmp_path / "out.jsonl")
     assert [dialogue.id for dialogue in dialogues] == ["a", "b"]
 
 

@@ -19,8 +19,8 @@ TRAPS = [
     *("</s>", "<s>", " ASSISTANT: ", "USER: ", "<|im_end|>", "<|im_start|>assistant\n", "###"),
     *("<|endoftext|>", "<|im_", "end|>", "\n", " ", "☃", "a", "### Human: ", "é", "\u2028", "0"),
 ]
-# SmolLM2's vocabulary lacks the bytes of planes that Unicode has not assigned.
-LETTERS = st.characters(max_codepoint=0x2FFFF, exclude_categories=["Cs", "Cn", "Co"])
+# SmolLM2's vocabulary lacks control characters, and bytes of planes that are not assigned.
+LETTERS = st.characters(max_codepoint=0x2FFFF, exclude_categories=["Cc", "Cs", "Cn", "Co"])
 TEXT = st.lists(st.sampled_from(TRAPS) | st.text(LETTERS, max_size=5), min_size=1, max_size=6).map(
     "".join
 )

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from data.encode import encode_dialogues
 from data.errors import UserError
-from data.sharegpt import Dialogue, Tally, Turn, read_dialogues
+from data.sharegpt import Dialogue, Tally, Turn
 from data.split import Settings, bytewise, load_tokenizer, main, split
+from tests.helpers import dialogues_in
 
 HUGE = 1 << 30
 NAMES: dict[str, Any] = {"human": "user", "gpt": "assistant", "tool": "tool"}
@@ -217,7 +218,7 @@ def test_without_eval_there_is_one_output(tmp_path: Path, tiny_model: Path) -> N
     account = run(tmp_path, tiny_model, [record([("Hi", "Yo")])])
     assert "held_out" not in account
     assert {file.name for file in tmp_path.iterdir()} == {"data.json", "out.json", "report.json"}
-    (dialogue,) = read_dialogues(tmp_path / "out.json")[0]
+    (dialogue,) = dialogues_in(tmp_path / "out.json")[0]
     assert dialogue.id == "d_0"
 
 
