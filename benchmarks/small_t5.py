@@ -40,27 +40,35 @@ class Taught:
     well_formed: int  # of them: begin and end as the second task's answers do
 
 
-def make_base(folder: Path, tokenizer: Any, width: int, layers: int) -> int:
-    """Write a random T5 with an LM head of its own; return its number of parameters."""
+def random_t5(rows: int, width: int, layers: int, tied: bool = False) -> Any:
+    """Return a random model of Flan-T5's kind: its LM head is a matrix of its own, unless tied."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=-(-len(tokenizer) // 128) * 128,
+        vocab_size=rows,
         d_model=width,
         d_kv=width // 4,
         d_ff=2 * width,
         num_layers=layers,
         num_heads=4,
         feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         decoder_start_token_id=0,
         dropout_rate=0.0,
     )
     model = T5ForConditionalGeneration(config)
-    model.lm_head.weight = torch.nn.Parameter(0.02 * torch.randn_like(model.lm_head.weight))
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    return model
+
+
+def make_base(folder: Path, tokenizer: Any, width: int, layers: int) -> int:
+    """Write a random T5 that can be trained from scratch; return its number of parameters."""
+    model = random_t5(-(-len(tokenizer) // 128) * 128, width, layers)
     with torch.no_grad():
         model.shared.weight.mul_(0.1)
+        model.lm_head.weight.mul_(0.02)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())

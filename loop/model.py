@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, modeling_u
 from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError
-from loop import new_tokens
+from loop import fp32, new_tokens
 from loop.backend import told_to_all, zero_stage
 from loop.base import mistakes
 from loop.config import Config
@@ -128,6 +128,7 @@ def _load_base(prepared: Prepared, config: Config, accelerator: Accelerator) -> 
     with (
         mistakes(base),
         returned_memory() if config.q_lora else nullcontext(),
+        fp32.loaded() if config.q_lora else nullcontext(),
         _compared_whole() if zero3 else nullcontext(),
     ):
         model, loaded = loader.from_pretrained(
@@ -143,6 +144,8 @@ def _load_base(prepared: Prepared, config: Config, accelerator: Accelerator) -> 
     if loaded["missing_keys"]:
         names = ", ".join(sorted(loaded["missing_keys"])[:5])
         raise UserError(f"{base}: the weights lack {names}, which would be random. Mend the model.")
+    if config.q_lora and config.precision != "no":
+        fp32.computed(model, deepspeed=accelerator.state.deepspeed_plugin is not None)
     return model
 
 

@@ -26,8 +26,7 @@ def four_bit(compute_dtype: torch.dtype) -> Any:
     parameters only, and DeepSpeed casts a model to one dtype. No other parameter is upcast, unlike
     peft's `prepare_model_for_kbit_training` (0.21, utils/other.py), which holds embeddings, norms
     and LM head in fp32: LLaMA's norms compute in fp32 by themselves, and the loss casts its logits.
-    T5's `wo`, which overflows fp16, is left out of the 4-bit layers by transformers; in bf16 it has
-    fp32's range. DeepSpeed (0.19.8, runtime/engine.py) would cast it in any case.
+    T5's `wo` is left out of the 4-bit layers by transformers, and held in fp32 by loop/fp32.py.
     """
     _unblock_bitsandbytes()
     from transformers import BitsAndBytesConfig

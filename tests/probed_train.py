@@ -74,6 +74,7 @@ def probed(accelerator: Any, model: Any, prepared: Any, *rest: Any) -> None:
     base = [p for p in inner.parameters() if not p.requires_grad]
     four_bit = [p for p in base if getattr(p, "quant_state", None) is not None]
     held = {"four_bit": bytes_held(four_bit), "base": bytes_held(base)}
+    held["fp32"] = bytes_held([p for p in base if p.dtype == torch.float32])
     before = peak_memory(reset=True)
     save_run(accelerator, model, prepared, *rest)
     held["loading"] = loading | {"whole": held["base"]["whole"]}

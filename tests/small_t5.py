@@ -34,24 +34,13 @@ def t5_tokenizer() -> Any:
 def make_t5(folder: Path, tokenizer: Any, tied: bool = False, rows: int = TOKENS + 32) -> Path:
     """Write a random T5 of two layers; like Flan-T5 with an LM head of its own, unless tied."""
     import torch
-    from transformers import T5Config, T5ForConditionalGeneration
 
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=rows,
-        d_model=64,
-        d_kv=16,
-        d_ff=128,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=tied,
-        decoder_start_token_id=0,
-        dropout_rate=0.0,
-    )
-    model = T5ForConditionalGeneration(config)
+    from benchmarks.small_t5 import random_t5
+
+    model = random_t5(rows, width=64, layers=2, tied=tied)
     if not tied:
-        model.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn_like(model.lm_head.weight))
+        with torch.no_grad():
+            model.lm_head.weight.mul_(0.2)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

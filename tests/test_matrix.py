@@ -1,29 +1,16 @@
 """Every backend trains the same adapter: {LoRA, QLoRA} x {one process, DDP, ZeRO-1, -2, -3}."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from tests.helpers import adapter_of, launch, prompt_of, write_dialogues
+from tests.helpers import adapter_of, write_dialogues
+from tests.matrix import BACKENDS, TOLERANCE, Train, held, log_in, logits_of, trainings
 
-EXACT = ["--mixed_precision", "no", "--lora_dropout", "0", "--learning_rate", "1e-2"]
-# Accelerate config, processes, examples in a micro-batch. Of a window's four each rank runs two, in
-# one micro-batch or two; the third window of an epoch is short.
-BACKENDS = {
-    "one": ("cpu", 1, 4),
-    "ddp": ("ddp", 2, 1),
-    "zero1": ("zero1", 2, 2),
-    "zero2": ("zero2", 2, 1),
-    "zero3": ("zero3", 2, 2),
-}
 # What is trained beside LoRA's matrices, so that every choice is saved under ZeRO-3 too.
 BIAS = {"LoRA": "all", "QLoRA": "lora_only"}
-TOLERANCE = {"LoRA": 1e-5, "QLoRA": 1e-3}
 QUICK = [("LoRA", "zero3"), ("QLoRA", "zero3")]
 # From which backend's checkpoint to which one; each is left once and entered once at least.
 MOVES = [
@@ -39,19 +26,6 @@ ALL = [
     for kind in BIAS
     for backend in [*BACKENDS][1:]
 ]
-# A user's own DeepSpeed file. Nothing is too small to be shared out, as nothing large would be.
-SHARE_ALL = {
-    "zero_optimization": {
-        "stage": 3,
-        "stage3_param_persistence_threshold": 0,
-        "reduce_bucket_size": "auto",
-    },
-    "gradient_clipping": "auto",
-    "gradient_accumulation_steps": "auto",
-    "train_micro_batch_size_per_gpu": "auto",
-    "bf16": {"enabled": "auto"},
-}
-Log = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -63,51 +37,14 @@ def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def share_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("deepspeed") / "share_all.json"
-    file.write_text(json.dumps(SHARE_ALL))
-    return file
-
-
-@pytest.fixture(scope="module")
-def outputs(
-    biased_model: Path, dialogues: Path, share_all: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Any:
-    """Train each combination when it is first asked for: eight steps, the same global batch."""
-    folder = tmp_path_factory.mktemp("runs")
-    done: dict[str, Path] = {}
-
-    def train(kind: str, backend: str, *more: str | Path) -> Path:
-        name = "-".join([kind, backend, *map(str, more[:2])]).replace("/", "_")
-        if name not in done:
-            config, processes, per_device = BACKENDS[backend]
-            flags = [*EXACT, "--q_lora", str(kind == "QLoRA"), "--lora_bias", BIAS[kind], *more]
-            if backend == "zero3" and not more:
-                # Recomputing, whose weights have been shared out again meanwhile.
-                flags += ["--deepspeed", share_all, "--gradient_checkpointing", "True"]
-            launch(
-                config,
-                folder / name,
-                *("--model_name_or_path", biased_model, "--data_path", dialogues),
-                *("--global_batch_size", "4", "--per_device_train_batch_size", str(per_device)),
-                *("--max_steps", "8", "--logging_steps", "1", "--save_steps", "4", *flags),
-                processes=processes,
-                script="tests/probed_train.py",
-            )
-            done[name] = folder / name
-        return done[name]
-
-    return train
-
-
-def log_in(output: Path) -> Log:
-    log: Log = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return log
+def outputs(biased_model: Path, dialogues: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    flags = {kind: ["--lora_bias", bias] for kind, bias in BIAS.items()}
+    return trainings(tmp_path_factory.mktemp("runs"), biased_model, dialogues, flags)
 
 
 @pytest.mark.parametrize(("kind", "backend"), ALL)
 def test_every_backend_gives_the_losses_and_the_adapter_of_one_process(
-    kind: str, backend: str, outputs: Any
+    kind: str, backend: str, outputs: Train
 ) -> None:
     alone, output = outputs(kind, "one"), outputs(kind, backend)
     assert [entry["step"] for entry in log_in(output)] == [*range(1, 9)]
@@ -130,7 +67,7 @@ def test_every_backend_gives_the_losses_and_the_adapter_of_one_process(
     ],
 )
 def test_a_checkpoint_goes_on_under_any_other_backend_and_number_of_ranks(
-    kind: str, source: str, target: str, outputs: Any
+    kind: str, source: str, target: str, outputs: Train
 ) -> None:
     folder = outputs(kind, source) / "checkpoint-4"
     moved = outputs(kind, target, "--resume_from_checkpoint", folder)
@@ -144,7 +81,7 @@ def test_a_checkpoint_goes_on_under_any_other_backend_and_number_of_ranks(
 
 
 @pytest.mark.parametrize("kind", [*BIAS])
-def test_the_run_learns_and_the_gradient_was_clipped(kind: str, outputs: Any) -> None:
+def test_the_run_learns_and_the_gradient_was_clipped(kind: str, outputs: Train) -> None:
     # Were nothing learnt or clipped, the backends could agree for the wrong reason.
     log = log_in(outputs(kind, "one"))
     assert log[-1]["loss"] < log[0]["loss"] - 0.05
@@ -155,7 +92,7 @@ def test_the_run_learns_and_the_gradient_was_clipped(kind: str, outputs: Any) ->
 
 @pytest.mark.parametrize(("kind", "backend"), [("LoRA", "one"), ("QLoRA", "one"), *ALL])
 def test_peft_loads_the_adapter_and_it_answers_as_the_trained_model(
-    kind: str, backend: str, outputs: Any, biased_model: Path
+    kind: str, backend: str, outputs: Train, biased_model: Path
 ) -> None:
     output = outputs(kind, backend)
     trained = load_file(output / "logits.safetensors")["logits"]
@@ -164,30 +101,7 @@ def test_peft_loads_the_adapter_and_it_answers_as_the_trained_model(
     assert (base - trained).abs().max() > 0.01  # the adapter is what makes the difference
 
 
-def logits_of(model: Path, adapter: Path, four_bit: bool) -> tuple[Tensor, Tensor]:
-    """Return what the base model answers, and what peft makes of it with the adapter."""
-    from loop.quantize import four_bit as settings
-
-    quantised = {"quantization_config": settings(torch.float32)} if four_bit else {}
-    from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    pairs = AutoConfig.from_pretrained(model).is_encoder_decoder
-    loader = AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM
-    base = loader.from_pretrained(model, dtype=torch.float32, **quantised).train()
-    inputs = prompt_of(base.config)
-    with torch.no_grad():
-        before = base(**inputs).logits
-        after = PeftModel.from_pretrained(base, adapter).train()(**inputs).logits
-    return before, after
-
-
-def held(output: Path) -> list[dict[str, dict[str, int]]]:
-    files = sorted(output.glob("held-*.json"))
-    return [json.loads(file.read_text()) for file in files]
-
-
-def test_under_zero3_each_rank_holds_its_share_of_the_4_bit_weights(outputs: Any) -> None:
+def test_under_zero3_each_rank_holds_its_share_of_the_4_bit_weights(outputs: Train) -> None:
     whole = held(outputs("QLoRA", "one"))[0]["four_bit"]
     # Two layers of 64 x 64 + 2 x 32 x 64 + 64 x 64 + 3 x 64 x 128 weights of half a byte each.
     assert whole == {"whole": 36_864, "held": 36_864}
@@ -195,19 +109,21 @@ def test_under_zero3_each_rank_holds_its_share_of_the_4_bit_weights(outputs: Any
         assert rank["four_bit"] == {"whole": 36_864, "held": 18_432}
 
 
-def test_under_zero3_each_rank_holds_its_share_of_plain_weights(outputs: Any) -> None:
+def test_under_zero3_each_rank_holds_its_share_of_plain_weights(outputs: Train) -> None:
     for rank in held(outputs("LoRA", "zero3")):
         assert rank["base"]["held"] == pytest.approx(rank["base"]["whole"] / 2, rel=0.001)
 
 
-def test_a_save_takes_memory_for_the_adapter_not_for_the_model(outputs: Any) -> None:
+def test_a_save_takes_memory_for_the_adapter_not_for_the_model(outputs: Train) -> None:
     # The base has 25 MB, the adapter 0.02. What is left is the tokenizer's file.
     for rank in held(outputs("LoRA", "zero3")):
         assert rank["saving"]["held"] < rank["saving"]["whole"] / 2
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only", pytest.param("none", marks=pytest.mark.slow)])
-def test_the_saved_keys_are_exactly_the_expected_ones_under_zero3(bias: str, outputs: Any) -> None:
+def test_the_saved_keys_are_exactly_the_expected_ones_under_zero3(
+    bias: str, outputs: Train
+) -> None:
     kind = next((kind for kind, trained in BIAS.items() if trained == bias), "LoRA")
     output = outputs(kind, "zero3", *(("--lora_bias", "none") if bias == "none" else ()))
     targets = {"q_proj", "v_proj"}
@@ -225,7 +141,7 @@ def test_the_saved_keys_are_exactly_the_expected_ones_under_zero3(bias: str, out
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*BIAS])
 def test_under_zero3_no_rank_loads_a_private_whole_copy(
-    kind: str, outputs: Any, chat_model: Path
+    kind: str, outputs: Train, chat_model: Path
 ) -> None:
     # 270 MB in bf16: enough to be seen beside what else a process takes.
     real = ("--model_name_or_path", chat_model, "--max_steps", "2", "--mixed_precision", "bf16")
@@ -237,7 +153,7 @@ def test_under_zero3_no_rank_loads_a_private_whole_copy(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["zero2", "zero3"])
-def test_bf16_stays_near_fp32(backend: str, outputs: Any) -> None:
+def test_bf16_stays_near_fp32(backend: str, outputs: Train) -> None:
     exact = log_in(outputs("LoRA", "one"))
     rounded = log_in(outputs("LoRA", backend, "--mixed_precision", "bf16"))
     for mine, theirs in zip(rounded, exact, strict=True):

@@ -11,7 +11,7 @@ FILES = sorted([*CODE, *ROOT.glob("tests/*.py")])
 
 # Who may import whom inside loop/: each module only from rows above its own.
 LAYERS = [
-    ["flags", "compat", "leave", "state", "checkpoint", "launch", "targets"],
+    ["flags", "compat", "leave", "state", "checkpoint", "launch", "targets", "fp32"],
     ["config", "new_tokens", "zero_file"],
     ["embedded", "windows", "utils", "non_lora", "settings"],
     ["zero", "base", "objective", "optim"],
@@ -24,7 +24,7 @@ LAYERS = [
     ["__main__", "__init__"],
 ]
 ONLY_IN = {
-    "deepspeed": {"loop/state.py", "loop/zero_file.py"},
+    "deepspeed": {"loop/state.py", "loop/zero_file.py", "loop/fp32.py"},
 }
 
 

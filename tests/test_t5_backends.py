@@ -1,17 +1,15 @@
 """A T5 trains, stops and goes on under every backend as a decoder does: a smaller selection."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from benchmarks.kill_sweep import dialogues, sweep
-from tests.helpers import adapter_of, launch, write_dialogues
+from tests.helpers import adapter_of, write_dialogues
+from tests.matrix import TOLERANCE, Train, held, log_in, logits_of, share_all_file, trainings
 from tests.small_t5 import TOKENS
-from tests.test_matrix import BACKENDS, EXACT, SHARE_ALL, TOLERANCE, log_in, logits_of
 
 QUICK = [("LoRA", "zero3"), ("QLoRA", "zero2")]
 KINDS = [
@@ -32,39 +30,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outputs(tiny_t5: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("runs")
-    share_all = folder / "share_all.json"
-    share_all.write_text(json.dumps(SHARE_ALL))
-    done: dict[str, Path] = {}
-
-    def train(kind: str, backend: str, *more: str | Path) -> Path:
-        name = "-".join([kind, backend, *map(str, more[:2])]).replace("/", "_")
-        if name not in done:
-            config, processes, per_device = BACKENDS[backend]
-            flags = [*EXACT, "--q_lora", str(kind == "QLoRA"), "--save_non_lora_state", "all"]
-            # Where a gradient is as small as 2e-5, AdamW makes 1e-3 of this rate of its rounding.
-            flags += ["--learning_rate", "3e-3"]
-            if backend == "zero3" and not more:
-                flags += ["--deepspeed", share_all, "--gradient_checkpointing", "True"]
-            launch(
-                config,
-                folder / name,
-                *("--model_name_or_path", tiny_t5, "--data_path", data, *flags, *more),
-                *("--global_batch_size", "4", "--per_device_train_batch_size", str(per_device)),
-                *("--max_steps", "8", "--logging_steps", "1", "--save_steps", "4"),
-                processes=processes,
-                script="tests/probed_train.py",
-            )
-            done[name] = folder / name
-        return done[name]
-
-    return train
+def outputs(tiny_t5: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    # Where a gradient is as small as 2e-5, AdamW makes 1e-3 of this rate of its rounding.
+    flags = ["--save_non_lora_state", "all", "--learning_rate", "3e-3"]
+    runs = tmp_path_factory.mktemp("runs")
+    return trainings(runs, tiny_t5, data, dict.fromkeys(TOLERANCE, flags))
 
 
 @pytest.mark.parametrize(("kind", "backend"), KINDS)
 def test_a_t5_has_the_losses_and_the_adapter_of_one_process(
-    kind: str, backend: str, outputs: Any, tiny_t5: Path
+    kind: str, backend: str, outputs: Train, tiny_t5: Path
 ) -> None:
     alone, output = outputs(kind, "one"), outputs(kind, backend)
     for mine, theirs in zip(log_in(output), log_in(alone), strict=True):
@@ -82,7 +57,7 @@ def test_a_t5_has_the_losses_and_the_adapter_of_one_process(
 
 @pytest.mark.parametrize(("kind", "backend"), KINDS)
 def test_the_base_is_saved_whole_and_its_old_rows_as_they_were(
-    kind: str, backend: str, outputs: Any, tiny_t5: Path
+    kind: str, backend: str, outputs: Train, tiny_t5: Path
 ) -> None:
     before = load_file(tiny_t5 / "model.safetensors")
     state = load_file(outputs(kind, backend) / "non_lora_state.safetensors")
@@ -109,7 +84,7 @@ def test_the_base_is_saved_whole_and_its_old_rows_as_they_were(
     ],
 )
 def test_a_t5s_checkpoint_goes_on_elsewhere(
-    kind: str, source: str, target: str, outputs: Any
+    kind: str, source: str, target: str, outputs: Train
 ) -> None:
     folder = outputs(kind, source) / "checkpoint-4"
     moved = outputs(kind, target, "--resume_from_checkpoint", folder)
@@ -135,7 +110,7 @@ def test_a_t5_killed_again_and_again_ends_as_one_never_killed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["zero2", "zero3"])
-def test_a_t5_in_bf16_stays_near_fp32(backend: str, outputs: Any) -> None:
+def test_a_t5_in_bf16_stays_near_fp32(backend: str, outputs: Train) -> None:
     exact = log_in(outputs("LoRA", "one"))
     rounded = log_in(outputs("LoRA", backend, "--mixed_precision", "bf16"))
     for mine, theirs in zip(rounded, exact, strict=True):
@@ -144,8 +119,16 @@ def test_a_t5_in_bf16_stays_near_fp32(backend: str, outputs: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["one", "zero2", "zero3"])
-def test_a_t5_in_4_bits_and_bf16_stays_near_fp32(backend: str, outputs: Any) -> None:
+def test_a_t5_in_4_bits_and_bf16_stays_near_fp32_with_its_wo_in_it(
+    backend: str, outputs: Train, tmp_path: Path
+) -> None:
     exact = log_in(outputs("QLoRA", "one"))
-    rounded = log_in(outputs("QLoRA", backend, "--mixed_precision", "bf16"))
-    for mine, theirs in zip(rounded, exact, strict=True):
+    file = ["--deepspeed", share_all_file(tmp_path)] if backend == "zero3" else []
+    output = outputs("QLoRA", backend, "--mixed_precision", "bf16", *file)
+    for mine, theirs in zip(log_in(output), exact, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-2)
+    # wo of two encoder and two decoder layers, each 64 x 128, and nothing else is in fp32.
+    whole = 4 * 64 * 128 * 4
+    for rank in held(output):
+        share = whole // 2 if backend == "zero3" else whole
+        assert rank["fp32"] == {"whole": whole, "held": share}
