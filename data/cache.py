@@ -50,7 +50,7 @@ class Examples(Sequence[Example]):
         self.format = reader.schema.metadata[b"format"].decode()
 
     def __len__(self) -> int:
-        return self.ends[-1]
+        return int(self.ends[-1])
 
     @overload
     def __getitem__(self, index: int) -> Example: ...

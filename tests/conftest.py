@@ -37,6 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Leave out what is left when the suite has had its hour, and say so: CI has no more."""
     if time.monotonic() - STARTED > MOST and not item.config.getoption("--slow"):
@@ -133,7 +134,6 @@ def biased_model(chat_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) 
 def broken_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with one weight that is not a number."""
     import shutil
-import time
 
     from safetensors.torch import load_file, save_file
 
