@@ -97,10 +97,11 @@ def read_cache(path: str, key: dict[str, Any], silent: bool = False) -> Examples
         examples = None
     except OSError as error:
         raise UserError(f"--preprocessed_path {path}: cannot be read: {error.strerror}.") from None
-    if examples and examples.format == FORMAT and examples.key == _plain(key):
+    known = examples is not None and examples.format == FORMAT
+    if examples is not None and known and examples.key == _plain(key):
         return examples
     if not silent:
-        why = _difference(examples.key, _plain(key)) if examples else "damaged"
+        why = _difference(examples.key, _plain(key)) if examples is not None else "damaged"
         print(f"note: --preprocessed_path {path}: {why}; made anew")
     return None
 
@@ -140,7 +141,9 @@ def claimed(path: str) -> Iterator[None]:
     except OSError as error:
         raise _unwritable(path, error) from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Some network disks have no locks: then each makes the file, and the last one stays.
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

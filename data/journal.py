@@ -76,7 +76,7 @@ class Journal:
     def __enter__(self) -> "Journal":
         found = self._state()
         if found is None:
-            self.file.unlink(missing_ok=True)
+            self._remove()
         self.base = sqlite3.connect(self.file, isolation_level=None)
         self.base.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + TABLES)
         self.base.execute("BEGIN")
@@ -191,8 +191,11 @@ class Journal:
         for output in reversed(self.outputs):  # The first that is there says that all are.
             output.finish()
         self.base.close()
-        for file in self.file.parent.glob(f"{self.file.name}*"):
-            file.unlink()
+        self._remove()
+
+    def _remove(self) -> None:
+        for tail in ("", "-wal", "-shm"):  # SQLite would read another file's into a new one
+            self.file.with_name(self.file.name + tail).unlink(missing_ok=True)
 
 
 def _encoded(record: dict[str, Any]) -> bytes:

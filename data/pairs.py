@@ -37,6 +37,8 @@ def encode_pairs(
         kept = [pair for pair in pairs if min(map(len, pair)) > SHORTEST]
         tally.noted.update([SHORT] * (len(pairs) - len(kept)))
         tally.noted.update([UNKNOWN for _, target in kept if tokenizer.unk_token_id in target])
+        tally.answers += len(kept)
+        tally.ended += sum(target[-1] == tokenizer.eos_token_id for _, target in kept)
         if kept:
             tally.kept += 1
         else:
@@ -150,7 +152,7 @@ def _fastchat_pairs(
         lengths = [min(len(ids), most - 1) for ids in _ids(tokenizer, pieces, control_tokens=True)]
         start, pairs = lengths[0], []
         for turn, length in zip(dialogue.turns, lengths[1:], strict=True):
-            if turn.role == "assistant":
+            if turn.role == "assistant" and turn.supervised:
                 source = whole[:start][-most:]
                 pairs.append((source + end, whole[start : start + length][:most] + end))
             start += length

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from tokenizers import AddedToken, decoders, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 
 # What SentencePiece's vocabulary of T5 has no piece for, or takes for a space.
-CHARACTERS = "{}<\\^`\n\t"
+CHARACTERS = "{}<\\^`~\n\t"
 # FastChat 0.2.36, train_flant5.py, in its order. Its space doubles the length of a text.
 FASTCHAT_PAD, FASTCHAT_CHARACTERS = "[PAD]", "<{\n}` \\^\t"
 
@@ -14,8 +14,9 @@ def with_missing_characters(tokenizer: Any) -> tuple[Any, list[int]]:
     """Return a tokenizer that keeps every character of `CHARACTERS`, and the ids that are new.
 
     One that lacks none is returned as it is. In the other, white space is kept, too: T5's own
-    splits at it, loses runs of it and any before a new token. A text of words with one space
-    between them has the ids that it had.
+    splits at it, loses runs of it and any before a new token. What is white but no space, newline
+    or tab becomes a space, and a carriage return before a newline goes. A text of words with one
+    space between them has the ids that it had.
     """
     missing = [c for c in CHARACTERS if c not in _there_and_back(tokenizer, f"a{c}b")]
     if not missing:
@@ -24,6 +25,11 @@ def with_missing_characters(tokenizer: Any) -> tuple[Any, list[int]]:
     tokenizer = _rebuilt(tokenizer)
     tokenizer.add_tokens([AddedToken(c, normalized=False, special=False) for c in missing])
     backend = tokenizer.backend_tokenizer
+    given = [backend.normalizer] if backend.normalizer else []
+    backend.normalizer = normalizers.Sequence(
+        # The new tokens are cut out before: a carriage return before a newline ends its piece.
+        [*given, normalizers.Replace(Regex(r"\r\z"), ""), normalizers.Replace(Regex(r"\s"), " ")]
+    )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     backend.decoder = decoders.Metaspace(prepend_scheme="first", split=True)
     return tokenizer, [*range(known, len(tokenizer))]

@@ -55,7 +55,10 @@ class Speaker:
         """Return the assistant's next answer, printed as it comes where a streamer is given."""
         asked = prompt(turns, self.template, self.tokenizer)
         inputs = self.tokenizer(
-            asked.text, add_special_tokens=asked.add_special_tokens, return_tensors="pt"
+            asked.text,
+            add_special_tokens=asked.add_special_tokens,
+            split_special_tokens=self.template == "t5",  # as in training, which adds its own
+            return_tensors="pt",
         ).to(self.model.device)
         ends = self.model.generation_config.eos_token_id or []
         ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}

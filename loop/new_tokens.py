@@ -40,6 +40,8 @@ def grow(model: Any, tokens: int) -> None:
                 name = "num_embeddings" if isinstance(module, nn.Embedding) else "out_features"
                 setattr(module, name, rows + more)
         model.config.vocab_size = rows + more
+        if hasattr(model, "final_logits_bias"):  # BART's and Marian's, of the LM head's length
+            model._resize_final_logits_bias(rows + more)
 
 
 def first_values(model: Any, tokens: list[int]) -> dict[str, Tensor]:
@@ -180,7 +182,8 @@ def check_rows(model: Any, tokens: list[int], folder: str) -> None:
     """Raise UserError where a loaded adapter's rows are not those of the run's new tokens."""
     config = model.peft_config["default"]
     found = config.trainable_token_indices or {}
-    held = sorted({token for ids in found.values() for token in ids})
+    found = found.values() if isinstance(found, dict) else [found]
+    held = sorted({token for ids in found for token in ids})
     if held != tokens:
         raise UserError(
             f"--lora_weight_path {folder}: found rows of the tokens {held}; expected those of "

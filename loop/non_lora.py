@@ -22,9 +22,11 @@ def save_non_lora(accelerator: Accelerator, model: PeftModel, folder: Path, conf
 
     Raises Fault where it cannot be written; the adapter is saved by then.
     """
+    keep = accelerator.is_main_process
+    for left in folder.glob(f"{NAME}*") if keep else ():
+        left.unlink()  # an earlier run's, of other shards perhaps
     if config.save_non_lora_state == "none":
         return
-    keep = accelerator.is_main_process
     state = new_tokens.rows(model, trained_parameters(model, keep), keep)
     if config.save_non_lora_state == "trainable":
         named = {file_name(n): t.contiguous() for n, t in state.items() if "lora_" not in n}

@@ -8,9 +8,9 @@ import numpy as np
 
 from data.cache import Examples, claimed, in_memory, read_cache, write_cache
 from data.collate import Collator
-from data.encode import Example, encode_dialogues
+from data.encode import Example, check_fast, encode_dialogues
 from data.errors import UserError
-from data.pairs import PairLimits, encode_pairs
+from data.pairs import SHORT, PairLimits, encode_pairs
 from data.sharegpt import Dialogue, Tally, read_dialogues
 from data.templates import TemplateName, default_template
 from data.tokens import with_fastchat_tokens, with_missing_characters
@@ -58,8 +58,10 @@ def prepare(config: Config) -> Prepared:
     base = find_base_model(config)
     base_config = read_base_config(base, config)
     tokenizer = load_tokenizer(base, config)
+    check_fast(tokenizer)
     new_tokens: list[int] = []
     template = _template(base, base_config, tokenizer, config)
+    _check_pairs(base, base_config, config)
     if template == "t5":
         added = with_fastchat_tokens if config.t5_compat else with_missing_characters
         tokenizer, new_tokens = added(tokenizer)
@@ -89,10 +91,12 @@ def _examples(
     if path is None:
         tally = Tally()
         return in_memory(_encode(config, template, tokenizer, tally), tally)
-    if kept := read_cache(path, key):
+    kept = read_cache(path, key)
+    if kept is not None:
         return kept
     with claimed(path):
-        if not (kept := read_cache(path, key, silent=True)):
+        kept = read_cache(path, key, silent=True)
+        if kept is None:
             tally = Tally()
             write_cache(path, key, _encode(config, template, tokenizer, tally), tally)
             kept = read_cache(path, key)
@@ -142,8 +146,26 @@ def _check_account(tally: Tally, config: Config) -> None:
     if share > config.max_dropped or not tally.kept:
         raise UserError(
             f"{config.data_file}: {useless} of {tally.kept + useless} dialogues ({share:.1%}) have "
-            f"no supervised token; expected {config.max_dropped:.1%} at most. {tally}. Mend the "
-            "data, give a larger --model_max_length, or allow more by --max_dropped."
+            f"nothing to learn; expected {config.max_dropped:.1%} at most. {tally}. Mend the data "
+            f"({SHORT} of a T5's), give a larger --model_max_length, or allow more by "
+            "--max_dropped."
+        )
+
+
+def _check_pairs(base: str, base_config: Any, config: Config) -> None:
+    """Refuse limits that the model does not have, or that nothing would heed."""
+    pairs, kind = base_config.is_encoder_decoder, base_config.model_type
+    given = {"max_target_length": config.max_target_length, "keep_header": config.keep_header}
+    unheeded = [f"--{name}" for name, value in given.items() if value]
+    if unheeded and (config.t5_compat or not pairs):
+        why = "--t5_compat True, FastChat's one limit" if pairs else f"{base}, a decoder ({kind})"
+        raise UserError(f"found {' and '.join(unheeded)} with {why}. Leave it out.")
+    positions = getattr(base_config, "max_position_embeddings", None)
+    longest = max(config.model_max_length, config.max_target_length or 0)
+    if pairs and positions and longest > positions:
+        raise UserError(
+            f"{base}: found --model_max_length or --max_target_length {longest} with {kind}, which "
+            f"has {positions} positions; expected no more. Give --model_max_length {positions}."
         )
 
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from data.collate import collate_pairs
 from data.errors import UserError
+from data.tokens import CHARACTERS
 from loop import new_tokens
 from loop.chat import ChatConfig, load_speaker
 from loop.config import Config
@@ -25,7 +26,7 @@ from tests.small_t5 import TOKENS, make_t5
 from tests.test_pairs import LONG
 
 CODE = 'Say:\n\tx = {"a": `b`} if c < d ^ e else \\f and so on.'
-NEW = [*range(TOKENS, TOKENS + 8)]
+NEW = [*range(TOKENS, TOKENS + len(CHARACTERS))]
 Train = Callable[..., Path]
 
 
@@ -39,7 +40,7 @@ def train(tiny_t5: Path, tmp_path: Path) -> Train:
 
 def loaded(model: Path, adapter: Path) -> Any:
     base = AutoModelForSeq2SeqLM.from_pretrained(model, dtype=torch.float32)
-    new_tokens.grow(base, TOKENS + 8)
+    new_tokens.grow(base, NEW[-1] + 1)
     return PeftModel.from_pretrained(base, str(adapter)).eval()
 
 
@@ -82,7 +83,7 @@ def test_peft_gives_back_the_trained_model_with_its_new_tokens(
     for name, value in rows.items():
         matrix = "lm_head.weight" if "lm_head" in name else "shared.weight"
         mean = before[matrix][:TOKENS].mean(0)
-        assert value.shape == (8, 64)
+        assert value.shape == (len(NEW), 64)
         moved = (value - mean).abs().max()
         assert 1e-3 < moved < 0.1  # begun at the mean, and trained
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -121,7 +122,7 @@ def test_frozen_new_tokens_stay_the_mean_and_are_saved(tiny_t5: Path, train: Tra
     assert len(rows) == 3
     for name, value in rows.items():
         mean = means["lm_head" if "lm_head" in name else "shared"]
-        assert torch.allclose(value, mean.expand(8, 64), atol=1e-7)
+        assert torch.allclose(value, mean.expand(len(NEW), 64), atol=1e-7)
     changed = load_file(
         train("more", "--save_non_lora_state", "trainable") / "non_lora_state.safetensors"
     )
@@ -210,6 +211,21 @@ def test_what_does_not_fit_an_encoder_decoder_is_refused(
         train("run", *flags)
 
 
+def test_more_tokens_than_a_model_has_positions_are_refused(tmp_path: Path, tiny_t5: Path) -> None:
+    config = AutoConfig.for_model("bart", vocab_size=TOKENS, decoder_start_token_id=0)
+    config.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_t5).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"length 2048 with bart, which has 1024 positions"):
+        prepare(Config(str(tmp_path)))
+
+
+def test_limits_that_nothing_heeds_are_refused(tiny_t5: Path, tiny_model: Path) -> None:
+    with pytest.raises(UserError, match=r"found --max_target_length .*one limit"):
+        prepare(Config(str(tiny_t5), t5_compat=True, max_target_length=8))
+    with pytest.raises(UserError, match=r"found --keep_header .*a decoder"):
+        prepare(Config(str(tiny_model), keep_header=True))
+
+
 def test_what_is_t5s_does_not_fit_a_decoder(tiny_model: Path) -> None:
     with pytest.raises(UserError, match=r"found t5 .*a decoder"):
         prepare(Config(str(tiny_model), template="t5"))
@@ -220,7 +236,10 @@ def test_what_is_t5s_does_not_fit_a_decoder(tiny_model: Path) -> None:
 @pytest.mark.parametrize("kind", ["mt5", "umt5", "bart"])
 def test_relatives_of_t5_train_too(kind: str, tiny_t5: Path, train: Train, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"d_model": 64, "vocab_size": TOKENS + 32, "decoder_start_token_id": 0}
+    flags: list[str] = []
     if kind == "bart":
+        flags = ["--model_max_length", "1024"]  # its positions
+        sizes["vocab_size"] = TOKENS  # its rows have to be more, and so its final_logits_bias
         sizes |= {"encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0, "eos_token_id": 1}
         sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     else:
@@ -229,7 +248,7 @@ def test_relatives_of_t5_train_too(kind: str, tiny_t5: Path, train: Train, tmp_p
     config = AutoConfig.for_model(kind, **sizes)
     AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / kind)
     AutoTokenizer.from_pretrained(tiny_t5).save_pretrained(tmp_path / kind)
-    folder = train("run", "--model_name_or_path", tmp_path / kind)
+    folder = train("run", "--model_name_or_path", tmp_path / kind, *flags)
     log = log_of(folder)
     assert log[-1]["loss"] < log[0]["loss"]
     targets = json.loads((folder / "adapter_config.json").read_text())["target_modules"]

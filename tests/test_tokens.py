@@ -85,3 +85,14 @@ def test_fastchats_tokens_have_fastchats_order(shared: Path) -> None:
     assert tokenizer.pad_token_id == 32100
     # The space, a token of its own, doubles the length of a text.
     assert len(tokenizer(T5_SYSTEM)["input_ids"]) > 45
+
+
+def test_every_sign_of_ascii_comes_back_and_white_space_is_never_unknown(
+    plain: Any, reloaded: Any
+) -> None:
+    if len(plain) > TOKENS:
+        signs = map(chr, range(33, 127))
+        assert not [c for c in signs if there_and_back(reloaded, f"a {c} b") != f"a {c} b"]
+    windows = "a\r\na\xa0a\u3000\ta\x0ca\ra"
+    assert there_and_back(reloaded, windows) == "a\na a \ta a a"
+    assert reloaded.unk_token_id not in reloaded(windows)["input_ids"]
