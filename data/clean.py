@@ -119,7 +119,7 @@ def clean(settings: Settings, record: Any, place: str) -> Result:
         found = [masked(turn["value"])[1] for turn in turns]
         noted |= {f"has {kind}" for kind in set().union(*found)}
     known: list[tuple[str, bytes]] = []
-    if "ids" in settings.rules and record.get("id") is not None:
+    if "ids" in settings.rules and record.get("id") not in (None, ""):
         known.append(("duplicate id", _digest(["id", identity])))
     if "content" in settings.rules:
         spoken = [part for turn in turns for part in (speaker(turn), turn["value"])]

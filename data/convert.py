@@ -101,7 +101,8 @@ def _from_columns(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any
             explanation = f'"{columns[part]}" is {kind(value)}; expected a string'
             raise BadRecord("value is not text", explanation)
         turns.append({"from": speaker, "value": value})
-    identity = {"id": str(row[columns["id"]])} if "id" in columns else {}
+    given = row[columns["id"]] if "id" in columns else None
+    identity = {} if given in (None, "") else {"id": str(given)}
     others = {key: row[key] for key in row if key not in (*columns.values(), "id")}
     return {**identity, **others, "conversations": turns}
 

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,10 +22,15 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
     """Return the files, those of a folder in the order of their names; raises UserError."""
     found: list[Path] = []
     for path in paths:
-        if not path.is_dir():
+        try:
+            inside = [file for file in sorted(path.rglob("*")) if kind_of(file)]
+            inside = [file for file in inside if not file.is_dir()]  # a broken link is an error
+            folder = path.is_dir()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
+        if not folder:
             found.append(path)
             continue
-        inside = [file for file in sorted(path.rglob("*")) if kind_of(file) and file.is_file()]
         if not inside:
             raise UserError(f"{path}: a folder without data; expected {', '.join(KINDS)} files.")
         found += inside
@@ -84,16 +90,27 @@ def _parquet(path: Path) -> Iterator[Any]:
     try:
         with parquet.ParquetFile(path) as opened:
             for batch in opened.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
+                yield from (_plain(row) for row in batch.to_pylist())
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not a whole Parquet file: {error}.") from None
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of Parquet as JSON has it; dates and such as text."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def _csv(stream: BinaryIO) -> Iterator[Any]:
     csv.field_size_limit(LARGEST)
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     try:
-        for row in csv.DictReader(text):
+        for row in csv.DictReader(text, strict=True):
             if None in row or None in row.values():
                 yield BadRecord("not valid CSV", "its row has more or fewer fields than the header")
             else:

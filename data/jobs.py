@@ -4,6 +4,7 @@ import argparse
 import fcntl
 import json
 import os
+import sqlite3
 import sys
 import time
 from collections import Counter, deque
@@ -110,8 +111,9 @@ def run(job: Job) -> dict[str, Any]:
             journal.finish()
             if job.report:
                 _write_atomically(job.report, json.dumps(account, indent=1, ensure_ascii=False))
-    except OSError as error:
-        raise UserError(f"--out {job.out}: cannot be written: {error.strerror}.") from None
+    except (OSError, sqlite3.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--out {job.out}: cannot be written: {reason}.") from None
     return account
 
 
@@ -134,6 +136,9 @@ def _check_outputs(job: Job, files: list[Path]) -> None:
         if out.resolve() in taken:
             raise UserError(f"{flag} {out}: it is {taken[out.resolve()]}. Give another file.")
         taken[out.resolve()] = flag
+    if job.report and (job.report.is_dir() or job.report.resolve() in taken):
+        found = "a folder" if job.report.is_dir() else taken[job.report.resolve()]
+        raise UserError(f"--report {job.report}: it is {found}. Give another file.")
 
 
 def _write(job: Job, files: list[Path], journal: Journal) -> None:
@@ -208,17 +213,21 @@ class _claimed:
     """A lock on an output file, which the kernel releases when the process ends."""
 
     def __init__(self, out: Path) -> None:
-        self.out = out
+        self.out, self.path = out, out.with_name(f".{out.name}.lock")
         self.lock: IO[str] | None = None
 
     def __enter__(self) -> None:
-        self.lock = open(self.out.with_name(f".{self.out.name}.lock"), "w")
+        self.lock = open(self.path, "w")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who held it may have removed the file that was opened just before.
+            held = self.path.exists() and self.path.samefile(f"/dev/fd/{self.lock.fileno()}")
         except BlockingIOError:
-            raise UserError(f"--out {self.out}: another run is writing it.") from None
+            held = False
+        if not held:
+            raise UserError(f"--out {self.out}: another run is writing it.")
 
     def __exit__(self, *_: object) -> None:
         if self.lock:
-            self.out.with_name(f".{self.out.name}.lock").unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
             self.lock.close()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from data.jobs import Result
 
 NAMED = 1000  # ids that are kept of each cause; beyond that there is a count
+LONGEST_ID = 100  # characters
 BANDS = 16
 TABLES = """
 CREATE TABLE IF NOT EXISTS progress (key TEXT, state TEXT);
@@ -85,6 +86,7 @@ class Journal:
         for output, state in zip(self.outputs, sure, strict=True):
             output.stream = open(output.partial, "ab")
             output.stream.truncate(state["bytes"])
+            output.stream.seek(0, os.SEEK_END)  # else tell() says what it said before
             output.kept = state["kept"]
         if found is None:
             self.base.execute("INSERT INTO progress VALUES (?, '')", (self.key,))
@@ -133,7 +135,7 @@ class Journal:
             self.dropped[one] += 1
             named = self.named.setdefault(one, [])
             if len(named) < NAMED:
-                named.append(result.id)
+                named.append(result.id.encode("utf-8", "replace").decode()[:LONGEST_ID])
 
     def _seen(self, result: "Result") -> str | None:
         for cause, digest in result.exact:

@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -123,25 +124,33 @@ def _lines(window: _Window) -> Iterator[Any]:
 
 
 def _array(window: _Window) -> Iterator[Any]:
-    window.at += 1
-    expected = "]"  # what may stand in place of a record: the end, right after the beginning
-    while window.skip_space() != expected:
-        value, end = _record(window)
-        if end is None:
-            yield value
-            return
-        yield _bytes_checked(value, window.text[window.at : end], window)
-        window.at = end
-        if window.skip_space() == "]":
-            break
-        if window.text[window.at : window.at + 1] != ",":
-            yield _invalid(window, "expected , or ] after a record" + window.damage, 0)
-            return
+    while window.skip_space() == "[":  # files that were put together hold several
         window.at += 1
-        expected = ""
-    window.at += 1
-    if window.skip_space():
-        yield _invalid(window, "text after the array's end", 0)
+        mark = window.skip_space()
+        while mark != "]":
+            value, end = _record(window) if mark else (_broken_off(window), None)
+            if end is None:
+                yield value
+                return
+            yield _bytes_checked(value, window.text[window.at : end], window)
+            window.at = end
+            mark = window.skip_space()
+            if mark == ",":
+                window.at += 1
+                mark = window.skip_space()
+            elif mark not in ("", "]"):
+                found = "expected , or ] after a record; nothing behind this place was read"
+                yield _invalid(window, found + window.damage, 0)
+                return
+        window.at += 1
+    if window.text[window.at :].strip() or window.damage:
+        found = "text after the array's end; nothing behind this place was read"
+        yield _invalid(window, found + window.damage, 0)
+
+
+def _broken_off(window: _Window) -> BadRecord:
+    where = window.place(len(window.text) - window.at)
+    return BadRecord("breaks off", f"{where}: the file breaks off here{window.damage}")
 
 
 def _record(window: _Window) -> tuple[Any, int | None]:
@@ -162,9 +171,7 @@ def _record(window: _Window) -> tuple[Any, int | None]:
                 if size > LARGEST:
                     return _too_large(window), _end_of_record(window)
             if unterminated or offset >= len(window.text[window.at :].rstrip()):
-                where = window.place(len(window.text) - window.at)
-                found = f"{where}: the file breaks off in this record{window.damage}"
-                return BadRecord("breaks off", found), None
+                return _broken_off(window), None
             bad = _invalid(window, error.msg, offset)
         except (ValueError, RecursionError) as error:  # thousands of digits, nesting, doubled keys
             bad = _invalid(window, str(error), 0)
@@ -196,8 +203,7 @@ def _decode(text: str, start: int) -> tuple[Any, int]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     parsed = dict(pairs)
     if len(parsed) < len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
+        double = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {json.dumps(double)[:40]} stands twice in one object")
     return parsed
 

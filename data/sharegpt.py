@@ -171,7 +171,7 @@ def _is_supervised(turn: dict[str, Any], number: int) -> bool:
     if train not in (None, True, False) or weight not in (None, 0, 1):
         found = f'"train" {train!r}' if train not in (None, True, False) else f'"weight" {weight!r}'
         _bad("unknown weight", f"turn {number}: found {found}; expected true or false, 0 or 1")
-    return train is not False and weight != 0
+    return train not in (False, 0) and weight != 0
 
 
 def _bad(cause: str, explanation: str) -> NoReturn:

@@ -109,6 +109,7 @@ def load_tokenizer(name: str) -> Any:
 
 def _fingerprint(tokenizer: Any) -> str:
     known = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
+    known += str(tokenizer.special_tokens_map)
     return hashlib.sha256(known.encode()).hexdigest()
 
 

@@ -113,4 +113,6 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     # Every call of the tokenizer sets both anew.
     backend.no_padding()
     backend.no_truncation()
-    return hashlib.sha256(backend.to_str().encode()).hexdigest()
+    # Templates end answers with its EOS token, which is not in the backend.
+    special = json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)
+    return hashlib.sha256((backend.to_str() + special).encode()).hexdigest()

@@ -82,3 +82,23 @@ def test_half_a_surrogate_pair_is_written_so_that_it_can_be_read(tmp_path: Path)
         journal.add(Result("0", ({"key": "\ud800é"},)))
         journal.finish()
     assert json.loads((tmp_path / "a.jsonl").read_text("utf-8")) == {"key": "\ud800é"}
+
+
+def test_two_kills_with_nothing_written_between_them_write_nothing_twice(tmp_path: Path) -> None:
+    results = [Result(str(n), ({"n": n},)) for n in range(30)]
+    results[10:15] = [Result(str(n), dropped=("cause",)) for n in range(10, 15)]
+
+    def begin(stop: int, commit: int) -> None:
+        with Journal([tmp_path / "a.jsonl"], {}, 0.9) as journal:
+            for number in range(journal.done, stop):
+                journal.add(results[number])
+                if number + 1 == commit:
+                    journal.commit()
+            if stop == len(results):
+                journal.finish()
+
+    begin(stop=28, commit=10)
+    begin(stop=25, commit=15)
+    begin(stop=30, commit=0)
+    found = [json.loads(line)["n"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert found == [n for n in range(30) if not 10 <= n < 15]

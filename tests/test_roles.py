@@ -92,7 +92,7 @@ def test_answers_in_a_row_are_all_learnt(tmp_path: Path, chat_tokenizer: Any) ->
     assert "### Assistant: One\n### Assistant: Two\n" in render(dialogue, "t5", None).text
 
 
-@pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}])
+@pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}, {"train": 0}])
 def test_a_marked_turn_is_not_learnt(
     mark: dict[str, Any], tmp_path: Path, chat_tokenizer: Any
 ) -> None:

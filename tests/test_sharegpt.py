@@ -128,3 +128,49 @@ def test_jsonl_lines_may_hold_unicode_line_separators(tmp_path: Path) -> None:
     record = json.dumps(turns(("human", "a\u2028b"), ("gpt", "c\u0085d")), ensure_ascii=False)
     file.write_text(record + "\n" + record, encoding="utf-8")
     assert len(dialogues_in(file)[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "good", "causes"),
+    [
+        ("[{0},\n{0},\n", 2, {"breaks off": 1}),
+        ("[{0},\n{0}\n", 2, {"breaks off": 1}),
+        ('[{0},\n{{"id": "cut', 1, {"breaks off": 1}),
+        ("[{0}]\n[{0}]", 2, {}),
+        ("[{0} {0}]", 1, {"not valid JSON": 1}),
+        ('[{0}, {{"id": nul, "x": [1]}}, {0}]', 2, {"not valid JSON": 1}),
+        ('[{0}, {{"a": 1, "a": 2}}, {0}]', 2, {"not valid JSON": 1}),
+        ("[{0}, " + "[" * 5000 + "]" * 5000 + ", {0}]", 2, {"not valid JSON": 1}),
+        ("{0}\n{{\n{0}", 2, {"not valid JSON": 1}),
+    ],
+)
+def test_what_is_whole_is_read_around_what_is_broken(
+    text: str, good: int, causes: dict[str, int], tmp_path: Path
+) -> None:
+    file = tmp_path / "data.json"
+    file.write_text(text.format(json.dumps(GOOD)))
+    dialogues, tally = dialogues_in(file, "skip")
+    assert (len(dialogues), tally.dropped) == (good, causes)
+
+
+def test_a_key_that_stands_twice_takes_no_longer_than_any_other(tmp_path: Path) -> None:
+    doubled = ", ".join(f'"{n % 50_000}": 1' for n in range(100_000))
+    file = tmp_path / "data.jsonl"
+    file.write_text(f"{{{doubled}}}\n{json.dumps(GOOD)}\n")
+    assert len(dialogues_in(file, "skip")[0]) == 1
+
+
+def test_packed_files_and_parquet_are_read_as_plain_ones(tmp_path: Path) -> None:
+    import gzip
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import zstandard
+
+    raw = f"{json.dumps(GOOD)}\n".encode() * 3
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(raw))
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(raw))
+    pq.write_table(pa.Table.from_pylist([GOOD] * 3), tmp_path / "c.parquet")
+    dialogues, tally = dialogues_in(tmp_path)
+    assert (len(dialogues), tally.read) == (9, 9)
+    assert len({dialogue.turns for dialogue in dialogues}) == 1
