@@ -34,7 +34,7 @@ def one_message(text: str) -> str:
         ([MODEL, "someone/missing"], "someone/missing: no such folder, not in the cache"),
         (["--data_path", "missing.json"], "missing.json: no such file"),
         ([MODEL, "my--model"], "my--model cannot be loaded: HFValidationError"),
-        (["--data_path", "data"], "data: a folder"),
+        (["--data_path", "accelerate_configs"], "accelerate_configs: a folder without data"),
         (["missing.yaml"], "missing.yaml: no such file"),
         (["loop/main_job.yaml"], "A run's own settings go after --config"),
     ],

@@ -1,5 +1,6 @@
 """README tells the truth: its loop is the code's, its tree is the tree, its commands run."""
 
+import json
 import re
 import shlex
 import textwrap
@@ -59,12 +60,35 @@ def test_readme_names_every_accelerate_config_and_each_opens_with_its_command() 
 
 def test_readme_holds_the_commands_that_are_tested() -> None:
     # launch.sh itself is run by test_main_job.py; `test` is what runs this.
-    first, second, show, real, t5, chat = commands()
+    first, second, show, real, *prepare, t5, chat = commands()
+    assert [line.split()[:4][-1] for line in prepare] == ["convert", "clean", "split"]
     assert (first, second) == ("./launch.sh", "./launch.sh test")
     assert show.startswith("python -m loop show")
     assert real.startswith("accelerate launch --config_file accelerate_configs/zero2.yaml")
     assert "--model_name_or_path google/flan-t5-xl" in t5
     assert chat.startswith("python -m loop chat --adapter runs/main_job")
+
+
+def test_the_commands_that_prepare_data_run_one_after_the_other(
+    chat_model: Path, tmp_path: Path
+) -> None:
+    texts = [
+        ("user", "What is the tallest mountain?"),
+        ("assistant", "It is Mount Everest."),
+    ]
+    turns = [{"role": role, "content": text} for role, text in texts]
+    lines = [json.dumps({"id": str(n), "messages": [*turns, *turns[: n % 3]]}) for n in range(3)]
+    (tmp_path / "export.jsonl").write_text("\n".join(lines))
+    said = []
+    for line in (line for line in commands() if line.startswith("python -m data")):
+        line = line.replace("models/", f"{chat_model.parent}/")
+        done = command("bash", "-c", f"cd {tmp_path} && PYTHONPATH={ROOT} {line}")
+        assert done.returncode == 0, done.stderr
+        said.append(done.stderr)
+    # Without its last question the second dialogue is the first.
+    accounts = ["read 3 = kept 3", "read 3 = kept 2 + dropped 1 (duplicate content: 1", "read 2 ="]
+    assert [account in text for account, text in zip(accounts, said, strict=True)] == [True] * 3
+    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 2
 
 
 def test_the_show_command_runs(chat_model: Path) -> None:
