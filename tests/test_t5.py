@@ -179,8 +179,15 @@ def test_an_adapter_with_new_tokens_is_continued(train: Train, tmp_path: Path) -
 
 def test_checkpointing_changes_nothing_and_a_run_goes_on(train: Train) -> None:
     whole = adapter_of(train("whole", "--save_steps", "2"))
-    recomputed = adapter_of(train("recomputed", "--gradient_checkpointing"))
-    assert all(torch.allclose(whole[name], recomputed[name], atol=1e-5) for name in whole)
+    recomputed = train("recomputed", "--gradient_checkpointing")
+    # The mean of the gradients, not the weights: of a gradient near 0 AdamW makes a whole step.
+    ours, theirs = (
+        load_file(folder / "checkpoint-4" / "optimizer.safetensors")
+        for folder in (train("whole"), recomputed)
+    )
+    means = [name for name in ours if name.startswith("exp_avg.")]
+    assert max(ours[name].abs().max() for name in means) > 1e-2
+    assert all(torch.allclose(ours[name], theirs[name], atol=5e-6, rtol=0) for name in means)
     checkpoint = train("whole") / "checkpoint-2"
     resumed = adapter_of(train("resumed", "--resume_from_checkpoint", checkpoint))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
