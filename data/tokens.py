@@ -1,11 +1,15 @@
 """Gives a T5-like tokenizer the characters that it lacks, so that code and newlines survive it."""
 
+import json
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 
 # What SentencePiece's vocabulary of T5 has no piece for, or takes for a space.
 CHARACTERS = "{}<\\^`~\n\t"
+# A lone new token gets it: of two peft can be told that the LM head is not the embedding's matrix
+# (loop/new_tokens.py, places). It is a private-use character, which no T5 knows either.
+COMPANION = "\ue000"
 # FastChat 0.2.36, train_flant5.py, in its order. Its space doubles the length of a text.
 FASTCHAT_PAD, FASTCHAT_CHARACTERS = "[PAD]", "<{\n}` \\^\t"
 
@@ -21,11 +25,13 @@ def with_missing_characters(tokenizer: Any) -> tuple[Any, list[int]]:
     missing = [c for c in CHARACTERS if c not in _there_and_back(tokenizer, f"a{c}b")]
     if not missing:
         return tokenizer, []
+    if len(missing) == 1:
+        missing.append(COMPANION)
     known = len(tokenizer)
     tokenizer = _rebuilt(tokenizer)
     tokenizer.add_tokens([AddedToken(c, normalized=False, special=False) for c in missing])
     backend = tokenizer.backend_tokenizer
-    given = [backend.normalizer] if backend.normalizer else []
+    given = _keeping_spaces(backend)
     backend.normalizer = normalizers.Sequence(
         # The new tokens are cut out before: a carriage return before a newline ends its piece.
         [*given, normalizers.Replace(Regex(r"\r\z"), ""), normalizers.Replace(Regex(r"\s"), " ")]
@@ -44,6 +50,25 @@ def with_fastchat_tokens(tokenizer: Any) -> tuple[Any, list[int]]:
         [AddedToken(c, normalized=False, special=False) for c in FASTCHAT_CHARACTERS]
     )
     return tokenizer, [*range(known, len(tokenizer))]
+
+
+def _keeping_spaces(backend: Any) -> list[Any]:
+    """Return the normalizers but for those that make one space of several, or strip a text.
+
+    Pegasus' and mBART-50's tokenizers have such a one (transformers 5.23).
+    """
+    if backend.normalizer is None:
+        return []
+    state = json.loads(backend.normalizer.__getstate__())
+    steps = [_normalizer(step) for step in state.get("normalizers", [state])]
+    spaces = " a  b "
+    return [s for s in steps if len(s.normalize_str(spaces).replace("▁", " ")) == len(spaces)]
+
+
+def _normalizer(state: dict[str, Any]) -> Any:
+    made = normalizers.Sequence([])
+    made.__setstate__(json.dumps({"type": "Sequence", "normalizers": [state]}).encode())
+    return made
 
 
 def _there_and_back(tokenizer: Any, text: str) -> str:

@@ -86,6 +86,8 @@ def _add_adapter(model: Any, prepared: Prepared, config: Config, autocast: bool)
         return loaded
     pairs, tokens = model.config.is_encoder_decoder, prepared.new_tokens
     targets = target_names(model, config.lora_target_modules)
+    rows = new_tokens.places(model, tokens) if tokens else None
+    new_tokens.check_targets(rows or {}, targets)
     adapter = LoraConfig(
         task_type=TaskType.SEQ_2_SEQ_LM if pairs else TaskType.CAUSAL_LM,
         r=config.lora_r,
@@ -93,7 +95,7 @@ def _add_adapter(model: Any, prepared: Prepared, config: Config, autocast: bool)
         lora_dropout=config.lora_dropout,
         target_modules=targets[0] if targets == ALL_LINEAR else list(targets),
         bias=config.lora_bias,
-        trainable_token_indices=new_tokens.places(model, tokens) if tokens else None,
+        trainable_token_indices=rows,
         base_model_name_or_path=prepared.base,
     )
     return get_peft_model(model, adapter, autocast_adapter_dtype=autocast)
@@ -102,12 +104,6 @@ def _add_adapter(model: Any, prepared: Prepared, config: Config, autocast: bool)
 def _load_base(prepared: Prepared, config: Config, accelerator: Accelerator) -> Any:
     quiet()
     base, base_config = prepared.base, prepared.base_config
-    kind = base_config.model_type
-    if "t5" in kind and config.precision == "fp16":
-        raise UserError(
-            f"{base}: found precision fp16 with {kind}, whose activations overflow it; expected "
-            "bf16. Give --mixed_precision bf16, or no."
-        )
     zero3 = zero_stage(accelerator) == 3
     check_quantization(base, base_config, config, accelerator)
     if zero3 and base_config.is_encoder_decoder and not _compares_ties():

@@ -61,7 +61,8 @@ def places(model: Any, tokens: list[int]) -> dict[str, list[int]]:
 
     Where all share one matrix, peft ties them by itself. It would tie Flan-T5's LM head, too, since
     transformers says that every T5's is tied; of modules whose tokens differ in their order it
-    believes that they are not (0.21, utils/other.py, `indices_mismatch`).
+    believes that they are not (0.21, utils/other.py, `indices_mismatch`). So there are always two
+    tokens at least (data/tokens.py, COMPANION).
     """
     embedding, head = _matrices(model)
     names = {id(module): name for name, module in model.named_modules()}
@@ -74,6 +75,19 @@ def places(model: Any, tokens: list[int]) -> dict[str, list[int]]:
     ]
     own = [name for name in readers if name != names[id(embedding)]] or readers
     return {**dict.fromkeys(own, tokens), names[id(head)]: tokens[::-1]}
+
+
+def check_targets(taken: dict[str, list[int]], targets: tuple[str, ...]) -> None:
+    """Raise UserError for a module that is to have both rows of new tokens and a LoRA pair.
+
+    peft has a place for one of the two (0.21, `_set_trainable`).
+    """
+    both = [t for t in targets if any(f".{name}".endswith(f".{t}") for name in taken)]
+    if both:
+        raise UserError(
+            f"--lora_target_modules: found {', '.join(both)}, which has the rows of new tokens; "
+            "expected other modules. Leave it out: these rows are trained."
+        )
 
 
 @contextmanager

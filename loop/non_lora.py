@@ -1,6 +1,8 @@
 """Saves what is not LoRA: what else was trained, or the base model whole."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from loop.config import Config
 from loop.state import Tensors, file_name, trained_parameters, whole
 
 NAME, INDEX = "non_lora_state", "non_lora_state.safetensors.index.json"
+PARTIAL = f".partial-{NAME}"
 SHARD = 2 << 30  # bytes of a file at most, but for a single larger tensor
 
 
@@ -23,14 +26,14 @@ def save_non_lora(accelerator: Accelerator, model: PeftModel, folder: Path, conf
     Raises Fault where it cannot be written; the adapter is saved by then.
     """
     keep = accelerator.is_main_process
-    for left in folder.glob(f"{NAME}*") if keep else ():
+    for left in [*folder.glob(f"{NAME}*"), *folder.glob(f"{PARTIAL}*")] if keep else ():
         left.unlink()  # an earlier run's, of other shards perhaps
     if config.save_non_lora_state == "none":
         return
     state = new_tokens.rows(model, trained_parameters(model, keep), keep)
     if config.save_non_lora_state == "trainable":
         named = {file_name(n): t.contiguous() for n, t in state.items() if "lora_" not in n}
-        _write(lambda: save_file(named, folder / f"{NAME}.safetensors"), keep)
+        _write(folder / f"{NAME}.safetensors", lambda path: save_file(named, path), keep)
         return
     shards = _plan(model)
     index: dict[str, str] = {}
@@ -41,16 +44,19 @@ def save_non_lora(accelerator: Accelerator, model: PeftModel, folder: Path, conf
         for name in names:
             tensors |= _base_tensors(model, name, state, keep)
         index |= dict.fromkeys(tensors, file)
-        _write(lambda t=tensors, f=file: save_file(t, folder / f, {"format": "pt"}), keep)
+        _write(folder / file, partial(save_file, tensors, metadata={"format": "pt"}), keep)
     if len(shards) > 1:
         text = json.dumps({"metadata": {}, "weight_map": index}, indent=1)
-        _write(lambda: (folder / INDEX).write_text(text + "\n", encoding="utf-8"), keep)
+        _write(folder / INDEX, lambda path: path.write_text(text + "\n", encoding="utf-8"), keep)
 
 
-def _write(write: Any, keep: bool) -> None:
+def _write(path: Path, write: Callable[[Path], Any], keep: bool) -> None:
+    """Write a file whole or not at all."""
+    unfinished = path.with_name(f"{PARTIAL}-{path.name}")
     try:
         if keep:
-            write()
+            write(unfinished)
+            unfinished.replace(path)
     except Exception as error:
         raise Fault(
             f"--save_non_lora_state: {error}. The adapter itself is saved; make room and run the "

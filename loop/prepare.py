@@ -153,8 +153,13 @@ def _check_account(tally: Tally, config: Config) -> None:
 
 
 def _check_pairs(base: str, base_config: Any, config: Config) -> None:
-    """Refuse limits that the model does not have, or that nothing would heed."""
+    """Refuse a precision and limits that the model does not have, or that nothing would heed."""
     pairs, kind = base_config.is_encoder_decoder, base_config.model_type
+    if "t5" in kind and config.precision == "fp16":
+        raise UserError(
+            f"{base}: found precision fp16 with {kind}, whose activations overflow it; expected "
+            "bf16. Give --mixed_precision bf16, or no."
+        )
     given = {"max_target_length": config.max_target_length, "keep_header": config.keep_header}
     unheeded = [f"--{name}" for name, value in given.items() if value]
     if unheeded and (config.t5_compat or not pairs):

@@ -95,13 +95,3 @@ print("held:", weight.dtype, weight.quant_state.quant_type, model.lm_head.weight
     done = command("python", "-c", code)
     assert "held: torch.uint8 nf4 torch.float32" in done.stdout, done.stderr
     assert "quantization_config" not in done.stderr
-
-
-def test_fp16_with_t5_is_refused_before_loading() -> None:
-    from transformers import T5Config
-
-    from loop.model import _load_base
-
-    t5: Any = SimpleNamespace(base="t5", base_config=T5Config())
-    with pytest.raises(UserError, match="found precision fp16 with t5"):
-        _load_base(t5, Config(fp16=True), accelerator(0))

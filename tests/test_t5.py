@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 from data.collate import collate_pairs
 from data.errors import UserError
 from data.tokens import CHARACTERS
-from loop import new_tokens
+from loop import new_tokens, non_lora
 from loop.chat import ChatConfig, load_speaker
 from loop.config import Config
 from loop.objective import supervised_loss_sum
@@ -111,6 +111,21 @@ def test_an_lm_head_of_its_own_keeps_its_old_rows_bit_for_bit(
             assert torch.equal(kept[:TOKENS], old)
 
 
+def test_a_single_missing_character_has_a_row_of_its_own_in_both_matrices(
+    tiny_t5: Path, train: Train, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_t5)
+    tokenizer.add_tokens([character for character in CHARACTERS if character != "{"])
+    few = TOKENS + len(CHARACTERS) - 1
+    model = make_t5(tmp_path / "few", tokenizer, False, few)
+    folder = train("run", "--model_name_or_path", model)
+    rows = {k: v for k, v in adapter_of(folder).items() if "trainable_tokens" in k}
+    assert {value.shape for value in rows.values()} == {(2, 64)}
+    head = next(value for name, value in rows.items() if "lm_head" in name)
+    before = AutoModelForSeq2SeqLM.from_pretrained(model).lm_head.weight[:few].mean(0)
+    assert 1e-3 < (head - before).abs().max() < 0.1
+
+
 def test_frozen_new_tokens_stay_the_mean_and_are_saved(tiny_t5: Path, train: Train) -> None:
     folder = train("run", "--train_new_tokens", "False")
     before = AutoModelForSeq2SeqLM.from_pretrained(tiny_t5)
@@ -130,12 +145,25 @@ def test_frozen_new_tokens_stay_the_mean_and_are_saved(tiny_t5: Path, train: Tra
     assert not torch.equal(changed[min(rows)], rows[min(rows)])
 
 
-def test_the_base_whole_and_the_adapter_give_the_trained_model(tiny_t5: Path, train: Train) -> None:
+def test_the_base_whole_or_in_shards_and_the_adapter_give_the_trained_model(
+    tiny_t5: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = train("run", "--save_non_lora_state", "all")
     state = load_file(folder / "non_lora_state.safetensors")
     base = AutoModelForSeq2SeqLM.from_pretrained(tiny_t5)
     found = base.load_state_dict(state, strict=False)
     assert not found.unexpected_keys
+    monkeypatch.setattr(non_lora, "SHARD", 50_000)
+    parts = train("parts", "--save_non_lora_state", "all")
+    index = json.loads((parts / "non_lora_state.safetensors.index.json").read_text())
+    files = sorted({*index["weight_map"].values()})
+    assert len(files) > 3
+    joined = {k: v for file in files for k, v in load_file(parts / file).items()}
+    assert {*joined} == {*index["weight_map"]} == {*state}
+    assert all(torch.equal(joined[name], state[name]) for name in state)
+    assert sorted(file.name for file in parts.glob("*non_lora_state*")) == sorted(
+        [*files, "non_lora_state.safetensors.index.json"]
+    )
     assert {*found.missing_keys} == {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
     adapter = json.loads((folder / "adapter_config.json").read_text())
     del adapter["trainable_token_indices"]
@@ -207,12 +235,13 @@ def test_chat_answers_with_the_reloaded_model(tiny_t5: Path, train: Train) -> No
     ("flags", "told"),
     [
         (("--template", "vicuna"), r"found vicuna .*an encoder-decoder \(t5\); expected t5"),
-        (("--mixed_precision", "fp16"), "fp16"),
         (("--lora_target_modules", "q_proj"), "nothing in the model is named q_proj"),
+        (("--lora_target_modules", "q", "lm_head"), "found lm_head, which has the rows"),
+        (("--lora_target_modules", "encoder.embed_tokens"), "found encoder.embed_tokens, which"),
     ],
 )
 def test_what_does_not_fit_an_encoder_decoder_is_refused(
-    flags: tuple[str, str], told: str, train: Train
+    flags: tuple[str, ...], told: str, train: Train
 ) -> None:
     with pytest.raises(UserError, match=told):
         train("run", *flags)
@@ -224,6 +253,11 @@ def test_more_tokens_than_a_model_has_positions_are_refused(tmp_path: Path, tiny
     AutoTokenizer.from_pretrained(tiny_t5).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"length 2048 with bart, which has 1024 positions"):
         prepare(Config(str(tmp_path)))
+
+
+def test_fp16_with_t5_is_refused_before_the_data_is_read(tiny_t5: Path) -> None:
+    with pytest.raises(UserError, match="found precision fp16 with t5"):
+        prepare(Config(str(tiny_t5), fp16=True, data_path="none.json"))
 
 
 def test_limits_that_nothing_heeds_are_refused(tiny_t5: Path, tiny_model: Path) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from benchmarks.kill_sweep import dialogues, sweep
 from tests.helpers import adapter_of, write_dialogues
 from tests.matrix import TOLERANCE, Train, held, log_in, logits_of, share_all_file, trainings
-from tests.small_t5 import TOKENS
+from tests.small_t5 import TOKENS, make_t5
 
 QUICK = [("LoRA", "zero3"), ("QLoRA", "zero2")]
 KINDS = [
@@ -94,6 +95,34 @@ def test_a_t5s_checkpoint_goes_on_elsewhere(
     adapter = adapter_of(moved)
     for key, tensor in adapter_of(alone).items():
         assert torch.allclose(adapter[key], tensor, atol=TOLERANCE[kind], rtol=0), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zero2", "zero3"])
+@pytest.mark.parametrize("case", ["too few rows", "frozen rows"])
+def test_rows_that_are_grown_or_frozen_are_the_same_on_every_backend(
+    case: str, backend: str, outputs: Train, tiny_t5: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    flags: list[str | Path] = ["--train_new_tokens", "False"]
+    if case == "too few rows":
+        model = tmp_path_factory.getbasetemp() / "small"
+        if not model.exists():
+            make_t5(model, AutoTokenizer.from_pretrained(tiny_t5), rows=TOKENS)
+        flags = ["--model_name_or_path", model]
+    alone, output = outputs("LoRA", "one", *flags), outputs("LoRA", backend, *flags)
+    expected, adapter = adapter_of(alone), adapter_of(output)
+    assert {*adapter} == {*expected}
+    for key, tensor in expected.items():
+        assert torch.allclose(adapter[key], tensor, atol=1e-5, rtol=0), key
+    state = load_file(output / "non_lora_state.safetensors")
+    more = 16 if case == "too few rows" else 32
+    assert state["shared.weight"].shape == state["lm_head.weight"].shape == (TOKENS + more, 64)
+    for name, rows in adapter.items():
+        if "trainable_tokens" in name:
+            matrix = state["lm_head.weight" if "lm_head" in name else "shared.weight"]
+            mean = matrix[:TOKENS].mean(0)
+            still = torch.allclose(rows, mean.expand_as(rows), atol=1e-6)
+            assert still == (case == "frozen rows"), name
 
 
 @pytest.mark.slow

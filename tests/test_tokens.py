@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Regex, normalizers
 
 from data.templates import T5_SYSTEM
 from data.tokens import CHARACTERS, with_fastchat_tokens, with_missing_characters
@@ -74,6 +75,17 @@ def test_each_character_becomes_one_token_and_none_twice(plain: Any, reloaded: A
 
 def test_a_tokenizer_that_lacks_nothing_is_left_as_it_is(chat_tokenizer: Any) -> None:
     assert with_missing_characters(chat_tokenizer) == (chat_tokenizer, [])
+
+
+def test_normalizers_that_make_one_space_of_several_are_left_out() -> None:
+    one_space = normalizers.Replace(Regex(" {2,}"), "▁")
+    for given in (one_space, normalizers.Sequence([normalizers.NFKC(), one_space])):
+        tokenizer = t5_tokenizer()
+        tokenizer.backend_tokenizer.normalizer = given
+        made, _ = with_missing_characters(tokenizer)
+        assert there_and_back(made, "a  {   a") == "a  {   a"
+        wide = there_and_back(made, "ａ")
+        assert wide == ("a" if isinstance(given, normalizers.Sequence) else wide)
 
 
 def test_fastchats_tokens_have_fastchats_order(shared: Path) -> None:
