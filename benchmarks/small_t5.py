@@ -78,7 +78,7 @@ def train_all(folder: Path, data: Path, epochs: int, lr: float) -> list[float]:
     """Train every weight of the model in the folder, plainly; return each epoch's loss a token."""
     from transformers import AutoModelForSeq2SeqLM
 
-    prepared = prepare(Config(str(folder), data_path=str(data)))
+    prepared = prepare(Config(str(folder), data_path=(str(data),)))
     model = AutoModelForSeq2SeqLM.from_pretrained(folder).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     examples, losses = sorted(prepared.examples, key=lambda e: e.tokens), []
@@ -126,7 +126,7 @@ def teach(base: Path, folder: Path, epochs: int, flags: list[str], command: Any)
         *("loop/train.py", "--model_name_or_path", str(base), "--data_path", str(train_on)),
         *("--output_dir", str(folder / "adapter"), "--num_train_epochs", str(epochs), *flags),
     )
-    prepared = prepare(Config(str(base), data_path=str(held_out)))
+    prepared = prepare(Config(str(base), data_path=(str(held_out),)))
     speaker = load_speaker(ChatConfig(adapter=str(folder / "adapter"), max_new_tokens=60))
     with speaker.model.disable_adapter():
         before = loss_of(speaker.model, prepared)

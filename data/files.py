@@ -9,13 +9,16 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 from data.errors import BadRecord, UserError
-from data.json_stream import CHUNK, LARGEST, json_records
+from data.json_stream import CHUNK, ESCAPED_BYTE, LARGEST, check_utf8, json_records
 
-KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow")
+# What `datasets` writes beside the Arrow files of a folder.
+BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")
 PACKED = (".gz", ".zst")
+ROWS = 256  # of a table that are held as Python's objects at once
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
@@ -25,6 +28,8 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
         try:
             inside = [file for file in sorted(path.rglob("*")) if kind_of(file)]
             inside = [file for file in inside if not file.is_dir()]  # a broken link is an error
+            if any(kind_of(file) == ".arrow" for file in inside):
+                inside = [file for file in inside if file.name not in BESIDE_ARROW]
             folder = path.is_dir()
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
@@ -56,11 +61,13 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
         before = os.stat(path)
         if not path.is_file():
             raise UserError(f"{path}: found no regular file; expected one, or a folder of them.")
-        if kind == ".parquet":
-            yield from enumerate(_parquet(path))
+        if kind in (".parquet", ".arrow"):
+            rows = _parquet(path) if kind == ".parquet" else _arrow(path)
+            yield from enumerate(map(_plain, rows))
         else:
             with _opened(path) as stream:
-                yield from enumerate(_csv(stream) if kind == ".csv" else json_records(stream, path))
+                rows = _csv(stream, path) if kind == ".csv" else json_records(stream, path)
+                yield from enumerate(rows)
         after = os.stat(path)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -70,17 +77,51 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
     with open(path, "rb") as raw:
         if path.name.lower().endswith(".gz"):
-            yield cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+            yield gzip.GzipFile(fileobj=raw)
         elif path.name.lower().endswith(".zst"):
-            import zstandard
-
-            unpacked = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            yield cast(BinaryIO, io.BufferedReader(cast(Any, unpacked), CHUNK))
+            yield io.BufferedReader(_Unpacked(raw), CHUNK)
         else:
             yield raw
+
+
+class _Unpacked(io.RawIOBase):
+    """Frames of zstd one behind the other; raises EOFError for one that is damaged or cut off.
+
+    The package's own reader (zstandard 0.25) takes one that is cut off for whole.
+    """
+
+    def __init__(self, packed: io.BufferedReader) -> None:
+        import zstandard
+
+        self.packed, self.error = packed, zstandard.ZstdError
+        self.unpack = zstandard.ZstdDecompressor().decompressobj
+        self.frame, self.raw, self.within = self.unpack(), b"", False
+        self.waiting = io.BytesIO()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer with what comes next, at least a byte before the end."""
+        while not (size := self.waiting.readinto(buffer)):
+            # So little that what it unpacks to is bounded, by 128 KiB for each 4 bytes.
+            self.raw = self.raw or self.packed.read(256)
+            if not self.raw:
+                if self.within:
+                    raise EOFError("its last frame is cut off")
+                return 0
+            try:
+                self.waiting, self.within = io.BytesIO(self.frame.decompress(self.raw)), True
+            except self.error as error:
+                raise EOFError(str(error)) from None
+            self.raw = b""
+            if self.frame.eof:
+                self.raw, self.within = self.frame.unused_data, False
+                self.frame = self.unpack()
+        return size
 
 
 def _parquet(path: Path) -> Iterator[Any]:
@@ -89,10 +130,31 @@ def _parquet(path: Path) -> Iterator[Any]:
 
     try:
         with parquet.ParquetFile(path) as opened:
-            for batch in opened.iter_batches(batch_size=256):
-                yield from (_plain(row) for row in batch.to_pylist())
-    except pyarrow.ArrowException as error:
+            for batch in opened.iter_batches(batch_size=ROWS):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a whole Parquet file: {error}.") from None
+
+
+def _arrow(path: Path) -> Iterator[Any]:
+    """Yield the rows of an Arrow file or stream, such as `datasets` writes."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as mapped:
+            try:
+                opened = pa.ipc.open_file(mapped)
+                batches = map(opened.get_batch, range(opened.num_record_batches))
+            except pa.ArrowInvalid:
+                mapped.seek(0)
+                batches = pa.ipc.open_stream(mapped)
+            for batch in batches:
+                for start in range(0, batch.num_rows, ROWS):
+                    yield from batch.slice(start, ROWS).to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if getattr(error, "errno", None):  # of the disk; of a file that is cut off it has none
+            raise
+        raise UserError(f"{path}: not a whole Arrow file: {error}.") from None
 
 
 def _plain(value: Any) -> Any:
@@ -106,13 +168,17 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
-def _csv(stream: BinaryIO) -> Iterator[Any]:
+def _csv(stream: io.BufferedIOBase, path: Path) -> Iterator[Any]:
     csv.field_size_limit(LARGEST)
+    stream = io.BufferedReader(cast(Any, stream))
+    check_utf8(stream.peek(2), path)
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     try:
         for row in csv.DictReader(text, strict=True):
             if None in row or None in row.values():
                 yield BadRecord("not valid CSV", "its row has more or fewer fields than the header")
+            elif any(ESCAPED_BYTE.search(value) for value in row.values()):
+                yield BadRecord("not UTF-8", "it holds a byte that is not; save the file as UTF-8")
             else:
                 yield row
     except (csv.Error, EOFError, zlib.error) as error:

@@ -7,8 +7,9 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 from data.errors import BadRecord, UserError
 
@@ -24,7 +25,7 @@ ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 CUT = 12
 
 
-def json_records(stream: BinaryIO, path: Path) -> Iterator[Any]:
+def json_records(stream: BufferedIOBase, path: Path) -> Iterator[Any]:
     """Yield each parsed value, or a BadRecord, of an array or of one value a line.
 
     Raises UserError for an empty file and one in UTF-16.
@@ -36,17 +37,22 @@ def json_records(stream: BinaryIO, path: Path) -> Iterator[Any]:
     yield from _array(window) if first == "[" else _lines(window)
 
 
+def check_utf8(head: bytes, path: Path) -> None:
+    """Raise UserError for a file that begins as UTF-16 does."""
+    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise UserError(f"{path}: found UTF-16; expected UTF-8. Save the file as UTF-8.")
+
+
 class _Window:
     """The part of a text that is being looked at: characters from `at` on, more as asked for."""
 
-    def __init__(self, stream: BinaryIO, path: Path) -> None:
+    def __init__(self, stream: BufferedIOBase, path: Path) -> None:
         self.stream, self.text, self.at, self.line = stream, "", 0, 1
         self.ended = False
         self.damage = ""
         self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         head = self._read(4)
-        if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise UserError(f"{path}: found UTF-16; expected UTF-8. Save the file as UTF-8.")
+        check_utf8(head, path)
         self.text = self.decoder.decode(head)
         self.more()
         self.text = self.text.removeprefix("\ufeff")
@@ -63,15 +69,15 @@ class _Window:
         return not self.ended
 
     def _read(self, size: int) -> bytes:
+        pieces: list[bytes] = []
         try:
-            return self.stream.read(size)
+            # In pieces: of a damaged file all is read that stands before the damage.
+            while size > 0 and not self.damage and (piece := self.stream.read1(size)):
+                pieces.append(piece)
+                size -= len(piece)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             self.damage = f"; its compression is damaged: {error}"
-        except Exception as error:
-            if type(error).__name__ != "ZstdError":
-                raise
-            self.damage = f"; its compression is damaged: {error}"
-        return b""
+        return b"".join(pieces)
 
     def skip_space(self) -> str:
         """Go to the next character that is no white space, and return it."""

@@ -6,6 +6,7 @@ end an answer, or begin one.
 
 import copy
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -91,9 +92,10 @@ class Encoder:
 
 def _inside(match: re.Match[str], item: Rendered) -> bool:
     """Whether a control token's name is at least partly a message's text."""
-    return any(match.start() < end and match.end() > start for start, end in item.messages)
+    first = bisect_right(item.messages, match.start(), key=lambda span: span[1])
+    return first < len(item.messages) and item.messages[first][0] < match.end()
 
 
 def _shifted(place: int, shifts: Sequence[tuple[int, int]]) -> int:
     """Return where a place of the text is when the control tokens before it have been replaced."""
-    return place - next(shift for start, shift in reversed(shifts) if start <= place)
+    return place - shifts[bisect_right(shifts, place, key=lambda shift: shift[0]) - 1][1]

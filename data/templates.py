@@ -2,7 +2,9 @@
 
 import re
 from dataclasses import dataclass
-from itertools import islice
+from datetime import date
+from functools import lru_cache
+from itertools import chain, islice
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -131,7 +133,8 @@ def _render_chat(dialogue: Dialogue, tokenizer: Any) -> Rendered:
             )
         if dialogue.turns[number - skipped].supervised:
             spans.append((start, closing.end()))
-    return Rendered(text, tuple(spans), add_special_tokens=False, messages=tuple(shown))
+    written = tuple((start, end) for start, end in shown if start < end)
+    return Rendered(text, tuple(spans), add_special_tokens=False, messages=written)
 
 
 def _filled_in(text: str, messages: Messages, tokenizer: Any) -> list[Span] | None:
@@ -140,8 +143,6 @@ def _filled_in(text: str, messages: Messages, tokenizer: Any) -> list[Span] | No
     The places are found by rendering marks; filled with the messages they must give the text.
     """
     marks = unused_characters(text, len(messages))
-    if len(marks) < len(messages):
-        return None
     marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
     between = re.split(f"([{''.join(marks)}])", _apply(tokenizer, marked))
     if between[1::2] != marks:
@@ -188,7 +189,10 @@ def _apply(tokenizer: Any, messages: Messages, generation: bool = False) -> str:
         raise UserError("this tokenizer has no chat template. Use --template vicuna.")
     try:
         text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation
+            messages,
+            chat_template=_dated(tokenizer.chat_template),
+            tokenize=False,
+            add_generation_prompt=generation,
         )
     except TemplateError as error:
         raise UserError(
@@ -198,10 +202,29 @@ def _apply(tokenizer: Any, messages: Messages, generation: bool = False) -> str:
     return text
 
 
+@lru_cache(maxsize=1)
+def _dated(template: str) -> str:
+    """Return the template with one day in place of today, which Llama 3's tells: its own default.
+
+    With the day of the run in it, a run that goes on tomorrow would have other ids.
+    """
+    return re.sub(
+        r"strftime_now\(\s*(['\"])(.*?)\1\s*\)",
+        lambda call: repr(date(2024, 7, 26).strftime(call[2])),
+        template,
+    )
+
+
 def unused_characters(text: str, count: int) -> list[str]:
-    """Return so many private-use characters that the text does not hold, fewer where it has all."""
-    unused = (char for char in map(chr, range(0xE000, 0xF8FF)) if char not in text)
-    return [*islice(unused, count)]
+    """Return so many private-use characters that the text does not hold; raises UserError."""
+    private = chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+    found = [*islice((char for char in map(chr, private) if char not in text), count)]
+    if len(found) < count:
+        raise UserError(
+            f"a dialogue of {len(text):,} characters holds nearly every private-use character; "
+            f"expected {count} that it does not hold. Take the dialogue out."
+        )
+    return found
 
 
 def _difference(text: str, changed: str) -> tuple[int, int]:

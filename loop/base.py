@@ -88,7 +88,10 @@ def read_base_config(base: str, config: Config) -> Any:
 
 
 def load_tokenizer(base: str, config: Config) -> Any:
-    """Return the base model's tokenizer, with a pad token and padding on the right."""
+    """Return the base model's tokenizer, with a pad token and padding on the right.
+
+    --chat_template takes the place of its own, and is saved with it. Raises UserError.
+    """
     from transformers import AutoTokenizer
 
     with mistakes(f"{base}: its tokenizer"):
@@ -97,10 +100,32 @@ def load_tokenizer(base: str, config: Config) -> Any:
         )
     if tokenizer.eos_token is None:
         raise UserError(f"{base}: its tokenizer has no EOS token, so answers could not end.")
+    if config.chat_template:
+        tokenizer.chat_template = _read_template(config.chat_template)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def _read_template(name: str) -> str:
+    from jinja2 import Environment, TemplateSyntaxError
+
+    what = f"--chat_template {name}"
+    try:
+        text = Path(name).expanduser().read_text(encoding="utf-8")
+        # With the extensions that transformers has (5.23, utils/chat_template_utils.py).
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+        environment.parse(re.sub(r"{%(-?)\s*(end)?generation\s*(-?)%}", "", text))
+    except OSError as error:
+        raise UserError(f"{what}: cannot be read: {error.strerror}. Give a Jinja file.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what}: not UTF-8: {error}. Give a Jinja file.") from None
+    except TemplateSyntaxError as error:
+        raise UserError(f"{what}: line {error.lineno}: not valid Jinja: {error}.") from None
+    if not text.strip():
+        raise UserError(f"{what}: it is empty; expected a Jinja template.")
+    return text
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.errors import UserError
-from data.files import find_files
+from data.sources import Source, files_of, parse_source
 from loop.flags import flag
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,9 +62,10 @@ class Config:
         True, "train the rows of the tokens that T5 lacked; False: their mean stays", "LoRA"
     )
 
-    data_path: str | None = flag(
+    data_path: tuple[str, ...] | None = flag(
         None,
-        "dialogues: JSON, JSONL, CSV, Parquet, .gz, .zst, or a folder; none: the bundled ones",
+        "dialogues: JSON, JSONL, CSV, Parquet, Arrow, .gz, .zst, folders of them, or the hub's "
+        "owner/name[/configuration][@split]; path:0.3 takes three of ten; none: the bundled ones",
         "data",
     )
     template: Literal["vicuna", "chat", "t5"] | None = flag(
@@ -72,6 +73,9 @@ class Config:
         "vicuna; chat: the model's own; t5: pairs; none: chat where the model has one, t5 for an "
         "encoder-decoder",
         "data",
+    )
+    chat_template: str | None = flag(
+        None, "a Jinja file in place of the model's own chat template", "data"
     )
     t5_compat: bool = flag(False, "FastChat's tokens and pairs for T5, id for id", "data")
     model_max_length: int = flag(
@@ -103,6 +107,9 @@ class Config:
     )
     preprocessed_path: str | None = flag(
         None, "file that keeps the encoded data, to be used again while it fits", "data"
+    )
+    report: str | None = flag(
+        None, "JSON file for the account of the data: read = kept + dropped, by cause", "data"
     )
 
     num_train_epochs: float = flag(3.0, "passes over the data", "training", above=0)
@@ -178,9 +185,9 @@ class Config:
     )
 
     @property
-    def data_file(self) -> Path:
-        """The dialogues to train on."""
-        return Path(self.data_path).expanduser() if self.data_path else DUMMY_DATA
+    def sources(self) -> list[Source]:
+        """The dialogues to train on; raises UserError for a weight that is none."""
+        return [parse_source(word) for word in self.data_path or [str(DUMMY_DATA)]]
 
     @property
     def precision(self) -> Precision:
@@ -193,7 +200,7 @@ class Config:
 # Paths, compared by what lies there; what changes no number; flags of which `precision` is made.
 PATHS = {
     *("model_name_or_path", "cache_dir", "lora_weight_path", "data_path", "preprocessed_path"),
-    "output_dir",
+    *("output_dir", "chat_template", "report"),
 }
 TOLD = {"deepspeed", "run_name", "report_to", "resume_from_checkpoint", "max_dropped"}
 PRECISION = {"mixed_precision", "bf16", "fp16"}
@@ -207,18 +214,29 @@ def decisive(config: Config) -> dict[str, Any]:
 
 
 def data_sha256(config: Config) -> str:
-    """Return the SHA-256 of the data's file, or of the hashes of a folder's files.
+    """Return the SHA-256 of the data's file, or of the hashes of several and of their weights.
 
     Raises UserError where one cannot be read.
     """
     hashes = []
-    for file in find_files([config.data_file]):
-        try:
-            with open(file, "rb") as opened:
-                hashes.append(hashlib.file_digest(opened, "sha256").hexdigest())
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read: {error.strerror}.") from None
+    for source in config.sources:
+        hashes += [file_sha256(file) for file in files_of(source, config.cache_dir)]
+        hashes += [f"x {source.weight}"] if source.weight != 1.0 else []
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(str(hashes).encode()).hexdigest()
+
+
+def data_shown(config: Config) -> str:
+    """Return the names of the data as a person reads them."""
+    return ", ".join(map(shown, config.data_path or [DUMMY_DATA]))
+
+
+def file_sha256(file: Path) -> str:
+    """Return the SHA-256 of a file; raises UserError where it cannot be read."""
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}.") from None
 
 
 def shown(path: str | Path) -> str:

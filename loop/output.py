@@ -19,7 +19,7 @@ from data.errors import UserError
 from loop import launch
 from loop.backend import told_to_all
 from loop.checkpoint import sync
-from loop.config import ADAPTER_FILES, Config, data_sha256
+from loop.config import ADAPTER_FILES, Config, data_sha256, file_sha256
 from loop.flags import TRUE
 from loop.non_lora import save_non_lora
 from loop.prepare import Prepared
@@ -28,11 +28,13 @@ from loop.utils import save_adapter, write_json
 from loop.windows import Layout, global_batch_size
 
 SETTINGS, STATE = "training_config.yaml", "trainer_state.json"
-PATHS = ("model_name_or_path", "data_path", "lora_weight_path", "cache_dir")
-# The folder, however it is spelt, and what says when to save and when to stop.
-HOW_TO_SAVE = (
+PATHS = ("model_name_or_path", "lora_weight_path", "cache_dir")
+# The folder, however it is spelt, what says when to save and when to stop, and what is compared by
+# what lies there.
+NOT_COMPARED = (
     *("output_dir", "save_strategy", "save_steps", "save_minutes", "save_total_limit"),
     *("resume_from_checkpoint", "resume_anyway", "max_minutes", "preprocessed_path"),
+    *("data_path", "chat_template", "report"),
 )
 LOCK, PATIENCE = ".lock", 5.0  # seconds that a run which was just killed may take to be gone
 
@@ -56,11 +58,11 @@ def is_finished(config: Config) -> bool:
         return False
     now = yaml.safe_load(dump(config))
     for values in (settings, now):
-        for name in HOW_TO_SAVE:
+        for name in NOT_COMPARED:
             values.pop(name, None)
         values |= {key: _resolved(values.get(key)) for key in PATHS}
-    settings["data_sha256"] = state.get("data_sha256")
-    now["data_sha256"] = data_sha256(config)
+    settings |= {name: state.get(name) for name in ("data_sha256", "chat_template_sha256")}
+    now |= {"data_sha256": data_sha256(config), "chat_template_sha256": _template(config)}
     settings["examples a step"] = state.get("global_batch_size")
     now["examples a step"] = global_batch_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     changed = [
@@ -75,6 +77,11 @@ def is_finished(config: Config) -> bool:
             "its last checkpoint with the new ones."
         )
     return True
+
+
+def _template(config: Config) -> str | None:
+    file = config.chat_template
+    return file_sha256(Path(file).expanduser()) if file else None
 
 
 def _resolved(path: str | None) -> str | None:
@@ -186,6 +193,7 @@ def save_run(
         "max_steps": layout.total_steps,
         "epoch": round(layout.total_steps / layout.steps_per_epoch, 4),
         "data_sha256": prepared.data_sha256,
+        "chat_template_sha256": _template(config),
         "global_batch_size": global_batch_size(config, accelerator.num_processes),
         "log_history": history,
     }

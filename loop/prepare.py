@@ -1,7 +1,9 @@
 """Finds the base model and encodes the examples: one way for training and for `show`."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,14 @@ from data.cache import Examples, claimed, in_memory, read_cache, write_cache
 from data.collate import Collator
 from data.encode import Example, check_fast, encode_dialogues
 from data.errors import UserError
+from data.outputs import written_whole
 from data.pairs import SHORT, PairLimits, encode_pairs
 from data.sharegpt import Dialogue, Tally, read_dialogues
+from data.sources import files_of, weighted
 from data.templates import TemplateName, default_template
 from data.tokens import with_fastchat_tokens, with_missing_characters
 from loop.base import find_base_model, load_tokenizer, read_base_config, tokenizer_sha256
-from loop.config import Config, data_sha256, shown
+from loop.config import Config, data_sha256, data_shown
 
 # Settings that decide the encoded data, beside the data itself and the tokenizer.
 ENCODING = (
@@ -73,8 +77,10 @@ def prepare(config: Config) -> Prepared:
         **{f"--{name}": getattr(config, name) for name in ENCODING},
     }
     examples = _examples(config, key, template, tokenizer)
+    if config.report:
+        _write_report(Path(config.report).expanduser(), examples.tally, key)
     _check_account(examples.tally, config)
-    source = shown(config.data_file)
+    source = data_shown(config)
     return Prepared(
         *(base, base_config, tokenizer, new_tokens, template, examples, source, data_hash)
     )
@@ -122,7 +128,12 @@ def _chosen(config: Config, empty_answers: bool, tally: Tally) -> Iterator[Dialo
 
     def read(into: Tally) -> Iterator[Dialogue]:
         how = (config.on_bad_record, empty_answers, config.supervise)
-        return read_dialogues([config.data_file], into, *how)
+        for number, source in enumerate(config.sources):
+            found = read_dialogues(files_of(source, config.cache_dir), into, *how)
+            weighs = source.weight != 1.0
+            yield from (
+                weighted(found, source.weight, [config.seed, number], into) if weighs else found
+            )
 
     if config.num_data < 0:
         yield from read(tally)
@@ -137,6 +148,19 @@ def _chosen(config: Config, empty_answers: bool, tally: Tally) -> Iterator[Dialo
             tally.drop("beyond num_data", dialogue.id)
 
 
+def _write_report(file: Path, tally: Tally, key: dict[str, Any]) -> None:
+    """Write the account of all records, also where it is about to be refused."""
+    dropped = {
+        cause: {"count": count, "first": tally.named.get(cause, [])}
+        for cause, count in tally.dropped.items()
+    }
+    account = {**vars(tally), "dropped": dropped, "data_sha256": key["data"]}
+    del account["named"]
+    with written_whole(file, "--report") as partial:
+        text = json.dumps(account, indent=1, ensure_ascii=False)
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
 def _check_account(tally: Tally, config: Config) -> None:
     """Refuse data of which too much teaches nothing, or that does not add up."""
     if tally.read != tally.kept + tally.dropped.total():
@@ -145,9 +169,9 @@ def _check_account(tally: Tally, config: Config) -> None:
     share = useless / max(1, tally.kept + useless)
     if share > config.max_dropped or not tally.kept:
         raise UserError(
-            f"{config.data_file}: {useless} of {tally.kept + useless} dialogues ({share:.1%}) have "
-            f"nothing to learn; expected {config.max_dropped:.1%} at most. {tally}. Mend the data "
-            f"({SHORT} of a T5's), give a larger --model_max_length, or allow more by "
+            f"{data_shown(config)}: {useless} of {tally.kept + useless} dialogues ({share:.1%}) "
+            f"have nothing to learn; expected {config.max_dropped:.1%} at most. {tally}. Mend the "
+            f"data ({SHORT} of a T5's), give a larger --model_max_length, or allow more by "
             "--max_dropped."
         )
 
@@ -188,6 +212,11 @@ def _template(base: str, base_config: Any, tokenizer: Any, config: Config) -> Te
         raise UserError(
             f"{base}: its config.json has no decoder_start_token_id, with which every answer "
             "begins; expected one. Write it there (T5's is that of the pad token, 0)."
+        )
+    if config.chat_template and template != "chat":
+        raise UserError(
+            f"--chat_template {config.chat_template}: found --template {template}, which does "
+            "not use it. Leave one of the two out."
         )
     if config.t5_compat and not pairs:
         raise UserError(

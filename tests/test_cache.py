@@ -141,7 +141,7 @@ def test_num_data_takes_dialogues_by_the_seed(tiny_t5: Path, tmp_path: Path) -> 
     data = write_dialogues(tmp_path / "data.json", *texts)
 
     def chosen(seed: int) -> list[str]:
-        config = Config(str(tiny_t5), data_path=str(data), num_data=5, seed=seed)
+        config = Config(str(tiny_t5), data_path=(str(data),), num_data=5, seed=seed)
         prepared = preparing.prepare(config)
         assert prepared.examples.tally.dropped == {"beyond num_data": 15}
         return [example.id for example in prepared.examples]

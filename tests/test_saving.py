@@ -231,7 +231,7 @@ def test_a_finished_run_is_recognised_and_other_settings_are_refused(train: Trai
     assert is_finished(read_config([*settings, "--output_dir", f"{folder}/../run/"], Config))
     with pytest.raises(UserError, match=r"other settings \(seed was 42, is 7\)"):
         is_finished(read_config([*settings, "--seed", "7"], Config))
-    data = Path(yaml.safe_load((folder / "training_config.yaml").read_text())["data_path"])
+    data = Path(yaml.safe_load((folder / "training_config.yaml").read_text())["data_path"][0])
     write_dialogues(data, ["Hi", "Other."])
     with pytest.raises(UserError, match="data_sha256 was"):
         is_finished(read_config(settings, Config))

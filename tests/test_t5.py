@@ -178,7 +178,7 @@ def test_the_base_whole_or_in_shards_and_the_adapter_give_the_trained_model(
 
 def test_the_loss_is_the_plain_one_of_each_targets_ids(tiny_t5: Path, tmp_path: Path) -> None:
     data = write_dialogues(tmp_path / "data.json", ["Hello.", LONG], ["And?", f"{LONG} {LONG}"])
-    prepared = prepare(Config(str(tiny_t5), data_path=str(data)))
+    prepared = prepare(Config(str(tiny_t5), data_path=(str(data),)))
     model = AutoModelForSeq2SeqLM.from_pretrained(tiny_t5).eval()
     alone = 0.0
     for example in prepared.examples:
@@ -257,7 +257,7 @@ def test_more_tokens_than_a_model_has_positions_are_refused(tmp_path: Path, tiny
 
 def test_fp16_with_t5_is_refused_before_the_data_is_read(tiny_t5: Path) -> None:
     with pytest.raises(UserError, match="found precision fp16 with t5"):
-        prepare(Config(str(tiny_t5), fp16=True, data_path="none.json"))
+        prepare(Config(str(tiny_t5), fp16=True, data_path=("none.json",)))
 
 
 def test_limits_that_nothing_heeds_are_refused(tiny_t5: Path, tiny_model: Path) -> None:
