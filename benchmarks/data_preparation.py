@@ -41,7 +41,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="of each of the two, in turns")
     kept = Path.home() / ".cache/lora-loop/fastchat"
     parser.add_argument("--fastchat", type=Path, default=kept, help="its environment, made once")
-    parser.add_argument("--clean_text", type=Path, help="JSON to clean; none: that of --text")
+    parser.add_argument(
+        "--clean_text", type=Path, help="JSON to clean, tens of MB: the start counts"
+    )
     parser.add_argument("--dialogues", type=int, default=1_000_000, help="of many, and of encoded")
     asked = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])

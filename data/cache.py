@@ -60,12 +60,12 @@ class Examples(Sequence[Example]):
         read, kept, dropped, noted, named, answers, ended = json.loads(found[b"tally"])
         self.tally = Tally(read, kept, Counter(dropped), Counter(noted), named, answers, ended)
         self.parts: list[list[int]] = json.loads(found[b"parts"])
-        self.count = int(found[b"count"])
+        self.total = int(found[b"count"])
         self.key = json.loads(self.reader.schema.metadata[b"key"])
         self.batches: dict[int, Any] = {}
 
     def __len__(self) -> int:
-        return self.count
+        return self.total
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -93,7 +93,7 @@ class Examples(Sequence[Example]):
 
     def _fault(self, number: int) -> Fault:
         first = number * BATCH
-        found = f"examples {first} to {min(first + BATCH, self.count) - 1} are damaged"
+        found = f"examples {first} to {min(first + BATCH, self.total) - 1} are damaged"
         if self.file is None:
             return Fault(f"{found} in memory.")
         with suppress(OSError):

@@ -119,7 +119,7 @@ def label(
     >>> label([5, 6], [(0, 2), (2, 5)], [(3, 5)])  # one that straddles
     ([-100, 6], [6])
     """
-    labels, last_ids = [IGNORE_INDEX] * len(input_ids), []
+    labels, last_ids = [IGNORE_INDEX] * len(input_ids), list[int]()
     count = len(offsets)
     while count and offsets[count - 1][1] == 0:  # the tokenizer's own EOS stands for no character
         count -= 1
