@@ -1,10 +1,14 @@
-"""Keeps encoded examples in Arrow's columns: in memory, or in a file for as long as it fits."""
+"""Keeps encoded examples in Arrow's columns: in memory, or in a file for as long as it fits.
+
+A file is Arrow's own form, and behind it its last part's place and checksum. That part holds the
+account and the checksums of the others, each with one batch: they are checked when first read. So
+a file of any size is open at once, in little memory.
+"""
 
 import fcntl
 import json
 import os
 import zlib
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,10 +20,10 @@ from typing import IO, Any, overload
 import pyarrow as pa
 
 from data.encode import Example
-from data.errors import UserError
+from data.errors import Fault, UserError
 from data.sharegpt import Tally
 
-FORMAT = "lora-loop encoded data 2"  # to be raised when the same key would give other ids
+FORMAT = "lora-loop encoded data 3"  # to be raised when the same key would give other ids
 OURS = FORMAT[:22].encode()
 BATCH = 1024  # examples that are held while a file is written
 COLUMNS = {
@@ -30,43 +34,71 @@ COLUMNS = {
     "record": pa.int64(),
     "is_pair": pa.bool_(),
 }
-CHECKSUM = 4  # bytes at a file's end
+PLACE, CHECKSUM = 8, 4  # bytes at a file's end: where its last part begins, and that part's sum
+
+
+class Damaged(Exception):
+    """Bytes that are not those that were written."""
 
 
 class Examples(Sequence[Example]):
-    """Examples in Arrow's record batches, read where they lie; `tally` is the account of all."""
+    """Examples in Arrow's record batches, read where they lie; `tally` is the account of all.
 
-    def __init__(self, source: Any) -> None:
-        reader = pa.ipc.open_file(source)
-        found = [reader.get_batch_with_custom_metadata(n) for n in range(reader.num_record_batches)]
-        self.batches = [batch for batch, _ in found]
-        self.ends, end = [], 0
-        for batch in self.batches:
-            end += batch.num_rows
-            self.ends.append(end)
-        read, kept, dropped, noted, named, answers, ended = json.loads(found[-1][1][b"tally"])
+    Raises Damaged where the account is not as it was written.
+    """
+
+    def __init__(self, source: Any, file: Path | None = None) -> None:
+        self.source, self.file = source, file
+        end = len(source) - PLACE - CHECKSUM
+        place, checksum = bytes(source[end : end + PLACE]), bytes(source[end + PLACE :])
+        begin = int.from_bytes(place, "little")
+        if begin > end or _sum(source[begin : end + PLACE]) != checksum:
+            raise Damaged
+        self.reader = pa.ipc.open_file(source[:end])
+        last = self.reader.num_record_batches - 1
+        found = self.reader.get_batch_with_custom_metadata(last)[1]
+        read, kept, dropped, noted, named, answers, ended = json.loads(found[b"tally"])
         self.tally = Tally(read, kept, Counter(dropped), Counter(noted), named, answers, ended)
-        self.key = json.loads(reader.schema.metadata[b"key"])
-        self.format = reader.schema.metadata[b"format"].decode()
+        self.parts: list[list[int]] = json.loads(found[b"parts"])
+        self.total = int(found[b"count"])
+        self.key = json.loads(self.reader.schema.metadata[b"key"])
+        self.batches: dict[int, Any] = {}
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.total
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Return an example, its ids as lists."""
+        """Return an example, its ids as lists; raises Fault where they have been damaged."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = range(len(self))[index]
-        number = bisect_right(self.ends, place)
-        row = place - (self.ends[number - 1] if number else 0)
-        values = [column[row] for column in self.batches[number].columns]
+        number, row = divmod(place, BATCH)
+        values = [column[row] for column in self._batch(number).columns]
         ids, labels = (value.values.to_numpy().tolist() for value in values[1:3])
         name, supervised, record, is_pair = (values[n].as_py() for n in (0, 3, 4, 5))
         return Example(name, ids, labels, supervised, record, is_pair)
+
+    def _batch(self, number: int) -> Any:
+        """Return a batch; when it is first read its bytes must be those that were written."""
+        if number not in self.batches:
+            begin, end, checksum = self.parts[number]
+            if zlib.crc32(self.source[begin:end]) != checksum:
+                raise self._fault(number)
+            self.batches[number] = self.reader.get_batch(number)
+        return self.batches[number]
+
+    def _fault(self, number: int) -> Fault:
+        first = number * BATCH
+        found = f"examples {first} to {min(first + BATCH, self.total) - 1} are damaged"
+        if self.file is None:
+            return Fault(f"{found} in memory.")
+        with suppress(OSError):
+            self.file.unlink()
+        return Fault(f"--preprocessed_path {self.file}: {found}. It is removed: run again.")
 
 
 def in_memory(examples: Iterable[Example], tally: Tally) -> Examples:
@@ -86,22 +118,23 @@ def read_cache(path: str, key: dict[str, Any], silent: bool = False) -> Examples
         return None
     try:
         with open(file, "rb") as opened:
-            if OURS not in opened.read(1 << 16):
-                raise UserError(
-                    f"--preprocessed_path {path}: found a file of another kind; expected none, or "
-                    "one that this flag has made. Give another file name."
-                )
-        whole = _is_whole(file)
-        examples = Examples(pa.memory_map(str(file)).read_buffer()[:-CHECKSUM]) if whole else None
-    except pa.ArrowException:
-        examples = None
+            head = opened.read(1 << 16)
+        if OURS not in head:
+            raise UserError(
+                f"--preprocessed_path {path}: found a file of another kind; expected none, or "
+                "one that this flag has made. Give another file name."
+            )
+        why = "of an older format"
+        if FORMAT.encode() in head:
+            examples = Examples(pa.memory_map(str(file)).read_buffer(), file)
+            why = _difference(examples.key, _plain(key))
+    except (pa.ArrowException, Damaged):
+        why = "damaged"
     except OSError as error:
         raise UserError(f"--preprocessed_path {path}: cannot be read: {error.strerror}.") from None
-    known = examples is not None and examples.format == FORMAT
-    if examples is not None and known and examples.key == _plain(key):
+    if not why:
         return examples
     if not silent:
-        why = _difference(examples.key, _plain(key)) if examples is not None else "damaged"
         print(f"note: --preprocessed_path {path}: {why}; made anew")
     return None
 
@@ -115,9 +148,7 @@ def write_cache(path: str, key: dict[str, Any], examples: Iterable[Example], tal
     partial = file.with_name(f".{file.name}.partial")
     try:
         with open(partial, "wb") as opened:
-            summed = _Summed(opened)
-            _write(summed, _plain(key), examples, tally)
-            opened.write(summed.sum.to_bytes(CHECKSUM, "little"))
+            _write(opened, _plain(key), examples, tally)
             opened.flush()
             os.fsync(opened.fileno())
         partial.replace(file)
@@ -148,10 +179,11 @@ def claimed(path: str) -> Iterator[None]:
 
 
 class _Summed:
-    """A file that sums up what is written into it."""
+    """A file that sums up what is written into it, part by part."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.sum, self.closed = file, 0, False
+        self.file, self.sum, self.begin, self.closed = file, 0, 0, False
+        self.parts: list[list[int]] = []
 
     def write(self, data: Any) -> int:
         self.sum = zlib.crc32(data, self.sum)
@@ -163,32 +195,38 @@ class _Summed:
     def tell(self) -> int:
         return self.file.tell()
 
-
-def _is_whole(file: Path) -> bool:
-    """Whether the bytes are those that were written; read, not mapped, to take no memory."""
-    found, left = 0, file.stat().st_size - CHECKSUM
-    with open(file, "rb") as opened:
-        while left > 0 and (part := opened.read(min(left, 1 << 20))):
-            found = zlib.crc32(part, found)
-            left -= len(part)
-        return opened.read() == found.to_bytes(CHECKSUM, "little")
+    def end_part(self) -> None:
+        self.parts.append([self.begin, self.tell(), self.sum])
+        self.begin, self.sum = self.tell(), 0
 
 
-def _write(sink: Any, key: dict[str, Any], examples: Iterable[Example], tally: Tally) -> None:
+def _sum(data: Any) -> bytes:
+    return zlib.crc32(data).to_bytes(CHECKSUM, "little")
+
+
+def _write(file: Any, key: dict[str, Any], examples: Iterable[Example], tally: Tally) -> None:
     facts = {"format": FORMAT, "key": json.dumps(key)}
     schema = pa.schema([*COLUMNS.items()], metadata=facts)
-    rest = iter(examples)
+    rest, count, sink = iter(examples), 0, _Summed(file)
     with pa.ipc.new_file(pa.PythonFile(sink, "w"), schema) as writer:
         while batch := [*islice(rest, BATCH)]:
-            columns = [
-                pa.array([getattr(example, name) for example in batch], kind)
-                for name, kind in COLUMNS.items()
-            ]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
+            count += len(batch)
+            writer.write_batch(_arrow(batch, schema))
+            sink.end_part()
         # The account is known at the end only: it goes with a batch of no example.
-        none = pa.record_batch([pa.array([], kind) for kind in COLUMNS.values()], schema=schema)
-        account = {"tally": json.dumps([*vars(tally).values()])}
-        writer.write_batch(none, custom_metadata=account)
+        account = {"tally": json.dumps([*vars(tally).values()]), "count": str(count)}
+        account["parts"] = json.dumps(sink.parts)
+        writer.write_batch(_arrow([], schema), custom_metadata=account)
+    sink.write(sink.begin.to_bytes(PLACE, "little"))
+    file.write(sink.sum.to_bytes(CHECKSUM, "little"))
+
+
+def _arrow(examples: Sequence[Example], schema: Any) -> Any:
+    columns = [
+        pa.array([getattr(example, name) for example in examples], kind)
+        for name, kind in COLUMNS.items()
+    ]
+    return pa.record_batch(columns, schema=schema)
 
 
 def _plain(key: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +237,7 @@ def _plain(key: dict[str, Any]) -> dict[str, Any]:
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return f"made of another {', '.join(changed)}" if changed else "of an older format"
+    return f"made of another {', '.join(changed)}" if changed else ""
 
 
 def _unwritable(path: str, error: OSError) -> UserError:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from data import cache
 from data.encode import Example
-from data.errors import UserError
+from data.errors import Fault, UserError
 from data.sharegpt import Tally
 from loop import prepare as preparing
 from loop.config import Config
@@ -78,6 +79,76 @@ def test_a_damaged_file_is_made_anew(
     file.write_bytes({"cut": raw[:-8], "flipped": raw, "empty tail": raw + b"\0" * 8}[damage])
     assert cache.read_cache(str(file), KEY) is None
     assert "damaged; made anew" in capsys.readouterr().out
+
+
+def large(folder: Path) -> tuple[Path, list[Example]]:
+    """Write a file of three batches."""
+    many = [Example(str(n), [n] * (n % 7), [n], 1, n) for n in range(2 * cache.BATCH + 1)]
+    cache.write_cache(str(folder / "large.bin"), KEY, many, Tally(len(many), len(many)))
+    return folder / "large.bin", many
+
+
+def test_a_flipped_bit_anywhere_never_gives_other_examples(tmp_path: Path) -> None:
+    file, many = large(tmp_path)
+    raw = file.read_bytes()
+    heard = Counter[str]()
+    for place in [*range(0, len(raw), len(raw) // 150), *range(len(raw) - 20, len(raw))]:
+        damaged = bytearray(raw)
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        try:
+            kept = cache.read_cache(str(file), KEY, silent=True)
+            assert kept is None or [*kept] == many, place
+            heard["made anew" if kept is None else "unharmed"] += 1
+        except UserError as error:
+            heard[type(error).__name__] += 1
+    assert heard["Fault"] > 100
+    assert heard["made anew"] > 20
+    assert not heard["unharmed"]
+
+
+def test_a_damaged_batch_is_named_when_it_is_read_and_the_file_removed(tmp_path: Path) -> None:
+    file, many = large(tmp_path)
+    raw = bytearray(file.read_bytes())
+    end = cache.Examples(raw_buffer(bytes(raw))).parts[1][1]
+    raw[end - 100] ^= 1
+    file.write_bytes(raw)
+    kept = cache.read_cache(str(file), KEY)
+    assert kept is not None
+    assert kept[1023] == many[1023]
+    assert kept[2048] == many[2048]
+    with pytest.raises(Fault, match=r"examples 1024 to 2047 are damaged. It is removed: run again"):
+        kept[1500]
+    assert cache.read_cache(str(file), KEY) is None
+
+
+def raw_buffer(raw: bytes) -> Any:
+    import pyarrow
+
+    return pyarrow.py_buffer(raw)
+
+
+def test_opening_reads_no_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, many = large(tmp_path)
+    summed: list[int] = []
+    crc32 = cache.zlib.crc32
+    monkeypatch.setattr(
+        cache.zlib, "crc32", lambda data, *more: (summed.append(len(data)), crc32(data, *more))[1]
+    )
+    kept = cache.read_cache(str(file), KEY)
+    assert kept is not None
+    assert sum(summed) < 0.1 * file.stat().st_size
+    assert kept[0] == many[0]
+    assert sum(summed) < 0.6 * file.stat().st_size
+
+
+def test_a_file_of_the_format_before_is_made_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path)
+    file.write_bytes(file.read_bytes().replace(cache.FORMAT.encode(), cache.OURS + b" 2"))
+    assert cache.read_cache(str(file), KEY) is None
+    assert "of an older format; made anew" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"", b'{"input_ids": [], "labels": []}', b"\x08" + b"\0" * 80])

@@ -2,12 +2,13 @@
 
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data.encode import IGNORE_INDEX, Example, encode_dialogues
+from data.encode import IGNORE_INDEX, Example, encode_dialogues, label
 from data.errors import UserError
 from data.sharegpt import Dialogue, Tally, Turn
 from data.templates import TemplateName, prompt, render
@@ -28,9 +29,9 @@ def dialogue(*texts: str) -> Dialogue:
 def supervised_runs(example: Example, tokenizer: Any) -> list[str]:
     """Return the text of each run of supervised tokens."""
     runs: list[list[int]] = [[]]
-    for label in example.labels:
-        if label != IGNORE_INDEX:
-            runs[-1].append(label)
+    for one in example.labels:
+        if one != IGNORE_INDEX:
+            runs[-1].append(one)
         elif runs[-1]:
             runs.append([])
     return [tokenizer.decode(run) for run in runs if run]
@@ -170,3 +171,28 @@ def test_a_slow_tokenizer_is_refused() -> None:
 
     with pytest.raises(UserError, match="no character offsets"):
         next(encode_dialogues([dialogue("Hi", "Yo")], "chat", Slow(), 100, Tally()))
+
+
+def test_searching_for_spans_gives_what_walking_to_them_gives() -> None:
+    draw = random.Random(0)
+    for _ in range(2000):
+        offsets, place = [(0, 0)] * draw.randint(0, 1), 0
+        for _ in range(draw.randint(0, 30)):
+            end = place + draw.randint(0, 3)
+            offsets += [(place, end)] * draw.choice([1, 1, 1, 2])  # bytes of one character
+            place = end
+        offsets += [(0, 0)] * draw.randint(0, 1)  # an EOS of the tokenizer's own
+        spans, end = [], 0
+        while end < place:
+            start = end + draw.randint(3, 6)
+            end = start + draw.randint(1, 8)
+            spans.append((start, end))
+        ids = [*range(5, 5 + len(offsets))]
+        inside = [any(b < end and e > start for start, end in spans) for b, e in offsets]
+        closing = [
+            one
+            for one, (b, e) in zip(ids, offsets, strict=True)
+            if any(b < end <= e for _, end in spans)
+        ]
+        labels = [one if yes else IGNORE_INDEX for one, yes in zip(ids, inside, strict=True)]
+        assert label(ids, offsets, spans) == (labels, closing)

@@ -1,0 +1,287 @@
+"""Measures how data is prepared: beside FastChat, cleaned, and very many dialogues at once.
+
+python benchmarks/data_preparation.py [--parts encode clean many encoded] [--text FILE]
+    [--tokenizer DIR] [--runs 3] [--fastchat DIR] [--clean_text FILE] [--dialogues N]
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from loop.config import DUMMY_DATA, ROOT
+
+PARTS = ("encode", "clean", "many", "encoded")
+FASTCHAT = ("fschat==0.2.36", "transformers==4.41.2", "numpy<2", "torch", "accelerate", "psutil")
+FASTCHAT += ("sentencepiece", "protobuf")
+MOST_TOKENS, CORES = 2048, 2
+WORDS = [
+    f"{first}{last}" for first in ("the", "wa", "sta") for last in ("n", "ter", "te", "rm", "")
+]
+Facts = dict[str, Any]
+
+
+def main() -> None:
+    """Measure the parts that are asked for and print what was found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--text", type=Path, default=DUMMY_DATA, help="ShareGPT JSON")
+    parser.add_argument("--tokenizer", type=Path, help="a folder; none: the embedded model's")
+    parser.add_argument("--runs", type=int, default=3, help="of each of the two, in turns")
+    kept = Path.home() / ".cache/lora-loop/fastchat"
+    parser.add_argument("--fastchat", type=Path, default=kept, help="its environment, made once")
+    parser.add_argument(
+        "--clean_text", type=Path, help="JSON to clean, tens of MB: the start counts"
+    )
+    parser.add_argument("--dialogues", type=int, default=1_000_000, help="of many, and of encoded")
+    asked = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    with tempfile.TemporaryDirectory() as name:
+        for part in asked.parts:
+            print(f"\n{part}: {_conditions()}", flush=True)
+            {"encode": encode, "clean": clean, "many": many, "encoded": encoded}[part](
+                asked, Path(name)
+            )
+
+
+def encode(asked: argparse.Namespace, folder: Path) -> None:
+    """Encode one file by this project and by FastChat, in turns, and print medians and ratio."""
+    python = _fastchat(asked.fastchat)
+    model = _two_forms(asked.tokenizer, folder / "model")
+    text = str(asked.text.resolve())
+    worker = str(ROOT / "benchmarks/fastchat_preprocess.py")
+    commands = {
+        "FastChat": [str(python), worker, str(model / "slow"), text, str(MOST_TOKENS)],
+        "this project": _child("encode_once", str(model), text),
+    }
+    found: dict[str, list[Facts]] = {name: [] for name in commands}
+    for _ in range(asked.runs):
+        for name, words in commands.items():
+            found[name].append(_result(words))
+            print(f"  {name}: {found[name][-1]}", flush=True)
+    rates = {}
+    for name, runs in found.items():
+        rates[name] = statistics.median(run["dialogues"] / run["seconds"] for run in runs)
+        tokens = statistics.median(run["tokens"] / run["seconds"] for run in runs)
+        cpu = statistics.median(run["cpu"] for run in runs)
+        print(f"{name}: {rates[name]:,.1f} dialogues/s, {tokens:,.0f} tokens/s, {cpu:.1f} s of CPU")
+    print(f"ratio of dialogues/s: {rates['this project'] / rates['FastChat']:.1f}")
+
+
+def clean(asked: argparse.Namespace, folder: Path) -> None:
+    """Clean one file on one core, and read and write it as JSON, in turns."""
+    text = asked.clean_text or asked.text
+    size, out = text.stat().st_size / 1e6, folder / "clean.jsonl"
+    words = [sys.executable, "-m", "data", "clean", "--in", str(text.resolve()), "--out", str(out)]
+    words += ["--processes", "1", "--on_bad_record", "skip"]
+    for _ in range(asked.runs):
+        before = os.times()
+        done = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
+        after = os.times()
+        spent = after.children_user + after.children_system
+        spent -= before.children_user + before.children_system
+        started = time.process_time()
+        yardstick = "the whole file"
+        try:
+            json.dumps(json.loads(text.read_bytes()))
+        except ValueError:
+            yardstick = "of what was kept, since the file breaks off"
+            started = time.process_time()
+            for line in out.read_text(encoding="utf-8").splitlines():
+                json.dumps(json.loads(line))
+        plain = time.process_time() - started
+        print(f"{done.stderr.strip().splitlines()[-1][:60]} …")
+        print(f"{size / spent:.2f} MB/s of a core; JSON alone {size / plain:.2f} ({yardstick})")
+        out.unlink()
+
+
+def many(asked: argparse.Namespace, folder: Path) -> None:
+    """Prepare made-up dialogues through the real entry, and open what was kept."""
+    data, kept = folder / "many.jsonl", folder / "many.kept"
+    write_many(data, asked.dialogues)
+    print(f"{asked.dialogues:,} dialogues, {data.stat().st_size / 1e6:,.0f} MB", flush=True)
+    made = _result(_child("prepare_once", str(data), str(kept)))
+    rate = asked.dialogues / made["prepare"]
+    print(f"prepared: {made}; {rate:,.0f} dialogues/s; kept {kept.stat().st_size / 1e6:,.0f} MB")
+    print(f"opened again: {_result(_child('prepare_once', str(data), str(kept)))}")
+
+
+def encoded(asked: argparse.Namespace, folder: Path) -> None:
+    """Keep made-up examples, which cost no tokenising, then open them and plan over them."""
+    kept = folder / "encoded.kept"
+    print(f"written: {_result(_child('keep_encoded', str(kept), str(asked.dialogues)))}")
+    print(f"{kept.stat().st_size / 1e6:,.0f} MB", flush=True)
+    print(f"opened and planned: {_result(_child('open_encoded', str(kept)))}")
+
+
+def write_many(file: Path, count: int) -> None:
+    """Write made-up dialogues of one question and one answer, about 1 KB each."""
+    draw = random.Random(0)
+    with file.open("w", encoding="utf-8") as opened:
+        for number in range(count):
+            texts = [" ".join(draw.choices(WORDS, k=length)) for length in (20, 160)]
+            named = zip(("human", "gpt"), texts, strict=True)
+            turns = [{"from": who, "value": text} for who, text in named]
+            opened.write(json.dumps({"id": f"s{number}", "conversations": turns}) + "\n")
+
+
+def encode_once(model: str, text: str) -> Facts:
+    """Read, encode and keep a file's dialogues, as `prepare` does."""
+    from data.cache import read_cache, write_cache
+    from data.encode import encode_dialogues
+    from data.sharegpt import Tally, read_dialogues
+    from loop.base import load_tokenizer
+    from loop.config import Config
+
+    tokenizer, spent = load_tokenizer(model, Config()), []
+    with tempfile.TemporaryDirectory() as name:
+        kept = str(Path(name) / "kept")
+        for _ in range(2):  # the first of the two is to warm up
+            tally, begun = Tally(), (time.perf_counter(), time.process_time())
+            dialogues = read_dialogues([Path(text)], tally)
+            examples = encode_dialogues(dialogues, "vicuna", tokenizer, MOST_TOKENS, tally)
+            write_cache(kept, {}, examples, tally)
+            spent = [time.perf_counter() - begun[0], time.process_time() - begun[1]]
+        tokens = sum(example.tokens for example in read_cache(kept, {}) or [])
+    return {"seconds": spent[0], "cpu": spent[1], "dialogues": tally.read, "tokens": tokens}
+
+
+def prepare_once(data: str, kept: str) -> Facts:
+    """Call `prepare`, then open what it kept once more."""
+    from data.cache import read_cache
+    from loop.config import Config
+    from loop.prepare import prepare
+
+    config = Config(data_path=data, preprocessed_path=kept)
+    prepare_seconds, prepared = _timed(lambda: prepare(config))
+    read_seconds, again = _timed(lambda: read_cache(kept, prepared.examples.key))
+    assert again is not None
+    return {"prepare": prepare_seconds, "read_cache": read_seconds, "peak MiB": _peak()}
+
+
+def keep_encoded(kept: str, count: str) -> Facts:
+    """Write so many examples of 200 tokens."""
+    from data.cache import write_cache
+    from data.encode import Example
+    from data.sharegpt import Tally
+
+    def made() -> Iterator[Example]:
+        for number in range(int(count)):
+            ids = [*range(number % 1000, number % 1000 + 200)]
+            yield Example(f"s{number}", ids, [-100] * 40 + ids[40:], 160, number)
+
+    tally = Tally(int(count), int(count))
+    seconds, _ = _timed(lambda: write_cache(kept, {}, made(), tally))
+    return {"seconds": seconds, "peak MiB": _peak()}
+
+
+def open_encoded(kept: str) -> Facts:
+    """Open the file, plan an epoch of 128 examples a step, and take its first ten windows."""
+    from data.cache import read_cache
+    from data.collate import Collator
+    from loop.config import Config
+    from loop.windows import plan_layout, windows
+
+    bare = _peak()
+    read_seconds, examples = _timed(lambda: read_cache(kept, {}))
+    assert examples is not None
+    layout = plan_layout(Config(global_batch_size=128), len(examples), 0, 1)
+    dealt = windows(examples, layout, 0, Collator(0))
+    first_seconds, _ = _timed(lambda: next(dealt))
+    planned = _peak()
+    nine_seconds, _ = _timed(lambda: [next(dealt) for _ in range(9)])
+    seconds = {"read_cache": read_seconds, "first window": first_seconds, "nine more": nine_seconds}
+    peaks = {"peak MiB bare": bare, "after the first window": planned, "after ten": _peak()}
+    return seconds | peaks
+
+
+def _fastchat(folder: Path) -> Path:
+    """Return the Python of an environment with FastChat, which is made where there is none."""
+    python, done = folder / "bin/python", folder / "made"
+    if not done.exists():
+        print(f"making {folder}: minutes", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *FASTCHAT], check=True)
+        done.touch()
+    return python
+
+
+def _two_forms(given: Path | None, folder: Path) -> Path:
+    """Write a tokenizer in the form that this project reads and in the one that FastChat reads."""
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    from loop.embedded import embedded_model
+
+    source = given or embedded_model()
+    pieces = source / "tokenizer.model"
+    if pieces.is_file():
+        how = {"add_bos_token": True, "legacy": False}
+        LlamaTokenizer.from_pretrained(source, **how).save_pretrained(folder)
+        (folder / "tokenizer.model").write_bytes(pieces.read_bytes())
+        kind, names = "LlamaTokenizer", {}
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer.save_pretrained(folder)
+        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+        kind, names = "GPT2Tokenizer", {"eos_token": tokenizer.eos_token}
+    slow = folder / "slow"
+    slow.mkdir()
+    for file in ("tokenizer.model", "vocab.json", "merges.txt"):
+        if (folder / file).is_file():
+            (folder / file).rename(slow / file)
+    settings = {"tokenizer_class": kind, **names}
+    (slow / "tokenizer_config.json").write_text(json.dumps(settings))
+    for place in (folder, slow):
+        (place / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+def _child(name: str, *words: str) -> list[str]:
+    """Return the command that calls one of this file's functions in a process of its own."""
+    call = f"from benchmarks.data_preparation import {name} as call; import json, sys"
+    return [sys.executable, "-c", f"{call}; print(json.dumps(call(*sys.argv[1:])))", *words]
+
+
+def _result(words: list[str]) -> Facts:
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    facts: Facts = json.loads(done.stdout.splitlines()[-1])
+    return {name: round(fact, 3) for name, fact in facts.items()}
+
+
+def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = call()
+    return time.perf_counter() - started, result
+
+
+def _peak() -> int:
+    """Return the most MiB that this process has held at once, pages of mapped files counted."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) // 1024
+
+
+def _conditions() -> str:
+    from tests.helpers import counting
+
+    additions = min(counting() for _ in range(3))
+    return f"load {os.getloadavg()[0]:.1f}, 3 million additions in {additions:.2f} s"
+
+
+if __name__ == "__main__":
+    main()
