@@ -10,7 +10,7 @@ usage() {
 ./launch.sh setup                               only set up .venv and the embedded model
 ./launch.sh test [pytest arguments]             set up, then lint, type checks and tests
 ./launch.sh -h                                  this text
-./launch.sh --help                              the training flags, with defaults
+./launch.sh --help                              this text, and the training flags with their defaults
 
   --max_restarts N                              start the ranks again so often when one dies
   --until-done                                  run again after a crash (MAX_CRASHES times, default: 10)
@@ -135,7 +135,7 @@ train() {
     *.yaml | *.yml) config=$1; shift ;;
   esac
   case " $* " in
-    *" --help "* | *" -h "*) python -m loop check --help; return ;;
+    *" --help "* | *" -h "*) usage; echo; python -m loop check --help; return ;;
   esac
   while [ $# -gt 0 ]; do  # torchelastic's, not the loop's
     case "$1" in
@@ -175,6 +175,8 @@ train() {
   if [ "$(gpu_count)" = 0 ]; then
     export DS_ACCELERATOR=cpu  # else DeepSpeed warns that it found no GPU
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > processes ? $(nproc) / processes : 1))}
+  elif [ "$processes" -gt 1 ]; then
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # torchrun sets the same, and tells it in five lines
   fi
   [ "$max_restarts" = 0 ] || launcher+=(--max_restarts "$max_restarts")
   launcher=(accelerate launch --config_file "$config" --num_processes "$((processes * nnodes))"

@@ -127,7 +127,7 @@ def teach(base: Path, folder: Path, epochs: int, flags: list[str], command: Any)
         *("--output_dir", str(folder / "adapter"), "--num_train_epochs", str(epochs), *flags),
     )
     prepared = prepare(Config(str(base), data_path=(str(held_out),)))
-    speaker = load_speaker(ChatConfig(adapter=str(folder / "adapter"), max_new_tokens=60))
+    speaker = load_speaker(ChatConfig(adapter=(str(folder / "adapter"),), max_new_tokens=60))
     with speaker.model.disable_adapter():
         before = loss_of(speaker.model, prepared)
     after = loss_of(speaker.model, prepared)

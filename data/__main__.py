@@ -4,16 +4,25 @@ import sys
 
 from data.errors import UserError
 
-COMMANDS = ("clean", "split", "convert")
+COMMANDS = {
+    "convert": "dialogues of any known form to ShareGPT's",
+    "clean": "from raw dialogues to clean ones, without duplicates",
+    "split": "dialogues cut so that each piece fits the model",
+    "stats": "what data holds, and what training on it will take",
+}
 
 
 def main() -> None:
     """Run the command; a user's mistake is told in one line, exit code 2."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        lines = [f"  python -m data {command:8} {text}" for command, text in COMMANDS.items()]
+        print("\n".join([*lines, "Each has --help."]))
+        return
     if name not in COMMANDS:
-        found = f"unknown command {name!r}" if name and name not in ("-h", "--help") else __doc__
+        found = f"unknown command {name!r}" if name else __doc__
         print(f"{found}\nusage: python -m data {{{','.join(COMMANDS)}}} --help", file=sys.stderr)
-        sys.exit(0 if name in ("-h", "--help") else 2)
+        sys.exit(2)
     from importlib import import_module
 
     try:

@@ -6,12 +6,16 @@ a file of any size is open at once, in little memory.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
+from heapq import nlargest
+from importlib.metadata import version
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -23,8 +27,14 @@ from data.encode import Example
 from data.errors import Fault, UserError
 from data.sharegpt import Tally
 
-FORMAT = "lora-loop encoded data 3"  # to be raised when the same key would give other ids
+FORMAT = "lora-loop encoded data 4"  # to be raised when what a file holds is laid out anew
 OURS = FORMAT[:22].encode()
+# What decides ids beside the key: this folder's code from record to token, and these libraries.
+CODE = (
+    *("encode", "errors", "files", "formats", "json_stream", "literal", "pairs", "sharegpt"),
+    *("sources", "templates", "tiles", "tokens"),
+)
+LIBRARIES = ("tokenizers", "transformers")
 BATCH = 1024  # examples that are held while a file is written
 COLUMNS = {
     "id": pa.string(),
@@ -33,7 +43,10 @@ COLUMNS = {
     "supervised_tokens": pa.int32(),
     "record": pa.int64(),
     "is_pair": pa.bool_(),
+    "share": pa.float64(),
 }
+SCHEMA = pa.schema([*COLUMNS.items()])
+SIDES = ("input_ids", "labels")
 PLACE, CHECKSUM = 8, 4  # bytes at a file's end: where its last part begins, and that part's sum
 
 
@@ -50,22 +63,23 @@ class Examples(Sequence[Example]):
     def __init__(self, source: Any, file: Path | None = None) -> None:
         self.source, self.file = source, file
         end = len(source) - PLACE - CHECKSUM
-        place, checksum = bytes(source[end : end + PLACE]), bytes(source[end + PLACE :])
-        begin = int.from_bytes(place, "little")
-        if begin > end or _sum(source[begin : end + PLACE]) != checksum:
+        place, checksum = source[end : end + PLACE], source[end + PLACE :]
+        begin, expected = (int.from_bytes(bytes(word), "little") for word in (place, checksum))
+        if begin > end or zlib.crc32(source[begin : end + PLACE]) != expected:
             raise Damaged
         self.reader = pa.ipc.open_file(source[:end])
         last = self.reader.num_record_batches - 1
         found = self.reader.get_batch_with_custom_metadata(last)[1]
-        read, kept, dropped, noted, named, answers, ended = json.loads(found[b"tally"])
-        self.tally = Tally(read, kept, Counter(dropped), Counter(noted), named, answers, ended)
+        read, kept, dropped, noted, *rest = json.loads(found[b"tally"])
+        self.tally = Tally(read, kept, Counter(dropped), Counter(noted), *rest)
         self.parts: list[list[int]] = json.loads(found[b"parts"])
         self.total = int(found[b"count"])
         self.key = json.loads(self.reader.schema.metadata[b"key"])
         self.batches: dict[int, Any] = {}
+        self.places: Sequence[int] = range(self.total)
 
     def __len__(self) -> int:
-        return self.total
+        return len(self.places)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -75,12 +89,37 @@ class Examples(Sequence[Example]):
         """Return an example, its ids as lists; raises Fault where they have been damaged."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
+        place = self.places[index]
         number, row = divmod(place, BATCH)
         values = [column[row] for column in self._batch(number).columns]
         ids, labels = (value.values.to_numpy().tolist() for value in values[1:3])
-        name, supervised, record, is_pair = (values[n].as_py() for n in (0, 3, 4, 5))
-        return Example(name, ids, labels, supervised, record, is_pair)
+        name, *rest = (values[n].as_py() for n in (0, 3, 4, 5, 6))
+        return Example(name, ids, labels, *rest)
+
+    def held_out(self, fraction: float) -> tuple["Examples", "Examples"]:
+        """Return what is trained on and what is held out: whole dialogues, by their content."""
+        batches = map(self.reader.get_batch, range(len(self.parts)))
+        shares = [share for batch in batches for share in batch.column("share").to_pylist()]
+        both = copy(self), copy(self)
+        for held_out, part in enumerate(both):
+            part.places = [i for i in self.places if (shares[i] < fraction) == held_out]
+        return both
+
+    def longest(self, count: int) -> list[Example]:
+        """Return the longest examples, pairs by both sides; of the others only that."""
+        lengths: list[int] = []
+        for number in range(len(self.parts)):
+            columns = self.reader.get_batch(number)
+            sides = [columns.column(name).value_lengths() for name in COLUMNS if name in SIDES]
+            pairs = columns.column("is_pair").to_pylist()
+            rows = zip(*(side.to_pylist() for side in sides), pairs, strict=True)
+            lengths += [ids + labels * is_pair for ids, labels, is_pair in rows]
+        order = nlargest(count, range(len(self)), key=lambda i: lengths[self.places[i]])
+        return [self[i] for i in order]
+
+    def record_batches(self) -> Iterator[Any]:
+        """Yield the file's record batches; raises Fault where one has been damaged."""
+        return map(self._batch, range(len(self.parts)))
 
     def _batch(self, number: int) -> Any:
         """Return a batch; when it is first read its bytes must be those that were written."""
@@ -104,7 +143,7 @@ class Examples(Sequence[Example]):
 def in_memory(examples: Iterable[Example], tally: Tally) -> Examples:
     """Return the examples in memory, in a tenth of what lists of Python's numbers take."""
     sink = BytesIO()
-    _write(sink, {}, examples, tally)
+    _write(sink, {}, _batches(examples), tally)
     return Examples(pa.py_buffer(sink.getvalue()))
 
 
@@ -140,15 +179,20 @@ def read_cache(path: str, key: dict[str, Any], silent: bool = False) -> Examples
 
 
 def write_cache(path: str, key: dict[str, Any], examples: Iterable[Example], tally: Tally) -> None:
-    """Write the file whole or not at all, a batch of examples at a time.
+    """Write the examples, a batch of them at a time, as `write_batches` does."""
+    write_batches(path, key, _batches(examples), tally)
 
-    Raises UserError where it cannot be written.
+
+def write_batches(path: str, key: dict[str, Any], batches: Iterable[Any], tally: Tally) -> None:
+    """Write record batches of BATCH rows, but for the last, whole or not at all.
+
+    Raises UserError where the file cannot be written.
     """
     file = Path(path).expanduser()
     partial = file.with_name(f".{file.name}.partial")
     try:
         with open(partial, "wb") as opened:
-            _write(opened, _plain(key), examples, tally)
+            _write(opened, _plain(key), batches, tally)
             opened.flush()
             os.fsync(opened.fileno())
         partial.replace(file)
@@ -200,39 +244,44 @@ class _Summed:
         self.begin, self.sum = self.tell(), 0
 
 
-def _sum(data: Any) -> bytes:
-    return zlib.crc32(data).to_bytes(CHECKSUM, "little")
-
-
-def _write(file: Any, key: dict[str, Any], examples: Iterable[Example], tally: Tally) -> None:
+def _write(file: Any, key: dict[str, Any], batches: Iterable[Any], tally: Tally) -> None:
     facts = {"format": FORMAT, "key": json.dumps(key)}
-    schema = pa.schema([*COLUMNS.items()], metadata=facts)
-    rest, count, sink = iter(examples), 0, _Summed(file)
-    with pa.ipc.new_file(pa.PythonFile(sink, "w"), schema) as writer:
-        while batch := [*islice(rest, BATCH)]:
-            count += len(batch)
-            writer.write_batch(_arrow(batch, schema))
+    count, sink = 0, _Summed(file)
+    with pa.ipc.new_file(pa.PythonFile(sink, "w"), SCHEMA.with_metadata(facts)) as writer:
+        for batch in batches:
+            count += batch.num_rows
+            writer.write_batch(batch)
             sink.end_part()
         # The account is known at the end only: it goes with a batch of no example.
         account = {"tally": json.dumps([*vars(tally).values()]), "count": str(count)}
         account["parts"] = json.dumps(sink.parts)
-        writer.write_batch(_arrow([], schema), custom_metadata=account)
+        writer.write_batch(_arrow([]), custom_metadata=account)
     sink.write(sink.begin.to_bytes(PLACE, "little"))
     file.write(sink.sum.to_bytes(CHECKSUM, "little"))
 
 
-def _arrow(examples: Sequence[Example], schema: Any) -> Any:
-    columns = [
-        pa.array([getattr(example, name) for example in examples], kind)
-        for name, kind in COLUMNS.items()
-    ]
-    return pa.record_batch(columns, schema=schema)
+def _batches(examples: Iterable[Example]) -> Iterator[Any]:
+    rest = iter(examples)
+    while batch := [*islice(rest, BATCH)]:
+        yield _arrow(batch)
+
+
+def _arrow(examples: Sequence[Example]) -> Any:
+    columns = {name: [getattr(example, name) for example in examples] for name in COLUMNS}
+    return pa.RecordBatch.from_pydict(columns, SCHEMA)
 
 
 def _plain(key: dict[str, Any]) -> dict[str, Any]:
-    """Return the key as it comes back from JSON."""
+    """Return the key as it comes back from JSON, and what else decides the ids."""
     plain: dict[str, Any] = json.loads(json.dumps(key))
-    return plain
+    return {**plain, "code": _code_sha256(), **{name: version(name) for name in LIBRARIES}}
+
+
+def _code_sha256() -> str:
+    digest = hashlib.sha256()
+    for name in CODE:
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    return digest.hexdigest()
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

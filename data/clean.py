@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from data.jobs import Result
 from data.languages import UNKNOWN, check_languages, language_of
 from data.near import signature
 from data.personal import masked
+from data.seen import digest
 from data.turns import (
     Turns,
     alternate,
@@ -78,20 +78,20 @@ class _Unsettled(Exception):
 
 def main(argv: list[str]) -> None:
     """Clean the files and print the account."""
-    flags = _parser().parse_args(argv)
-    settings = _settings(flags)
-    if not 0 < flags.near_threshold <= 1:
-        raise UserError(f"--near_threshold {flags.near_threshold}: expected a share up to 1.")
+    given = flags().parse_args(argv)
+    settings = _settings(given)
+    if not 0 < given.near_threshold <= 1:
+        raise UserError(f"--near_threshold {given.near_threshold}: expected a share up to 1.")
     job = jobs.Job(
         "clean",
-        flags.inputs,
-        flags.out,
-        flags.report,
-        asdict(settings) | {"near_threshold": flags.near_threshold},
+        given.inputs,
+        given.out,
+        given.report,
+        asdict(settings) | {"near_threshold": given.near_threshold},
         partial(clean, settings),
-        flags.on_bad_record == "skip",
-        flags.processes,
-        flags.near_threshold,
+        given.on_bad_record == "skip",
+        given.processes,
+        given.near_threshold,
     )
     print(jobs.summary(jobs.run(job)), file=sys.stderr)
 
@@ -120,10 +120,10 @@ def clean(settings: Settings, record: Any, place: str) -> Result:
         noted |= {f"has {kind}" for kind in set().union(*found)}
     known: list[tuple[str, bytes]] = []
     if "ids" in settings.rules and record.get("id") not in (None, ""):
-        known.append(("duplicate id", _digest(["id", identity])))
+        known.append(("duplicate id", digest(["id", identity])))
     if "content" in settings.rules:
         spoken = [part for turn in turns for part in (speaker(turn), turn["value"])]
-        known.append(("duplicate content", _digest(spoken)))
+        known.append(("duplicate content", digest(spoken)))
     return Result(
         identity,
         ({**record, "conversations": turns},),
@@ -200,52 +200,56 @@ def _rejected(turns: Turns, settings: Settings) -> str | None:
     return None
 
 
-def _digest(parts: list[str]) -> bytes:
-    digest = blake2b(digest_size=16)
-    for part in parts:
-        encoded = part.encode("utf-8", "surrogatepass")
-        digest.update(f"{len(encoded)}:".encode() + encoded)
-    return digest.digest()
-
-
-def _parser() -> argparse.ArgumentParser:
+def flags() -> argparse.ArgumentParser:
+    """Return the command's parser."""
     made = jobs.parser("clean", "From raw ShareGPT dialogues to clean ones.")
-    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    own = made.add_argument_group("clean")
     width = max(map(len, RULES))
     made.epilog = "rules:\n" + "\n".join(f"  {n:{width}}  {what}" for n, what in RULES.items())
     made.epilog += "\nA dialogue without a question or without an answer is always dropped."
-    made.add_argument("--skip", nargs="+", default=[], metavar="RULE", help="leave out rules")
-    made.add_argument(
-        "--blocked_words", type=Path, default=BLOCKED_WORDS, help="a text file, a phrase a line"
+    own.add_argument("--skip", nargs="+", default=[], metavar="RULE", help="leave out rules")
+    own.add_argument(
+        "--blocked_words",
+        type=Path,
+        default=BLOCKED_WORDS,
+        metavar="FILE",
+        help="a phrase a line (default: data/blocked_words.txt)",
     )
-    made.add_argument("--keep_languages", nargs="+", default=[], metavar="CODE", help="en de ...")
-    made.add_argument("--skip_languages", nargs="+", default=[], metavar="CODE", help="zh ...")
-    made.add_argument(
+    own.add_argument(
+        "--keep_languages", nargs="+", default=[], metavar="CODE", help="en de ...: drop all others"
+    )
+    own.add_argument(
+        "--skip_languages", nargs="+", default=[], metavar="CODE", help="zh ...: drop these"
+    )
+    own.add_argument(
         "--personal",
         choices=("report", "mask", "off"),
         default="off",
-        help="e-mail addresses, phone numbers, keys and cards",
+        help="count, or mask, e-mail addresses, phone numbers, keys and cards",
     )
-    made.add_argument("--near_threshold", type=float, default=0.9, help="share of alike 5-grams")
+    own.add_argument(
+        "--near_threshold", type=float, default=0.9, metavar="SHARE",
+        help="of 5-grams that are alike, from which on a dialogue is a near duplicate",
+    )  # fmt: skip
     return made
 
 
-def _settings(flags: argparse.Namespace) -> Settings:
-    for name in flags.skip:
+def _settings(given: argparse.Namespace) -> Settings:
+    for name in given.skip:
         if name not in RULES:
             near = difflib.get_close_matches(name, RULES, 1, 0)[0]
             known = ", ".join(RULES)
             raise UserError(f"--skip {name}: no such rule; did you mean {near}? Rules: {known}.")
-    check_languages([*flags.keep_languages, *flags.skip_languages])
+    check_languages([*given.keep_languages, *given.skip_languages])
     try:
-        lines = flags.blocked_words.read_text(encoding="utf-8-sig").split("\n")
+        lines = given.blocked_words.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--blocked_words {flags.blocked_words}: cannot be read: {error}") from None
+        raise UserError(f"--blocked_words {given.blocked_words}: cannot be read: {error}") from None
     words = (line.strip().lower().replace("\u2019", "'") for line in lines)
     return Settings(
-        tuple(rule for rule in RULES if rule not in flags.skip),
+        tuple(rule for rule in RULES if rule not in given.skip),
         tuple(word for word in words if word),
-        tuple(flags.keep_languages),
-        tuple(flags.skip_languages),
-        flags.personal,
+        tuple(given.keep_languages),
+        tuple(given.skip_languages),
+        given.personal,
     )

@@ -1,7 +1,8 @@
-"""Pads the examples of one micro-batch and lists its supervised positions."""
+"""Puts the examples of one micro-batch together and lists its supervised positions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,35 +14,56 @@ from data.encode import IGNORE_INDEX, Example
 class MicroBatch:
     """One forward pass of one rank: B examples of at most T tokens, S of them supervised.
 
-    model_inputs: input_ids [B, T] int64, padded on the right; of pairs also attention_mask [B, T]
-    and decoder_input_ids [B, U], in which `positions` and `targets` are found then.
+    model_inputs: input_ids [B, T] int64, padded on the right, or [1, T] with what tells the
+    examples of the row apart; of pairs also attention_mask [B, T] and decoder_input_ids [B, U], in
+    which `positions` and `targets` are found then.
     positions: [S] int64, the flat indices into B x T whose next token is supervised.
     targets: [S] int64, those next tokens.
     seed: of everything random in this forward pass (dropout).
     """
 
-    model_inputs: dict[str, Tensor]
+    model_inputs: dict[str, Any]
     positions: Tensor
     targets: Tensor
     seed: int
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that are run, padding counted; of pairs both sides."""
+        sides = ("input_ids", "decoder_input_ids")
+        return sum(x.numel() for name, x in self.model_inputs.items() if name in sides)
+
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the micro-batch on the device."""
-        inputs = {name: x.to(device) for name, x in self.model_inputs.items()}
+        inputs = {
+            name: x.to(device) if isinstance(x, Tensor) else x
+            for name, x in self.model_inputs.items()
+        }
         positions = self.positions.to(device)
         targets = self.targets.to(device)
         return MicroBatch(inputs, positions, targets, self.seed)
 
 
+# What tells a model where the examples of a row begin, from their lengths.
+RowInputs = Callable[[Sequence[int]], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Collator:
-    """Pads the examples of one model; `decoder_start_id` is an encoder-decoder's, else None."""
+    """Makes micro-batches for one model.
+
+    decoder_start_id: an encoder-decoder's, else None. row_inputs: of a model that runs examples in
+    one row, else None, and they are padded.
+    """
 
     pad_id: int
     decoder_start_id: int | None = None
+    row_inputs: RowInputs | None = None
 
     def __call__(self, examples: Sequence[Example], seed: int) -> MicroBatch:
         """Return a micro-batch; no example at all gives one of weight zero."""
+        if self.row_inputs is not None:
+            return collate_row(examples, self.pad_id, seed, self.row_inputs)
         if self.decoder_start_id is None:
             return collate(examples, self.pad_id, seed)
         return collate_pairs(examples, self.pad_id, self.decoder_start_id, seed)
@@ -50,20 +72,42 @@ class Collator:
 def collate(examples: Sequence[Example], pad_id: int, seed: int) -> MicroBatch:
     """Pad to the longest example; none at all gives a micro-batch of weight zero, one pad token.
 
-    There is no attention mask: under a causal mask no real token sees a pad on its right, and
-    pads carry no label. Padding is known by length, never by id: the pad may be a real token.
+    The last supervised token is a target alone. There is no attention mask: under a causal mask no
+    real token sees a pad on its right, and pads carry no label. Padding is known by length, never
+    by id: the pad may be a real token.
 
     >>> batch = collate([Example("a", [5, 6, 7], [-100, 6, 7], 2)], pad_id=0, seed=1)
+    >>> batch.model_inputs["input_ids"].tolist()
+    [[5, 6]]
     >>> batch.positions.tolist(), batch.targets.tolist()
     ([0, 1], [6, 7])
     """
-    input_ids = _padded([example.input_ids for example in examples], pad_id)
-    labels = _padded([example.labels for example in examples], IGNORE_INDEX)
-    # The logits at t predict the token at t + 1; the last position predicts nothing.
-    next_labels = torch.full_like(labels, IGNORE_INDEX)
-    next_labels[:, :-1] = labels[:, 1:]
-    positions = torch.nonzero(next_labels.flatten() != IGNORE_INDEX).flatten()
-    return MicroBatch({"input_ids": input_ids}, positions, next_labels.flatten()[positions], seed)
+    rows = [_run(example) for example in examples]
+    input_ids = _padded([ids for ids, _ in rows], pad_id)
+    next_labels = _padded([following for _, following in rows], IGNORE_INDEX).flatten()
+    positions = torch.nonzero(next_labels != IGNORE_INDEX).flatten()
+    return MicroBatch({"input_ids": input_ids}, positions, next_labels[positions], seed)
+
+
+def collate_row(
+    examples: Sequence[Example], pad_id: int, seed: int, row_inputs: RowInputs
+) -> MicroBatch:
+    """Put examples behind each other in one row [1, T]; none at all gives one pad token.
+
+    >>> two = [Example("a", [5, 6, 9], [-100, 6, -100], 1), Example("b", [7, 8, 2], [7, 8, 2], 1)]
+    >>> batch = collate_row(two, 0, 1, lambda lengths: {"lengths": lengths})
+    >>> batch.model_inputs["input_ids"].tolist(), batch.model_inputs["lengths"]
+    ([[5, 7, 8]], [1, 2])
+    >>> batch.positions.tolist(), batch.targets.tolist()  # 7 begins the row's second example
+    ([0, 1, 2], [6, 8, 2])
+    """
+    rows = [_run(example) for example in examples] or [([pad_id], [IGNORE_INDEX])]
+    ids = [token for row, _ in rows for token in row]
+    lengths = [len(row) for row, _ in rows]
+    next_labels = torch.tensor([label for _, following in rows for label in following])
+    positions = torch.nonzero(next_labels != IGNORE_INDEX).flatten()
+    inputs = {"input_ids": torch.tensor([ids]), **row_inputs(lengths)}
+    return MicroBatch(inputs, positions, next_labels[positions], seed)
 
 
 def collate_pairs(examples: Sequence[Example], pad_id: int, start_id: int, seed: int) -> MicroBatch:
@@ -90,6 +134,12 @@ def collate_pairs(examples: Sequence[Example], pad_id: int, start_id: int, seed:
         "decoder_input_ids": _padded(started, pad_id),
     }
     return MicroBatch(inputs, positions, labels.flatten()[positions], seed)
+
+
+def _run(example: Example) -> tuple[list[int], list[int]]:
+    """Return a dialogue's tokens that are run, and for each the label of the one behind it."""
+    length, _ = example.lengths
+    return example.input_ids[:length], example.labels[1 : length + 1]
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:

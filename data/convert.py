@@ -1,5 +1,6 @@
 """`python -m data convert`: dialogues of any known form to ShareGPT's."""
 
+import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,19 +25,25 @@ class Settings:
     oasst_paths: Literal["best", "all"]
 
 
-def main(argv: list[str]) -> None:
-    """Convert the files; raises UserError."""
-    flags = parser("convert", "Dialogues of any known form to ShareGPT's.")
-    flags.add_argument("--format", choices=FORMATS, default="auto", help="auto: by their keys")
-    flags.add_argument(
+def flags() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    made = parser("convert", "Dialogues of any known form to ShareGPT's.")
+    own = made.add_argument_group("convert")
+    own.add_argument("--format", choices=FORMATS, default="auto", help="auto: by their keys")
+    own.add_argument(
         "--columns", nargs="+", default=[], metavar="PART=NAME",
         help="of a table: user=question assistant=answer [system=...] [id=...]",
     )  # fmt: skip
-    flags.add_argument(
+    own.add_argument(
         "--oasst_paths", choices=("best", "all"), default="best",
         help="best: the best-ranked reply at each step; all: a dialogue for each last answer",
     )  # fmt: skip
-    given = flags.parse_args(argv)
+    return made
+
+
+def main(argv: list[str]) -> None:
+    """Convert the files; raises UserError."""
+    given = flags().parse_args(argv)
     form = "columns" if given.columns and given.format == "auto" else given.format
     settings = Settings(form, _columns(given.columns, form), given.oasst_paths)
     job = Job(

@@ -2,17 +2,20 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from data.errors import UserError
 from data.literal import Encoder
 from data.sharegpt import Dialogue, Tally
-from data.templates import Rendered, TemplateName, render
+from data.templates import Rendered, Span, TemplateName, render
+from data.tiles import Placed, Places
 
 IGNORE_INDEX = -100
-ENCODE_BATCH = 256  # dialogues a tokenizer call: enough to keep its threads busy
+ENCODE_BATCH = 128  # dialogues a tokenizer call: enough to keep its threads busy
 
 
 @dataclass(frozen=True)
@@ -28,16 +31,31 @@ class Example:
     supervised_tokens: int
     record: int = 0  # the dialogue's place among those kept by the reader
     is_pair: bool = False
+    share: float = 0.0  # the dialogue's, by which a part of them is held out
+
+    @cached_property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens that are run: of the encoder and the decoder, or of a dialogue and none.
+
+        A dialogue is run up to the token that predicts its last supervised one. No earlier token
+        sees what stands behind, and nothing is learnt from it.
+        """
+        if self.is_pair:
+            return len(self.input_ids), len(self.labels)
+        last = len(self.labels) - 1
+        while last > 1 and self.labels[last] == IGNORE_INDEX:
+            last -= 1
+        return max(1, last), 0
 
     @property
-    def lengths(self) -> tuple[int, int]:
-        """Tokens of the encoder, or of the whole dialogue, and tokens of the decoder."""
-        return len(self.input_ids), len(self.labels) * self.is_pair
+    def run_tokens(self) -> int:
+        """Tokens that are run, both sides of a pair."""
+        return sum(self.lengths)
 
     @property
     def tokens(self) -> int:
-        """Tokens that the model reads and, of a pair, writes."""
-        return sum(self.lengths)
+        """All tokens of the dialogue, or of both sides of a pair."""
+        return len(self.input_ids) + len(self.labels) * self.is_pair
 
 
 def encode_dialogues(
@@ -54,21 +72,37 @@ def encode_dialogues(
     """
     check_fast(tokenizer)
     encoder = Encoder(tokenizer)
-    for begin, batch in batches(dialogues):
-        rendered = [render(dialogue, template, tokenizer) for dialogue in batch]
-        rows = zip(batch, rendered, encoder(rendered), strict=True)
-        for record, (dialogue, item, (ids, spans, offsets)) in enumerate(rows, begin):
+    for begin, batch, rendered, encoded in _encoded_ahead(dialogues, template, encoder):
+        rows = zip(batch, rendered, encoded, strict=True)
+        for record, (dialogue, item, (ids, spans, placed)) in enumerate(rows, begin):
             cut = ids[:max_length]
-            labels, ends = label(cut, offsets[:max_length], spans)
+            labels, ends = label(cut, placed, spans)
             _count_ends(dialogue, ends, len(spans), len(ids) > max_length, encoder, tally)
             if len(ids) > max_length:
                 tally.noted[f"cut at {max_length} tokens"] += 1
             supervised = len(labels) - labels.count(IGNORE_INDEX)
             if supervised:
                 tally.kept += 1
-                yield Example(dialogue.id, cut, labels, supervised, record)
+                share = dialogue.share
+                yield Example(dialogue.id, cut, labels, supervised, record, share=share)
             else:
                 tally.drop(_why_unsupervised(item, max_length), dialogue.id)
+
+
+def _encoded_ahead(
+    dialogues: Iterable[Dialogue], template: TemplateName, encoder: Encoder
+) -> Iterator[tuple[int, list[Dialogue], list[Rendered], list[Placed]]]:
+    """Yield batches with their places while the next one is encoded, outside Python's lock."""
+    with ThreadPoolExecutor(1) as other:
+        waiting = None
+        for begin, batch in batches(dialogues):
+            rendered = [render(dialogue, template, encoder.tokenizer) for dialogue in batch]
+            following = begin, batch, rendered, other.submit(encoder, rendered)
+            if waiting:
+                yield *waiting[:3], waiting[3].result()
+            waiting = following
+        if waiting:
+            yield *waiting[:3], waiting[3].result()
 
 
 def batches(dialogues: Iterable[Dialogue]) -> Iterator[tuple[int, list[Dialogue]]]:
@@ -110,23 +144,17 @@ def _why_unsupervised(rendered: Rendered, max_length: int) -> str:
 
 
 def label(
-    input_ids: list[int], offsets: list[tuple[int, int]], spans: Sequence[tuple[int, int]]
+    input_ids: list[int], placed: Places, spans: Sequence[Span]
 ) -> tuple[list[int], list[int]]:
-    """Return the ids whose characters overlap a span, -100 elsewhere, and each span's last id.
+    """Return the ids whose places overlap a span, -100 elsewhere, and each span's last id.
 
-    >>> label([5, 6, 7], [(0, 0), (0, 3), (3, 5)], [(3, 5)])
+    >>> label([5, 6, 7], ([0, 0, 3], [0, 3, 5]), [(3, 5)])
     ([-100, -100, 7], [7])
-    >>> label([5, 6], [(0, 2), (2, 5)], [(3, 5)])  # one that straddles
+    >>> label([5, 6], ([0, 2], [2, 5]), [(3, 5)])  # one that straddles
     ([-100, 6], [6])
     """
-    labels, last_ids = [IGNORE_INDEX] * len(input_ids), list[int]()
-    count = len(offsets)
-    while count and offsets[count - 1][1] == 0:  # the tokenizer's own EOS stands for no character
-        count -= 1
-    if not count:
-        return labels, last_ids
+    labels, last_ids, (starts, ends) = [IGNORE_INDEX] * len(input_ids), list[int](), placed
     # A search in place of a walk: of all that is done in Python, that took the longest.
-    starts, ends = (tuple(accumulate(side, max)) for side in zip(*offsets[:count], strict=True))
     for start, end in spans:
         first, behind = bisect_right(ends, start), bisect_left(starts, end)
         labels[first:behind] = input_ids[first:behind]

@@ -1,5 +1,8 @@
 """The ends of a run that are told in one message, without traceback."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """A mistake in flags, files or data, the user's to mend: exit code 2.
@@ -21,6 +24,26 @@ class Stopped(UserError):
     """The run was asked to stop and can go on from where it is: exit code 75."""
 
     exit_code = 75
+
+
+@contextmanager
+def noted(mistakes: list[str] | None) -> Iterator[None]:
+    """Add the block's mistake to the list, for `doctor`, which tells all; without a list: raise."""
+    try:
+        yield
+    except UserError as error:
+        if mistakes is None:
+            raise
+        tell([str(error)], mistakes)
+
+
+def tell(found: Iterable[str], mistakes: list[str] | None) -> None:
+    """Add the mistakes to the list, each once; without a list raise UserError for the first."""
+    for mistake in found:
+        if mistakes is None:
+            raise UserError(mistake)
+        if mistake not in mistakes:
+            mistakes.append(mistake)
 
 
 class BadRecord(Exception):

@@ -63,7 +63,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
             raise UserError(f"{path}: found no regular file; expected one, or a folder of them.")
         if kind in (".parquet", ".arrow"):
             rows = _parquet(path) if kind == ".parquet" else _arrow(path)
-            yield from enumerate(map(_plain, rows))
+            yield from enumerate(map(plain, rows))
         else:
             with _opened(path) as stream:
                 rows = _csv(stream, path) if kind == ".csv" else json_records(stream, path)
@@ -157,12 +157,12 @@ def _arrow(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: not a whole Arrow file: {error}.") from None
 
 
-def _plain(value: Any) -> Any:
-    """Return a value of Parquet as JSON has it; dates and such as text."""
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: dates and such as text, what is no number as null."""
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: plain(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, str | int | float | None) else str(value)
@@ -171,7 +171,7 @@ def _plain(value: Any) -> Any:
 def _csv(stream: io.BufferedIOBase, path: Path) -> Iterator[Any]:
     csv.field_size_limit(LARGEST)
     stream = io.BufferedReader(cast(Any, stream))
-    check_utf8(stream.peek(2), path)
+    check_utf8(stream.peek(4)[:4], path)
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     try:
         for row in csv.DictReader(text, strict=True):

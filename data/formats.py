@@ -174,7 +174,9 @@ def _calls(message: dict[str, Any], number: int) -> list[str]:
         if isinstance(arguments, str):
             # A model's own words may be no JSON: they are kept as the string that they are.
             with suppress(ValueError, RecursionError):
-                arguments = json.loads(arguments)
+                parsed = json.loads(arguments)
+                json.dumps([[[parsed]]])  # what can just be read may be too deep to be written
+                arguments = parsed
         named = {"name": function["name"], "arguments": arguments}
         texts.append(f"<tool_call>\n{json.dumps(named, ensure_ascii=False)}\n</tool_call>")
     return texts

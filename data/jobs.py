@@ -3,27 +3,25 @@
 import argparse
 import fcntl
 import json
-import os
 import sqlite3
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
 
 from data.errors import BadRecord, UserError
-from data.files import find_files, read_records
+from data.files import find_files
 from data.journal import Journal
+from data.outputs import place_of, written_whole
+from data.parallel import Chunk, chunks, in_order, refused
 from data.sharegpt import Tally
-
-CHUNK = 256  # records that a process is given at a time
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,6 @@ class Result:
 
 # A parsed value and its place ("file: record 7"), which errors name; raises BadRecord.
 Transform = Callable[[Any, str], Result]
-Chunk = list[tuple[Any, str]]
 
 
 @dataclass(frozen=True)
@@ -74,17 +71,49 @@ class Job:
         return {"--out": self.out} | ({"--eval_out": self.held_out} if self.held_out else {})
 
 
-def parser(name: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser with the flags that every preparation has."""
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Ends each flag's text with its default, unless the text tells it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if action.required or default == argparse.SUPPRESS or "default" in text:
+            return text
+        return f"{text} (default: {'none' if default in (None, []) else default})"
+
+
+def parser(name: str, description: str, out: bool = True) -> argparse.ArgumentParser:
+    """Return a parser with the flags that every preparation has; `out`: it writes records."""
     made = argparse.ArgumentParser(
-        f"python -m data {name}", description=description, allow_abbrev=False
+        f"python -m data {name}",
+        usage=f"python -m data {name} --in FILE ... {'--out FILE ' * out}[--flag value ...]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=_Help,
     )
-    made.add_argument("--in", dest="inputs", type=Path, nargs="+", required=True, metavar="FILE")
-    made.add_argument("--out", type=Path, required=True, help="x.jsonl, or x.json for an array")
-    made.add_argument("--report", type=Path, help="a JSON file: read = kept + dropped, by cause")
-    made.add_argument("--on_bad_record", choices=("fail", "skip"), default="fail")
-    made.add_argument("--processes", type=int, default=0, help="0: one a core")
+    files = made.add_argument_group("files")
+    files.add_argument(
+        "--in", dest="inputs", type=Path, nargs="+", required=True, metavar="FILE",
+        help="files or folders: JSON, JSONL, CSV, Parquet, also .gz and .zst",
+    )  # fmt: skip
+    if out:
+        text = "x.jsonl, or x.json: an array"
+        files.add_argument("--out", type=Path, required=True, metavar="FILE", help=text)
+    text = "a JSON file for the account: read = kept + dropped, by cause"
+    files.add_argument("--report", type=Path, metavar="FILE", help=text)
+    how = made.add_argument_group("how it is run")
+    how.add_argument(
+        "--on_bad_record", choices=("fail", "skip"), default="fail",
+        help="stop at a record that is wrong, or drop and count it",
+    )  # fmt: skip
+    text = "worker processes; 0: one a core, the most"
+    how.add_argument("--processes", type=_count, default=0, metavar="N", help=text)
     return made
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"found {word}; expected 0 or more")
+    return int(word)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -93,7 +122,6 @@ def run(job: Job) -> dict[str, Any]:
     A run that was killed goes on where it was when it is started again. Raises UserError.
     """
     files = find_files(job.inputs)
-    _check_outputs(job, files)
     key = {
         "job": job.name,
         "settings": job.settings,
@@ -101,6 +129,7 @@ def run(job: Job) -> dict[str, Any]:
     }
     outputs = [*job.outputs.values()]
     try:
+        _check_outputs(job, files)
         with ExitStack() as stack:
             for out in outputs:
                 out.parent.mkdir(parents=True, exist_ok=True)
@@ -108,9 +137,11 @@ def run(job: Job) -> dict[str, Any]:
             journal = stack.enter_context(Journal(outputs, key, job.near_threshold))
             _write(job, files, journal)
             account = journal.account()
+            if job.report:  # first, so that a run goes on from here when it cannot be written
+                with written_whole(job.report, "--report") as partial:
+                    text = json.dumps(account, indent=1, ensure_ascii=False)
+                    partial.write_text(text + "\n", encoding="utf-8")
             journal.finish()
-            if job.report:
-                _write_atomically(job.report, json.dumps(account, indent=1, ensure_ascii=False))
     except (OSError, sqlite3.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--out {job.out}: cannot be written: {reason}.") from None
@@ -128,16 +159,16 @@ def summary(account: dict[str, Any]) -> str:
 
 
 def _check_outputs(job: Job, files: list[Path]) -> None:
-    taken = {file.resolve(): "one of --in" for file in files}
+    taken = {place_of(file): "one of --in" for file in files}
     for flag, out in job.outputs.items():
         kinds = (".json", ".jsonl")
         if out.suffix not in kinds or out.is_dir():
             raise UserError(f"{flag} {out}: expected a file named {' or '.join(kinds)}.")
-        if out.resolve() in taken:
-            raise UserError(f"{flag} {out}: it is {taken[out.resolve()]}. Give another file.")
-        taken[out.resolve()] = flag
-    if job.report and (job.report.is_dir() or job.report.resolve() in taken):
-        found = "a folder" if job.report.is_dir() else taken[job.report.resolve()]
+        if place_of(out) in taken:
+            raise UserError(f"{flag} {out}: it is {taken[place_of(out)]}. Give another file.")
+        taken[place_of(out)] = flag
+    if job.report and (job.report.is_dir() or place_of(job.report) in taken):
+        found = "a folder" if job.report.is_dir() else taken[place_of(job.report)]
         raise UserError(f"--report {job.report}: it is {found}. Give another file.")
 
 
@@ -147,42 +178,15 @@ def _write(job: Job, files: list[Path], journal: Journal) -> None:
         print(f"{job.name}: going on behind record {done:,}", file=sys.stderr)
     last = time.monotonic()
     with tqdm(desc=job.name, unit=" records", initial=done, disable=None) as progress:
-        for results in _results(job, _chunks(files, done)):
+        work = partial(_transformed, job.transform, job.skip_bad)
+        for results in in_order(work, chunks(files, done), job.processes):
             for result in results:
                 journal.add(result)
             progress.update(len(results))
             if time.monotonic() - last > 1.0:
                 journal.commit()
                 last = time.monotonic()
-
-
-def _chunks(files: list[Path], done: int) -> Iterator[Chunk]:
-    """Yield the records that are not done yet, each with its place."""
-    records = ((record, f"{f}: record {index}") for f in files for index, record in read_records(f))
-    waiting = islice(records, done, None)
-    while chunk := [*islice(waiting, CHUNK)]:
-        yield chunk
-
-
-def _results(job: Job, chunks: Iterator[Chunk]) -> Iterator[list[Result]]:
-    """Transform the chunks, on several processes, in their order."""
-    processes = job.processes or len(os.sched_getaffinity(0))
-    if processes == 1:
-        for chunk in chunks:
-            yield _transformed(job.transform, job.skip_bad, chunk)
-        return
-    with ProcessPoolExecutor(processes) as pool:
-        waiting: deque[Future[list[Result]]] = deque()
-        try:
-            for chunk in chunks:
-                waiting.append(pool.submit(_transformed, job.transform, job.skip_bad, chunk))
-                # So many at most are held in memory.
-                if len(waiting) > 2 * processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        journal.commit()
 
 
 def _transformed(transform: Transform, skip_bad: bool, chunk: Chunk) -> list[Result]:
@@ -194,19 +198,9 @@ def _transformed(transform: Transform, skip_bad: bool, chunk: Chunk) -> list[Res
             results.append(transform(record, place))
         except BadRecord as bad:
             if not skip_bad:
-                raise UserError(
-                    f"{place}: {bad}. Correct the record, or drop all such records with "
-                    "--on_bad_record skip."
-                ) from None
+                raise refused(place, bad) from None
             results.append(Result(place.rpartition(" ")[2], dropped=(bad.cause,)))
     return results
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 class _claimed:
@@ -219,10 +213,11 @@ class _claimed:
     def __enter__(self) -> None:
         self.lock = open(self.path, "w")
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock: processes that this one has forked, and that outlive it, would hold it.
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Who held it may have removed the file that was opened just before.
             held = self.path.exists() and self.path.samefile(f"/dev/fd/{self.lock.fileno()}")
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # either, by POSIX
             held = False
         if not held:
             raise UserError(f"--out {self.out}: another run is writing it.")

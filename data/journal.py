@@ -7,22 +7,15 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
+from data.files import plain
+from data.seen import Seen
 
 if TYPE_CHECKING:
     from data.jobs import Result
 
 NAMED = 1000  # ids that are kept of each cause; beyond that there is a count
 LONGEST_ID = 100  # characters
-BANDS = 16
-TABLES = """
-CREATE TABLE IF NOT EXISTS progress (key TEXT, state TEXT);
-CREATE TABLE IF NOT EXISTS exact (digest BLOB PRIMARY KEY) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS near (band INTEGER PRIMARY KEY, signature INTEGER);
-CREATE TABLE IF NOT EXISTS signatures (number INTEGER PRIMARY KEY, value BLOB);
-"""
-NEAR = "near duplicate"
+TABLES = "CREATE TABLE IF NOT EXISTS progress (key TEXT, state TEXT);"
 
 
 class _Output:
@@ -80,6 +73,7 @@ class Journal:
             self._remove()
         self.base = sqlite3.connect(self.file, isolation_level=None)
         self.base.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + TABLES)
+        self.seen = Seen(self.base, self.near_threshold)
         self.base.execute("BEGIN")
         nothing = [{"bytes": 0, "kept": 0}] * len(self.outputs)
         sure = found["outputs"] if found else nothing
@@ -122,7 +116,7 @@ class Journal:
     def add(self, result: "Result") -> None:
         """Write what the record gives, unless it is a duplicate, and count it."""
         self.done += 1
-        cause = self._seen(result) if result.records else None
+        cause = self.seen.cause(result.exact, result.near) if result.records else None
         dropped = result.dropped
         if cause:
             dropped += (cause,) * len(result.records)
@@ -136,34 +130,6 @@ class Journal:
             named = self.named.setdefault(one, [])
             if len(named) < NAMED:
                 named.append(result.id.encode("utf-8", "replace").decode()[:LONGEST_ID])
-
-    def _seen(self, result: "Result") -> str | None:
-        for cause, digest in result.exact:
-            if self.base.execute("SELECT 1 FROM exact WHERE digest = ?", (digest,)).fetchone():
-                return cause
-        signature = np.frombuffer(result.near, np.uint32)
-        bands = _bands(signature) if len(signature) else []
-        if self._near(signature, bands):
-            return NEAR
-        digests = [(digest,) for _, digest in result.exact]
-        self.base.executemany("INSERT OR IGNORE INTO exact VALUES (?)", digests)
-        if bands:
-            added = self.base.execute("INSERT INTO signatures (value) VALUES (?)", (result.near,))
-            rows = [(band, added.lastrowid) for band in bands]
-            self.base.executemany("INSERT OR IGNORE INTO near VALUES (?, ?)", rows)
-        return None
-
-    def _near(self, signature: NDArray[np.uint32], bands: list[int]) -> bool:
-        if not bands:
-            return False
-        marks = ",".join("?" * len(bands))
-        found = self.base.execute(
-            "SELECT DISTINCT value FROM near JOIN signatures ON signature = number "
-            f"WHERE band IN ({marks})",
-            bands,
-        )
-        alike = (np.mean(np.frombuffer(value, np.uint32) == signature) for (value,) in found)
-        return any(share >= self.near_threshold for share in alike)
 
     def commit(self) -> None:
         """Have all that was added until now outlast a kill."""
@@ -202,16 +168,11 @@ class Journal:
 
 def _encoded(record: dict[str, Any]) -> bytes:
     try:
-        return json.dumps(record, ensure_ascii=False).encode("utf-8")
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # NaN and Infinity: Python reads them, but they are no JSON
+        record = plain(record)
+        text = json.dumps(record, ensure_ascii=False)
+    try:
+        return text.encode("utf-8")
     except UnicodeEncodeError:  # Half a surrogate pair is no UTF-8; escaped it can be read again.
         return json.dumps(record).encode("ascii")
-
-
-def _bands(signature: NDArray[np.uint32]) -> list[int]:
-    """Return a number for each band of the signature; near duplicates share one at least."""
-    rows = signature.reshape(BANDS, -1).astype(np.uint64)
-    mixed = np.arange(1, BANDS + 1, dtype=np.uint64)
-    for column in rows.T:
-        mixed = (mixed ^ column) * np.uint64(0x9E3779B97F4A7C15)
-        mixed ^= mixed >> np.uint64(29)
-    return [int(number) for number in mixed.view(np.int64)]

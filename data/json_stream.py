@@ -6,15 +6,17 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, cast
 
 from data.errors import BadRecord, UserError
 
-LARGEST = 64 << 20  # characters of a record; more is counted as bad, so that memory is bounded
+LARGEST = 8 << 20  # characters of a record; more is counted as bad, so that memory is bounded
 CHUNK = 1 << 20
+DEEPEST = 200  # levels; what reads them later has a limit near 1,000
+DEEP = f"it has more than {DEEPEST} levels of objects and lists, one in the other"
 SPACE = re.compile(r"[ \t\r\n]*")
 SCALAR_END = re.compile(r"[,\]]")
 # A string, to the end of the text where it is not closed, or a bracket.
@@ -23,6 +25,7 @@ STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 # An error in so many of the last characters may be gone when more have been read: "tru", "\\u00".
 CUT = 12
+A_LINE = "; a file that does not begin with [ has one record a line"
 
 
 def json_records(stream: BufferedIOBase, path: Path) -> Iterator[Any]:
@@ -38,9 +41,10 @@ def json_records(stream: BufferedIOBase, path: Path) -> Iterator[Any]:
 
 
 def check_utf8(head: bytes, path: Path) -> None:
-    """Raise UserError for a file that begins as UTF-16 does."""
-    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise UserError(f"{path}: found UTF-16; expected UTF-8. Save the file as UTF-8.")
+    """Raise UserError for a file that begins as UTF-16 or -32 does, be it without a mark."""
+    bare = len(head) == 4 and (head[::2] == b"\0\0") != (head[1::2] == b"\0\0")
+    if bare or head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise UserError(f"{path}: found UTF-16 or UTF-32; expected UTF-8. Save the file as UTF-8.")
 
 
 class _Window:
@@ -120,10 +124,11 @@ def _lines(window: _Window) -> Iterator[Any]:
             if rest < len(line):
                 value = _invalid(window, "extra data", rest)
         except json.JSONDecodeError as error:
-            value = _invalid(window, error.msg, error.pos)
+            goes_on = A_LINE if error.pos >= len(line.rstrip()) else ""
+            value = _invalid(window, error.msg + goes_on, error.pos)
         except (ValueError, RecursionError) as error:
             value = _invalid(window, str(error), 0)
-        yield _bytes_checked(value, line, window)
+        yield _checked(value, line, window)
         window.at = end
     if window.damage:
         yield BadRecord("breaks off", f"{window.place()}: the file breaks off{window.damage}")
@@ -138,7 +143,7 @@ def _array(window: _Window) -> Iterator[Any]:
             if end is None:
                 yield value
                 return
-            yield _bytes_checked(value, window.text[window.at : end], window)
+            yield _checked(value, window.text[window.at : end], window)
             window.at = end
             mark = window.skip_space()
             if mark == ",":
@@ -217,13 +222,29 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-def _bytes_checked(value: Any, text: str, window: _Window) -> Any:
+def _checked(value: Any, text: str, window: _Window) -> Any:
     found = ESCAPED_BYTE.search(text)
     if found is None:
-        return value
+        deep = _deeper(value, text, DEEPEST)
+        return BadRecord("nested too deep", f"{window.place()}: {DEEP}") if deep else value
     byte = f"0x{ord(found.group()) - 0xDC00:02x}"
     place = window.place(found.start())
     return BadRecord("not UTF-8", f"{place}: the byte {byte} is not UTF-8; save the file as UTF-8")
+
+
+def _deeper(value: Any, text: str, most: int) -> bool:
+    """Whether a value has more than so many levels of objects and lists."""
+    if text.count("[") + text.count("{") <= most:
+        return False
+    level = [value]
+    for _ in range(most):
+        level = [one for outer in level for one in _inside(outer)]
+    return bool(level)
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (one for one in inner if isinstance(one, dict | list))
 
 
 def _invalid(window: _Window, message: str, offset: int) -> BadRecord:

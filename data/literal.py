@@ -10,10 +10,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data.templates import Rendered, Span, control_tokens, unused_characters
-
-# Ids, the supervised spans, and each id's characters, in the text that was encoded.
-Encoded = tuple[list[int], Sequence[Span], list[Span]]
+from data.templates import Rendered, control_tokens, unused_characters
+from data.tiles import Placed, Tiles, places
 
 
 class Encoder:
@@ -27,19 +25,42 @@ class Encoder:
         self.control_ids = {tokenizer.convert_tokens_to_ids(name) for name in self.control}
         self.control_ids |= {*tokenizer.all_special_ids}
         self.copies: dict[str, tuple[Any, dict[int, int]]] = {}
+        self.tiles: Tiles | None = None
+        self.proved = False
 
-    def __call__(self, rendered: Sequence[Rendered]) -> Iterator[Encoded]:
-        """Yield what each becomes; a template's own control tokens are found as ever."""
+    def __call__(self, rendered: Sequence[Rendered]) -> list[Placed]:
+        """Return ids, the supervised spans, and where each id stands: characters, or bytes.
+
+        A template's own control tokens are found as ever.
+        """
         quoting = [self._quotes(item) for item in rendered]
         plain = [item for item, quotes in zip(rendered, quoting, strict=True) if not quotes]
-        encoded = iter(self._encoded(self.tokenizer, plain) if plain else ())
-        for item, quotes in zip(rendered, quoting, strict=True):
-            yield self._literally(item) if quotes else next(encoded)
+        encoded = self._quickly(plain) if plain else iter(())
+        both = zip(rendered, quoting, strict=True)
+        return [self._literally(item) if quotes else next(encoded) for item, quotes in both]
 
     def _quotes(self, item: Rendered) -> bool:
         return any(_inside(match, item) for match in self.pattern.finditer(item.text))
 
-    def _encoded(self, tokenizer: Any, items: Sequence[Rendered], **how: Any) -> Iterator[Encoded]:
+    def _quickly(self, items: Sequence[Rendered]) -> Iterator[Placed]:
+        """Encode without offsets where the tokens' bytes tell their places, else with them."""
+        self.tiles = self.tiles or Tiles(self.tokenizer)
+        if not self.tiles.usable:
+            yield from self._encoded(self.tokenizer, items)
+            return
+        tiled = self.tiles.encode(items, self.tokenizer.split_special_tokens)
+        both = [*zip(items, tiled, strict=True)]
+        shown = [(item, found[0]) for item, found in both if found][: not self.proved]
+        for item, ids in shown:  # A tokenizer may do more than its backend: seen by a first text.
+            self.proved = self.tiles.usable = next(self._encoded(self.tokenizer, [item]))[0] == ids
+        if shown and not self.proved:
+            yield from self._encoded(self.tokenizer, items)
+            return
+        others = [item for item, found in both if found is None]
+        rest = self._encoded(self.tokenizer, others) if others else iter(())
+        yield from (next(rest) if found is None else found for found in tiled)
+
+    def _encoded(self, tokenizer: Any, items: Sequence[Rendered], **how: Any) -> Iterator[Placed]:
         encoded = tokenizer(
             [item.text for item in items],
             add_special_tokens=items[0].add_special_tokens,
@@ -50,9 +71,9 @@ class Encoder:
         )
         columns = zip(items, encoded["input_ids"], encoded["offset_mapping"], strict=True)
         for item, ids, offsets in columns:
-            yield ids, item.spans, offsets
+            yield ids, item.spans, places(offsets)
 
-    def _literally(self, item: Rendered) -> Encoded:
+    def _literally(self, item: Rendered) -> Placed:
         """Encode a dialogue whose messages hold control tokens, as the text that they are.
 
         A tokenizer reads special tokens everywhere or nowhere. So the template's own are put into
@@ -70,8 +91,8 @@ class Encoder:
         text += item.text[end:]
         spans = tuple((_shifted(a, shifts), _shifted(b, shifts)) for a, b in item.spans)
         marked = Rendered(text, spans, item.add_special_tokens)
-        (ids, _, offsets) = next(self._encoded(copied, [marked], split_special_tokens=True))
-        return [originals.get(one, one) for one in ids], spans, offsets
+        (ids, _, placed) = next(self._encoded(copied, [marked], split_special_tokens=True))
+        return [originals.get(one, one) for one in ids], spans, placed
 
     def _copy(self, marks: dict[str, str]) -> tuple[Any, dict[int, int]]:
         """Return a tokenizer that also knows the marks, and the ids that they stand for."""

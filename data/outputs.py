@@ -29,9 +29,14 @@ def written_whole(path: Path, flag: str) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def place_of(path: Path) -> Path:
+    """Return the path without links; one that leads to itself stays, to be told when it is read."""
+    return Path(os.path.realpath(path))
+
+
 def check_output(flag: str, path: Path, taken: dict[Path, str]) -> None:
     """Raise UserError for a folder, or a file that is `taken` (resolved, by what it is)."""
-    found = "a folder" if path.is_dir() else taken.get(path.resolve())
+    found = "a folder" if path.is_dir() else taken.get(place_of(path))
     if found is None and path.exists():  # by another name: a hard link
         found = next((what for file, what in taken.items() if _same(file, path)), None)
     if found:

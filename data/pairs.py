@@ -24,6 +24,10 @@ class PairLimits:
     keep_header: bool  # what is cut of a source lies behind its header
 
 
+LONGEST = 1 << 40
+NO_LIMIT = PairLimits(LONGEST, LONGEST, keep_header=False)
+
+
 def encode_pairs(
     dialogues: Iterable[Dialogue], tokenizer: Any, limits: PairLimits, fastchat: bool, tally: Tally
 ) -> Iterator[Example]:
@@ -43,8 +47,9 @@ def encode_pairs(
             tally.kept += 1
         else:
             tally.drop(NONE_LEFT, dialogue.id)
+        share = dialogue.share if kept else 0.0
         for source, target in kept:
-            yield Example(dialogue.id, source, target, len(target), record, is_pair=True)
+            yield Example(dialogue.id, source, target, len(target), record, True, share)
 
 
 Pairs = list[tuple[list[int], list[int]]]

@@ -1,8 +1,9 @@
 """Reads and validates ShareGPT dialogues; every error names file, record and remedy."""
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -35,13 +36,20 @@ class Dialogue:
     turns: tuple[Turn, ...]
     system: str | None = None
 
+    @property
+    def share(self) -> float:
+        """A number from 0 up to 1 that its content decides, and nothing else."""
+        system = [] if self.system is None else [["system", self.system]]
+        return share_of([*system, *([turn.role, turn.text] for turn in self.turns)])
+
 
 @dataclass
 class Tally:
     """Where every record went: read = kept + dropped; `noted` counts what was altered.
 
     Each of the three is counted where it happens. `named` are the first ids of each cause. Of
-    `answers` that are to be learnt, `ended` are learnt to their end.
+    `answers` that are to be learnt, `ended` are learnt to their end. `sources`: how many dialogues
+    each of them gave, in their order.
     """
 
     read: int = 0
@@ -51,6 +59,7 @@ class Tally:
     named: dict[str, list[str]] = field(default_factory=dict)
     answers: int = 0
     ended: int = 0
+    sources: list[int] = field(default_factory=list)
 
     def drop(self, cause: str, identity: str) -> None:
         """Count a record as dropped."""
@@ -58,6 +67,15 @@ class Tally:
         named = self.named.setdefault(cause, [])
         if len(named) < NAMED:
             named.append(identity[:40])
+
+    def add(self, other: "Tally") -> None:
+        """Count what another has counted, too; sources are not added."""
+        self.read, self.kept = self.read + other.read, self.kept + other.kept
+        self.answers, self.ended = self.answers + other.answers, self.ended + other.ended
+        self.dropped.update(other.dropped)
+        self.noted.update(other.noted)
+        for cause, ids in other.named.items():
+            self.named[cause] = [*self.named.get(cause, []), *ids][:NAMED]
 
     def __str__(self) -> str:
         causes = ", ".join(map(self._cause, sorted(self.dropped)))
@@ -68,7 +86,7 @@ class Tally:
         return text + "".join(f"; {note}: {n}" for note, n in sorted(self.noted.items()))
 
     def _cause(self, cause: str) -> str:
-        count, named = self.dropped[cause], self.named.get(cause, [])
+        count, named = self.dropped[cause], self.named.get(cause, [])[:NAMED]
         ids = ", ".join(named) + ", …" * (count > len(named))
         return f"{cause}: {count}" + f" [{ids}]" * bool(named)
 
@@ -87,25 +105,48 @@ def read_dialogues(
     """
     found = 0
     for path in find_files(paths):
-        for index, record in read_records(path):
-            tally.read += 1
-            try:
-                dialogue, skipped_first = _parse_record(record, index, empty_answers)
-            except BadRecord as bad:
-                if on_bad_record == "fail":
-                    raise UserError(
-                        f"{path}: record {index}{_identity(record)}: {bad}. "
-                        "Correct the record, or drop all such records with --on_bad_record skip."
-                    ) from None
-                tally.drop(bad.cause, _id(record, index))
-                continue
-            tally.noted.update(["first turn not human, skipped"] if skipped_first else [])
+        placed = ((record, f"{path}: record {index}") for index, record in read_records(path))
+        for dialogue in dialogues_of(placed, tally, on_bad_record, empty_answers, supervise):
             found += 1
-            yield _last_only(dialogue) if supervise == "last" else dialogue
+            yield dialogue
     if not found:
         records = f"{tally.read} records, all dropped ({tally})" if tally.read else "no records"
         names = ", ".join(map(str, paths))
         raise UserError(f"{names}: found {records}; expected at least one ShareGPT dialogue.")
+
+
+def dialogues_of(
+    records: Iterable[tuple[Any, str]],
+    tally: Tally,
+    on_bad_record: Literal["fail", "skip"] = "fail",
+    empty_answers: bool = False,
+    supervise: Literal["all", "last"] = "all",
+) -> Iterator[Dialogue]:
+    """Yield the dialogues of parsed values, each with its place ("file: record 7"); count all.
+
+    Raises UserError for a bad record unless `on_bad_record` is "skip".
+    """
+    for record, place in records:
+        tally.read += 1
+        number = place.rpartition(" ")[2]
+        try:
+            dialogue, skipped_first = _parse_record(record, number, empty_answers)
+        except BadRecord as bad:
+            if on_bad_record == "fail":
+                raise UserError(
+                    f"{place}{_identity(record)}: {bad}. "
+                    "Correct the record, or drop all such records with --on_bad_record skip."
+                ) from None
+            tally.drop(bad.cause, _id(record, number))
+            continue
+        tally.noted.update(["first turn not human, skipped"] if skipped_first else [])
+        yield _last_only(dialogue) if supervise == "last" else dialogue
+
+
+def share_of(content: Sequence[Sequence[str]]) -> float:
+    """Return the number from 0 up to 1 that roles and texts decide; by it a part is held out."""
+    digest = hashlib.sha256(json.dumps(content).encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64
 
 
 def _last_only(dialogue: Dialogue) -> Dialogue:
@@ -118,9 +159,9 @@ def _last_only(dialogue: Dialogue) -> Dialogue:
     return replace(dialogue, turns=turns)
 
 
-def _id(record: Any, index: int) -> str:
+def _id(record: Any, number: str) -> str:
     given = record.get("id") if isinstance(record, dict) else None
-    return str(index if given is None else given).encode("utf-8", "replace").decode()
+    return str(number if given is None else given).encode("utf-8", "replace").decode()
 
 
 def _identity(record: Any) -> str:
@@ -128,7 +169,7 @@ def _identity(record: Any) -> str:
     return f" (id {json.dumps(record['id'], ensure_ascii=False)[:80]})" if has_id else ""
 
 
-def _parse_record(record: Any, index: int, empty_answers: bool) -> tuple[Dialogue, bool]:
+def _parse_record(record: Any, number: str, empty_answers: bool) -> tuple[Dialogue, bool]:
     """Return the dialogue and whether a first turn that was not human was skipped."""
     if isinstance(record, BadRecord):
         raise record
@@ -137,8 +178,8 @@ def _parse_record(record: Any, index: int, empty_answers: bool) -> tuple[Dialogu
     if not turns:
         _bad("no turns", '"conversations" is empty; expected a human turn and a gpt turn')
     parsed = [
-        _turn(turn, role, number, empty_answers)
-        for number, (turn, role) in enumerate(zip(turns, roles, strict=True))
+        _turn(turn, role, place, empty_answers)
+        for place, (turn, role) in enumerate(zip(turns, roles, strict=True))
     ]
     system = parsed.pop(0).text if parsed[0].role == "system" else None
     # As FastChat does: dialogues scraped in mid-thread often open with an answer.
@@ -150,12 +191,12 @@ def _parse_record(record: Any, index: int, empty_answers: bool) -> tuple[Dialogu
     if parsed[0].role != "user":
         found = f'turn {offset} is "{SHAREGPT[parsed[0].role]}"'
         _bad("turns do not alternate", f'{found}; expected "human"')
-    for number, (before, turn) in enumerate(pairwise(parsed), offset + 1):
+    for place, (before, turn) in enumerate(pairwise(parsed), offset + 1):
         if turn.role not in AFTER[before.role]:
-            found = f'turn {number} is "{SHAREGPT[turn.role]}" after "{SHAREGPT[before.role]}"'
+            found = f'turn {place} is "{SHAREGPT[turn.role]}" after "{SHAREGPT[before.role]}"'
             expected = " or ".join(f'"{SHAREGPT[role]}"' for role in AFTER[before.role])
             _bad("turns do not alternate", f"{found}; expected {expected}")
-    return Dialogue(_id(record, index), tuple(parsed), system), skip
+    return Dialogue(_id(record, number), tuple(parsed), system), skip
 
 
 def _turn(turn: dict[str, Any], role: Role, number: int, empty_answers: bool) -> Turn:

@@ -1,5 +1,6 @@
 """What --data_path names: files, folders and hub data sets, and how much of each is taken."""
 
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -94,7 +95,7 @@ def _downloaded(name: str, cache_dir: str | None) -> list[Path]:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    if not sys.stderr.isatty():
+    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     found: Any = HUB.fullmatch(name)
     reason = ""

@@ -11,13 +11,14 @@ from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from data.encode import check_fast
 from data.errors import BadRecord, UserError
 from data.formats import ROLES, Role, as_sharegpt, turn_roles
 from data.jobs import Job, Result, parser, run, summary
 from data.literal import Encoder
-from data.sharegpt import Dialogue, Turn
-from data.templates import TemplateName, default_template, render, render_text
+from data.pairs import NO_LIMIT, encode_pairs
+from data.sharegpt import Dialogue, Tally, Turn, share_of
+from data.templates import TemplateName, render, render_text
+from data.tokenizer import add_flags, load_tokenizer, template_of
 
 NO_FIT = "round longer than a piece may be"
 
@@ -31,6 +32,12 @@ class Settings:
     max_length: int
     long_round: Literal["truncate", "drop"]
     held_out: float
+    chat_template: str | None = None
+
+    @property
+    def kind(self) -> tuple[str, TemplateName, str | None]:
+        """What tells its tokenizer from others."""
+        return self.tokenizer, self.template, self.chat_template
 
 
 # A text of more characters for each token that fits is looked at in part, to bound memory.
@@ -40,34 +47,45 @@ Turns = list[dict[str, Any]]
 Round = tuple[int, Turns]
 
 
-def main(argv: list[str]) -> None:
-    """Split the files; raises UserError."""
-    flags = parser("split", "Dialogues cut at whole rounds, so that each piece fits the model.")
-    flags.add_argument("--model_name_or_path", required=True, metavar="FOLDER")
-    flags.add_argument("--template", choices=("vicuna", "chat"), help="default: as in training")
-    flags.add_argument("--model_max_length", type=int, default=2048, help="tokens of a piece")
-    flags.add_argument(
+def flags() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    made = parser("split", "Dialogues cut at whole rounds, so that each piece fits the model.")
+    own = made.add_argument_group("split")
+    own.add_argument(
+        "--model_name_or_path", required=True, metavar="FOLDER",
+        help="whose tokenizer and template count the tokens",
+    )  # fmt: skip
+    add_flags(own)
+    own.add_argument(
+        "--model_max_length", type=int, default=2048, metavar="TOKENS",
+        help="tokens of a piece at most",
+    )  # fmt: skip
+    own.add_argument(
         "--long_round", choices=("drop", "truncate"), default="drop",
         help="a round that alone does not fit; truncate: cut its last answer. The default is drop, "
         "since an answer that was cut teaches the model to stop in mid-sentence",
     )  # fmt: skip
-    flags.add_argument(
-        "--eval", type=float, help="the share of dialogues to hold out, such as 0.02"
-    )
-    flags.add_argument("--eval_out", type=Path, help="default: --out with .eval before its suffix")
-    given = flags.parse_args(argv)
+    text = "the share of dialogues to hold out, such as 0.02"
+    own.add_argument("--eval", type=float, metavar="SHARE", help=text)
+    text = "file for these; default: --out with .eval before its suffix"
+    own.add_argument("--eval_out", type=Path, metavar="FILE", help=text)
+    return made
+
+
+def main(argv: list[str]) -> None:
+    """Split the files; raises UserError."""
+    given = flags().parse_args(argv)
     _check(given)
-    tokenizer = load_tokenizer(given.model_name_or_path)
-    template = given.template or default_template(tokenizer)
+    (template, chat), name = template_of(given), given.model_name_or_path
     limit, share = given.model_max_length, given.eval or 0.0
-    settings = Settings(given.model_name_or_path, template, limit, given.long_round, share)
+    settings = Settings(name, template, limit, given.long_round, share, chat)
     held_out = given.eval_out or given.out.with_suffix(f".eval{given.out.suffix}")
     job = Job(
         name="split",
         inputs=given.inputs,
         out=given.out,
         report=given.report,
-        settings={**asdict(settings), "fingerprint": _fingerprint(tokenizer)},
+        settings={**asdict(settings), "fingerprint": _fingerprint(load_tokenizer(*settings.kind))},
         transform=partial(split, settings),
         skip_bad=given.on_bad_record == "skip",
         processes=given.processes,
@@ -86,25 +104,9 @@ def _check(given: argparse.Namespace) -> None:
 
 
 @lru_cache(maxsize=1)
-def load_encoder(name: str) -> Encoder:
+def load_encoder(*kind: Any) -> Encoder:
     """Return what encodes for training."""
-    return Encoder(load_tokenizer(name))
-
-
-@lru_cache(maxsize=1)  # one a process: transforms run in others
-def load_tokenizer(name: str) -> Any:
-    """Return the tokenizer of a model's folder; raises UserError."""
-    if not Path(name).is_dir():
-        raise UserError(f"--model_name_or_path {name}: no such folder.")
-    from transformers import AutoTokenizer  # here, since a mistake in flags need not wait for it
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        raise UserError(f"{name}: its tokenizer cannot be loaded: {reason}.") from None
-    check_fast(tokenizer)
-    return tokenizer
+    return Encoder(load_tokenizer(*kind))
 
 
 def _fingerprint(tokenizer: Any) -> str:
@@ -150,9 +152,7 @@ def _rounds(turns: Turns, roles: list[Role]) -> tuple[Turns, list[Round], int]:
 
 def _share(turns: Turns, roles: list[Role]) -> float:
     """Return a number from 0 up to 1 that the dialogue's content decides, and nothing else."""
-    content = [[role, turn["value"]] for role, turn in zip(roles, turns, strict=True)]
-    digest = hashlib.sha256(json.dumps(content).encode()).digest()
-    return int.from_bytes(digest[:8]) / 2**64
+    return share_of([[role, turn["value"]] for role, turn in zip(roles, turns, strict=True)])
 
 
 def _pieces(settings: Settings, system: Turns, rounds: list[Turns]) -> Iterator[tuple[int, int]]:
@@ -189,9 +189,9 @@ def _pieces(settings: Settings, system: Turns, rounds: list[Turns]) -> Iterator[
 
 
 @lru_cache(maxsize=1)
-def bytewise(name: str) -> bool:
+def bytewise(*kind: Any) -> bool:
     """Whether every token of a text stands for one of its bytes at least: byte-level BPE, plain."""
-    made = json.loads(load_tokenizer(name).backend_tokenizer.to_str())
+    made = json.loads(load_tokenizer(*kind).backend_tokenizer.to_str())
     steps = made["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
     # A normalizer may lengthen a text, and so does a space put before it.
@@ -204,7 +204,8 @@ def bytewise(name: str) -> bool:
 class _Encoded:
     """A dialogue as text and tokens, where it is much too long only its beginning's.
 
-    length: of its tokens; a bound of it where they are far too many, or fit in any case.
+    length: of its tokens, for a T5 of its pairs' longest side; a bound of it where they are far too
+    many, or fit in any case.
     """
 
     text: str
@@ -215,17 +216,22 @@ class _Encoded:
 
 def _encoded(settings: Settings, turns: Turns) -> _Encoded:
     """Encode a dialogue as data.encode does, as far as that is needed to know whether it fits."""
-    tokenizer = load_tokenizer(settings.tokenizer)
+    tokenizer = load_tokenizer(*settings.kind)
     parsed = [Turn(ROLES[turn["from"]], turn["value"]) for turn in turns]
     system = parsed.pop(0).text if parsed[0].role == "system" else None
     try:
         dialogue = Dialogue("", tuple(parsed), system)
         rendered = render_text(dialogue, settings.template, tokenizer)
     except UserError as error:
-        raise BadRecord("refused by the template", str(error).rstrip(".")) from None
+        raise _refused(error) from None
     text, special = rendered.text, rendered.add_special_tokens
+    if settings.template == "t5":
+        tokens = tokenizer(text, add_special_tokens=False, verbose=False)
+        pairs = encode_pairs([dialogue], tokenizer, NO_LIMIT, False, Tally())
+        longest = max((max(pair.lengths) for pair in pairs), default=0)
+        return _Encoded(text, len(text), tokens, longest)
     most = len(text.encode()) + special * tokenizer.num_special_tokens_to_add()
-    if most <= settings.max_length and bytewise(settings.tokenizer):
+    if most <= settings.max_length and bytewise(*settings.kind):
         return _Encoded(text, len(text), None, most)
     many = CHARACTERS * settings.max_length
     for looked_at in [many, len(text)] if len(text) > many else [len(text)]:
@@ -234,11 +240,18 @@ def _encoded(settings: Settings, turns: Turns) -> _Encoded:
         # The rest of a text does not halve the tokens of its beginning.
         if length > 2 * settings.max_length:
             break
-    encoder = load_encoder(settings.tokenizer)
+    encoder = load_encoder(*settings.kind)
     if looked_at == len(text) and any(encoder.pattern.search(turn.text) for turn in parsed):
         # Text like a control token is more than one token (data/literal.py).
-        length = len(next(encoder([render(dialogue, settings.template, tokenizer)]))[0])
+        try:
+            length = len(encoder([render(dialogue, settings.template, tokenizer)])[0][0])
+        except UserError as error:
+            raise _refused(error) from None
     return _Encoded(text, looked_at, tokens, length)
+
+
+def _refused(error: UserError) -> BadRecord:
+    return BadRecord("refused by the template", str(error).rstrip("."))
 
 
 def _positions(whole: _Encoded, rounds: list[Turns]) -> list[int]:
@@ -259,7 +272,7 @@ def _truncated(settings: Settings, system: Turns, turns: Turns) -> Turns:
         return []
     number, limit = answers[-1], settings.max_length
     answer = turns[number]["value"][: CHARACTERS * limit]
-    tokens = load_tokenizer(settings.tokenizer)(answer, add_special_tokens=False, verbose=False)
+    tokens = load_tokenizer(*settings.kind)(answer, add_special_tokens=False, verbose=False)
     left = min(len(tokens["input_ids"]), limit)
     while left > 0:
         cut = answer[: tokens.token_to_chars(left - 1).end].rstrip()

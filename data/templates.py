@@ -68,14 +68,20 @@ def render_text(dialogue: Dialogue, template: TemplateName, tokenizer: Any) -> R
     return Rendered(text, (), add_special_tokens=False)
 
 
-def prompt(turns: tuple[Turn, ...], template: TemplateName, tokenizer: Any) -> Rendered:
-    """Render turns that end with the user's, up to where the assistant's answer begins."""
+def prompt(
+    turns: tuple[Turn, ...], template: TemplateName, tokenizer: Any, system: str | None = None
+) -> Rendered:
+    """Render turns that end with the user's, up to where the assistant's answer begins.
+
+    A `system` text replaces the template's own.
+    """
+    dialogue = Dialogue("", turns, system)
     if template == "vicuna":
-        text = _render_vicuna(Dialogue("", turns), tokenizer).text
+        text = _render_vicuna(dialogue, tokenizer).text
         return Rendered(text + "ASSISTANT:", (), add_special_tokens=True)
     if template == "t5":
-        return _render_t5(Dialogue("", turns))
-    text = _apply(tokenizer, _messages(Dialogue("", turns)), generation=True)
+        return _render_t5(dialogue)
+    text = _apply(tokenizer, _messages(dialogue), generation=True)
     return Rendered(text, (), add_special_tokens=False)
 
 
@@ -142,21 +148,28 @@ def _filled_in(text: str, messages: Messages, tokenizer: Any) -> list[Span] | No
 
     The places are found by rendering marks; filled with the messages they must give the text.
     """
-    marks = unused_characters(text, len(messages))
-    marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-    between = re.split(f"([{''.join(marks)}])", _apply(tokenizer, marked))
-    if between[1::2] != marks:
+    between = _between(tokenizer, tokenizer.chat_template, tuple(m["role"] for m in messages))
+    if between is None:
         return None
     for written in ([m["content"] for m in messages], [m["content"].strip() for m in messages]):
-        if "".join(x + y for x, y in zip(between[::2], [*written, ""], strict=True)) != text:
+        if "".join(x + y for x, y in zip(between, [*written, ""], strict=True)) != text:
             continue
         spans, end = [], 0
-        for before, content in zip(between[::2], written, strict=False):
+        for before, content in zip(between, written, strict=False):
             start = end + len(before)
             end = start + len(content)
             spans.append((start, end))
         return spans
     return None
+
+
+@lru_cache(maxsize=256)
+def _between(tokenizer: Any, template: str, roles: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Return what the template puts around messages of these roles; None if not only around."""
+    marks = unused_characters(template, len(roles))
+    marked = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    between = re.split(f"([{''.join(marks)}])", _apply(tokenizer, marked))
+    return tuple(between[::2]) if between[1::2] == marks else None
 
 
 def _changed_one_by_one(dialogue: Dialogue, text: str, tokenizer: Any) -> list[Span]:
@@ -242,6 +255,7 @@ def _difference(text: str, changed: str) -> tuple[int, int]:
     return start, len(text) - end
 
 
+@lru_cache(maxsize=8)  # asked for with every dialogue
 def control_tokens(tokenizer: Any) -> re.Pattern[str]:
     """Return a pattern of the tokenizer's control tokens, the longest first."""
     added = tokenizer.added_tokens_decoder.values()

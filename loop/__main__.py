@@ -1,4 +1,4 @@
-"""`python -m loop show|chat|check|doctor …`: dispatch only."""
+"""`python -m loop show|chat|merge|check|doctor|plot|dashboard|completion …`: dispatch only."""
 
 import importlib
 import sys
@@ -8,10 +8,14 @@ from loop.flags import nearest
 from loop.leave import run_and_exit
 
 COMMANDS = {
+    "plot": "a run's curves, or several runs' in one picture: PNG and HTML",
+    "dashboard": "a workspace at wandb for what this loop logs",
     "show": "how dialogues are tokenised and which tokens are supervised",
     "check": "whether a launch's flags are right, within a second",
-    "doctor": "what a run will need: memory by part, and bytes sent",
+    "doctor": "all that can be known of a run before it costs anything",
     "chat": "talk to an adapter, or compare it with its base",
+    "merge": "write base model and adapter as one model, and prove it",
+    "completion": "lets bash or zsh complete commands and flags",
 }
 
 
@@ -19,7 +23,7 @@ def main() -> None:
     """Run the command named first."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        lines = [f"  python -m loop {command:6} {text}" for command, text in COMMANDS.items()]
+        lines = [f"  python -m loop {command:10} {text}" for command, text in COMMANDS.items()]
         print("\n".join([*lines, "Each has --help. Training: ./launch.sh --help"]))
         return
     if name not in COMMANDS:

@@ -16,11 +16,15 @@ from accelerate.utils import (
     gather_object,
     parse_flag_from_env,
 )
+from torch.distributed import PrefixStore, init_process_group  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
-from data.errors import UserError
+from data.errors import UserError, noted, tell
 from loop.config import Config, decisive
+from loop.preflight import problems, together
+from loop.quiet import quiet_deepspeed
 from loop.windows import Layout
-from loop.zero import complete, launch_facts, precision_of, zero_settings
+from loop.zero import against_flags, complete, launch_facts, precision_of, zero_settings
 
 # Of any collective: longer than a rank may be behind while each reads data and model for itself.
 PATIENCE = datetime.timedelta(minutes=30)
@@ -31,38 +35,75 @@ def join_ranks() -> PartialState:
 
     Raises UserError for more ranks than GPUs, which could not even meet.
     """
-    if not _on_gpu():
+    if not on_gpu():
         _prepare_cpu()
+        _meet_again("gloo")
         # Without `cpu`, accelerate 1.15 sees one process under a DeepSpeed config (state.py).
         return PartialState(cpu=True, timeout=PATIENCE)
+    check_ranks()
+    _meet_again("nccl")
+    return PartialState(timeout=PATIENCE)
+
+
+def check_ranks() -> None:
+    """Raise UserError for more ranks than this machine has GPUs, where it has any."""
     ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if ranks > gpus:
+    if on_gpu() and ranks > gpus:
         error = UserError(
             f"found {ranks} ranks on a machine with {gpus} GPU{'s' * (gpus > 1)}; expected one GPU "
             f"each. Give --num_processes {gpus} (launch.sh: NUM_PROCESSES={gpus})."
         )
         error.known_to_all = os.environ.get("WORLD_SIZE") == str(ranks)  # one machine
         raise error
-    return PartialState(timeout=PATIENCE)
+
+
+def _meet_again(backend: str) -> None:
+    """Where torchelastic has started the ranks again, let them meet under keys of their own.
+
+    The static rendezvous keeps its store (torch 2.13, static_tcp_rendezvous.py), and in it the
+    addresses of the ranks that are gone: whoever read before all had written called those in vain
+    (pytorch#135712 is the same of the c10d rendezvous).
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0":
+        return
+    found, rank, ranks = next(rendezvous("env://", timeout=PATIENCE))
+    store = PrefixStore(f"attempt {attempt}", found)
+    init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)
 
 
 def check_launch(config: Config) -> None:
-    """Check the launch and the flags against the hardware, before anything is loaded.
+    """Check flags, launch, packages and hardware, before anything is loaded.
 
-    Raises UserError for what cannot work, naming what does.
+    Raises UserError with all that cannot work, naming what does.
     """
+    _, mistakes = examine_launch(config)
+    if mistakes:
+        raise UserError(together(mistakes))
+    if on_gpu():
+        torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    elif slow_in_bf16(config) and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"note: {slow_in_bf16(config)}")
+
+
+def examine_launch(config: Config) -> tuple[dict[str, Any], list[str]]:
+    """Return what is asked of DeepSpeed, empty without it, and all that cannot work."""
+    mistakes: list[str] = []
     for name in ("FSDP", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise UserError(
+            mistakes.append(
                 f"found an accelerate config with {name}; expected DeepSpeed, DDP or one process. "
                 "To share the base model out over the ranks: accelerate_configs/zero3.yaml."
             )
-    _adopt_precision(zero_settings(config), config)
-    if _on_gpu():
-        _check_gpu(config)
-        torch.backends.cuda.matmul.allow_tf32 = config.tf32
-    else:
-        _check_cpu(config)
+    asked, stage = dict[str, Any](), None
+    with noted(mistakes):
+        asked = zero_settings(config, mistakes)
+        _adopt_precision(asked, config)
+        stage = _stage(asked) if asked else 0
+        tell(against_flags(asked, config), mistakes)
+    tell(problems(config, stage), mistakes)
+    tell(_not_on_this_gpu(config) if on_gpu() else _not_on_a_cpu(config), mistakes)
+    return asked, mistakes
 
 
 def build_accelerator(config: Config, layout: Layout) -> Accelerator:
@@ -73,6 +114,7 @@ def build_accelerator(config: Config, layout: Layout) -> Accelerator:
     asked = zero_settings(config)
     plugin = None
     if asked:
+        quiet_deepspeed()
         with told_to_all():
             values = complete(asked, config, layout)
         # It would look for contradictions of its own, and tell them with a trace.
@@ -83,7 +125,7 @@ def build_accelerator(config: Config, layout: Layout) -> Accelerator:
         deepspeed_plugin=plugin,
         # The default, True, ends an accumulation with the data loader; windows end it here.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=layout.accumulation, sync_with_dataloader=False
+            num_steps=layout.divisor, sync_with_dataloader=False
         ),
     )
 
@@ -94,21 +136,19 @@ def told_to_all() -> Iterator[None]:
 
     A machine may lack a file that the others have. Nothing in the block may be a collective.
     """
-    ranks, mistake = PartialState(), None
+    ranks = PartialState()
+    told: list[Any] = [None]
     try:
         yield
-    except UserError as found_here:
-        mistake = str(found_here)
-    told = [mistake and (ranks.process_index, platform.node(), mistake)]
+    except UserError as error:
+        told = [(ranks.process_index, platform.node(), str(error), type(error))]
     if ranks.num_processes > 1:
         told = gather_object(told)
     found = [report for report in told if report]
     if found:
-        rank, machine, mistake = found[0]
+        rank, machine, mistake, kind = found[0]
         alone = len(found) < len(told)
-        told_error = UserError(
-            f"on rank {rank}, machine {machine}: {mistake}" if alone else mistake
-        )
+        told_error = kind(f"on rank {rank}, machine {machine}: {mistake}" if alone else mistake)
         told_error.known_to_all = True
         raise told_error
 
@@ -157,30 +197,33 @@ def _adopt_precision(asked: dict[str, Any], config: Config) -> None:
         os.environ[variable] = found
 
 
-def _on_gpu() -> bool:
+def on_gpu() -> bool:
+    """Whether the ranks run on GPUs."""
     # cpu.yaml on a machine with a GPU: the launcher only says so, CUDA stays visible.
     return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
-def _check_gpu(config: Config) -> None:
+def _not_on_this_gpu(config: Config) -> Iterator[str]:
     if config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(
+        yield (
             f"found precision bf16 on {torch.cuda.get_device_name()}, which lacks it. "
             "Give --mixed_precision fp16, or no."
         )
+    if config.flash_attn and torch.cuda.get_device_capability() < (8, 0):
+        yield (
+            f"--flash_attn: found {torch.cuda.get_device_name()}; FlashAttention-2 needs an Ampere "
+            "GPU or a newer one. Leave it out: PyTorch's SDPA is used."
+        )
 
 
-def _check_cpu(config: Config) -> None:
+def _not_on_a_cpu(config: Config) -> Iterator[str]:
     if config.precision == "fp16":
-        raise UserError(
+        yield (
             "found precision fp16 on a machine without a GPU; expected bf16 or no: fp16 needs loss "
             "scaling, which PyTorch has for GPUs only. Give --mixed_precision bf16."
         )
     if config.flash_attn:
-        raise UserError("--flash_attn: found no GPU, which FlashAttention-2 needs. Leave it out.")
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if config.precision == "bf16" and first and not _multiplies_bf16():
-        print("note: this CPU has no bf16 instructions: --mixed_precision no is faster here")
+        yield "--flash_attn: found no GPU, which FlashAttention-2 needs. Leave it out."
 
 
 def _prepare_cpu() -> None:
@@ -192,6 +235,13 @@ def _prepare_cpu() -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+
+
+def slow_in_bf16(config: Config) -> str:
+    """Return a note where this CPU is slow in the run's precision, else nothing."""
+    if config.precision != "bf16" or on_gpu() or _multiplies_bf16():
+        return ""
+    return "this CPU has no bf16 instructions: --mixed_precision no is faster here"
 
 
 def _multiplies_bf16() -> bool:

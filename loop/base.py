@@ -87,6 +87,22 @@ def read_base_config(base: str, config: Config) -> Any:
         )
 
 
+def check_ties(base: str, base_config: Any, zero3: bool) -> None:
+    """Raise UserError where this transformers would give an encoder-decoder another LM head."""
+    if zero3 and base_config.is_encoder_decoder and not compares_ties():
+        raise UserError(
+            f"{base}: this transformers ties an encoder-decoder's LM head under ZeRO-3, whatever "
+            "its weights; expected 5.23 or newer. Launch with accelerate_configs/zero2.yaml."
+        )
+
+
+def compares_ties() -> bool:
+    """Whether this transformers compares tied weights in a function of its own, as 5.23."""
+    from transformers import modeling_utils
+
+    return hasattr(modeling_utils, "_tied_params_are_equal")
+
+
 def load_tokenizer(base: str, config: Config) -> Any:
     """Return the base model's tokenizer, with a pad token and padding on the right.
 

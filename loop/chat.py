@@ -1,81 +1,137 @@
-"""`python -m loop chat`: talks to an adapter, or sets its answers beside its base's."""
+"""`python -m loop chat`: talks to adapters, or sets their answers beside their base's."""
 
+import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from peft import PeftConfig, PeftModel
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    TextStreamer,
-)
+from peft import PeftModel
+from transformers import TextStreamer
 
 from data.errors import UserError
+from data.outputs import check_output, written_whole
 from data.sharegpt import Turn
-from data.templates import TemplateName, default_template, prompt
+from data.templates import prompt
+from loop.adapter import Adapter, load_base, read_adapter, with_adapter
 from loop.base import mistakes
-from loop.flags import flag, parse
-from loop.model import DTYPES, quiet
-from loop.new_tokens import grow, set_up
-from loop.output import SETTINGS
+from loop.flags import File, Folder, Model, Tokens, flag, nearest, parse
+from loop.new_tokens import set_up
+
+BASE = "base"  # the name by which the base itself answers
+HELP = """/adapter NAME  who answers: {names}
+/system TEXT   begin anew with this system prompt; without a text: the template's own
+/clear         begin anew
+/help          this; Ctrl-C breaks an answer off, Ctrl-D or /quit ends"""
 
 
 @dataclass(frozen=True)
 class ChatConfig:
     """What to talk to, and how."""
 
-    adapter: str = flag("runs/main_job", "the output folder of a run", "chat")
-    base: str | None = flag(None, "base model; none: the one in adapter_config.json", "chat")
+    adapter: tuple[Folder, ...] = flag(
+        ("runs/main_job",), "output folders of runs on one base; the first answers", "chat"
+    )
+    base: Model | None = flag(None, "base model; none: the one in adapter_config.json", "chat")
     prompt: tuple[str, ...] = flag((), "questions to answer and leave; none: a dialogue", "chat")
-    compare: bool = flag(False, "answer each prompt from the base too, side by side", "chat")
-    max_new_tokens: int = flag(128, "tokens an answer at most", "chat", at_least=1)
+    prompts: File | None = flag(
+        None,
+        'file of questions, one a line: a text, or in .jsonl an object with "prompt", and perhaps '
+        '"id" and "system"',
+        "chat",
+    )
+    out: File | None = flag(None, "JSONL file for the answers to --prompts", "chat")
+    system: str | None = flag(None, "system prompt; none: the template's own", "chat")
+    compare: bool = flag(False, "answer from the base and every adapter, side by side", "chat")
+    max_new_tokens: Tokens = flag(128, "tokens an answer at most", "chat", at_least=1)
     temperature: float = flag(0.0, "0: greedy, always the same answer", "chat", at_least=0)
 
 
 @dataclass(frozen=True)
+class Asked:
+    """One question of a file."""
+
+    id: Any
+    text: str
+    system: str | None
+
+
+@dataclass(frozen=True)
 class Speaker:
-    """A loaded model with its tokenizer and the template it was trained with."""
+    """A base model with adapters, by the names of their folders; each has its own tokenizer."""
 
     model: PeftModel
-    tokenizer: Any
-    template: TemplateName
+    adapters: dict[str, Adapter]
     config: ChatConfig
 
-    def answer(self, turns: tuple[Turn, ...], streamer: TextStreamer | None = None) -> str:
+    @property
+    def names(self) -> list[str]:
+        """Who can answer: the base, and the adapters."""
+        return [BASE, *self.adapters]
+
+    @property
+    def first(self) -> str:
+        """Who answers unless told otherwise."""
+        return next(iter(self.adapters))
+
+    def streamer(self, name: str) -> TextStreamer:
+        """Return what prints an answer as it comes."""
+        tokenizer = self.adapters.get(name, self.adapters[self.first]).tokenizer
+        # A decoder's output begins with the prompt, a T5's with its start token: both are skipped.
+        return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def answer(
+        self,
+        turns: tuple[Turn, ...],
+        name: str | None = None,
+        system: str | None = None,
+        streamer: TextStreamer | None = None,
+    ) -> str:
         """Return the assistant's next answer, printed as it comes where a streamer is given."""
-        asked = prompt(turns, self.template, self.tokenizer)
-        inputs = self.tokenizer(
+        name = name or self.first
+        if name == BASE:
+            with self.model.disable_adapter():
+                return self._generate(turns, self.adapters[self.first], system, streamer)
+        self.model.set_adapter(_inner(self.adapters, name))
+        return self._generate(turns, self.adapters[name], system, streamer)
+
+    def _generate(
+        self,
+        turns: tuple[Turn, ...],
+        adapter: Adapter,
+        system: str | None,
+        streamer: TextStreamer | None,
+    ) -> str:
+        tokenizer, template = adapter.tokenizer, adapter.template
+        asked = prompt(turns, template, tokenizer, system)
+        inputs = tokenizer(
             asked.text,
             add_special_tokens=asked.add_special_tokens,
-            split_special_tokens=self.template == "t5",  # as in training, which adds its own
+            split_special_tokens=template == "t5",  # as in training, which adds its own
             return_tensors="pt",
         ).to(self.model.device)
         ends = self.model.generation_config.eos_token_id or []
-        ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
+        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
         sampling = {"do_sample": True, "temperature": self.config.temperature}
         with torch.inference_mode():
             ids = self.model.generate(
                 **inputs,
                 max_new_tokens=self.config.max_new_tokens,
                 eos_token_id=sorted(ends),
-                pad_token_id=self.tokenizer.pad_token_id,
+                pad_token_id=tokenizer.pad_token_id,
                 streamer=streamer,
                 **(sampling if self.config.temperature else {"do_sample": False}),
             )
         # An encoder-decoder returns its answer alone, behind the token that starts it.
-        pairs = self.model.config.is_encoder_decoder
-        new = ids[0, 1 if pairs else inputs["input_ids"].shape[1] :]
-        text: str = self.tokenizer.decode(new, skip_special_tokens=True)
+        new = ids[0, 1 if adapter.pairs else inputs["input_ids"].shape[1] :]
+        if streamer and len(new) >= self.config.max_new_tokens and int(new[-1]) not in ends:
+            print("(cut off at --max_new_tokens)")
+        text: str = tokenizer.decode(new, skip_special_tokens=True)
         return text.strip()
 
 
@@ -84,73 +140,155 @@ def main(argv: Sequence[str]) -> None:
     values = parse(ChatConfig, argv, __doc__ or "")
     values.pop("config", None)
     config = ChatConfig(**values)
-    if config.compare and not config.prompt:
-        raise UserError('--compare: found no --prompt; expected at least one, as in --prompt "Hi".')
+    if bool(config.prompts) != bool(config.out):
+        raise UserError("found one of --prompts and --out; expected both. Give the other one.")
+    if config.prompts and config.out:
+        if config.prompt:
+            raise UserError("found both --prompt and --prompts; expected one of them.")
+        asked = read_prompts(Path(config.prompts))
+        check_output("--out", Path(config.out), {Path(config.prompts).resolve(): "--prompts"})
+        answer_all(load_speaker(config), asked, Path(config.out))
+        return
     speaker = load_speaker(config)
-    streamer = TextStreamer(speaker.tokenizer, skip_prompt=True, skip_special_tokens=True)
     for text in config.prompt:
-        turns = (Turn("user", text),)
-        if config.compare:
-            print(side_by_side(text, base_answer(speaker, turns), speaker.answer(turns)))
-        else:
-            print(f"> {text}")
-            speaker.answer(turns, streamer)
+        print(f"\n> {text}" if config.compare else f"> {text}")
+        tell(speaker, (Turn("user", text),), speaker.first, config.system)
     if not config.prompt:
-        _converse(speaker, streamer)
+        converse(speaker)
 
 
 def load_speaker(config: ChatConfig) -> Speaker:
-    """Load the adapter on its base, in the precision it was trained in.
+    """Load the adapters on their base, in the precision that the first was trained in.
 
-    Raises UserError where the folder holds no adapter.
+    Raises UserError where a folder holds no adapter, or one of another base.
     """
-    folder = Path(config.adapter)
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"--adapter {folder}: no adapter_config.json there. Train first: ./launch.sh"
-        )
-    file = folder / SETTINGS  # An adapter made elsewhere has none.
-    trained = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    hub = {key: trained[key] for key in ("cache_dir", "trust_remote_code") if key in trained}
+    adapters: dict[str, Adapter] = {}
+    for word in config.adapter:
+        adapter = read_adapter(Path(word), config.base)
+        name = adapter.folder.resolve().name
+        adapters[word if name in adapters or name == BASE else name] = adapter
+    first = adapters[next(iter(adapters))]
+    for adapter in adapters.values():
+        if adapter.base != first.base or len(adapter.tokenizer) != len(first.tokenizer):
+            raise UserError(
+                f"--adapter {adapter.folder}: trained on {adapter.base}, {len(adapter.tokenizer)} "
+                f"tokens; expected the first one's, {first.base}, {len(first.tokenizer)} tokens. "
+                "Talk to it alone, or say by --base that they are the same."
+            )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = DTYPES[trained["mixed_precision"]] if trained else "auto"
-    quiet()
-    with mistakes(f"--adapter {folder}"):
-        base = config.base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-        has_tokenizer = (folder / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else base, **hub)
-        pairs = AutoConfig.from_pretrained(base, **hub).is_encoder_decoder
-        loader = AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM
-        model = loader.from_pretrained(base, dtype=dtype, **hub).to(device)
-        if pairs:
-            grow(model, len(tokenizer))
-        model = PeftModel.from_pretrained(model, str(folder)).eval()
-        set_up(model, None, train=False)
-    template = trained.get("template") or ("t5" if pairs else default_template(tokenizer))
-    return Speaker(model, tokenizer, template, config)
+    model = with_adapter(load_base(first, first.base, first.dtype).to(device), first)
+    for name, adapter in [*adapters.items()][1:]:
+        with mistakes(f"--adapter {adapter.folder}"):
+            model.load_adapter(str(adapter.folder), _inner(adapters, name))
+    set_up(model, None, train=False)
+    return Speaker(model.eval(), adapters, config)
 
 
-def base_answer(speaker: Speaker, turns: tuple[Turn, ...]) -> str:
-    """Return the answer with the adapter switched off."""
-    with speaker.model.disable_adapter():
-        return speaker.answer(turns)
+def _inner(adapters: dict[str, Adapter], name: str) -> str:
+    """Return peft's name for an adapter, which may hold no dots."""
+    number = [*adapters].index(name)
+    return f"adapter_{number}" if number else "default"
 
 
-def side_by_side(question: str, base: str, adapter: str) -> str:
-    """Return a table of two columns: the base's answer and the adapter's."""
-    width = (shutil.get_terminal_size((100, 24)).columns - 3) // 2
-    columns = [
+def tell(speaker: Speaker, turns: tuple[Turn, ...], name: str, system: str | None) -> str:
+    """Print the answer as it comes, or where they are compared everyone's; return the first."""
+    if not speaker.config.compare:
+        return speaker.answer(turns, name, system, speaker.streamer(name))
+    answers = {who: speaker.answer(turns, who, system) for who in speaker.names}
+    print(side_by_side(answers))
+    return answers[name]
+
+
+def side_by_side(answers: dict[str, str]) -> str:
+    """Return a table with a column for each answer."""
+    apart = " | "
+    columns = shutil.get_terminal_size((100, 24)).columns - len(apart) * (len(answers) - 1)
+    width = max(12, columns // len(answers))
+    wrapped = [
         [line for part in text.splitlines() for line in textwrap.wrap(part, width) or [""]]
-        for text in (base, adapter)
+        for text in answers.values()
     ]
-    rows = [("BASE", "BASE + ADAPTER"), *zip_longest(*columns, fillvalue="")]
-    lines = [f"{left:{width}} | {right}".rstrip() for left, right in rows]
-    return "\n".join([f"\n> {question}", *lines])
+    names = [name if name != BASE else "BASE" for name in answers]
+    if len(names) == 2:
+        names[1] = "BASE + ADAPTER"
+    rows = [[name[:width] for name in names], *zip_longest(*wrapped, fillvalue="")]
+    return "\n".join(apart.join(f"{text:{width}}" for text in row).rstrip() for row in rows)
 
 
-def _converse(speaker: Speaker, streamer: TextStreamer) -> None:
+def read_prompts(file: Path) -> list[Asked]:
+    """Return a file's questions; raises UserError for a line that is none, by its number."""
+    try:
+        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--prompts {file}: cannot be read: {reason}.") from None
+    found = [_asked(line, number, file) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise UserError(f"--prompts {file}: it is empty; expected a question a line.")
+    return found
+
+
+def _asked(line: str, number: int, file: Path) -> Asked:
+    if file.suffix != ".jsonl":
+        return Asked(number, line, None)
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"--prompts {file}: line {number}: not valid JSON: {error}.") from None
+    known = value if isinstance(value, dict) else {}
+    text, system = known.get("prompt"), known.get("system")
+    if not isinstance(text, str) or not text.strip() or not isinstance(system, str | None):
+        raise UserError(
+            f"--prompts {file}: line {number}: found {line[:80]}; expected an object with a text "
+            'as "prompt", and perhaps as "system".'
+        )
+    return Asked(known.get("id", number), text, system)
+
+
+def answer_all(speaker: Speaker, asked: list[Asked], out: Path) -> None:
+    """Write a line of JSON for each question and each who answers: the first, or all to compare."""
+    names = speaker.names if speaker.config.compare else [speaker.first]
+    with written_whole(out, "--out") as partial, partial.open("w", encoding="utf-8") as file:
+        for one in asked:
+            for name in names:
+                system = one.system or speaker.config.system
+                answer = speaker.answer((Turn("user", one.text),), name, system)
+                line = {"id": one.id, "prompt": one.text, "adapter": name, "answer": answer}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    print(f"{out}: {len(asked)} questions, answered by {', '.join(names)}")
+
+
+def converse(speaker: Speaker) -> None:
+    """Hold a dialogue: every answer is given to all that was said before."""
     turns: tuple[Turn, ...] = ()
-    print("Type a message; Ctrl-D ends.")
+    name, system = speaker.first, speaker.config.system
+    print("Type a message, or /help; Ctrl-D ends.")
+    for text in _typed():
+        word, _, rest = text.partition(" ")
+        if word in ("/quit", "/exit"):
+            return
+        if word == "/adapter" and rest.strip() in speaker.names:
+            name = rest.strip()
+            print(f"{name} answers")
+        elif word in ("/system", "/clear"):
+            turns = ()
+            system = (rest.strip() or None) if word == "/system" else system
+            print("begun anew")
+        elif word.startswith("/") and "/" not in word[1:]:  # a path is a message
+            if word == "/adapter":
+                print(f"found {rest.strip() or 'no name'}.{nearest(rest.strip(), speaker.names)}")
+            print(HELP.format(names=", ".join(speaker.names)))
+        else:
+            asked = (*turns, Turn("user", text))
+            sys.stdout.write("" if speaker.config.compare else f"{name}: ")
+            try:
+                turns = (*asked, Turn("assistant", tell(speaker, asked, name, system)))
+            except KeyboardInterrupt:
+                print("\n(broken off; as if it had not been asked)")
+
+
+def _typed() -> Iterator[str]:
+    """Yield what is typed, until there is no more."""
     while True:
         try:
             text = input("you: ").strip()
@@ -158,6 +296,4 @@ def _converse(speaker: Speaker, streamer: TextStreamer) -> None:
             print()
             return
         if text:
-            turns += (Turn("user", text),)
-            sys.stdout.write("assistant: ")
-            turns += (Turn("assistant", speaker.answer(turns, streamer)),)
+            yield text

@@ -1,20 +1,25 @@
-"""`python -m loop check`: the settings, the model's place and the data's, before the launch."""
+"""`python -m loop check`: settings, packages, the model's place, the data's; before the launch."""
 
 from collections.abc import Sequence
 
 from data.errors import UserError
-from data.sources import files_of
+from data.sources import files_of, parse_source
 from loop.base import find_base_model
 from loop.config import Config
+from loop.preflight import problems, together
 from loop.settings import read_config
+from loop.versions import CORE, conflicts
 
 
 def main(argv: Sequence[str]) -> None:
     """Answer a wrong flag or path in a second; launching the ranks alone takes many."""
     config = read_config(argv, Config, "Training flags. With none of them: the main job.")
+    wrong = [*conflicts(CORE), *problems(config)]
+    if wrong:
+        raise UserError(together(wrong))
     if config.model_name_or_path:
         find_base_model(config)
-    for source in config.sources:
+    for source in [*config.sources, *map(parse_source, config.eval_data_path or ())]:
         for file in files_of(source, config.cache_dir):
             if not file.is_file():
                 raise UserError(

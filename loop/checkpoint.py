@@ -64,8 +64,8 @@ class Checkpoint:
         return read
 
 
-def write(output: Path, snapshot: Snapshot, keep: int | None) -> None:
-    """Write `checkpoint-<step>` durably, then remove older ones but for `keep` in all.
+def write(output: Path, snapshot: Snapshot, keep: int | None, best: int | None = None) -> None:
+    """Write `checkpoint-<step>` durably, then remove older ones but for `keep` and the best.
 
     Raises Fault for weights that are not finite, and where the disk does not take them; what is
     older is left as it was.
@@ -77,7 +77,7 @@ def write(output: Path, snapshot: Snapshot, keep: int | None) -> None:
             f"step {step}: {infinite[0]} is not finite: not saved. Older checkpoints are "
             "whole. Lower the learning rate, or train in bf16 or fp32."
         )
-    final, partial = output / f"checkpoint-{step}", output / f".checkpoint-{step}.partial"
+    final, partial = folder_of(output, step), output / f".checkpoint-{step}.partial"
     progress = snapshot.progress
     # transformers' file of this name, less the log, which is kept once, in metrics.jsonl.
     state = {"global_step": step, "epoch": progress["epoch"], "max_steps": progress["max_steps"]}
@@ -110,18 +110,19 @@ def write(output: Path, snapshot: Snapshot, keep: int | None) -> None:
             "checkpoints are whole. Make room (--save_total_limit keeps fewer), then run the same "
             "command again."
         ) from error
-    prune(output, step, keep)
+    prune(output, step, keep, best)
 
 
-def prune(output: Path, step: int, keep: int | None) -> None:
-    """Of the checkpoints up to this step keep the newest; remove what a kill left half written.
+def prune(output: Path, step: int, keep: int | None, best: int | None = None) -> None:
+    """Of the checkpoints up to this step keep the newest and that of step `best`.
 
-    Raises Fault where one cannot be removed.
+    What a kill left half written is removed. Raises Fault where one cannot be.
     """
     older = [folder for folder in list_folders(output) if number(folder) <= step]
     try:
         for folder in older[keep:] if keep else []:
-            remove(folder)
+            if number(folder) != best:
+                remove(folder)
     except OSError as error:
         raise Fault(
             f"{error.filename}: cannot be removed: {error.strerror}. checkpoint-{step} is whole."
@@ -143,6 +144,11 @@ def list_folders(output: Path) -> list[Path]:
     """Return the folders that are named like checkpoints, the newest first."""
     named = (path for path in output.glob("checkpoint-*") if path.is_dir())
     return sorted((path for path in named if number(path) >= 0), key=number, reverse=True)
+
+
+def folder_of(output: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
+    return output / f"checkpoint-{step}"
 
 
 def number(folder: Path) -> int:
@@ -188,20 +194,33 @@ def verify(folder: Path) -> Checkpoint:
 
 def check_room(output: Path, parameters: int, saves: int, keep: int | None) -> None:
     """Raise UserError where the disk has no room for the run's checkpoints and adapter."""
+    needed, more, each = room(output, parameters, saves, keep)
+    free = shutil.disk_usage(output).free
+    if needed > free:
+        raise UserError(too_little(output, free, needed, more, each))
+
+
+def room(output: Path, parameters: int, saves: int, keep: int | None) -> tuple[int, int, int]:
+    """Return the bytes that a run will write, its checkpoints, and the bytes of one of them.
+
+    Only as many checkpoints count as there will be more than now, all at a time.
+    """
     each = 12 * parameters + SMALL  # fp32: weights and two moments
     there = len(list_folders(output))
     # The new one is whole before the oldest is removed; those at hand make room for later ones.
     most = min(there + saves, max(keep, there) + 1) if keep else there + saves
     more = most - there
-    needed = each * more + 4 * parameters + SMALL
-    free = shutil.disk_usage(output).free
-    if needed > free:
-        limit = f"; --save_total_limit {max(1, free // each - 2)}" if more > 1 else ""
-        raise UserError(
-            f"--output_dir {output}: found {free / 1e6:,.0f} MB free; expected "
-            f"{needed / 1e6:,.0f} MB for {more} checkpoints of {each / 1e6:,.1f} MB and the "
-            f"adapter. Free some, save less often (--save_steps){limit}, or give another folder."
-        )
+    return each * more + 4 * parameters + SMALL, more, each
+
+
+def too_little(output: Path, free: int, needed: int, more: int, each: int) -> str:
+    """Say that a disk has no room for so many checkpoints and the adapter (bytes)."""
+    limit = f"; --save_total_limit {max(1, free // each - 2)}" if more > 1 else ""
+    return (
+        f"--output_dir {output}: found {free / 1e6:,.0f} MB free; expected "
+        f"{needed / 1e6:,.0f} MB for {more} checkpoints of {each / 1e6:,.1f} MB and the "
+        f"adapter. Free some, save less often (--save_steps){limit}, or give another folder."
+    )
 
 
 def _write(file: Path, value: Any) -> None:

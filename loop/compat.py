@@ -5,33 +5,44 @@ from pathlib import Path
 
 import yaml
 
-from data.errors import UserError
+from data.errors import UserError, noted
 
-EVALUATION = "there is no evaluation yet; training goes on without it"
 SHARDING = "sharding is the accelerate config's; the like of it is accelerate_configs/zero3.yaml"
 WITHOUT_MEANING = {
     "lazy_preprocess": "dialogues are always encoded before training, which takes seconds",
     "optim": "the optimizer is always AdamW",
-    "eval_strategy": EVALUATION,
-    "evaluation_strategy": EVALUATION,
-    "eval_steps": EVALUATION,
-    "eval_data_path": EVALUATION,
-    "per_device_eval_batch_size": EVALUATION,
     "fsdp": SHARDING,
     "fsdp_config": SHARDING,
     "fsdp_transformer_layer_cls_to_wrap": SHARDING,
 }
 
+EVALUATION = ("eval_steps", "per_device_eval_batch_size")
+NOTHING_HELD_OUT = "there is nothing to evaluate on; --eval_data_path or --eval_fraction gives it"
+# Other names of flags that are understood.
+ALIASES = {"evaluation_strategy": "eval_strategy", "load_best_model_at_end": "load_best_at_end"}
 
-def without(argv: Sequence[str]) -> list[str]:
-    """Return the command line without these flags and their values.
 
-    Raises UserError for an optimizer that is not AdamW.
+def without(argv: Sequence[str], mistakes: list[str] | None = None) -> list[str]:
+    """Return the command line without these flags and their values, others by our names.
 
-    >>> without(["--lora_r", "4", "--save-steps", "200", "--fsdp", "full_shard", "auto_wrap"])
+    Raises UserError for an optimizer that is not AdamW, or adds it to `mistakes`.
+
+    >>> without(["--lora_r", "4", "--lazy-preprocess", "True", "--fsdp", "full_shard", "auto_wrap"])
     ['--lora_r', '4']
+    >>> without(["--evaluation-strategy=epoch"])
+    ['--eval_strategy=epoch']
     """
-    return [word for name, words in _groups(argv) if name not in WITHOUT_MEANING for word in words]
+    kept: list[str] = []
+    for name, words in _groups(argv):
+        value = words[0].partition("=")[2] or " ".join(words[1:])
+        if name == "optim" and not value.startswith("adamw"):
+            with noted(mistakes):
+                raise UserError(f"--optim: found {value}; expected adamw_torch, or leave it out.")
+        if name in ALIASES:
+            _, equals, value = words[0].partition("=")
+            words = [f"--{ALIASES[name]}{equals}{value}", *words[1:]]
+        kept += [] if name in WITHOUT_MEANING else words
+    return kept
 
 
 def notes(argv: Sequence[str]) -> list[str]:
@@ -44,7 +55,10 @@ def notes(argv: Sequence[str]) -> list[str]:
     if "config" in given:
         file = Path(" ".join(given["config"][1:]) or given["config"][0].partition("=")[2])
         given |= yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
-    return [f"note: --{name}: {WITHOUT_MEANING[name]}" for name in given if name in WITHOUT_MEANING]
+    told = {name: WITHOUT_MEANING[name] for name in given if name in WITHOUT_MEANING}
+    if not {"eval_data_path", "eval_fraction", "sample_prompts"} & {*given}:
+        told |= {name: NOTHING_HELD_OUT for name in EVALUATION if name in given}
+    return [f"note: --{name}: {why}" for name, why in told.items()]
 
 
 def _groups(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -52,11 +66,6 @@ def _groups(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     words: list[str] = []
     for word in [*argv, "--"]:
         if word.startswith("--") and words:
-            flag, _, value = words[0].partition("=")
-            name = flag.removeprefix("--").replace("-", "_")
-            value = value or " ".join(words[1:])
-            if name == "optim" and not value.startswith("adamw"):
-                raise UserError(f"--optim: found {value}; expected adamw_torch, or leave it out.")
-            yield name, words
+            yield words[0].partition("=")[0].removeprefix("--").replace("-", "_"), words
             words = []
         words.append(word)

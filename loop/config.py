@@ -1,15 +1,13 @@
 """Every setting of a run: names, defaults and ranges."""
 
 import dataclasses
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data.errors import UserError
-from data.sources import Source, files_of, parse_source
-from loop.flags import flag
+from data.sources import Source, parse_source
+from loop.flags import Epochs, Examples, File, Folder, Minutes, Model, Share, Steps, Tokens, flag
 
 ROOT = Path(__file__).resolve().parent.parent
 DUMMY_DATA = ROOT / "data" / "dummy_conversation.json"
@@ -23,18 +21,31 @@ Precision = Literal["no", "bf16", "fp16"]
 class Config:
     """One run; field names are flag names and YAML keys. `None` means: decided elsewhere."""
 
-    model_name_or_path: str | None = flag(
+    model_name_or_path: Model | None = flag(
         None, "folder or hub name; none: the embedded SmolLM2-135M-Instruct", "model"
     )
-    cache_dir: str | None = flag(None, "where the hub's files are kept", "model")
+    cache_dir: Folder | None = flag(
+        None, "where the hub's files are kept; none: its own place", "model"
+    )
     trust_remote_code: bool = flag(False, "run code that comes with the model", "model")
     flash_attn: bool = flag(False, "FlashAttention-2 in place of PyTorch's SDPA", "model")
+    packing: bool = flag(
+        True,
+        "a micro-batch's dialogues in one row, none seeing another; False: padded",
+        "model",
+    )
+    torch_compile: bool = flag(
+        False, "compile the layers: half a minute before step 1, then a little faster", "model"
+    )
+    loss_chunk_tokens: Tokens = flag(
+        1024, "supervised tokens whose logits are held at once", "model", at_least=1
+    )
     gradient_checkpointing: bool = flag(
         False, "recompute activations in the backward pass: less memory, slower", "model"
     )
     mixed_precision: Precision | None = flag(
         None,
-        "precision of the base model's weights and products; beats the accelerate config",
+        "precision of the base model's weights and products; none: the accelerate config's",
         "model",
     )
     bf16: bool = flag(False, "short for --mixed_precision bf16", "model")
@@ -55,14 +66,14 @@ class Config:
     lora_bias: Literal["none", "all", "lora_only"] = flag(
         "none", "which biases are trained", "LoRA"
     )
-    lora_weight_path: str | None = flag(
+    lora_weight_path: Folder | None = flag(
         None, "continue from this adapter; rank, alpha, targets and bias are its own", "LoRA"
     )
     train_new_tokens: bool = flag(
         True, "train the rows of the tokens that T5 lacked; False: their mean stays", "LoRA"
     )
 
-    data_path: tuple[str, ...] | None = flag(
+    data_path: tuple[File, ...] | None = flag(
         None,
         "dialogues: JSON, JSONL, CSV, Parquet, Arrow, .gz, .zst, folders of them, or the hub's "
         "owner/name[/configuration][@split]; path:0.3 takes three of ten; none: the bundled ones",
@@ -74,17 +85,17 @@ class Config:
         "encoder-decoder",
         "data",
     )
-    chat_template: str | None = flag(
+    chat_template: File | None = flag(
         None, "a Jinja file in place of the model's own chat template", "data"
     )
     t5_compat: bool = flag(False, "FastChat's tokens and pairs for T5, id for id", "data")
-    model_max_length: int = flag(
+    model_max_length: Tokens = flag(
         2048,
         "tokens; longer dialogues are cut on the right, a T5's sources on the left",
         "data",
         at_least=8,
     )
-    max_target_length: int | None = flag(
+    max_target_length: Tokens | None = flag(
         None, "tokens of a T5's target; none: model_max_length", "data", at_least=8
     )
     keep_header: bool = flag(False, "what is cut of a T5's source lies behind its header", "data")
@@ -95,27 +106,43 @@ class Config:
     supervise: Literal["all", "last"] = flag(
         "all", "learn every answer of a dialogue, or its last one", "data"
     )
-    max_dropped: float = flag(
+    max_dropped: Share = flag(
         0.05,
         "share of the dialogues that may have no supervised token",
         "data",
         at_least=0,
         at_most=1,
     )
+    eval_fraction: Share | None = flag(
+        None,
+        "share of the dialogues held out by a hash of their content, to evaluate on",
+        "data",
+        above=0,
+        below=1,
+    )
     num_data: int = flag(
         -1, "use so many dialogues, chosen by the seed; -1: all", "data", at_least=-1
     )
-    preprocessed_path: str | None = flag(
+    preprocessed_path: File | None = flag(
         None, "file that keeps the encoded data, to be used again while it fits", "data"
     )
-    report: str | None = flag(
+    report: File | None = flag(
         None, "JSON file for the account of the data: read = kept + dropped, by cause", "data"
     )
 
-    num_train_epochs: float = flag(3.0, "passes over the data", "training", above=0)
-    max_steps: int = flag(-1, "stop after so many steps; -1: by epochs", "training", at_least=-1)
-    per_device_train_batch_size: int = flag(
+    num_train_epochs: Epochs = flag(3.0, "passes over the data", "training", above=0)
+    max_steps: Steps = flag(-1, "stop after so many steps; -1: by epochs", "training", at_least=-1)
+    per_device_train_batch_size: Examples = flag(
         8, "most examples in one micro-batch of one rank", "training", at_least=1
+    )
+    tokens_per_micro_batch: Tokens | None = flag(
+        None,
+        "most tokens in one micro-batch of one rank, padding counted; a longer dialogue runs alone",
+        "training",
+        at_least=1,
+    )
+    auto_micro_batch: bool = flag(
+        False, "before step 1 find the most tokens that fit, the longest examples first", "training"
     )
     gradient_accumulation_steps: int | None = flag(
         None,
@@ -123,7 +150,7 @@ class Config:
         "training",
         at_least=1,
     )
-    global_batch_size: int | None = flag(
+    global_batch_size: Examples | None = flag(
         None,
         "examples a step over all ranks; none: ranks x accumulation x micro-batch",
         "training",
@@ -133,11 +160,13 @@ class Config:
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = flag(
         "cosine", "shape after the linear warm-up", "training"
     )
-    warmup_ratio: float = flag(
+    warmup_ratio: Share = flag(
         0.03, "share of the steps that warm up", "training", at_least=0, at_most=1
     )
     weight_decay: float = flag(0.0, "AdamW's decoupled weight decay", "training", at_least=0)
-    max_grad_norm: float = flag(1.0, "clip the gradient's norm; 0: never", "training", at_least=0)
+    max_grad_norm: float = flag(
+        1.0, "clip the gradient's norm to this; 0: never", "training", at_least=0
+    )
     seed: int = flag(
         42,
         "of data order, adapter initialisation and dropout",
@@ -146,18 +175,23 @@ class Config:
         at_most=2**63 - 1,
     )
 
-    deepspeed: str | None = flag(
+    max_bad_steps: Steps = flag(
+        3, "stop after so many steps in a row without a finite gradient", "training", at_least=1
+    )
+    deepspeed: File | None = flag(
         None, "a DeepSpeed JSON, where the accelerate config launches DeepSpeed", "training"
     )
 
-    output_dir: str = flag("runs/adapter", "adapter, tokenizer, metrics and settings", "output")
-    logging_steps: int = flag(10, "steps between two log entries", "output", at_least=1)
+    output_dir: Folder = flag("runs/adapter", "adapter, tokenizer, metrics and settings", "output")
+    logging_steps: Steps = flag(10, "steps between two log entries", "output", at_least=1)
     logging_strategy: Literal["steps", "epoch", "no"] = flag(
         "steps", "log every logging_steps, at each epoch's end, or only first and last", "output"
     )
-    report_to: tuple[Literal["none", "wandb", "tensorboard"], ...] = flag(
+    report_to: tuple[Literal["none", "wandb", "tensorboard", "trackio"], ...] = flag(
         ("none",), "trackers, several at once", "output"
     )
+    tags: tuple[str, ...] | None = flag(None, "labels of the run at wandb", "output")
+    wandb_artifact: bool = flag(False, "give wandb the adapter too, as an artifact", "output")
     run_name: str | None = flag(None, "name in the trackers; none: output_dir's", "output")
     save_safetensors: bool = flag(True, "False: adapter_model.bin", "output")
     save_non_lora_state: Literal["none", "trainable", "all"] = flag(
@@ -167,8 +201,8 @@ class Config:
     save_strategy: Literal["steps", "epoch", "no"] = flag(
         "steps", "checkpoint every save_steps, at each epoch's end, or never", "checkpoints"
     )
-    save_steps: int = flag(500, "steps between two checkpoints", "checkpoints", at_least=1)
-    save_minutes: float | None = flag(
+    save_steps: Steps = flag(500, "steps between two checkpoints", "checkpoints", at_least=1)
+    save_minutes: Minutes | None = flag(
         None, "minutes after which a checkpoint is due, too", "checkpoints", above=0
     )
     save_total_limit: int | None = flag(
@@ -180,8 +214,38 @@ class Config:
     resume_anyway: bool = flag(
         False, "go on although settings or data differ from the checkpoint's", "checkpoints"
     )
-    max_minutes: float | None = flag(
+    max_minutes: Minutes | None = flag(
         None, "stop after so many minutes, with a checkpoint", "checkpoints", above=0
+    )
+
+    eval_data_path: tuple[File, ...] | None = flag(
+        None, "dialogues to evaluate on, in the forms that data_path takes", "evaluation"
+    )
+    eval_strategy: Literal["steps", "epoch", "no"] = flag(
+        "steps", "evaluate every eval_steps, or at each epoch's end; and at the end", "evaluation"
+    )
+    eval_steps: Steps = flag(500, "steps between two evaluations", "evaluation", at_least=1)
+    per_device_eval_batch_size: Examples | None = flag(
+        None,
+        "most examples a micro-batch of evaluation; none: training's",
+        "evaluation",
+        at_least=1,
+    )
+    sample_prompts: tuple[str, ...] | None = flag(
+        None, "questions to answer at every evaluation, or a file with one a line", "evaluation"
+    )
+    sample_tokens: Tokens = flag(64, "tokens a sample at most", "evaluation", at_least=1)
+    load_best_at_end: bool = flag(
+        False, "keep the checkpoint of the least eval_loss, and save its adapter", "evaluation"
+    )
+    early_stopping_patience: int | None = flag(
+        None, "end after so many evaluations without a lesser eval_loss", "evaluation", at_least=1
+    )
+    peak_tflops: float | None = flag(
+        None, "TFLOP/s of one rank's device at its best, for the log's mfu", "output", above=0
+    )
+    cost_per_hour: float | None = flag(
+        None, "price of an hour of a GPU, or of a core, for the last line", "output", above=0
     )
 
     @property
@@ -200,9 +264,12 @@ class Config:
 # Paths, compared by what lies there; what changes no number; flags of which `precision` is made.
 PATHS = {
     *("model_name_or_path", "cache_dir", "lora_weight_path", "data_path", "preprocessed_path"),
-    *("output_dir", "chat_template", "report"),
+    *("output_dir", "chat_template", "report", "eval_data_path", "sample_prompts"),
 }
-TOLD = {"deepspeed", "run_name", "report_to", "resume_from_checkpoint", "max_dropped"}
+TOLD = {
+    *("deepspeed", "run_name", "report_to", "tags", "wandb_artifact"),
+    *("resume_from_checkpoint", "max_dropped", "max_bad_steps", "peak_tflops", "cost_per_hour"),
+}
 PRECISION = {"mixed_precision", "bf16", "fp16"}
 
 
@@ -211,32 +278,6 @@ def decisive(config: Config) -> dict[str, Any]:
     values = dataclasses.asdict(config).items()
     told = {f"--{name}": value for name, value in values if name not in PATHS | TOLD | PRECISION}
     return {"the precision": config.precision, **told}
-
-
-def data_sha256(config: Config) -> str:
-    """Return the SHA-256 of the data's file, or of the hashes of several and of their weights.
-
-    Raises UserError where one cannot be read.
-    """
-    hashes = []
-    for source in config.sources:
-        hashes += [file_sha256(file) for file in files_of(source, config.cache_dir)]
-        hashes += [f"x {source.weight}"] if source.weight != 1.0 else []
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256(str(hashes).encode()).hexdigest()
-
-
-def data_shown(config: Config) -> str:
-    """Return the names of the data as a person reads them."""
-    return ", ".join(map(shown, config.data_path or [DUMMY_DATA]))
-
-
-def file_sha256(file: Path) -> str:
-    """Return the SHA-256 of a file; raises UserError where it cannot be read."""
-    try:
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}.") from None
 
 
 def shown(path: str | Path) -> str:

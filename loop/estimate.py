@@ -1,4 +1,4 @@
-"""Memory by part and bytes sent, for one rank: formulas over a model's shape, without its weights.
+"""Memory by part, for one rank: formulas over a model's shape, without its weights.
 
 docs/scaling.md derives them, in the same words. Bytes throughout, and elements where it says so.
 """
@@ -18,8 +18,9 @@ PERSISTENT, REUSE = 100_000, 1_000_000_000
 # cuBLAS's workspace, which torch's allocator hands out; 32 MiB on Hopper (torch 2.13,
 # aten/src/ATen/cuda/CublasHandlePool.cpp). The CUDA context and NCCL's buffers lie outside it.
 WORKSPACE = 32 * 2**20
-# The log-probabilities, their gradient and the logits' gradient, all three in fp32.
-LOSS = 3 * 4
+# In fp32: a chunk's logits, and what their logarithm is summed from. All at once, by autograd: the
+# log-probabilities, their gradient and the logits' gradient.
+CHUNKED, WHOLE = 2 * 4, 3 * 4
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Run:
     backend: Backend
     ranks: int
     share: float = 1.0  # of the tokens, supervised
+    most: int | None = None  # tokens of the largest micro-batch; none: all that the flags allow
 
     @property
     def world(self) -> int:
@@ -57,7 +59,18 @@ class Run:
     @property
     def tokens(self) -> int:
         """The tokens of a full micro-batch."""
-        return self.config.per_device_train_batch_size * self.config.model_max_length
+        full = self.config.per_device_train_batch_size * self.config.model_max_length
+        return full if self.most is None else self.most
+
+    @property
+    def supervised(self) -> int:
+        return ceil(self.share * self.tokens)
+
+    @property
+    def chunked(self) -> bool:
+        """Whether the loss is made of so many tokens at a time (loop/objective.py)."""
+        trained = self.shape.head_trained and self.backend.stage == 3
+        return self.shape.plain_logits and self.config.precision != "fp16" and not trained
 
     @property
     def micro_batches(self) -> int:
@@ -238,8 +251,22 @@ def lora_inputs(run: Run) -> int:
 
 
 def loss(run: Run) -> int:
-    """Return the bytes of logits and their gradients, at supervised positions only."""
-    return LOSS * ceil(run.share * run.tokens) * run.shape.vocabulary
+    """Return the bytes of logits and their gradients, at supervised positions only.
+
+    Through a frozen head the gradient of the hidden states is made at once, beside them.
+    """
+    chunk = min(run.supervised, run.config.loss_chunk_tokens)
+    if not run.chunked:
+        return whole_loss(run, run.supervised)
+    states = 2 * run.width * run.shape.hidden * run.supervised
+    if run.shape.head_trained:
+        return states + whole_loss(run, chunk)
+    return states + CHUNKED * chunk * run.shape.vocabulary
+
+
+def whole_loss(run: Run, supervised: int) -> int:
+    """Return the bytes of the logits of so many tokens, all at once."""
+    return WHOLE * supervised * run.shape.vocabulary
 
 
 def layer_backward(run: Run) -> int:
@@ -263,31 +290,3 @@ def host_memory(run: Run) -> float:
     if run.backend.offload_param:
         total += run.width * (run.base + run.adapter) / run.world
     return total
-
-
-def sent(run: Run) -> float:
-    """Return the bytes one rank sends each step, with rings.
-
-    Gathering or scattering n bytes sends n (W - 1) / W of them, an all-reduce twice that. ZeRO-1
-    and 2 reduce by all-reduce (deepspeed 0.19, stage_1_and_2.py: use_multi_rank_bucket_allreduce).
-    """
-    ring = (run.world - 1) / run.world
-    if run.backend.stage == 0:
-        return ring * 2 * 4 * run.adapter
-    if run.backend.stage == 1:
-        return ring * (2 * 4 + run.width) * run.adapter
-    if run.backend.stage == 2:
-        return ring * (2 * 4 * run.micro_batches + run.width) * run.adapter
-    each = 4 * run.adapter + run.width * fetched(run)
-    return ring * (run.micro_batches * each + run.width * run.whole)
-
-
-def fetched(run: Run) -> int:
-    """Return the elements that ZeRO-3 gathers for one micro-batch: forward, then backward.
-
-    What is live at the turn comes once. A checkpointed layer too large for REUSE comes thrice.
-    """
-    total = sum(sharded(run, run.shape.model, run.shape.trained))
-    layer = sum(sharded(run, run.shape.layer))
-    again = run.shape.layers * max(0, layer - REUSE // 2)
-    return 2 * total - live(run) + (again if run.config.gradient_checkpointing else 0)

@@ -17,6 +17,13 @@ GROUPS_THAT_TRAIN = ("model", "LoRA", "data", "training")
 # How the work is split: it changes the last digits only. Precision is compared as a whole.
 SPLIT = {
     *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"),
+    *(
+        "tokens_per_micro_batch",
+        "auto_micro_batch",
+        "torch_compile",
+        "packing",
+        "loss_chunk_tokens",
+    ),
     *("gradient_checkpointing", "flash_attn", "tf32", "trust_remote_code"),
     *("mixed_precision", "bf16", "fp16"),
 }

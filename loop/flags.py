@@ -5,15 +5,26 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
-from data.errors import UserError
+from data.errors import UserError, noted
 
 TRUE, FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
+
+# What a flag takes, as --help shows it: the unit of a number, or a place that shells complete.
+File = Annotated[str, "FILE"]
+Folder = Annotated[str, "FOLDER"]
+Model = Annotated[str, "FOLDER|NAME"]
+Tokens = Annotated[int, "TOKENS"]
+Examples = Annotated[int, "EXAMPLES"]
+Steps = Annotated[int, "STEPS"]
+Epochs = Annotated[float, "EPOCHS"]
+Minutes = Annotated[float, "MINUTES"]
+Share = Annotated[float, "SHARE"]
 
 
 def flag(
@@ -34,29 +45,39 @@ def flag(
 
 
 def parse(
-    config_type: type[Any], argv: Sequence[str], description: str, ignored: Container[str] = ()
+    config_type: type[Any],
+    argv: Sequence[str],
+    description: str,
+    ignored: Container[str] = (),
+    aliases: Mapping[str, str] | None = None,
+    mistakes: list[str] | None = None,
 ) -> dict[str, Any]:
     """Return the values that were given, converted and range-checked; flags beat `--config`.
 
-    Of the file's keys, those that are `ignored` are passed over.
+    Of the file's keys, those that are `ignored` are passed over, and `aliases` lead to ours. What
+    is wrong is added to `mistakes` and left out.
 
     Raises UserError for an unknown key, naming the nearest known one, or a value out of range.
     """
-    parser = _parser(config_type, description)
+    parser = parser_of(config_type, description)
     known, unknown = parser.parse_known_args([_underscores(argument) for argument in argv])
-    if unknown:
-        name = unknown[0].partition("=")[0]
-        flags = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(f"{name}: unknown flag.{nearest(name, flags)} See --help.")
-    raw = vars(known)
-    file = raw.get("config")
-    values = _read_yaml(config_type, Path(file[-1]), ignored) if file else {}
-    values |= {"config": raw.pop("config")[-1]} if "config" in raw else {}
+    flags = [option for action in parser._actions for option in action.option_strings]
+    for place, word in enumerate(unknown):
+        if word.startswith("--") or place == 0:  # what follows one are its values
+            name = word.partition("=")[0]
+            with noted(mistakes):
+                raise UserError(f"{name}: unknown flag.{nearest(name, flags)} See --help.")
+    raw, values = vars(known), dict[str, Any]()
+    if "config" in raw:
+        values["config"] = file = raw.pop("config")[-1]
+        with noted(mistakes):
+            values |= _read_yaml(config_type, Path(file), ignored, aliases or {}, mistakes)
     fields = {field.name: field for field in dataclasses.fields(config_type)}
     hints = get_type_hints(config_type)
-    return values | {
-        name: convert(fields[name], hints[name], words, f"--{name}") for name, words in raw.items()
-    }
+    for name, words in raw.items():
+        with noted(mistakes):
+            values[name] = convert(fields[name], hints[name], words, f"--{name}")
+    return values
 
 
 def convert(field: dataclasses.Field[Any], hint: Any, words: list[str], where: str) -> Any:
@@ -115,7 +136,13 @@ def _check_bounds(value: Any, bounds: dict[str, float], where: str) -> None:
         raise UserError(f"{where}: found {value}; expected a value {expected}.")
 
 
-def _read_yaml(config_type: type[Any], path: Path, ignored: Container[str]) -> dict[str, Any]:
+def _read_yaml(
+    config_type: type[Any],
+    path: Path,
+    ignored: Container[str],
+    aliases: Mapping[str, str],
+    mistakes: list[str] | None,
+) -> dict[str, Any]:
     try:
         # All words, no types: YAML 1.1 would read 1e-3 as text and no as a boolean.
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
@@ -132,13 +159,15 @@ def _read_yaml(config_type: type[Any], path: Path, ignored: Container[str]) -> d
     for key, value in loaded.items():
         if key in ignored:
             continue
+        key = aliases.get(key, key)
         where = f"--config {path}: {key}"
-        if key not in fields:
-            raise UserError(f"{where}: unknown key.{nearest(str(key), list(fields))}")
-        if isinstance(value, dict):
-            raise UserError(f"{where}: found a mapping; expected a value.")
-        words = [str(item) for item in (value if isinstance(value, list) else [value])]
-        values[key] = convert(fields[key], hints[key], words, where)
+        with noted(mistakes):
+            if key not in fields:
+                raise UserError(f"{where}: unknown key.{nearest(str(key), list(fields))}")
+            if isinstance(value, dict):
+                raise UserError(f"{where}: found a mapping; expected a value.")
+            words = [str(item) for item in (value if isinstance(value, list) else [value])]
+            values[key] = convert(fields[key], hints[key], words, where)
     return values
 
 
@@ -170,11 +199,13 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return str(action.metavar or default_metavar)
 
 
-def _parser(config_type: type[Any], description: str) -> _Parser:
+def parser_of(config_type: type[Any], description: str) -> argparse.ArgumentParser:
     """Build the parser; every value is read as words and converted by `convert`."""
+    # A command's own docstring opens with it: "`python -m loop chat`: talks to adapters".
+    command, described, text = description.removeprefix("`").partition("`: ")
     parser = _Parser(
-        usage="[--flag value ...]",
-        description=description,
+        usage=f"{command} [--flag value ...]" if described else "[--flag value ...]",
+        description=f"{text[:1].upper()}{text[1:]}" or description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=_Help,
@@ -192,6 +223,8 @@ def _parser(config_type: type[Any], description: str) -> _Parser:
         if default not in (None, ()):
             shown = " ".join(default) if isinstance(default, tuple) else default
             text += f" (default: {shown})"
+        elif "none: " not in text:  # else it says itself what none means
+            text += " (default: none)"
         # Both --prompt a b and --prompt a --prompt b; of other flags the last one counts.
         action = "extend" if isinstance(default, tuple) else "store"
         group.add_argument(
@@ -207,6 +240,8 @@ def _parser(config_type: type[Any], description: str) -> _Parser:
 
 def _metavar(hint: Any) -> str:
     """Say what a field of this type takes, as --help shows it."""
+    if get_origin(hint) is Annotated:
+        return str(hint.__metadata__[0])
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
     if hint in (int, float, str, bool):

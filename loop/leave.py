@@ -31,11 +31,12 @@ def run_and_exit(main: Callable[[], None]) -> None:
     # Outside of the loop, which answers them itself (saver.py), there is nothing to save.
     for number in STOPS:
         signal.signal(number, _stop)
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # `accelerate launch` started us.
-        threading.Thread(target=_follow, args=(os.getppid(), status), daemon=True).start()
     code, reason = 0, ""
     first, alone = os.environ.get("LOCAL_RANK", "0") == "0", False
     try:
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # `accelerate launch` started us.
+            # In here, as it may be asked to stop already.
+            threading.Thread(target=_follow, args=(os.getppid(), status), daemon=True).start()
         with _told_disk():
             main()
     except UserError as error:
@@ -90,6 +91,8 @@ def _first_rank_tells(status: str | None) -> bool:
 
 
 def _stop(number: int, _: FrameType | None) -> None:
+    for each in STOPS:  # A second one would end what answers the first.
+        signal.signal(each, signal.SIG_IGN)
     sys.exit(Stopped.exit_code)
 
 
@@ -105,7 +108,7 @@ def _follow(launcher: int, status: str | None) -> None:
         if not asked and launcher_asks():
             asked = time.monotonic()
             os.kill(os.getpid(), signal.SIGTERM)
-        outside = signal.getsignal(signal.SIGTERM) is _stop
+        outside = signal.getsignal(signal.SIGTERM) in (_stop, signal.SIG_IGN)
         if asked and outside and time.monotonic() > asked + GRACE:
             os._exit(Stopped.exit_code)  # It waits for a rank that has left already.
         time.sleep(0.5)

@@ -1,7 +1,5 @@
 """Loads the base model, plain or in 4 bits, and injects the LoRA adapter."""
 
-import importlib.util
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,15 +9,16 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, modeling_utils
-from transformers.utils import logging as transformers_logging
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.errors import UserError
 from loop import fp32, new_tokens
+from loop.attention import implementation
 from loop.backend import told_to_all, zero_stage
-from loop.base import mistakes
+from loop.base import check_ties, compares_ties, mistakes
 from loop.config import Config
 from loop.prepare import Prepared
-from loop.quantize import check_quantization, four_bit, returned_memory
+from loop.quantize import about_zero3, check_quantization, four_bit, returned_memory
 from loop.state import whole
 from loop.targets import ALL_LINEAR, target_names
 
@@ -29,13 +28,8 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def load_model(prepared: Prepared, config: Config, accelerator: Accelerator) -> PeftModel:
     """Return the base model in the run's precision with a LoRA adapter to train.
 
-    Raises UserError for a missing FlashAttention, and targets that the model does not have.
+    Raises UserError for targets that the model does not have.
     """
-    if config.flash_attn and importlib.util.find_spec("flash_attn") is None:
-        raise UserError(
-            "--flash_attn: the package flash_attn is not installed. Install it (pip install "
-            "flash-attn), or leave the flag out: PyTorch's SDPA is used."
-        )
     # Under ZeRO-3 loading is made of collectives, which a rank that fails alone must not add to.
     sharded = zero_stage(accelerator) == 3
     with nullcontext() if sharded else told_to_all():
@@ -65,7 +59,16 @@ def load_model(prepared: Prepared, config: Config, accelerator: Accelerator) -> 
         for parameter in with_adapter.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+    if config.torch_compile:
+        _compile_layers(with_adapter)
     return with_adapter
+
+
+def _compile_layers(model: Any) -> None:
+    """Have each layer compiled when it is first run, once for all lengths of rows."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):  # each layer of transformers' models
+            layer.compile(dynamic=True)
 
 
 def _add_adapter(model: Any, prepared: Prepared, config: Config, autocast: bool) -> PeftModel:
@@ -102,15 +105,14 @@ def _add_adapter(model: Any, prepared: Prepared, config: Config, autocast: bool)
 
 
 def _load_base(prepared: Prepared, config: Config, accelerator: Accelerator) -> Any:
-    quiet()
     base, base_config = prepared.base, prepared.base_config
     zero3 = zero_stage(accelerator) == 3
-    check_quantization(base, base_config, config, accelerator)
-    if zero3 and base_config.is_encoder_decoder and not _compares_ties():
-        raise UserError(
-            f"{base}: this transformers ties an encoder-decoder's LM head under ZeRO-3, whatever "
-            "its weights; expected 5.23 or newer. Launch with accelerate_configs/zero2.yaml."
-        )
+    plugin = accelerator.state.deepspeed_plugin
+    zero = plugin.deepspeed_config["zero_optimization"] if plugin else {}
+    check_quantization(base, base_config, config, zero)
+    check_ties(base, base_config, zero3)
+    if zero3 and config.q_lora:
+        accelerator.print(f"note: {about_zero3(config)}")
     options: dict[str, Any] = {}
     if config.q_lora:
         settings = four_bit(DTYPES[config.precision])  # makes bitsandbytes ready, too
@@ -131,7 +133,9 @@ def _load_base(prepared: Prepared, config: Config, accelerator: Accelerator) -> 
             base,
             config=base_config,
             dtype=DTYPES[config.precision],
-            attn_implementation="flash_attention_2" if config.flash_attn else "sdpa",
+            attn_implementation=implementation(
+                prepared.packed, config.flash_attn, config.torch_compile
+            ),
             output_loading_info=True,
             cache_dir=config.cache_dir,
             trust_remote_code=config.trust_remote_code,
@@ -141,13 +145,8 @@ def _load_base(prepared: Prepared, config: Config, accelerator: Accelerator) -> 
         names = ", ".join(sorted(loaded["missing_keys"])[:5])
         raise UserError(f"{base}: the weights lack {names}, which would be random. Mend the model.")
     if config.q_lora and config.precision != "no":
-        fp32.computed(model, deepspeed=accelerator.state.deepspeed_plugin is not None)
+        fp32.computed(model, deepspeed=plugin is not None)
     return model
-
-
-def _compares_ties() -> bool:
-    """Whether this transformers does so in a function of its own, as 5.23."""
-    return hasattr(modeling_utils, "_tied_params_are_equal")
 
 
 @contextmanager
@@ -157,7 +156,7 @@ def _compared_whole() -> Iterator[None]:
     Under ZeRO-3 it compares what a rank holds, nothing with nothing (5.23, modeling_utils.py), and
     would put Flan-T5's embedding in the place of its LM head.
     """
-    if not _compares_ties():
+    if not compares_ties():
         yield
         return
     are_equal = modeling_utils._tied_params_are_equal
@@ -171,17 +170,3 @@ def _compared_whole() -> Iterator[None]:
         yield
     finally:
         modeling_utils._tied_params_are_equal = are_equal
-
-
-def quiet() -> None:
-    """Silence what other packages say about themselves while a model is loaded."""
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    # DeepSpeed 0.19 asks every module for every attribute, this deprecated one included.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-    # DeepSpeed 0.19 calls torch.distributed by names that torch 2.13 calls deprecated.
-    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated")
-    # It waits on a barrier without a device, too.
-    warnings.filterwarnings("ignore", message=".*using the device under current context")
-    # transformers 5.23 has a new name for it, which 5.17 does not know.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*")

@@ -27,21 +27,32 @@ def grow(model: Any, tokens: int) -> None:
     also shrinks, and ties T5's LM head, a matrix of its own in Flan-T5, to the embedding.
     """
     for old in {id(m.weight): m.weight for m in _matrices(model)}.values():
-        rows, width = getattr(old, "ds_shape", old.shape)
-        if rows >= tokens:
+        if getattr(old, "ds_shape", old.shape)[0] >= tokens:
             continue
-        more = ceil(tokens / MULTIPLE) * MULTIPLE - rows
         with whole(old), torch.no_grad():
-            mean = old.float().mean(0).to(old.dtype)
-            grown = nn.Parameter(torch.cat([old, mean.expand(more, width)]), requires_grad=False)
+            new = nn.Parameter(grown(old, tokens), requires_grad=False)
         for module in model.modules():
             if getattr(module, "weight", None) is old:
-                module.weight = grown
+                module.weight = new
                 name = "num_embeddings" if isinstance(module, nn.Embedding) else "out_features"
-                setattr(module, name, rows + more)
-        model.config.vocab_size = rows + more
+                setattr(module, name, len(new))
+        model.config.vocab_size = len(new)
         if hasattr(model, "final_logits_bias"):  # BART's and Marian's, of the LM head's length
-            model._resize_final_logits_bias(rows + more)
+            model._resize_final_logits_bias(len(new))
+
+
+def grown(matrix: Tensor, tokens: int) -> Tensor:
+    """Return a matrix with a row for each token, [rows, d]; the new ones are the others' mean."""
+    more = rows_needed(len(matrix), tokens) - len(matrix)
+    if not more:
+        return matrix
+    mean = matrix.float().mean(0).to(matrix.dtype)
+    return torch.cat([matrix, mean.expand(more, -1)])
+
+
+def rows_needed(rows: int, tokens: int) -> int:
+    """Return how many rows a matrix has once there is one for each token."""
+    return rows if rows >= tokens else ceil(tokens / MULTIPLE) * MULTIPLE
 
 
 def first_values(model: Any, tokens: list[int]) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """Saves what is not LoRA: what else was trained, or the base model whole."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,19 +10,22 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from data.errors import Fault
-from loop import new_tokens
+from loop import new_tokens, shards
 from loop.config import Config
 from loop.state import Tensors, file_name, trained_parameters, whole
 
 NAME, INDEX = "non_lora_state", "non_lora_state.safetensors.index.json"
 PARTIAL = f".partial-{NAME}"
-SHARD = 2 << 30  # bytes of a file at most, but for a single larger tensor
+SHARD = 2 << 30  # bytes
 
 
-def save_non_lora(accelerator: Accelerator, model: PeftModel, folder: Path, config: Config) -> None:
+def save_non_lora(
+    accelerator: Accelerator, model: PeftModel, folder: Path, config: Config, shard: int = SHARD
+) -> None:
     """Write non_lora_state.safetensors, or its shards and their index; every rank must call this.
 
-    Raises Fault where it cannot be written; the adapter is saved by then.
+    `shard`: bytes of a file at most, but for a single larger tensor. The index is of the form that
+    transformers reads. Raises Fault where it cannot be written; the adapter is saved by then.
     """
     keep = accelerator.is_main_process
     for left in [*folder.glob(f"{NAME}*"), *folder.glob(f"{PARTIAL}*")] if keep else ():
@@ -35,19 +37,20 @@ def save_non_lora(accelerator: Accelerator, model: PeftModel, folder: Path, conf
         named = {file_name(n): t.contiguous() for n, t in state.items() if "lora_" not in n}
         _write(folder / f"{NAME}.safetensors", lambda path: save_file(named, path), keep)
         return
-    shards = _plan(model)
-    index: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        tail = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        file = f"{NAME}{tail}.safetensors"
+    files = shards.cut(_sizes(model), shard)
+    places: dict[str, str] = {}
+    size = 0
+    for number, names in enumerate(files, 1):
+        file = shards.name_of(NAME, number, len(files))
         tensors: Tensors = {}
         for name in names:
             tensors |= _base_tensors(model, name, state, keep)
-        index |= dict.fromkeys(tensors, file)
+        places |= dict.fromkeys(tensors, file)
+        size += sum(tensor.nbytes for tensor in tensors.values())
         _write(folder / file, partial(save_file, tensors, metadata={"format": "pt"}), keep)
-    if len(shards) > 1:
-        text = json.dumps({"metadata": {}, "weight_map": index}, indent=1)
-        _write(folder / INDEX, lambda path: path.write_text(text + "\n", encoding="utf-8"), keep)
+    if len(files) > 1:
+        text = shards.index(places, size)
+        _write(folder / INDEX, lambda path: path.write_text(text, encoding="utf-8"), keep)
 
 
 def _write(path: Path, write: Callable[[Path], Any], keep: bool) -> None:
@@ -64,18 +67,12 @@ def _write(path: Path, write: Callable[[Path], Any], keep: bool) -> None:
         ) from error
 
 
-def _plan(model: PeftModel) -> list[list[str]]:
-    """Return the names of the base model's parameters and buffers, one list a file."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in _named(model).items():
-        bytes_ = getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
-        if size and size + bytes_ > SHARD:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += bytes_
-    return shards
+def _sizes(model: PeftModel) -> dict[str, int]:
+    """Return the bytes of the base model's parameters and buffers."""
+    return {
+        name: getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
+        for name, tensor in _named(model).items()
+    }
 
 
 def _named(model: PeftModel) -> dict[str, Any]:

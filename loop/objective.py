@@ -1,25 +1,76 @@
 """The loss: a sum over supervised tokens, and the scale that makes it the window's mean."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data.collate import MicroBatch
 
+# Settings of models that make something else of what their LM head gives (transformers 5.23).
+AFTERWARDS = (
+    *("final_logit_softcapping", "logits_scaling", "logit_scale", "unpadded_vocab_size"),
+    *("logit_softcap", "output_multiplier"),
+)
 
-def supervised_loss_sum(model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+
+def supervised_loss_sum(
+    model: nn.Module, micro_batch: MicroBatch, chunk_tokens: int = 1024
+) -> Tensor:
     """Return the summed cross-entropy of the supervised tokens, a scalar in fp32.
 
-    The LM head runs on supervised positions only: logits [S, V] in place of [B, T, V].
+    The LM head runs on supervised positions only, `chunk_tokens` of them at a time: logits [C, V]
+    in place of [B, T, V]; on all of them at once where the model needs to see its own logits.
     """
     torch.manual_seed(micro_batch.seed)
-    with _head_sees(model, micro_batch.positions):
+    wrapped: Any = getattr(model, "module", model)  # DistributedDataParallel, DeepSpeedEngine
+    head = wrapped.get_output_embeddings()
+    if _in_chunks(head, wrapped):
+
+        def loss_of(hidden: Tensor) -> Any:
+            return _loss_of(head, hidden, micro_batch.targets, chunk_tokens)
+
+        with _in_place_of_logits(head, micro_batch.positions, loss_of):
+            loss: Tensor = model(**micro_batch.model_inputs, use_cache=False).logits
+        return loss.float()
+    with _head_sees(head, micro_batch.positions):
         logits = model(**micro_batch.model_inputs, use_cache=False).logits
-    return nn.functional.cross_entropy(logits.float(), micro_batch.targets, reduction="sum")
+    return _cross_entropy(logits, micro_batch.targets)
+
+
+def token_losses(
+    model: nn.Module, micro_batch: MicroBatch, chunk_tokens: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Return each supervised token's loss and the id the model would give: [S] fp32, [S] int64.
+
+    For evaluation, without gradients; by the LM head as in training, so that both losses are one.
+    """
+    wrapped: Any = getattr(model, "module", model)
+    head = wrapped.get_output_embeddings()
+    found: list[tuple[Tensor, Tensor]] = []
+    if not _in_chunks(head, wrapped):
+        with _head_sees(head, micro_batch.positions):
+            logits = model(**micro_batch.model_inputs, use_cache=False).logits
+        return _compared(logits, micro_batch.targets)
+
+    def compare(hidden: Tensor) -> None:
+        both = hidden, micro_batch.targets
+        chunks = zip(*(torch.split(x, chunk_tokens) for x in both), strict=True)
+        found.extend(_compared(head.forward(states), wanted) for states, wanted in chunks)
+
+    with _in_place_of_logits(head, micro_batch.positions, compare):
+        model(**micro_batch.model_inputs, use_cache=False)
+    losses, predicted = zip(*found, strict=True)
+    return torch.cat(losses), torch.cat(predicted)
+
+
+def _compared(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return losses, logits.argmax(-1)
 
 
 def loss_scale(accelerator: Accelerator, supervised_tokens: int) -> float:
@@ -33,16 +84,112 @@ def loss_scale(accelerator: Accelerator, supervised_tokens: int) -> float:
     return undone / supervised_tokens
 
 
+class _FrozenHead(torch.autograd.Function):
+    """The loss sum of hidden states [S, H] through a frozen head [V, H], a chunk at a time.
+
+    The gradient of the hidden states is made at once, so that no logits are kept for later, and
+    the weights, which ZeRO-3 gathers, are needed in the forward pass alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, size: int
+    ) -> Tensor:
+        gradient = torch.zeros_like(hidden)
+        loss = torch.zeros((), device=hidden.device)
+        chunks = zip(*(torch.split(x, size) for x in (hidden, targets, gradient)), strict=True)
+        for states, wanted, slot in chunks:
+            logits = nn.functional.linear(states, weight, bias).float()
+            log_sum = torch.logsumexp(logits, -1, keepdim=True)
+            places = wanted[:, None]
+            loss += (log_sum - logits.gather(1, places)).sum()
+            probabilities = logits.sub_(log_sum).exp_()
+            probabilities.scatter_add_(1, places, -torch.ones_like(log_sum))
+            slot.copy_(probabilities.to(weight.dtype) @ weight)
+            del logits, probabilities  # else the next chunk's would lie beside them
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream[0]).to(gradient.dtype), None, None, None, None
+
+
+def _in_chunks(head: Any, model: Any) -> bool:
+    """Whether the head can give the loss itself: its logits are the model's, as they are.
+
+    ZeRO-3 gathers a head's weights once; one that has trained parts would need them again. In fp16
+    the gradient's small parts need the loss scale, which comes later.
+    """
+    parameters = [*head.parameters()]
+    return (
+        not any(getattr(model.config, name, None) for name in AFTERWARDS)
+        and not any(name.endswith("final_logits_bias") for name, _ in model.named_buffers())
+        and parameters[0].dtype != torch.float16
+        and (_is_frozen(head) or not hasattr(parameters[0], "ds_id"))
+    )
+
+
+def _is_frozen(head: Any) -> bool:
+    return type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
+
+
+def _loss_of(head: Any, hidden: Tensor, targets: Tensor, size: int) -> Any:
+    """Return the loss sum of hidden states [S, H], a chunk at a time, by the LM head."""
+    if _is_frozen(head):
+        apply: Any = _FrozenHead.apply
+        return apply(hidden, head.weight, head.bias, targets, size)
+    chunks = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
+    sums = [
+        checkpoint(lambda h, t: _cross_entropy(head.forward(h), t), *chunk, use_reentrant=False)
+        for chunk in chunks
+    ]
+    return torch.stack(sums).sum()
+
+
 @contextmanager
-def _head_sees(model: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Let the LM head see hidden states [B, T, H] at the flat `positions` [S] only."""
-    wrapped: Any = getattr(model, "module", model)  # DistributedDataParallel, DeepSpeedEngine
+def _in_place_of_logits(
+    head: nn.Module, positions: Tensor, made: Callable[[Tensor], Any]
+) -> Iterator[None]:
+    """Have the LM head give what is made of its hidden states [S, H], in place of logits.
+
+    It is made in a hook before DeepSpeed's, which gives ZeRO-3's gathered weights up.
+    """
+    kept: list[Tensor] = []
 
     def select(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (inputs[0].flatten(0, 1).index_select(0, positions),)
+        kept.append(_selected(inputs[0], positions))
+        return (kept[0][:0],)
 
-    handle = wrapped.get_output_embeddings().register_forward_pre_hook(select)
+    def make(_head: Any, _inputs: Any, _logits: Tensor) -> Any:
+        return made(kept.pop())
+
+    handles = head.register_forward_pre_hook(select), head.register_forward_hook(make, prepend=True)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _head_sees(head: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Let the LM head see hidden states [B, T, H] at the flat `positions` [S] only."""
+
+    def select(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (_selected(inputs[0], positions),)
+
+    handle = head.register_forward_pre_hook(select)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def _selected(hidden: Tensor, positions: Tensor) -> Tensor:
+    return hidden.flatten(0, 1).index_select(0, positions)

@@ -1,5 +1,7 @@
 """AdamW over the trainable parameters, and the learning rate as a pure function of the step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from math import ceil, cos, pi
 from typing import Any
 
@@ -11,14 +13,15 @@ from loop.config import Config
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Return AdamW; biases are not decayed."""
+    """Return AdamW, fused: one call for all tensors; biases are not decayed."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for name, p in trainable if not name.endswith("bias")]},
         {"params": [p for name, p in trainable if name.endswith("bias")], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+    lr, decay = config.learning_rate, config.weight_decay
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=decay, fused=True)
 
 
 def lr_at(step: int, total_steps: int, config: Config) -> float:
@@ -36,10 +39,22 @@ def lr_at(step: int, total_steps: int, config: Config) -> float:
     return config.learning_rate * max(0.0, factor)
 
 
-def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
-    """Write the learning rate into every group."""
+def set_learning_rate(optimizer: Any, learning_rate: float) -> float:
+    """Write the learning rate into every group, and return it."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+    return learning_rate
+
+
+@contextmanager
+def accumulating(accelerator: Accelerator, model: nn.Module, last: bool) -> Iterator[None]:
+    """Run a micro-batch; with a window's last one the gradients are reduced and the step is made.
+
+    accelerate's own `accumulate` counts micro-batches, of which windows have different numbers.
+    """
+    accelerator.sync_gradients = last
+    with nullcontext() if last else accelerator.no_sync(model):
+        yield
 
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Any:

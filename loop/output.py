@@ -16,12 +16,15 @@ import yaml
 from accelerate import Accelerator, PartialState
 
 from data.errors import UserError
+from data.hashes import file_sha256
 from loop import launch
 from loop.backend import told_to_all
 from loop.checkpoint import sync
-from loop.config import ADAPTER_FILES, Config, data_sha256, file_sha256
+from loop.config import ADAPTER_FILES, Config
+from loop.data_files import data_sha256
 from loop.flags import TRUE
 from loop.non_lora import save_non_lora
+from loop.picture import draw_at_end
 from loop.prepare import Prepared
 from loop.settings import dump
 from loop.utils import save_adapter, write_json
@@ -34,7 +37,7 @@ PATHS = ("model_name_or_path", "lora_weight_path", "cache_dir")
 NOT_COMPARED = (
     *("output_dir", "save_strategy", "save_steps", "save_minutes", "save_total_limit"),
     *("resume_from_checkpoint", "resume_anyway", "max_minutes", "preprocessed_path"),
-    *("data_path", "chat_template", "report"),
+    *("data_path", "chat_template", "report", "cost_per_hour"),
 )
 LOCK, PATIENCE = ".lock", 5.0  # seconds that a run which was just killed may take to be gone
 
@@ -172,7 +175,7 @@ def save_run(
     accelerator: Accelerator,
     model: Any,
     prepared: Prepared,
-    history: list[dict[str, Any]],
+    result: dict[str, Any],
     layout: Layout,
     config: Config,
 ) -> None:
@@ -189,13 +192,11 @@ def save_run(
             sync(folder / name)
     state = {
         "finished": True,
-        "global_step": layout.total_steps,
         "max_steps": layout.total_steps,
-        "epoch": round(layout.total_steps / layout.steps_per_epoch, 4),
         "data_sha256": prepared.data_sha256,
         "chat_template_sha256": _template(config),
         "global_batch_size": global_batch_size(config, accelerator.num_processes),
-        "log_history": history,
+        **result,
     }
     write_json(folder / STATE, state)
-    print(f"Saved and checked: {folder}. Talk to it: python -m loop chat --adapter {folder}")
+    draw_at_end(folder)

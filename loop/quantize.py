@@ -9,11 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from data.errors import UserError
-from loop.backend import zero_stage
 from loop.config import Config
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -77,12 +75,10 @@ def _unblock_bitsandbytes() -> None:
                 value.cache_clear()
 
 
-def check_quantization(
-    base: str, base_config: Any, config: Config, accelerator: Accelerator
-) -> None:
-    """Refuse, before weights are read, a combination that cannot work; say what was measured.
+def check_quantization(base: str, base_config: Any, config: Config, zero: dict[str, Any]) -> None:
+    """Refuse, before weights are read, a combination that cannot work.
 
-    Raises UserError.
+    zero: DeepSpeed's `zero_optimization`, empty without it. Raises UserError.
     """
     stored = getattr(base_config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
@@ -95,22 +91,23 @@ def check_quantization(
         )
     if four and not config.q_lora:
         raise UserError(f"{base}: its weights are 4-bit; expected plain ones. Give --q_lora True.")
-    stage = zero_stage(accelerator)
-    if config.lora_bias != "none":
-        _check_biases(config, stage)
+    stage = zero.get("stage", 0)
     if four:
         _check_own(base, stored, config, stage)
     if not config.q_lora or stage != 3:
         return
-    zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
         if zero.get(key):
             raise UserError(
                 f"--q_lora True: found {key} in the DeepSpeed config, which would quantise the "
                 "4-bit codes once more. Remove it, or use accelerate_configs/zero3.yaml."
             )
-    accelerator.print(
-        "note: QLoRA under ZeRO-3 was measured on two CPU ranks (one process' losses, half of the "
+
+
+def about_zero3(config: Config) -> str:
+    """Say what is known of QLoRA under ZeRO-3."""
+    return (
+        "QLoRA under ZeRO-3 was measured on two CPU ranks (one process' losses, half of the "
         "4-bit weights each) and on one H100 (the plain backend's losses); several GPUs were not."
         + " Without --gradient_checkpointing True, the backward pass holds all 4-bit weights whole."
         * (not config.gradient_checkpointing)
@@ -148,21 +145,6 @@ def _check_own(base: str, stored: dict[str, Any], config: Config, stage: int) ->
             f"{base}: its 4-bit weights are stored as {storage}, which DeepSpeed would cast to "
             f"{dtype}; expected that, or uint8. Give the plain model, or use "
             "accelerate_configs/ddp.yaml."
-        )
-
-
-def _check_biases(config: Config, stage: int) -> None:
-    if config.q_lora and stage == 0 and config.precision != "no":
-        # bitsandbytes 0.50 casts a linear's bias in place (nn/modules.py, Linear4bit).
-        raise UserError(
-            f"found --q_lora True with --lora_bias {config.lora_bias} in {config.precision}, "
-            "where the biases would be trained without an fp32 master. Launch with "
-            "accelerate_configs/zero2.yaml, which has one, or give --mixed_precision no."
-        )
-    if config.lora_weight_path and stage == 3 and not config.q_lora:
-        raise UserError(
-            f"--lora_weight_path {config.lora_weight_path}: its biases cannot be put into a "
-            "base model that ZeRO-3 has shared out. Launch with accelerate_configs/zero2.yaml."
         )
 
 

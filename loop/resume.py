@@ -103,6 +103,20 @@ def find_start(config: Config, prepared: Prepared, layout: Layout, reads: bool) 
     if not reads:
         return Start({})
     start = Start(run_facts(config, prepared, layout.global_batch_size))
+    output = Path(config.output_dir)
+    own = checkpoint.list_folders(output)
+    found = find_checkpoint(config, start.facts, layout)
+    if found:
+        start.folder, start.progress = found.folder, found.progress()
+        print(f"resume: {found.folder}, after step {found.step} of {layout.total_steps}")
+    beside = found and found.folder.parent.resolve() == output.resolve()
+    _set_aside([mine for mine in own if not (beside and checkpoint.number(mine) <= start.step)])
+    launch.begun(output)
+    return start
+
+
+def find_checkpoint(config: Config, facts: dict[str, Any], layout: Layout) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole, and fits; changes nothing. Raises UserError."""
     output, asked = Path(config.output_dir), config.resume_from_checkpoint
     folders = own = checkpoint.list_folders(output)
     again = launch.is_restart(output)
@@ -115,13 +129,8 @@ def find_start(config: Config, prepared: Prepared, layout: Layout, reads: bool) 
             folders = [mine for mine in own if checkpoint.number(mine) > newest] or folders
     found = _newest_whole(folders)
     if found:
-        _check_facts(found, start.facts, config, layout)
-        start.folder, start.progress = found.folder, found.progress()
-        print(f"resume: {found.folder}, after step {found.step} of {layout.total_steps}")
-    beside = found and found.folder.parent.resolve() == output.resolve()
-    _set_aside([mine for mine in own if not (beside and checkpoint.number(mine) <= start.step)])
-    launch.begun(output)
-    return start
+        _check_facts(found, facts, config, layout)
+    return found
 
 
 def _named(folder: Path) -> list[Path]:

@@ -8,19 +8,20 @@ import time
 from math import ceil
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from data.errors import Fault, Stopped
-from loop import checkpoint, state
+from loop import checkpoint, fit, state
 from loop.backend import PATIENCE, told_to_all, zero_stage
 from loop.checkpoint import Snapshot
 from loop.config import Config
-from loop.flags import TRUE
 from loop.leave import launcher_asks
 from loop.resume import Start
+from loop.summary import how_to_go_on
 from loop.tracking import Tracker
 from loop.windows import Layout, Window
 
@@ -52,6 +53,12 @@ class Saver:
         self.writer: threading.Thread | None = None
         self.failure: Exception | None = None
         self.saves, self.waited = 0, 0.0
+        self.last_step = layout.total_steps  # an evaluation may end the run before
+        self.due_at = -1  # the step of an evaluation whose checkpoint is kept
+        nothing = {"best_metric": None, "best_step": None, "evaluated_step": None, "stale": 0}
+        self.evaluation: dict[str, Any] = nothing | {
+            name: value for name, value in start.progress.items() if name in nothing
+        }
 
     def __enter__(self) -> "Saver":
         self.group = None
@@ -76,7 +83,7 @@ class Saver:
         self._wait()
         if self.main and self.saves:
             share = self.waited / (time.monotonic() - self.entered)
-            print(
+            tqdm.write(  # The bar is still there.
                 f"checkpoints: {self.saves}; the loop waited {self.waited:.2f} s for them "
                 f"({share:.2%} of its time)"
             )
@@ -86,8 +93,12 @@ class Saver:
 
         Raises Stopped once a request is met, Fault where the last checkpoint was not written.
         """
+        with tracker.clock("save"):
+            self._after(window, model, optimizer, tracker)
+
+    def _after(self, window: Window, model: Any, optimizer: Any, tracker: Tracker) -> None:
         step = window.step + 1
-        last = step == self.layout.total_steps
+        last = step == self.last_step
         wanted = self._greatest(self._wanted())
         if wanted < FAILED and (wanted or self._due(step) or (last and self._saves)):
             before = time.monotonic()
@@ -102,14 +113,23 @@ class Saver:
                 failure.known_to_all = True
             raise failure
         if wanted > SAVE and not last:
-            named = self.config.resume_from_checkpoint.lower() not in TRUE
-            without = ", without --resume_from_checkpoint," if named else ""
-            stopped = Stopped(
-                f"{self.reason or ELSEWHERE[wanted]}; checkpoint-{step} is saved. "
-                f"The same command{without} goes on from there."
-            )
-            stopped.known_to_all = True
-            raise stopped
+            self._stop(step, wanted)
+
+    def is_asked(self) -> bool:
+        """Say whether any rank was asked to stop, or cannot save; every rank must call this."""
+        return self._greatest(self._wanted()) > SAVE
+
+    def stop(self, step: int) -> None:
+        """Raise Stopped for a request that is met before a step: its checkpoint is there."""
+        self._stop(step, self._greatest(self._wanted()))
+
+    def _stop(self, step: int, wanted: int) -> NoReturn:
+        stopped = Stopped(
+            f"{self.reason or ELSEWHERE[wanted]}; checkpoint-{step} is saved; "
+            f"{how_to_go_on(self.config)}."
+        )
+        stopped.known_to_all = True
+        raise stopped
 
     @property
     def _saves(self) -> bool:
@@ -117,16 +137,8 @@ class Saver:
 
     def _check_room(self) -> None:
         """Compare what the run will write with the disk's free space, before the first step."""
-        steps, config = self.layout.total_steps - self.start.step, self.config
-        interval = {
-            "steps": config.save_steps,
-            "epoch": self.layout.steps_per_epoch,
-            "no": steps + 1,
-        }[config.save_strategy]
-        saves = ceil(steps / interval) if self._saves else 0
-        if config.save_minutes:  # How many these will be is not known.
-            saves = max(saves, config.save_total_limit or 1)
-        checkpoint.check_room(self.output, self.start.parameters, saves, config.save_total_limit)
+        saves, keep = planned_saves(self.config, self.layout, self.start.step)
+        checkpoint.check_room(self.output, self.start.parameters, saves, keep)
 
     def _due(self, step: int) -> bool:
         interval = {
@@ -134,7 +146,7 @@ class Saver:
             "epoch": self.layout.steps_per_epoch,
             "no": self.layout.total_steps + 1,
         }[self.config.save_strategy]
-        return step % interval == 0
+        return step % interval == 0 or step == self.due_at
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         self.interrupts += number == signal.SIGINT
@@ -183,9 +195,10 @@ class Saver:
             "epoch": window.epoch,
             "cursor": step % epoch * batch,  # examples of the epoch's permutation that are done
             "examples": tracker.examples,
-            "best_metric": None,
+            **self.evaluation,
             # Each micro-batch seeds it from these and its own rank and index: nothing is rewound.
             "rng": {"seed": self.config.seed, "step": step},
+            "auto_micro_batch": fit.found(self.layout, self.config, self.accelerator),
             "loss_scale": state.loss_scale(self.accelerator, optimizer),
             **logged,
         }
@@ -208,10 +221,25 @@ class Saver:
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            checkpoint.write(self.output, snapshot, self.config.save_total_limit)
+            best = snapshot.progress["best_step"] if self.config.load_best_at_end else None
+            checkpoint.write(self.output, snapshot, self.config.save_total_limit, best)
         except Exception as error:
             self.failure = error
 
     def _wait(self) -> None:
         if self.writer:
             self.writer.join()
+
+
+def planned_saves(config: Config, layout: Layout, done: int = 0) -> tuple[int, int | None]:
+    """Return how many checkpoints the steps from `done` on make, and how many are kept."""
+    steps, epoch = layout.total_steps - done, layout.steps_per_epoch
+    interval = {"steps": config.save_steps, "epoch": epoch, "no": steps + 1}[config.save_strategy]
+    saves = ceil(steps / interval) if config.save_strategy != "no" else 0
+    keep = config.save_total_limit
+    if config.load_best_at_end:  # Each evaluation may be the best until then.
+        saves += ceil(steps / (config.eval_steps if config.eval_strategy == "steps" else epoch))
+        keep = keep and keep + 1
+    if config.save_minutes:  # How many these will be is not known.
+        saves = max(saves, keep or 1)
+    return saves, keep

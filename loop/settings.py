@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from data.errors import UserError
+from data.errors import UserError, noted, tell
 from loop import compat
 from loop.config import ADAPTER_FILES, ROOT, Config
 from loop.flags import parse
@@ -18,54 +18,99 @@ MAIN_JOB = ROOT / "loop" / "main_job.yaml"
 C = TypeVar("C", bound=Config)
 
 
-def read_config(argv: Sequence[str], config_type: type[C], description: str = "") -> C:
+def read_config(
+    argv: Sequence[str],
+    config_type: type[C],
+    description: str = "",
+    mistakes: list[str] | None = None,
+) -> C:
     """Return the run's settings from flags and YAML; no flag at all means the main job.
 
-    Raises UserError for anything that is wrong by itself or contradicts something else.
+    Raises UserError for anything that is wrong by itself or contradicts something else; or adds it
+    to `mistakes`, and goes on with the default.
     """
-    values = parse(config_type, compat.without(argv), description, compat.WITHOUT_MEANING)
+    known = compat.WITHOUT_MEANING, compat.ALIASES, mistakes
+    values = parse(config_type, compat.without(argv, mistakes), description, *known)
     if values.pop("config", None) is None and not {"model_name_or_path", "data_path"} & {*values}:
         values = parse(config_type, ["--config", str(MAIN_JOB)], description) | values
         values.pop("config")
-    if values.get("lora_weight_path"):
-        values |= _adapter_settings(Path(values["lora_weight_path"]).expanduser(), values)
+    adapter = values.pop("lora_weight_path", None)
+    if adapter:
+        with noted(mistakes):
+            values |= _adapter_settings(Path(adapter).expanduser(), values)
+            values["lora_weight_path"] = adapter
     config = config_type(**values)
-    _cross_check(config)
+    tell(_contradictions(config), mistakes)
     return config
 
 
-def _cross_check(config: Config) -> None:
+def _contradictions(config: Config) -> Iterator[str]:
+    """Yield what contradicts something else."""
     asked = {name for name in ("bf16", "fp16") if getattr(config, name)}
     asked |= {config.mixed_precision} if config.mixed_precision else set()
     if len(asked) > 1:
-        raise UserError(
+        yield (
             f"found both {' and '.join(sorted(asked))}; expected one precision. "
             "Give --mixed_precision alone."
         )
     if config.precision not in ("no", "bf16", "fp16"):
-        raise UserError(
+        yield (
             f"the accelerate config's mixed_precision is {config.precision}; expected no, bf16 or "
             "fp16. Give --mixed_precision."
         )
     # Before the launch the accelerate config's precision is not known yet.
     known = config.mixed_precision or "ACCELERATE_MIXED_PRECISION" in os.environ
     if config.flash_attn and known and config.precision == "no":
-        raise UserError(
+        yield (
             "--flash_attn: found precision no (fp32); FlashAttention-2 takes bf16 and fp16 only. "
             "Give --mixed_precision bf16, or leave it out."
         )
     if config.num_data == 0:
-        raise UserError("--num_data: found 0; expected at least 1, or -1 for all dialogues.")
+        yield "--num_data: found 0; expected at least 1, or -1 for all dialogues."
     if config.max_steps == 0:
-        raise UserError("--max_steps: found 0; expected at least 1, or -1 to train by epochs.")
-    if "none" in config.report_to and len(config.report_to) > 1:
-        raise UserError("--report_to: found none beside a tracker; expected one or the other.")
+        yield "--max_steps: found 0; expected at least 1, or -1 to train by epochs."
+    yield from _about_evaluation(config)
+    yield from _about_trackers(config)
+    if config.auto_micro_batch and config.tokens_per_micro_batch:
+        yield (
+            f"found --auto_micro_batch and --tokens_per_micro_batch {config.tokens_per_micro_batch}"
+            "; expected one of them, since the first decides the second."
+        )
     if config.global_batch_size and config.gradient_accumulation_steps:
-        raise UserError(
+        yield (
             f"found --global_batch_size {config.global_batch_size} and "
             f"--gradient_accumulation_steps {config.gradient_accumulation_steps}; expected one of "
             "them, since the first decides the second."
         )
+
+
+def _about_evaluation(config: Config) -> Iterator[str]:
+    if config.eval_data_path and config.eval_fraction:
+        yield (
+            f"found --eval_data_path and --eval_fraction {config.eval_fraction:g}; expected one of "
+            "them: dialogues of their own to evaluate on, or a part of --data_path."
+        )
+    evaluates = (config.eval_data_path or config.eval_fraction) and config.eval_strategy != "no"
+    if config.sample_prompts and config.eval_strategy == "no":
+        yield (
+            "--sample_prompts: found --eval_strategy no; expected an evaluation, at which they are "
+            "answered. Give --eval_strategy steps or epoch, or leave the prompts out."
+        )
+    for name in ("load_best_at_end", "early_stopping_patience"):
+        if getattr(config, name) and not evaluates:
+            yield (
+                f"--{name}: found no evaluation; expected one. Give --eval_data_path or "
+                "--eval_fraction, and --eval_strategy steps or epoch."
+            )
+
+
+def _about_trackers(config: Config) -> Iterator[str]:
+    if "none" in config.report_to and len(config.report_to) > 1:
+        yield "--report_to: found none beside a tracker; expected one or the other."
+    if config.wandb_artifact and "wandb" not in config.report_to:
+        yield "--wandb_artifact: found no wandb in --report_to. Give --report_to wandb."
+    if any(not 1 <= len(tag) <= 64 for tag in config.tags or ()):
+        yield "--tags: found one of more than 64 characters, which wandb takes at most."
 
 
 def _adapter_settings(folder: Path, given: dict[str, Any]) -> dict[str, Any]:

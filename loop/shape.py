@@ -7,11 +7,13 @@ from typing import Any, get_args
 import yaml
 
 from data.errors import UserError
-from loop.base import mistakes
+from loop.base import mistakes, read_base_config
 from loop.config import ROOT, Config, Precision
 from loop.targets import ALL_LINEAR, target_names
 
 CONFIGS = ROOT / "accelerate_configs"
+# One process; YAML reads a bare NO as false, and so does the precision below.
+ALONE = ("NO", False)
 # LLaMA's names, which config classes of other families map theirs to.
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Targets that read the same tensor, and the one whose input attention keeps as its own output.
@@ -38,6 +40,8 @@ class Shape:
     query: int  # width of all query heads together
     key: int  # width of all key heads together, and of all value heads
     vocabulary: int
+    plain_logits: bool  # the LM head's, as they are: the loss can be made in chunks
+    head_trained: bool
     model: Weights
     layer: Weights
     trained: tuple[int, ...]  # elements of each lora_A, lora_B and trained bias
@@ -60,28 +64,30 @@ class Backend:
 def read_shape(base: str, config: Config) -> Shape:
     """Return the shape of the model in the folder or on the hub, and of the flags' adapter.
 
-    The model is built on PyTorch's meta device, so neither weights nor memory are needed. Raises
-    UserError for a model that is not LLaMA-like, and targets that it does not have.
+    Raises UserError for a model that is not LLaMA-like, and targets that it does not have.
     """
-    import torch  # here, with transformers, since a wrong accelerate config needs neither
-    from transformers import AutoConfig, AutoModelForCausalLM
+    base_config = read_base_config(base, config)
+    check_shape(base, base_config)
+    return shape_of(bare_model(base, base_config, config), base_config, config)
 
-    with mistakes(base), torch.device("meta"):
-        base_config = AutoConfig.from_pretrained(
-            base, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
+
+def check_shape(base: str, base_config: Any) -> None:
+    """Raise UserError for a model that the estimate does not know."""
+    missing = [name for name in NEEDED if getattr(base_config, name, None) is None]
+    if missing or base_config.is_encoder_decoder:
+        raise UserError(
+            f"{base}: found a {base_config.model_type} model without "
+            f"{', '.join(missing) or 'a decoder of its own'}; the estimate expects one built "
+            "like LLaMA."
         )
-        missing = [name for name in NEEDED if getattr(base_config, name, None) is None]
-        if missing or base_config.is_encoder_decoder:
-            raise UserError(
-                f"{base}: found a {base_config.model_type} model without "
-                f"{', '.join(missing) or 'a decoder of its own'}; the estimate expects one built "
-                "like LLaMA."
-            )
-        model = AutoModelForCausalLM.from_config(
-            base_config, trust_remote_code=config.trust_remote_code
-        )
-        heads = base_config.num_attention_heads
-        head = getattr(base_config, "head_dim", None) or base_config.hidden_size // heads
+
+
+def shape_of(model: Any, base_config: Any, config: Config) -> Shape:
+    """Return the shape of a model on the meta device, and of the flags' adapter."""
+    from loop.objective import AFTERWARDS  # here, since a wrong accelerate config needs no torch
+
+    heads = base_config.num_attention_heads
+    head = getattr(base_config, "head_dim", None) or base_config.hidden_size // heads
     groups = getattr(base_config, "num_key_value_heads", None) or heads
     layers = base_config.num_hidden_layers
     return Shape(
@@ -92,8 +98,19 @@ def read_shape(base: str, config: Config) -> Shape:
         query=heads * head,
         key=groups * head,
         vocabulary=base_config.vocab_size,
+        plain_logits=not any(getattr(base_config, name, None) for name in AFTERWARDS),
         **_weights(model, layers, config),
     )
+
+
+def bare_model(base: str, base_config: Any, config: Config) -> Any:
+    """Return the model on PyTorch's meta device, which needs neither weights nor memory."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    kind = AutoModelForSeq2SeqLM if base_config.is_encoder_decoder else AutoModelForCausalLM
+    with mistakes(base), torch.device("meta"):
+        return kind.from_config(base_config, trust_remote_code=config.trust_remote_code)
 
 
 def _weights(model: Any, layers: int, config: Config) -> dict[str, Any]:
@@ -102,8 +119,8 @@ def _weights(model: Any, layers: int, config: Config) -> dict[str, Any]:
 
     head = model.get_output_embeddings()
     four_bit = {id(m.weight) for m in model.modules() if type(m) is nn.Linear and m is not head}
-    targets = _targets(model, head, config)
-    biases = _trained_biases(model, targets, config)
+    targets = adapted(model, config)
+    biases = trained_biases(model, targets, config)
 
     def count(module: Any) -> Weights:
         frozen = [p for p in module.parameters() if id(p) not in biases]
@@ -120,9 +137,9 @@ def _weights(model: Any, layers: int, config: Config) -> dict[str, Any]:
         parent, _, own = name.rpartition(".")
         if own != KEPT_ANYWAY:
             inputs[parent, SHARED.get(own, own)] = module.weight.shape[1]
-        # lora_A [r, in], lora_B [out, r]
-        trained += [config.lora_r * width for width in module.weight.shape]
+        trained += pair_of(module, config)
     return {
+        "head_trained": any(module is head for module in targets.values()),
         "model": count(model),
         "layer": count(stacks[0][0]),
         "trained": tuple(trained),
@@ -131,10 +148,19 @@ def _weights(model: Any, layers: int, config: Config) -> dict[str, Any]:
     }
 
 
-def _targets(model: Any, head: Any, config: Config) -> dict[str, Any]:
-    """Return the modules that get a LoRA pair, by the rules of peft 0.21, tuners_utils.py."""
+def pair_of(module: Any, config: Config) -> list[int]:
+    """Return the elements of lora_A [r, in] and lora_B [out, r]."""
+    return [config.lora_r * width for width in module.weight.shape]
+
+
+def adapted(model: Any, config: Config) -> dict[str, Any]:
+    """Return the modules that get a LoRA pair, by the rules of peft 0.21, tuners_utils.py.
+
+    Raises UserError for a target that the model does not have.
+    """
     from torch import nn
 
+    head = model.get_output_embeddings()
     asked = target_names(model, config.lora_target_modules)
     if asked == ALL_LINEAR:
         linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -148,7 +174,7 @@ def _targets(model: Any, head: Any, config: Config) -> dict[str, Any]:
     }
 
 
-def _trained_biases(model: Any, targets: dict[str, Any], config: Config) -> dict[int, int]:
+def trained_biases(model: Any, targets: dict[str, Any], config: Config) -> dict[int, int]:
     """Return the elements of each trained bias of the base model, by its id."""
     if config.lora_bias == "none":
         return {}
@@ -158,35 +184,13 @@ def _trained_biases(model: Any, targets: dict[str, Any], config: Config) -> dict
 
 
 def read_backend(path: Path) -> Backend:
-    """Return what an accelerate config asks for.
+    """Return what an accelerate config asks for by its own keys.
 
     Raises UserError for a file that cannot be read, and for backends that the loop has not.
     """
-    where = f"--accelerate_config {path}"
-    try:
-        values = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        known = ", ".join(sorted(file.name for file in CONFIGS.glob("*.yaml")))
-        raise UserError(
-            f"{where}: cannot be read: {error.strerror}. Expected an accelerate config, such as "
-            f"those in accelerate_configs/: {known}."
-        ) from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}.") from None
-    # YAML reads a bare NO as false, and so does the precision below.
-    kind = values.get("distributed_type") if isinstance(values, dict) else None
-    if kind not in ("NO", False, "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"):
-        fitting = "zero3.yaml" if kind == "FSDP" else ""  # It shares out the base model, too.
-        raise UserError(
-            f"{where}: found distributed_type {kind}; expected NO, MULTI_GPU or DEEPSPEED. "
-            f"Give {'' if fitting else 'one of '}accelerate_configs/{fitting}."
-        )
+    where, values = f"--accelerate_config {path}", read_accelerate(path)
+    kind = values["distributed_type"]
     zero = values.get("deepspeed_config") or {} if kind == "DEEPSPEED" else {"zero_stage": 0}
-    if not isinstance(zero, dict):
-        raise UserError(
-            f"{where}: deepspeed_config: found {zero}; expected keys such as zero_stage. Give one "
-            "of accelerate_configs/."
-        )
     if "deepspeed_config_file" in zero:
         raise UserError(
             f"{where}: found deepspeed_config_file; the estimate reads zero_stage and the offload "
@@ -204,9 +208,41 @@ def read_backend(path: Path) -> Backend:
         stage=stage,
         offload_optimizer=zero.get("offload_optimizer_device", "none") != "none",
         offload_param=zero.get("offload_param_device", "none") != "none",
-        several=kind not in ("NO", False),
+        several=kind not in ALONE,
         precision=precision,
     )
+
+
+def read_accelerate(path: Path) -> dict[str, Any]:
+    """Return the keys of an accelerate config.
+
+    Raises UserError for a file that cannot be read, and for backends that the loop has not.
+    """
+    where = f"--accelerate_config {path}"
+    try:
+        values = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        known = ", ".join(sorted(file.name for file in CONFIGS.glob("*.yaml")))
+        raise UserError(
+            f"{where}: cannot be read: {error.strerror}. Expected an accelerate config, such as "
+            f"those in accelerate_configs/: {known}."
+        ) from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}.") from None
+    kind = values.get("distributed_type") if isinstance(values, dict) else None
+    if kind not in (*ALONE, "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"):
+        fitting = "zero3.yaml" if kind == "FSDP" else ""  # It shares out the base model, too.
+        raise UserError(
+            f"{where}: found distributed_type {kind}; expected NO, MULTI_GPU or DEEPSPEED. "
+            f"Give {'' if fitting else 'one of '}accelerate_configs/{fitting}."
+        )
+    zero = values.get("deepspeed_config") or {}
+    if kind == "DEEPSPEED" and not isinstance(zero, dict):
+        raise UserError(
+            f"{where}: deepspeed_config: found {zero}; expected keys such as zero_stage. Give one "
+            "of accelerate_configs/."
+        )
+    return dict(values)
 
 
 def backends() -> list[Backend]:

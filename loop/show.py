@@ -6,15 +6,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from data.encode import IGNORE_INDEX, Example
+from data.errors import UserError
+from data.outputs import check_output, place_of, written_whole
 from loop.config import Config
-from loop.flags import flag
-from loop.prepare import prepare
+from loop.flags import File, flag
+from loop.page import as_page, page_end
+from loop.prepare import Prepared, prepare
+from loop.sections import GREEN, PLAIN, in_colour
 from loop.settings import read_config
-
-GREEN, PLAIN = "\033[32m", "\033[0m"
 
 
 @dataclass(frozen=True)
@@ -22,14 +25,26 @@ class ShowConfig(Config):
     """Training's settings, and how to print."""
 
     jsonl: bool = flag(False, "one JSON object an example: id, input_ids, labels", "show")
+    html: File | None = flag(None, "write a page: tokens that are learnt, and every id", "show")
 
 
 def main(argv: Sequence[str]) -> None:
     """Print every example; the account of the records goes to stderr."""
     config = read_config(argv, ShowConfig, __doc__ or "")
+    _check_page(config)
     prepared = prepare(config)
     examples = prepared.examples
-    colour = "FORCE_COLOR" in os.environ or (sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    if config.html:
+        account, place = _account(prepared), Path(config.html).expanduser()
+        with (
+            written_whole(place, "--html") as partial,
+            open(partial, "w", encoding="utf-8") as page,
+        ):
+            page.writelines(as_page(examples, prepared.tokenizer, prepared.source))
+            page.write(page_end(account))
+        print(account, file=sys.stderr)
+        return
+    colour = in_colour()
     try:
         for _, group in groupby(examples, key=lambda example: example.record):
             dialogue = [*group]
@@ -42,10 +57,24 @@ def main(argv: Sequence[str]) -> None:
     except BrokenPipeError:  # `show | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    tokens = sum(example.tokens for example in examples)
-    supervised = sum(example.supervised_tokens for example in examples)
+    print(_account(prepared), file=sys.stderr)
+
+
+def _check_page(config: ShowConfig) -> None:
+    """Refuse a page beside other output, or in place of the data."""
+    if config.html is None:
+        return
+    if config.jsonl:
+        raise UserError("found both --jsonl and --html; expected one of them.")
+    data = [place_of(Path(source.name).expanduser()) for source in config.sources]
+    check_output("--html", Path(config.html).expanduser(), dict.fromkeys(data, "the data"))
+
+
+def _account(prepared: Prepared) -> str:
+    tokens = sum(example.tokens for example in prepared.examples)
+    supervised = sum(example.supervised_tokens for example in prepared.examples)
     share = f"{supervised:,} of {tokens:,} tokens supervised ({100 * supervised / tokens:.1f} %)"
-    print(f"{prepared}; {share}", file=sys.stderr)
+    return f"{prepared}; {share}"
 
 
 def as_json(dialogue: Sequence[Example]) -> str:

@@ -126,6 +126,14 @@ def put_weights(model: nn.Module, adapter: Tensors) -> None:
                 parameter.copy_(adapter[file_name(name)])
 
 
+def put_trained(model: nn.Module, adapter: Tensors) -> None:
+    """Put weights into a prepared model, its fp32 master too; every rank must call this."""
+    put_weights(model, adapter)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and _is_shared_out(parameter):
+            _put_share(parameter, adapter[file_name(name)], None)
+
+
 def whole(parameter: nn.Parameter) -> Any:
     """Gather a parameter that ZeRO-3 has shared out; the first rank's changes are kept."""
     if not hasattr(parameter, "ds_id"):

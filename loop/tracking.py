@@ -1,29 +1,30 @@
-"""Tells how the run goes: console, metrics.jsonl, trainer_state.json, wandb and TensorBoard."""
+"""Tells how the run goes: console, metrics.jsonl, trainer_state.json, and the trackers."""
 
-import dataclasses
 import datetime
-import functools
 import json
 import math
-import netrc
-import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import Tensor
 from tqdm import tqdm
 
+from data.errors import Stopped
+from loop.clock import Clock, seconds_since_start
 from loop.config import Config
+from loop.guard import Watch, spike
+from loop.metrics import COUNTED, Work, history_until, peak_memory, rates
+from loop.picture import draw_at_end
 from loop.resume import Start
+from loop.summary import Spent, summary
+from loop.trackers import Trackers
 from loop.windows import Layout, Window
-
-PROJECT = "lora-loop"
 
 
 class Tracker:
@@ -35,13 +36,22 @@ class Tracker:
     """
 
     def __init__(
-        self, config: Config, layout: Layout, accelerator: Accelerator, start: Start
+        self,
+        config: Config,
+        layout: Layout,
+        accelerator: Accelerator,
+        start: Start,
+        clock: Clock,
+        work: Work | None = None,
     ) -> None:
         self.config, self.layout, self.accelerator, self.start = config, layout, accelerator, start
+        self.clock, self.work = clock, work
+        self.watch = Watch(config.max_bad_steps, start.progress.get("bad_in_a_row", 0))
         self.folder = Path(config.output_dir)
-        self.trackers: dict[str, Any] = {}
+        self.trackers = Trackers(config, layout, start)
         self.history: list[dict[str, Any]] = []
-        self.examples, self.supervised_tokens, self.seconds_before = 0, 0, 0.0
+        self.examples, self.tokens, self.supervised_tokens, self.seconds_before = 0, 0, 0, 0.0
+        self.step = start.step
         self._start_interval(torch.zeros((), device=accelerator.device))
         if start.step:
             self._go_on(start.progress)
@@ -49,40 +59,42 @@ class Tracker:
     def _go_on(self, progress: dict[str, Any]) -> None:
         """Take up the counts of a checkpoint, and the loss since its last log entry."""
         self.examples, self.supervised_tokens = progress["examples"], progress["supervised_tokens"]
+        self.tokens = progress.get("tokens", 0)  # which older checkpoints do not tell
         self.seconds_before = progress["seconds"]
-        self.interval_supervised = progress["interval"]["supervised_tokens"]
-        self.interval_tokens = progress["interval"]["tokens"]
+        self.interval.update(progress["interval"]["counts"])
         sums, rank = progress["interval"]["loss_sums"], self.accelerator.process_index
         # As many ranks as before: each has its own part, so that the sum is the same to the bit.
         same = len(sums) == self.accelerator.num_processes
         self.loss_sum += sums[rank] if same else sum(sums) / self.accelerator.num_processes
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of the log; every rank must call this."""
+        """Return what a checkpoint holds of the log; every rank must call this.
+
+        Raises Fault where too many steps in a row were bad.
+        """
+        self._ask()
         sums = self.accelerator.gather(self.loss_sum).reshape(-1).tolist()
         return {
             "examples": self.examples,
+            "tokens": self.tokens,
             "supervised_tokens": self.supervised_tokens,
             "seconds": self._seconds(),
-            "interval": {
-                "loss_sums": sums,
-                "supervised_tokens": self.interval_supervised,
-                "tokens": self.interval_tokens,
-            },
-            "wandb": self.wandb_id,
+            "interval": {"loss_sums": sums, "counts": dict(self.interval)},
+            "bad_in_a_row": self.watch.in_a_row,
+            "wandb": self.trackers.wandb_id,
         }
 
     def __enter__(self) -> "Tracker":
         main = self.accelerator.is_main_process
         self.started = time.perf_counter()
-        self.wandb_id = self.start.progress.get("wandb")
+        self.startup = seconds_since_start()
         if main:
             self.history = history_until(self.start.log, self.start.step)
             self._open_log()
-            for kind in self.config.report_to:
-                self._guarded(kind, functools.partial(self._open_tracker, kind))
-        # In a file or a pipe the log lines say the same, without a redrawn bar between them.
-        visible = main and sys.stderr.isatty()
+            self.trackers.open()
+        # In a file or a pipe the log lines say the same, without a redrawn bar between them. A
+        # terminal that they reach through a pipe (`| tee log`) would mix them with it.
+        visible = main and sys.stderr.isatty() and sys.stdout.isatty()
         total, done = self.layout.total_steps, self.start.step
         self.bar = tqdm(
             total=total, initial=done, unit="step", disable=not visible, dynamic_ncols=True
@@ -99,81 +111,136 @@ class Tracker:
         if not self.accelerator.is_main_process:
             return
         self.metrics.close()
-        for name, tracker in self.trackers.items():
-            self._guarded(name, tracker.finish)
+        stopped = isinstance(error, Stopped)
+        self.trackers.finish(self.history, failed=error is not None and not stopped)
+        if stopped:
+            print(self._summary(stopped=True), flush=True)
+            # Last, and with signals as they are outside of the loop: a second one ends it at once.
+            draw_at_end(self.folder)
 
-    def observe(self, window: Window, loss_sum: Tensor, learning_rate: float, norm: Any) -> None:
+    def observe(
+        self, window: Window, loss_sum: Tensor, learning_rate: float, norm: Any, bad: Tensor
+    ) -> None:
         """Count a window; where a log is due, every rank takes part in it.
 
-        Raises FloatingPointError for a loss that is not finite.
+        Raises Fault where too many steps in a row were bad; the loss is of the others.
         """
-        self.loss_sum += loss_sum
-        self.interval_supervised += window.supervised_tokens
-        self.interval_tokens += window.tokens
+        self.loss_sum += torch.where(bad, torch.zeros_like(loss_sum), loss_sum)
+        ids = window.ids if self.accelerator.is_main_process else ()
+        self.watch.add(window.step + 1, bad, window.supervised_tokens, ids)
+        self.interval.update({name: getattr(window, name) for name in COUNTED})
+        self.tokens += window.tokens
         self.supervised_tokens += window.supervised_tokens
         self.examples += window.examples
         self.bar.update()
-        step = window.step + 1
+        self.step = step = window.step + 1
         interval = {
             "steps": self.config.logging_steps,
             "epoch": self.layout.steps_per_epoch,
             "no": self.layout.total_steps,
         }[self.config.logging_strategy]
         if every(interval, step) or step in (1, self.layout.total_steps):
-            total = self.accelerator.reduce(self.loss_sum, reduction="sum")
-            self._log(window, total.item() / self.interval_supervised, learning_rate, float(norm))
-            self._start_interval(torch.zeros_like(self.loss_sum))
+            with self.clock("log"):
+                total = self.accelerator.reduce(self.loss_sum, reduction="sum").item()
+                self._ask()
+                good_tokens = self.interval["supervised_tokens"] - self.interval["bad_tokens"]
+                loss = total / good_tokens if good_tokens else None
+                self._log(window, loss, learning_rate, float(norm))
+                self._start_interval(torch.zeros_like(self.loss_sum))
+
+    def _ask(self) -> None:
+        bad_steps, bad_tokens = self.watch.ask()
+        self.interval.update(bad_steps=bad_steps, bad_tokens=bad_tokens)
 
     def _start_interval(self, zero: Tensor) -> None:
         self.loss_sum = zero
-        self.interval_supervised = self.interval_tokens = 0
+        self.interval = Counter[str]()
         self.logged_at = time.perf_counter()
 
     def _seconds(self) -> float:
         """Return the seconds since the run began, what a checkpoint's run took included."""
         return self.seconds_before + time.perf_counter() - self.started
 
-    def _log(self, window: Window, loss: float, learning_rate: float, norm: float) -> None:
+    def _log(self, window: Window, loss: float | None, learning_rate: float, norm: float) -> None:
         step, now = window.step + 1, time.perf_counter()
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"step {step}: the loss is {loss}; expected a finite number. Lower the "
-                "learning rate, or train in bf16 or fp32 if this is fp16. Nothing was saved."
-            )
         if not self.accelerator.is_main_process:
             return
-        elapsed, seconds = now - self.logged_at, self._seconds()
+        warning = spike(self.history, loss) if loss is not None else None
+        if warning:
+            tqdm.write(f"note: step {step}: {warning}")
+        total = self.layout.total_steps
+        left = (now - self.started) / (step - self.start.step) * (total - step)
+        peak = peak_memory(self.accelerator.device) / 2**30
         entry = {
             "step": step,
             "epoch": round(window.epoch, 4),
             "loss": loss,
             "learning_rate": learning_rate,
-            # fp16: not finite where the loss scale was too high and the update skipped.
+            # Not finite where no update was made: in fp16, the loss scale was too high.
             "grad_norm": norm if math.isfinite(norm) else None,
             "supervised_tokens": self.supervised_tokens,
-            "tokens_per_second": self.interval_tokens / elapsed,
-            "supervised_tokens_per_second": self.interval_supervised / elapsed,
-            "seconds": seconds,
+            "examples": self.examples,
+            **rates(self.interval, now - self.logged_at, self.layout.world_size, self.work),
+            "bad_steps": self.interval["bad_steps"],
+            "peak_memory_gib": peak,
+            "seconds": self._seconds(),
+            "eta_seconds": left,
+            "startup_seconds": self.startup,
+            **{f"{name}_seconds": spent for name, spent in self.clock.take().items()},
         }
-        self.history.append(entry)
-        self.metrics.write(json.dumps(entry, allow_nan=False) + "\n")
-        self.metrics.flush()
-        for name, tracker in [*self.trackers.items()]:
-            values = {
-                f"train/{key}": value
-                for key, value in entry.items()
-                if key != "step" and value is not None
-            }
-            self._guarded(name, lambda t=tracker, v=values: t.log(v, step=step))
-        total = self.layout.total_steps
-        here = now - self.started
-        left = here / (step - self.start.step) * (total - step)
+        if self.start.step and (not self.history or self.history[-1]["step"] <= self.start.step):
+            entry["resumed_from"] = self.start.step
+        self._keep(entry)
         progress = (
-            f"loss {loss:.4f}  lr {learning_rate:.2e}  {entry['tokens_per_second']:,.0f} tokens/s  "
-            f"{entry['supervised_tokens_per_second']:,.0f} supervised/s"
+            f"loss {_shown(loss)}  lr {learning_rate:.2e}  grad {norm:.2f}  "
+            f"{entry['tokens_per_second']:,.0f} tokens/s  "
+            f"{entry['supervised_tokens_per_second']:,.0f} supervised/s  {peak:.2f} GiB"
         )
         tqdm.write(f"step {step:>{len(str(total))}}/{total}  {progress}  {_clock(left)} left")
         self.bar.set_postfix_str(progress)
+
+    def end(self) -> None:
+        """Give the saved adapter to who asked for it, tell the result, and leave the others."""
+        self.trackers.store_adapter()
+        if self.accelerator.is_main_process:
+            print(self._summary(stopped=False))
+        self.accelerator.end_training()
+
+    def _summary(self, stopped: bool) -> str:
+        """Return the run's last lines; its time holds all its launches, from their very start."""
+        begun = [entry for entry in self.history if entry["step"] == 1 or "resumed_from" in entry]
+        before = sum(e.get("startup_seconds", 0.0) for e in begun if e["step"] <= self.start.step)
+        seconds = self.seconds_before + before + seconds_since_start()
+        on_gpus, ranks = self.accelerator.device.type == "cuda", self.accelerator.num_processes
+        devices = ranks if on_gpus else ranks * torch.get_num_threads()
+        spent = Spent(seconds, self.tokens, self.supervised_tokens, devices, on_gpus)
+        total = self.layout.total_steps
+        return summary(self.config, self.history, self.step, total, spent, stopped)
+
+    def add_evaluation(self, entry: dict[str, Any]) -> None:
+        """Log an evaluation."""
+        if not self.accelerator.is_main_process:
+            return
+        self._keep({**entry, "seconds": self._seconds()})
+        loss, total = entry["eval_loss"], self.layout.total_steps
+        tqdm.write(
+            f"step {entry['step']:>{len(str(total))}}/{total}  eval loss "
+            f"{_shown(loss)}  perplexity {_shown(entry['eval_perplexity'])}  token accuracy "
+            f"{entry['eval_token_accuracy']:.1%}  {entry['eval_seconds']:.1f} s"
+        )
+
+    def add_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Print what the model answered to the sample prompts; on the first rank."""
+        for row in rows:
+            tqdm.write(f"step {step}: > {row['prompt']}\n{row['answer']}")
+        self.trackers.log_samples(step, rows)
+
+    def _keep(self, entry: dict[str, Any]) -> None:
+        """Add an entry to the log and to the trackers."""
+        self.history.append(entry)
+        self.metrics.write(json.dumps(entry, allow_nan=False) + "\n")
+        self.metrics.flush()
+        self.trackers.log(entry)
 
     def _open_log(self) -> None:
         """Open metrics.jsonl, holding what the log holds so far."""
@@ -183,82 +250,15 @@ class Tracker:
         self.metrics.flush()
         partial.replace(self.folder / "metrics.jsonl")
 
-    def _open_tracker(self, kind: str) -> None:
-        if kind == "none":
-            return
-        name = self.config.run_name or self.folder.name
-        if kind == "wandb":
-            # The same id makes it the same run there; steps that it has already are passed over.
-            again = {"id": self.wandb_id, "resume": "allow"} if self.wandb_id else {}
-            arguments = {"name": name, "dir": str(self.folder), **self._wandb_mode(), **again}
-            tracker = LOGGER_TYPE_TO_CLASS[kind](PROJECT, **arguments)
-        else:
-            tracker = LOGGER_TYPE_TO_CLASS[kind](
-                name, logging_dir=str(self.folder / kind), purge_step=self.start.step + 1
-            )
-        tracker.start()
-        if kind == "wandb":
-            self.wandb_id = tracker.tracker.id
-        self.trackers[kind] = tracker
-        settings = dataclasses.asdict(self.config) | dataclasses.asdict(self.layout)
-        words = {k: " ".join(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-        tracker.store_init_configuration(words)
-
-    def _wandb_mode(self) -> dict[str, str]:
-        if "WANDB_MODE" in os.environ or _has_wandb_login():
-            return {}
-        print(
-            "wandb: no login found, so the run is kept offline. To upload it later: "
-            f"wandb login, then wandb sync {self.folder}/wandb/offline-run-*"
-        )
-        return {"mode": "offline"}
-
-    def _guarded(self, name: str, action: Any) -> None:
-        """Run a tracker's action; a tracker that fails is dropped, and training goes on."""
-        try:
-            action()
-        except Exception as error:
-            self.trackers = {kind: t for kind, t in self.trackers.items() if kind != name}
-            reason = str(error).strip().splitlines()[:1]
-            tqdm.write(f"{name}: {type(error).__name__}: {''.join(reason)}; going on without it.")
-
-
-def history_until(file: Path | None, step: int) -> list[dict[str, Any]]:
-    """Return the log up to a step, from metrics.jsonl; what a kill has cut off is passed over."""
-    history: list[dict[str, Any]] = []
-    try:
-        lines = file.read_text("utf-8", errors="replace").splitlines() if file else []
-    except OSError as error:
-        tqdm.write(f"note: {file}: {error.strerror}: the log begins anew at step {step}")
-        return history
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry["step"] <= step:
-            history.append(entry)
-    return history
-
 
 def every(interval: int, step: int) -> bool:
     """Whether something that happens each `interval` steps is due after `step` steps."""
     return step % interval == 0
 
 
+def _shown(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
 def _clock(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
-
-
-def _has_wandb_login() -> bool:
-    """Look where wandb 0.31 looks (sdk/lib/wbauth): environment, then the netrc file."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-    for candidate in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        try:
-            if candidate and netrc.netrc(os.path.expanduser(candidate)).authenticators(host):
-                return True
-        except (OSError, ValueError, netrc.NetrcParseError):
-            continue
-    return False

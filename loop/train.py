@@ -21,24 +21,31 @@ from loop.backend import (
     join_ranks,
     told_to_all,
 )
+from loop.clock import Clock
 from loop.compat import notes
 from loop.config import Config, shown
+from loop.evaluation import Evaluator
+from loop.fit import fitted
+from loop.guard import skip_if_bad
 from loop.leave import run_and_exit
+from loop.metrics import work_of
 from loop.model import load_model
 from loop.objective import loss_scale, supervised_loss_sum
-from loop.optim import build_optimizer, clip_gradients, lr_at, set_learning_rate
+from loop.optim import accumulating, build_optimizer, clip_gradients, lr_at, set_learning_rate
 from loop.output import claimed, is_finished, save_run, write_settings
 from loop.prepare import prepare
 from loop.quantize import describe_parameters
+from loop.quiet import quiet
 from loop.resume import find_start
 from loop.saver import Saver
 from loop.settings import read_config
 from loop.tracking import Tracker
-from loop.windows import plan_layout, windows
+from loop.windows import plan_layout, prefetched, windows
 
 
 def main() -> None:
     """Read the settings; a run that its output folder already holds is not trained again."""
+    quiet()
     ranks = join_ranks()
     with told_to_all():
         config = read_config(sys.argv[1:], Config, __doc__ or "")
@@ -59,10 +66,9 @@ def train(config: Config, ranks: PartialState) -> None:
     # Each rank reads for itself, all at the same time: none waits for another one's work.
     with told_to_all():
         prepared = prepare(config)
-        examples, collate = prepared.examples, prepared.collator
-        layout = plan_layout(config, len(examples), ranks.process_index, ranks.num_processes)
+        layout = plan_layout(config, len(prepared.examples), ranks, prepared.packed)
         start = find_start(config, prepared, layout, reads=ranks.is_main_process)
-    check_agreement(config, {"the data's SHA-256": prepared.data_sha256})
+    check_agreement(config, prepared.facts)
     start.agree()
 
     accelerator = build_accelerator(config, layout)
@@ -70,34 +76,41 @@ def train(config: Config, ranks: PartialState) -> None:
     model = load_model(prepared, config, accelerator)
     accelerator.print(f"model: {shown(prepared.base)}: {describe_parameters(model)}")
     start.put_weights(accelerator, model)
-    optimizer = build_optimizer(model, config)
+    layout = fitted(layout, config, prepared, model, accelerator, start.progress)
     # No scheduler is prepared: accelerate would step it once per process.
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, config))
     start.put_optimizer(accelerator, model, optimizer)
     write_settings(accelerator, config)
 
-    tracker = Tracker(config, layout, accelerator, start)
+    clock = Clock(accelerator.device)
+    tracker = Tracker(config, layout, accelerator, start, clock, work_of(model, config))
     with tracker, Saver(config, layout, accelerator, start) as saver:
-        model.train()
-        for window in windows(examples, layout, config.seed, collate, start.step):
+        evaluator = Evaluator(config, layout, accelerator, prepared, model, tracker, saver)
+        evaluator.begin()
+        dealt = windows(prepared.examples, layout, config.seed, prepared.collator, start.step)
+        for window in clock.waits(evaluator.until_enough(prefetched(dealt)), "data"):
             # Before the backward pass: in its last one DeepSpeed makes the optimizer step.
-            lr = lr_at(window.step, layout.total_steps, config)
-            set_learning_rate(optimizer, lr)
+            lr = set_learning_rate(optimizer, lr_at(window.step, layout.total_steps, config))
             scale = loss_scale(accelerator, window.supervised_tokens)
             loss_sum = torch.zeros((), device=accelerator.device)
-            for micro_batch in window.micro_batches:
-                with accelerator.accumulate(model):
-                    micro_loss_sum = supervised_loss_sum(model, micro_batch.to(accelerator.device))
-                    accelerator.backward(micro_loss_sum * scale)
-                    grad_norm = clip_gradients(accelerator, model, config.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                loss_sum += micro_loss_sum.detach()
-            tracker.observe(window, loss_sum, lr, grad_norm)
+            for batch, last in window.on(accelerator.device):
+                with accumulating(accelerator, model, last):
+                    with clock("forward"):
+                        micro_loss_sum = supervised_loss_sum(model, batch, config.loss_chunk_tokens)
+                    loss_sum += micro_loss_sum.detach()
+                    with clock("backward"):
+                        accelerator.backward(micro_loss_sum * scale)
+                    with clock("step"):
+                        grad_norm = clip_gradients(accelerator, model, config.max_grad_norm)
+                        bad = skip_if_bad(accelerator, optimizer, loss_sum, grad_norm)
+                        optimizer.step()
+                        optimizer.zero_grad()
+            tracker.observe(window, loss_sum, lr, grad_norm, bad)
+            evaluator.after(window)
             saver.after(window, model, optimizer, tracker)
 
-    save_run(accelerator, model, prepared, tracker.history, layout, config)
-    accelerator.end_training()
+    save_run(accelerator, model, prepared, evaluator.finish(), layout, config)
+    tracker.end()
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
 """Deals examples into windows: all micro-batches of one optimizer step over all ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import ceil
+from typing import Protocol, TypeVar
 
 import numpy as np
+import torch
 
 from data.collate import MicroBatch
 from data.encode import Example
 from data.errors import UserError
 from loop.config import Config
+from loop.dealing import Limits, deal
 
 Collate = Callable[[Sequence[Example], int], MicroBatch]  # examples, random seed
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,16 +26,29 @@ class Layout:
     rank: int
     world_size: int
     micro_batch_size: int  # most examples a rank runs at once
-    accumulation: int  # micro-batches a rank runs each step
+    accumulation: int  # micro-batches a rank runs in a full step, if tokens ask for no more
     global_batch_size: int  # examples in a full window, over all ranks
     steps_per_epoch: int
     total_steps: int
+    limits: Limits = Limits(8)
+
+    @property
+    def divisor(self) -> int:
+        """What a backward pass divides by, which the loss scale undoes.
+
+        DeepSpeed offloads sums only where this is more than 1 (0.19.8, zero/stage_1_and_2.py).
+        """
+        varies = self.limits.tokens is not None or self.limits.finer
+        return max(self.accumulation, 2 if varies else 1)
 
     def __str__(self) -> str:
+        tokens = f" or {self.limits.tokens} tokens" if self.limits.tokens else ""
+        how = "in one row without padding" if self.limits.packed else "padded"
         return (
             f"{self.total_steps} steps, {self.steps_per_epoch} an epoch, of "
             f"{self.global_batch_size} examples: {_many(self.world_size, 'rank')} x "
             f"{_many(self.accumulation, 'micro-batch')} of at most {self.micro_batch_size}"
+            f"{tokens}, {how}"
         )
 
 
@@ -43,12 +61,34 @@ class Window:
     micro_batches: list[MicroBatch]
     examples: int
     tokens: int  # padding not counted; of pairs both sides
+    padded_tokens: int  # padding counted
+    busiest_tokens: int  # padding counted, of the rank that has most
+    squared_tokens: int  # the sum of the examples' squared lengths
     supervised_tokens: int
+    ids: tuple[str, ...]
+
+    def on(self, device: torch.device) -> Iterator[tuple[MicroBatch, bool]]:
+        """Yield the micro-batches on the device, each with whether it is the step's last."""
+        for micro_batch in self.micro_batches:
+            yield micro_batch.to(device), micro_batch is self.micro_batches[-1]
 
 
-def plan_layout(config: Config, examples: int, rank: int, world_size: int) -> Layout:
-    """Split the global batch over ranks and accumulation; the last window of an epoch is short."""
-    per_device = config.per_device_train_batch_size
+class Ranks(Protocol):
+    """What of accelerate's PartialState a layout depends on."""
+
+    @property
+    def process_index(self) -> int: ...
+
+    @property
+    def num_processes(self) -> int: ...
+
+
+def plan_layout(config: Config, examples: int, ranks: Ranks, packed: bool = False) -> Layout:
+    """Split the global batch over ranks and accumulation; the last window of an epoch is short.
+
+    Raises UserError for a single step that is all warm-up.
+    """
+    world_size, per_device = ranks.num_processes, config.per_device_train_batch_size
     # A window is never more than the epoch: no rank counts through empty micro-batches for nothing.
     batch = min(global_batch_size(config, world_size), examples)
     accumulation = ceil(batch / (world_size * per_device))
@@ -60,7 +100,13 @@ def plan_layout(config: Config, examples: int, rank: int, world_size: int) -> La
             f"found one step, which is warm-up with learning rate 0 (--warmup_ratio "
             f"{config.warmup_ratio:g}); expected more. Give --warmup_ratio 0, or train longer."
         )
-    return Layout(rank, world_size, per_device, accumulation, batch, per_epoch, steps)
+    # What one micro-batch more costs a GPU was not measured.
+    finer = not packed and not torch.cuda.is_available()
+    # To begin with one example at most, as long as it may be (loop/fit.py).
+    tokens = config.model_max_length if config.auto_micro_batch else config.tokens_per_micro_batch
+    limits = Limits(per_device, tokens, packed, finer)
+    split = (ranks.process_index, world_size, per_device, accumulation)
+    return Layout(*split, batch, per_epoch, steps, limits)
 
 
 def global_batch_size(config: Config, world_size: int) -> int:
@@ -74,59 +120,45 @@ def windows(
     examples: Sequence[Example], layout: Layout, seed: int, collate: Collate, start: int = 0
 ) -> Iterator[Window]:
     """Yield this rank's windows from step `start` on; an epoch's permutation is f(seed, epoch)."""
+    for step, chosen in drawn(examples, layout, seed, start):
+        epoch, index = divmod(step, layout.steps_per_epoch)
+        dealt = deal(chosen, layout.world_size, layout.limits)
+        yield Window(
+            step=step,
+            epoch=epoch + min(1.0, (index + 1) * layout.global_batch_size / len(examples)),
+            micro_batches=[
+                collate(part, _random_seed(seed, step, layout.rank, slot))
+                for slot, part in enumerate(dealt.ranks[layout.rank])
+            ],
+            examples=len(chosen),
+            tokens=sum(example.run_tokens for example in chosen),
+            padded_tokens=sum(dealt.tokens),
+            busiest_tokens=max(dealt.tokens),
+            squared_tokens=sum(example.run_tokens**2 for example in chosen),
+            supervised_tokens=sum(example.supervised_tokens for example in chosen),
+            ids=tuple(example.id for example in chosen),
+        )
+
+
+def drawn(
+    examples: Sequence[Example], layout: Layout, seed: int, start: int = 0
+) -> Iterator[tuple[int, list[Example]]]:
+    """Yield each step, counted from 0, with the examples of its window."""
     size = layout.global_batch_size
     for step in range(start, layout.total_steps):
         epoch, index = divmod(step, layout.steps_per_epoch)
         if index == 0 or step == start:
             order = np.random.default_rng([seed, epoch]).permutation(len(examples))
-        chosen = [examples[i] for i in order[index * size : (index + 1) * size]]
-        yield Window(
-            step=step,
-            epoch=epoch + min(1.0, (index + 1) * size / len(examples)),
-            micro_batches=[
-                collate(part, _random_seed(seed, step, layout.rank, slot))
-                for slot, part in enumerate(_deal(chosen, layout))
-            ],
-            examples=len(chosen),
-            tokens=sum(example.tokens for example in chosen),
-            supervised_tokens=sum(example.supervised_tokens for example in chosen),
-        )
+        yield step, [examples[i] for i in order[index * size : (index + 1) * size]]
 
 
-def _deal(chosen: list[Example], layout: Layout) -> list[list[Example]]:
-    """Return this rank's micro-batches, `accumulation` of them; some may be empty.
-
-    Neighbours in length share a micro-batch, which saves padding, and the ranks run neighbours at
-    the same time, which saves waiting.
-    """
-    parts = _alike(chosen, layout.accumulation * layout.world_size)
-    return parts[layout.rank :: layout.world_size]
-
-
-def _alike(chosen: list[Example], parts: int) -> list[list[Example]]:
-    """Split examples into parts of like size and like lengths, the longest first.
-
-    Each half of them is sorted anew, by the side of the pairs whose padding it cuts most. Of
-    dialogues, which have one side, that is one order by length.
-    """
-    if parts == 1:
-        return [chosen]
-    half = parts // 2
-    middle = round(half * len(chosen) / parts)
-    lengths = (lambda e: -max(e.lengths), lambda e: -e.lengths[0], lambda e: -e.lengths[1])
-    orders = [sorted(chosen, key=length) for length in lengths]
-    halves = min(
-        ((order[:middle], order[middle:]) for order in orders),
-        key=lambda halves: sum(map(_padded_tokens, halves)),
-    )
-    return _alike(halves[0], half) + _alike(halves[1], parts - half)
-
-
-def _padded_tokens(examples: list[Example]) -> int:
-    """Return the tokens of one micro-batch of these, padding included."""
-    return len(examples) * sum(
-        max((example.lengths[side] for example in examples), default=0) for side in range(2)
-    )
+def prefetched(items: Iterator[T]) -> Iterator[T]:
+    """Yield the items, each made in a thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as other:
+        waiting = other.submit(next, items, None)
+        while (item := waiting.result()) is not None:
+            waiting = other.submit(next, items, None)
+            yield item
 
 
 def _random_seed(*key: int) -> int:

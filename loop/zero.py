@@ -2,9 +2,10 @@
 
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
-from data.errors import UserError
+from data.errors import UserError, noted, tell
 from loop.config import Config
 from loop.windows import Layout
 from loop.zero_file import read_json
@@ -18,10 +19,11 @@ BUCKET = 20_000_000
 ENV = "ACCELERATE_DEEPSPEED_"
 
 
-def zero_settings(config: Config) -> dict[str, Any]:
+def zero_settings(config: Config, mistakes: list[str] | None = None) -> dict[str, Any]:
     """Return what was asked of DeepSpeed, empty where the launch is not DeepSpeed's.
 
-    Raises UserError for a JSON file that is wrong by itself or contradicts the accelerate config.
+    Raises UserError for a JSON file that is wrong by itself or contradicts the accelerate config;
+    or adds it to `mistakes`, and goes on with what the accelerate config asks for.
     """
     launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     if config.deepspeed and not launched:
@@ -38,13 +40,15 @@ def zero_settings(config: Config) -> dict[str, Any]:
             f"found --deepspeed {config.deepspeed} and the accelerate config's "
             f"deepspeed_config_file {theirs}; expected one of them."
         )
-    if config.deepspeed:
-        values = read_json(config.deepspeed, "--deepspeed")
-        if theirs == "none":
-            _check_against_accelerate(values["zero_optimization"], config.deepspeed)
-        return values
-    if theirs != "none":
-        return read_json(theirs, "deepspeed_config_file")
+    if config.deepspeed and theirs == "none":
+        with noted(mistakes):
+            values = read_json(config.deepspeed, "--deepspeed", mistakes)
+            with noted(mistakes):
+                _check_against_accelerate(values["zero_optimization"], config.deepspeed)
+            return values
+    elif theirs != "none":
+        where = "--deepspeed" if config.deepspeed else "deepspeed_config_file"
+        return read_json(theirs, where, mistakes)
     return _read_environment()
 
 
@@ -86,14 +90,14 @@ def complete(asked: dict[str, Any], config: Config, layout: Layout) -> dict[str,
 
     Raises UserError for a value in the file that says otherwise than the flags.
     """
-    _check_against_flags(asked, config, layout)
+    tell(against_flags(asked, config, layout), None)
     values = {key: value for key, value in asked.items() if key != "train_batch_size"}
     zero = {key: value for key, value in asked["zero_optimization"].items() if value != "auto"}
     buckets = {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
     values |= {
         "zero_optimization": buckets | zero,
         "train_micro_batch_size_per_gpu": layout.micro_batch_size,
-        "gradient_accumulation_steps": layout.accumulation,
+        "gradient_accumulation_steps": layout.divisor,
         # "auto" would become the constant 1.0 (accelerate 1.15, accelerator.py).
         "gradient_clipping": config.max_grad_norm,
         "bf16": {**asked.get("bf16", {}), "enabled": config.precision == "bf16"},
@@ -108,31 +112,40 @@ def complete(asked: dict[str, Any], config: Config, layout: Layout) -> dict[str,
     return values
 
 
-def _check_against_flags(asked: dict[str, Any], config: Config, layout: Layout) -> None:
-    flags = {
+def against_flags(
+    asked: dict[str, Any], config: Config, layout: Layout | None = None
+) -> Iterator[str]:
+    """Yield each value in the file that says otherwise than the flags.
+
+    Without a layout, which needs the data, those alone that depend on none.
+    """
+    flags: dict[str, tuple[str, Any]] = {
         "train_micro_batch_size_per_gpu": (
             "--per_device_train_batch_size",
             config.per_device_train_batch_size,
         ),
-        "gradient_accumulation_steps": ("--gradient_accumulation_steps", layout.accumulation),
-        "train_batch_size": ("examples a step", layout.global_batch_size),
         "gradient_clipping": ("--max_grad_norm", config.max_grad_norm),
         "bf16": ("--mixed_precision", config.precision),
         "fp16": ("--mixed_precision", config.precision),
     }
+    if layout:
+        flags |= {
+            "gradient_accumulation_steps": ("--gradient_accumulation_steps", layout.accumulation),
+            "train_batch_size": ("examples a step", layout.global_batch_size),
+        }
     for key, (flag, value) in flags.items():
         found = asked.get(key, "auto")
         wanted: Any = value
         if key in ("bf16", "fp16"):
             found, wanted = asked.get(key, {}).get("enabled", "auto"), value == key
         if found not in ("auto", wanted):
-            raise UserError(
+            yield (
                 f"the DeepSpeed config says {key} {json.dumps(asked[key])}, {flag} is {value}; "
                 'expected the same. Change one of them, or write "auto" for the first.'
             )
     for key, needed in NEEDED.items():
         if asked.get(key, needed) is not needed:
-            raise UserError(
+            yield (
                 f"the DeepSpeed config says {key} {json.dumps(asked[key])}; expected "
                 f"{json.dumps(needed)}: the optimizer is PyTorch's AdamW. Remove it."
             )

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
+from data.errors import UserError, tell
 from loop.flags import nearest
 
 # What a DeepSpeed JSON may hold: DeepSpeed itself passes over an unknown key in silence
@@ -32,8 +32,11 @@ FILLED = {
 }
 
 
-def read_json(name: str, where: str) -> dict[str, Any]:
-    """Return the JSON's values; raises UserError for what DeepSpeed would not take."""
+def read_json(name: str, where: str, mistakes: list[str] | None = None) -> dict[str, Any]:
+    """Return the JSON's values; raises UserError for what DeepSpeed would not take.
+
+    Keys that may not be there are added to `mistakes`, where given, and left out.
+    """
     where = f"{where} {name}"
     try:
         values = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
@@ -45,13 +48,15 @@ def read_json(name: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: expected a JSON object.")
     for key, value in values.items():
         if key not in KEYS:
-            raise UserError(f"{where}: {key}: no key that is known here.{nearest(key, list(KEYS))}")
+            near = nearest(key, list(KEYS))
+            tell([f"{where}: {key}: no key that is known here.{near}"], mistakes)
         if key in TAKEN:
-            raise UserError(f"{where}: found {key}; {TAKEN[key]}. Remove it from the file.")
+            tell([f"{where}: found {key}; {TAKEN[key]}. Remove it from the file."], mistakes)
         if key in ("bf16", "fp16", "data_types", "zero_optimization") and not isinstance(
             value, dict
         ):
             raise UserError(f"{where}: {key}: found {json.dumps(value)}; expected an object.")
+    values = {key: values[key] for key in values if key in KEYS and key not in TAKEN}
     zero = values.get("zero_optimization", {})
     if type(zero.get("stage")) is not int or zero["stage"] not in (1, 2, 3):
         raise UserError(

@@ -153,6 +153,7 @@ def trainer(tiny_model: Path, folder: Path) -> Callable[..., Path]:
     from loop.backend import check_launch, join_ranks
     from loop.config import Config
     from loop.output import claimed
+    from loop.quiet import quiet
     from loop.settings import read_config
 
     data = write_dialogues(folder / "data.json", ["Hi", "Hello there."], ["And?", "So."])
@@ -163,6 +164,7 @@ def trainer(tiny_model: Path, folder: Path) -> Callable[..., Path]:
         argv = ["--model_name_or_path", tiny_model, "--data_path", data, "--max_steps", "4"]
         argv += ["--output_dir", folder / name, "--learning_rate", "1e-2", *flags]
         config = read_config([str(word) for word in argv], Config)
+        quiet()
         ranks = join_ranks()
         check_launch(config)
         with claimed(config):

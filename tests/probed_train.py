@@ -1,23 +1,27 @@
 """loop/train.py, and then a look at the trained model while all ranks still hold it.
 
 Launched in its place by tests/test_matrix.py. Leaves beside the adapter: `logits.safetensors` of
-the trained model, and `held-<rank>.json`, the bytes of weights that each rank holds.
+the trained model, `held-<rank>.json`, the bytes of weights that each rank holds, and where the base
+is saved whole, that once more in `shards/`, and what else was trained in `trainable/`.
 """
 
 import json
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
-from loop import train
+from loop import output, train
 from loop.leave import run_and_exit
+from loop.non_lora import save_non_lora
 from tests.helpers import prompt_of
 
 load_model, save_run = train.load_model, train.save_run
@@ -69,23 +73,31 @@ def watched_load(*arguments: Any) -> Any:
 
 def probed(accelerator: Any, model: Any, prepared: Any, *rest: Any) -> None:
     """Save as ever, then leave the logits and what this rank holds."""
-    output = Path(rest[-1].output_dir)
+    folder = Path(rest[-1].output_dir)
     inner = accelerator.unwrap_model(model)
     base = [p for p in inner.parameters() if not p.requires_grad]
     four_bit = [p for p in base if getattr(p, "quant_state", None) is not None]
     held = {"four_bit": bytes_held(four_bit), "base": bytes_held(base)}
     held["fp32"] = bytes_held([p for p in base if p.dtype == torch.float32])
     before = peak_memory(reset=True)
-    save_run(accelerator, model, prepared, *rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output, "draw_at_end", lambda _: None)  # matplotlib alone takes 12 MB
+        save_run(accelerator, model, prepared, *rest)
     held["loading"] = loading | {"whole": held["base"]["whole"]}
     held["saving"] = {"held": peak_memory() - before, "whole": held["base"]["whole"]}
-    (output / f"held-{accelerator.process_index}.json").write_text(json.dumps(held))
+    (folder / f"held-{accelerator.process_index}.json").write_text(json.dumps(held))
+    if rest[-1].save_non_lora_state == "all":
+        for what in ("shards", "trainable"):
+            (folder / what).mkdir(exist_ok=True)
+        trainable = replace(rest[-1], save_non_lora_state="trainable")
+        save_non_lora(accelerator, inner, folder / "shards", rest[-1], shard=50_000)
+        save_non_lora(accelerator, inner, folder / "trainable", trainable)
     # Still in training mode, with dropout 0: in eval, bitsandbytes 0.50 multiplies in bf16 on CPUs
     # that can (nn/modules.py, Linear4bit).
     with torch.no_grad():
         logits = inner(**prompt_of(inner.config)).logits
     if accelerator.is_main_process:
-        save_file({"logits": logits.float().cpu().contiguous()}, output / "logits.safetensors")
+        save_file({"logits": logits.float().cpu().contiguous()}, folder / "logits.safetensors")
 
 
 if __name__ == "__main__":

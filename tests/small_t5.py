@@ -44,3 +44,26 @@ def make_t5(folder: Path, tokenizer: Any, tied: bool = False, rows: int = TOKENS
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def joined_shards(folder: Path, model: Path, alone: Path) -> Any:
+    """Return the state that transformers reads from the shards of a base that was saved whole.
+
+    They are linked into the folder `alone`, since it would load an adapter that lies beside them.
+    """
+    from transformers import AutoModelForSeq2SeqLM
+
+    index = folder / "non_lora_state.safetensors.index.json"
+    text = json.loads(index.read_text())
+    files = {*text["weight_map"].values()}
+    assert len(files) > 3
+    assert {file.name for file in folder.glob("*non_lora_state*")} == {*files, index.name}
+    assert sum((folder / file).stat().st_size for file in files) > text["metadata"]["total_size"]
+    alone.mkdir()
+    for file in files:
+        (alone / file).hardlink_to(folder / file)
+    (alone / "model.safetensors.index.json").hardlink_to(index)
+    (alone / "config.json").hardlink_to(model / "config.json")
+    read, found = AutoModelForSeq2SeqLM.from_pretrained(alone, output_loading_info=True)
+    assert not any(found.values()), found
+    return read.state_dict()

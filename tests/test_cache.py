@@ -1,9 +1,12 @@
 """Encoded data is used again while it fits, and made anew, aloud, when it does not."""
 
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,34 @@ def test_another_key_is_named_and_the_data_made_anew(
     file = written(tmp_path)
     assert cache.read_cache(str(file), {"data": "b", "--seed": 1}) is None
     assert "made of another data; made anew" in capsys.readouterr().out
+
+
+def test_encoded_data_is_that_of_todays_code_and_libraries(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path)
+    monkeypatch.setattr(cache, "version", lambda name: f"99 of {name}")
+    assert cache.read_cache(str(file), KEY) is None
+    assert "made of another tokenizers, transformers; made anew" in capsys.readouterr().out
+    monkeypatch.undo()
+    code = tmp_path / "code"
+    shutil.copytree(ROOT / "data", code)
+    monkeypatch.setattr(cache, "__file__", str(code / "cache.py"))
+    assert cache.read_cache(str(file), KEY) is not None
+    with (code / "templates.py").open("a") as opened:
+        opened.write("VICUNA_SYSTEM = 'Another.'\n")
+    assert cache.read_cache(str(file), KEY) is None
+    assert "made of another code; made anew" in capsys.readouterr().out
+
+
+def test_all_code_from_record_to_token_counts() -> None:
+    found, waiting = set[str](), ["sources", "encode", "pairs", "tokens"]
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        text = (ROOT / f"data/{name}.py").read_text(encoding="utf-8")
+        waiting += {*re.findall(r"^ *from data\.(\w+) import", text, re.MULTILINE)} - found
+    assert found == {*cache.CODE}
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty tail"])
@@ -174,8 +205,8 @@ def test_four_processes_that_want_one_file_make_it_once(tiny_model: Path, tmp_pa
         "import sys\n"
         "from loop.config import Config\n"
         "from loop import prepare\n"
-        "encode = prepare._encode\n"
-        "prepare._encode = lambda *a: print('made') or encode(*a)\n"
+        "encode = prepare.encode_in_pieces\n"
+        "prepare.encode_in_pieces = lambda *a: print('made') or encode(*a)\n"
         "kept = prepare.prepare(Config(sys.argv[1], preprocessed_path=sys.argv[2])).examples\n"
         "print(len(kept), kept[499].supervised_tokens)\n"
     )
@@ -194,8 +225,8 @@ def test_a_run_uses_what_another_has_kept_and_gives_the_same(
     plain = adapter_of(train("plain"))
     first = adapter_of(train("first", "--preprocessed_path", tmp_path / "kept"))
     made: list[Any] = []
-    encode = preparing._encode
-    monkeypatch.setattr(preparing, "_encode", lambda *a: (made.append(1), encode(*a))[1])
+    encode = preparing.encode_in_pieces
+    monkeypatch.setattr(preparing, "encode_in_pieces", lambda *a: (made.append(1), encode(*a))[1])
     again = adapter_of(train("again", "--preprocessed_path", tmp_path / "kept"))
     assert not made
     for name, tensor in plain.items():
@@ -205,6 +236,17 @@ def test_a_run_uses_what_another_has_kept_and_gives_the_same(
     train("other", "--preprocessed_path", tmp_path / "kept", "--data_path", data)
     train("shorter", "--preprocessed_path", tmp_path / "kept", "--model_max_length", "100")
     assert len(made) == 2
+
+
+def test_the_first_rank_alone_says_why_the_file_is_made_anew(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    data, kept = write_dialogues(tmp_path / "data.json", ["Hi", "Yo"]), str(tmp_path / "kept")
+    for rank, length, notes in (("0", 512, 0), ("0", 500, 1), ("1", 490, 0)):
+        monkeypatch.setenv("RANK", rank)
+        config = Config(str(tiny_model), data_path=(str(data),), preprocessed_path=kept)
+        preparing.prepare(replace(config, model_max_length=length))
+        assert capsys.readouterr().out.count("made anew") == notes
 
 
 def test_num_data_takes_dialogues_by_the_seed(tiny_t5: Path, tmp_path: Path) -> None:

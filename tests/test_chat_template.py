@@ -68,8 +68,8 @@ def test_it_is_saved_with_the_adapter_and_another_one_is_another_run(
     train = trainer(tiny_model, tmp_path)
     folder = train("run", *flags)
     assert len(log_of(folder)) > 1
-    speaker = load_speaker(ChatConfig(adapter=str(folder), max_new_tokens=4))
-    assert speaker.tokenizer.chat_template == OWN
+    speaker = load_speaker(ChatConfig(adapter=(str(folder),), max_new_tokens=4))
+    assert speaker.adapters[speaker.first].tokenizer.chat_template == OWN
     again = ["--config", str(folder / "training_config.yaml")]
     assert is_finished(read_config(again, Config))
     moved = own.rename(tmp_path / "moved.jinja")

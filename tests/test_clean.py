@@ -192,7 +192,7 @@ def test_cleaning_a_file_again_changes_nothing_and_drops_nothing(
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
-    texts = [[f"{QUESTION} {n}", f"{ANSWER}\n\n\n{n % 5000}"] for n in range(6000)]
+    texts = [[f"{QUESTION} {n}", f"{ANSWER}\n\n\n{n % 5000}"] for n in range(30_000)]
     file = write_dialogues(tmp_path / "in.json", *texts)
     words = [sys.executable, "-m", "data", "clean", "--in", file, "--processes", "1", "--out"]
     out = tmp_path / "out.jsonl"
@@ -205,6 +205,6 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert not out.exists()
     went_on = subprocess.run([*words, out], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "going on behind record" in went_on.stderr
-    assert "read 6000 = kept 6000" in went_on.stderr
+    assert "read 30000 = kept 30000" in went_on.stderr
     clean.main([str(word) for word in [*words[4:], tmp_path / "whole.jsonl"]])
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -137,10 +137,11 @@ def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
 
 def test_flags_without_meaning_may_stand_in_a_yaml_file_too(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("lora_r: 4\neval_steps: 200\n")
-    assert read_config(["--config", str(file)], Config).lora_r == 4
+    file.write_text("lora_r: 4\nlazy_preprocess: true\nevaluation_strategy: epoch\n")
+    config = read_config(["--config", str(file)], Config)
+    assert (config.lora_r, config.eval_strategy) == (4, "epoch")
     (note,) = compat.notes(["--config", str(file)])
-    assert note.startswith("note: --eval_steps: there is no evaluation yet")
+    assert note.startswith("note: --lazy_preprocess: dialogues are always encoded")
     assert compat.notes([f"--config={file}"]) == [note]
 
 

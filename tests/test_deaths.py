@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed import TCPStore
 
 from loop.checkpoint import list_folders, verify
 from tests.helpers import ROOT, log_of, write_dialogues
@@ -120,3 +122,26 @@ def test_with_max_restarts_a_killed_rank_is_started_again(
     ranks_of(launched)[1].kill()
     assert launched.wait(timeout=900) == 0
     assert [entry["step"] for entry in log_of(tmp_path / "run")] == [*range(1, 101)]
+
+
+def is_connected(processes: list[psutil.Popen], port: int) -> bool:
+    """Say whether the first of the processes has called that port of this machine."""
+    return any(one.raddr and one.raddr.port == port for one in processes[0].net_connections())
+
+
+def test_ranks_started_again_do_not_call_those_that_are_gone() -> None:
+    # As torchelastic's static rendezvous does it: one store, in the launcher, for all attempts.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    words = (sys.executable, "-c", "from loop.backend import join_ranks; join_ranks()")
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    for attempt in ("0", "1"):
+        ranks: list[psutil.Popen] = []
+        joined = partial(is_connected, ranks, store.port)
+        for rank in ("1", "0"):
+            env = places | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RESTART_COUNT": attempt}
+            env |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+            ranks.append(psutil.Popen(words, cwd=ROOT, env={**os.environ, **env}))
+            if rank == "1":  # Let it read what rank 0 of the first attempt has left.
+                wait_until(joined)
+                time.sleep(2)
+        assert [rank.wait(timeout=GONE_WITHIN) for rank in ranks] == [0, 0]

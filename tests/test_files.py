@@ -76,7 +76,7 @@ def test_tables_of_no_use_are_named(tmp_path: Path) -> None:
 
     file = tmp_path / "a.csv"
     file.write_bytes("a,b\n1,2\n".encode("utf-16"))
-    with pytest.raises(UserError, match=r"a\.csv: found UTF-16; expected UTF-8"):
+    with pytest.raises(UserError, match=r"a\.csv: found UTF-16 or UTF-32; expected UTF-8"):
         [*read_records(file)]
     file.write_bytes("a,b\ncaf\xe9,2\n3,4\n".encode("latin-1"))
     bad, good = (record for _, record in read_records(file))

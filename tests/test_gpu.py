@@ -1,13 +1,14 @@
 """On one GPU every backend trains what the plain one does; skipped on a machine without."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers import adapter_of, launch, write_dialogues
+from tests.helpers import adapter_of, command, launch, write_dialogues
 
 EXACT = ["--mixed_precision", "no", "--lora_dropout", "0", "--learning_rate", "1e-2"]
 pytestmark = pytest.mark.gpu
@@ -55,3 +56,21 @@ def test_fp16_with_loss_scaling_stays_near_fp32(train: Any) -> None:
     # The first updates may be skipped while the scale comes down; the first losses have none.
     assert halved[0]["loss"] == pytest.approx(exact[0]["loss"], abs=2e-2)
     assert halved[-1]["loss"] < halved[0]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+@pytest.mark.parametrize(("shape", "length"), [("llama-1b", 2048), ("llama-7b", 8192)])
+def test_large_shapes_train_in_rows_of_long_dialogues(
+    shape: str, length: int, kind: str, gpu_in_sight: None, tmp_path: Path
+) -> None:
+    """Random weights in bf16; prints the table that benchmarks/RESULTS.md has a place for."""
+    done = command(
+        *(sys.executable, "benchmarks/step_time.py", "--model", shape, "--kind", kind),
+        *("--precision", "bf16", "--data", "long", "--model_max_length", str(length)),
+        *("--batch", "4", "--steps", "6", "--runs", "1", "--systems", "bare", "loop", "trl"),
+        seconds=1800,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    assert "this project" in done.stdout

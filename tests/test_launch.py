@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from data.errors import Fault, UserError
+from loop.backend import told_to_all
 from tests.helpers import ROOT, command, write_dialogues
 
 MODEL = "--model_name_or_path"
@@ -15,6 +17,7 @@ MODEL = "--model_name_or_path"
 def _environment() -> None:
     if not (ROOT / ".venv").is_dir():
         pytest.skip("needs the .venv that ./launch.sh test makes")
+    command("./launch.sh", "--help")  # Whatever starts first waits for the warm process to be so.
 
 
 def one_message(text: str) -> str:
@@ -78,13 +81,14 @@ def test_a_failure_that_is_not_the_users_is_1(broken_model: Path, tmp_path: Path
         "--output_dir", tmp_path / "run",
     )  # fmt: skip
     assert done.returncode == 1
-    assert "FloatingPointError: step 1: the loss is nan" in done.stderr
+    assert "error: step 3: 3 steps in a row" in done.stderr
 
 
 def test_help_lists_every_flag_and_trains_nothing() -> None:
     done = command("./launch.sh", "--lora_r", "4", "--help", seconds=20)
     assert done.returncode == 0
     assert "--lora_target_modules" in done.stdout
+    assert "--until-done" in done.stdout  # launch.sh's own, too
     assert "./launch.sh setup" in command("./launch.sh", "-h").stdout
 
 
@@ -232,3 +236,11 @@ def test_an_unknown_command_names_the_nearest() -> None:
     done = command("python", "-m", "loop", "chat", "--adapter", "missing", seconds=60)
     assert done.returncode == 2
     assert "no adapter_config.json there" in one_message(done.stderr)
+
+
+@pytest.mark.parametrize("kind", [UserError, Fault])
+def test_what_is_told_to_all_ranks_keeps_its_exit_code(kind: type[UserError]) -> None:
+    with pytest.raises(UserError, match="the disk is full") as raised, told_to_all():
+        raise kind("the disk is full")
+    assert raised.value.exit_code == kind.exit_code
+    assert raised.value.known_to_all

@@ -48,6 +48,8 @@ def test_the_main_job_trains_within_five_minutes_and_its_loss_falls(
 ) -> None:
     assert main_job.returncode == 0, main_job.stdout + main_job.stderr
     assert "Traceback" not in main_job.stderr
+    assert "\nresult: 48 of 48 steps; loss " in main_job.stdout
+    assert "\nuse:    python -m loop chat --adapter runs/main_job\n" in main_job.stdout
     history = json.loads((copy / "runs/main_job/trainer_state.json").read_text())["log_history"]
     assert history[-1]["loss"] < 0.65 * history[0]["loss"]
     assert history[-1]["seconds"] < 300

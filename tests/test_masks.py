@@ -12,6 +12,7 @@ from data.encode import IGNORE_INDEX, Example, encode_dialogues, label
 from data.errors import UserError
 from data.sharegpt import Dialogue, Tally, Turn
 from data.templates import TemplateName, prompt, render
+from data.tiles import places
 from loop.config import DUMMY_DATA
 from tests.helpers import dialogues_in
 
@@ -195,4 +196,4 @@ def test_searching_for_spans_gives_what_walking_to_them_gives() -> None:
             if any(b < end <= e for _, end in spans)
         ]
         labels = [one if yes else IGNORE_INDEX for one, yes in zip(ids, inside, strict=True)]
-        assert label(ids, offsets, spans) == (labels, closing)
+        assert label(ids, places(offsets), spans) == (labels, closing)

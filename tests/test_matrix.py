@@ -115,9 +115,9 @@ def test_under_zero3_each_rank_holds_its_share_of_plain_weights(outputs: Train) 
 
 
 def test_a_save_takes_memory_for_the_adapter_not_for_the_model(outputs: Train) -> None:
-    # The base has 25 MB, the adapter 0.02. What is left is the tokenizer's file.
+    # The base has 25 MB, half of them in one matrix; the adapter has 0.02.
     for rank in held(outputs("LoRA", "zero3")):
-        assert rank["saving"]["held"] < rank["saving"]["whole"] / 2
+        assert rank["saving"]["held"] < rank["saving"]["whole"] / 4
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only", pytest.param("none", marks=pytest.mark.slow)])

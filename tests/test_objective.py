@@ -1,10 +1,11 @@
-"""The head on supervised positions gives the plain loss and the plain gradients."""
+"""The head on supervised positions, in chunks, gives the plain loss and the plain gradients."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -13,6 +14,8 @@ from data.encode import Example, encode_dialogues
 from loop.config import DUMMY_DATA
 from loop.objective import supervised_loss_sum
 from tests.helpers import dialogues_in
+
+Gradients = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -41,47 +44,82 @@ def plain_loss_sum(model: Any, examples: list[Example], pad_id: int) -> torch.Te
     return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 
-def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(model: Any, loss: torch.Tensor) -> Gradients:
     model.zero_grad()
     loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("pad_id", [0, 2])  # 2 is also the token that ends each answer
-def test_the_loss_and_its_gradients_equal_the_plain_ones(
-    model: Any, examples: list[Example], pad_id: int
-) -> None:
-    plain = plain_loss_sum(model, examples, pad_id)
-    expected = gradients(model, plain)
-    ours = supervised_loss_sum(model, collate(examples, pad_id, seed=0))
-    found = gradients(model, ours)
-    supervised = sum(example.supervised_tokens for example in examples)
-    assert ours.item() / supervised == pytest.approx(plain.item() / supervised, rel=1e-6)
+def assert_equal(found: Gradients, expected: Gradients) -> None:
+    assert {*found} == {*expected}
     for name, gradient in expected.items():
         scale = gradient.abs().max().item()
         assert torch.allclose(found[name], gradient, atol=1e-6 * max(1.0, scale)), name
+
+
+@pytest.mark.parametrize("pad_id", [0, 2])  # 2 is also the token that ends each answer
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("chunk", [1, 7, 1024])
+def test_the_loss_and_its_gradients_equal_the_plain_ones(
+    model: Any, examples: list[Example], pad_id: int, frozen: bool, chunk: int
+) -> None:
+    model.lm_head.requires_grad_(not frozen)
+    plain = plain_loss_sum(model, examples, pad_id)
+    expected = gradients(model, plain)
+    ours = supervised_loss_sum(model, collate(examples, pad_id, seed=0), chunk)
+    found = gradients(model, ours)
+    supervised = sum(example.supervised_tokens for example in examples)
+    assert ours.item() / supervised == pytest.approx(plain.item() / supervised, rel=1e-6)
+    assert_equal(found, expected)
 
 
 def test_one_micro_batch_equals_its_parts(model: Any, examples: list[Example]) -> None:
     whole = gradients(model, supervised_loss_sum(model, collate(examples, 2, seed=0)))
     parts = [collate([example], 2, seed=0) for example in examples]
     losses = [supervised_loss_sum(model, part) for part in parts]
-    split = gradients(model, torch.stack(losses).sum())
-    for name, gradient in whole.items():
-        scale = gradient.abs().max().item()
-        assert torch.allclose(split[name], gradient, atol=1e-6 * max(1.0, scale)), name
+    assert_equal(gradients(model, torch.stack(losses).sum()), whole)
 
 
-def test_a_micro_batch_without_examples_weighs_nothing(model: Any) -> None:
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_micro_batch_without_examples_weighs_nothing(model: Any, frozen: bool) -> None:
+    model.lm_head.requires_grad_(not frozen)
     loss = supervised_loss_sum(model, collate([], 2, seed=0))
     assert loss.item() == 0
-    assert all(not gradient.any() for gradient in gradients(model, loss).values())
+    found = gradients(model, loss)
+    assert {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"} <= {*found}
+    assert all(not gradient.any() for gradient in found.values())
 
 
-def test_the_head_runs_on_supervised_positions_only(model: Any, examples: list[Example]) -> None:
-    shapes = []
-    model.lm_head.register_forward_hook(lambda _m, _i, output: shapes.append(output.shape))
-    supervised_loss_sum(model, collate(examples, 2, seed=0))
-    model(input_ids=torch.tensor([[1, 2, 3]]))  # afterwards the model is as it was
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_head_runs_on_supervised_positions_only_a_chunk_at_a_time(
+    model: Any, examples: list[Example], frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.lm_head.requires_grad_(not frozen)
+    rows, linear = [], nn.functional.linear
+
+    def counted(x: torch.Tensor, weight: torch.Tensor, *bias: Any) -> torch.Tensor:
+        if weight is model.lm_head.weight or weight.shape == model.lm_head.weight.shape:
+            rows.append(x.flatten(0, -2).shape[0])
+        return linear(x, weight, *bias)
+
+    monkeypatch.setattr(nn.functional, "linear", counted)
+    supervised_loss_sum(model, collate(examples, 2, seed=0), 50)
     supervised = sum(example.supervised_tokens for example in examples)
-    assert [tuple(shape[:-1]) for shape in shapes] == [(supervised,), (1, 3)]
+    assert sum(rows) == supervised
+    assert max(rows) <= 50
+    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 1000)  # as it was
+
+
+def test_a_model_that_changes_its_logits_is_shown_all_of_them(
+    model: Any, examples: list[Example]
+) -> None:
+    plain = supervised_loss_sum(model, collate(examples, 2, seed=0))
+    model.config.logits_scaling = 2.0
+    model.lm_head.register_forward_hook(lambda _head, _inputs, logits: logits / 2)
+    halved = supervised_loss_sum(model, collate(examples, 2, seed=0))
+    assert halved.item() != pytest.approx(plain.item(), rel=1e-3)
+    logits = model(input_ids=torch.tensor([examples[0].input_ids])).logits[0, :-1]
+    labels = torch.tensor(examples[0].labels[1:])
+    expected = cross_entropy(logits, labels, reduction="sum").item()
+    found = supervised_loss_sum(model, collate(examples[:1], 2, seed=0)).item()
+    assert found == pytest.approx(expected, rel=1e-6)

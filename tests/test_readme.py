@@ -32,6 +32,13 @@ def test_the_loop_in_readme_is_the_loop() -> None:
     assert "tracker.observe(" in loop
 
 
+def test_the_main_job_in_readme_ends_as_a_run_does() -> None:
+    job, _, _ = blocks("text")[0].partition("+ python -m loop chat")
+    names = [line.partition(":")[0] for line in job.splitlines()[-5:]]
+    assert names == ["result", "saved", "use", "resume", "cost"]
+    assert "built successfully" not in job  # loop/quiet.py
+
+
 def test_the_tree_in_readme_is_the_tree() -> None:
     tree = blocks("text")[-1]
     named = set(re.findall(r"^\S+/[\w.]+|^\S+\.\w+", tree, re.MULTILINE))
@@ -60,13 +67,14 @@ def test_readme_names_every_accelerate_config_and_each_opens_with_its_command() 
 
 def test_readme_holds_the_commands_that_are_tested() -> None:
     # launch.sh itself is run by test_main_job.py; `test` is what runs this.
-    first, second, show, real, *prepare, t5, chat = commands()
-    assert [line.split()[:4][-1] for line in prepare] == ["convert", "clean", "split"]
+    first, second, show, real, *prepare, t5, chat, merge = commands()
+    assert [line.split()[:4][-1] for line in prepare] == ["convert", "clean", "split", "stats"]
     assert (first, second) == ("./launch.sh", "./launch.sh test")
     assert show.startswith("python -m loop show")
     assert real.startswith("accelerate launch --config_file accelerate_configs/zero2.yaml")
     assert "--model_name_or_path google/flan-t5-xl" in t5
     assert chat.startswith("python -m loop chat --adapter runs/main_job")
+    assert merge.startswith("python -m loop merge --adapter runs/main_job")
 
 
 def test_the_commands_that_prepare_data_run_one_after_the_other(
@@ -86,8 +94,9 @@ def test_the_commands_that_prepare_data_run_one_after_the_other(
         assert done.returncode == 0, done.stderr
         said.append(done.stderr)
     # Without its last question the second dialogue is the first.
-    accounts = ["read 3 = kept 3", "read 3 = kept 2 + dropped 1 (duplicate content: 1", "read 2 ="]
-    assert [account in text for account, text in zip(accounts, said, strict=True)] == [True] * 3
+    accounts = ["read 3 = kept 3", "read 3 = kept 2 + dropped 1 (duplicate content: 1"]
+    accounts += ["read 2 ="] * 2
+    assert [account in text for account, text in zip(accounts, said, strict=True)] == [True] * 4
     assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 2
 
 

@@ -49,7 +49,7 @@ def learnt(example: Example, tokenizer: Any) -> str:
 def encoded(dialogue: Dialogue, template: TemplateName, encoder: Encoder) -> Example:
     """Encode with an encoder that is at hand: to make one takes a second."""
     rendered = render(dialogue, template, encoder.tokenizer)
-    ids, spans, offsets = next(encoder([rendered]))
+    ids, spans, offsets = encoder([rendered])[0]
     labels, ends = label(ids, offsets, spans)
     assert len(ends) == len(spans)
     return Example("d", ids, labels, 1)

@@ -11,7 +11,8 @@ from data.errors import UserError
 from data.files import read_records
 from data.sharegpt import Dialogue, Tally, Turn
 from data.sources import Source, parse_source, weighted
-from loop.config import Config, data_sha256
+from loop.config import Config
+from loop.data_files import data_sha256
 from loop.prepare import prepare
 from tests.helpers import command, write_dialogues
 from tests.small_hub import small_hub

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from data.encode import encode_dialogues
 from data.errors import UserError
+from data.pairs import NO_LIMIT, encode_pairs
 from data.sharegpt import Dialogue, Tally, Turn
-from data.split import Settings, bytewise, load_tokenizer, main, split
+from data.split import Settings, bytewise, main, split
+from data.tokenizer import load_tokenizer
 from tests.helpers import dialogues_in
 
 HUGE = 1 << 30
@@ -36,7 +38,10 @@ def length(piece: dict[str, Any], how: Settings) -> int:
     turns = piece["conversations"]
     system = turns[0]["value"] if turns[0]["from"] == "system" else None
     said = tuple(Turn(NAMES[t["from"]], t["value"]) for t in turns if t["from"] in NAMES)
-    tokenizer, tally = load_tokenizer(how.tokenizer), Tally()
+    tokenizer, tally = load_tokenizer(*how.kind), Tally()
+    if how.template == "t5":
+        pairs = encode_pairs([Dialogue("", said, system)], tokenizer, NO_LIMIT, False, tally)
+        return max(max(pair.lengths) for pair in pairs)
     (example,) = encode_dialogues(
         [Dialogue("", said, system)], how.template, tokenizer, HUGE, tally
     )
@@ -105,6 +110,30 @@ def test_a_bos_and_sentencepieces_joins_are_counted(with_bos: Path) -> None:
     texts = [("Why?" + " and why?" * n, "Because.\n" * (n % 5 + 1)) for n in range(12)]
     for limit in range(64, 110):
         check(texts, None, settings_of(with_bos, "vicuna", limit))
+
+
+def test_of_a_t5_the_sources_and_targets_of_a_piece_fit(tiny_t5: Path, tmp_path: Path) -> None:
+    texts = [("Why {not}?" + " and why?" * n, "Because.\n" * (n % 9 + 5)) for n in range(12)]
+    for limit in range(64, 110, 3):
+        check(texts, None, settings_of(tiny_t5, "t5", limit))
+    account = run(tmp_path, tiny_t5, [record(texts)], "--model_max_length", "90")
+    how = settings_of(tiny_t5, "t5", 90)
+    pieces = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert account["kept"] == len(pieces) > 1
+    assert pieces == [*split(how, record(texts), "f: record 3").records]
+
+
+def test_a_chat_template_of_ones_own_is_counted(tmp_path: Path, tiny_model: Path) -> None:
+    template, texts = tmp_path / "own.jinja", [("Why?", "Because.")] * 12
+    template.write_text(f"{'x ' * 40}{load_tokenizer(str(tiny_model)).chat_template}")
+    flags = ["--model_max_length", "160", "--chat_template", str(template)]
+    run(tmp_path, tiny_model, [record(texts)], *flags)
+    pieces = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    own = Settings(str(tiny_model), "chat", 160, "drop", 0.0, template.read_text())
+    assert pieces == [*split(own, record(texts), "f: record 3").records]
+    assert all(length(piece, own) <= 160 for piece in pieces)
+    plain = settings_of(tiny_model, "chat", 160)
+    assert len(pieces) > len(split(plain, record(texts), "f: record 3").records)
 
 
 def test_no_token_of_a_bytewise_vocabulary_stands_for_less_than_a_byte(

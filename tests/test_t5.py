@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 from data.collate import collate_pairs
 from data.errors import UserError
 from data.tokens import CHARACTERS
-from loop import new_tokens, non_lora
+from loop import new_tokens, output
 from loop.chat import ChatConfig, load_speaker
 from loop.config import Config
+from loop.non_lora import save_non_lora
 from loop.objective import supervised_loss_sum
 from loop.prepare import prepare
 from tests.conftest import trainer
 from tests.helpers import adapter_of, log_of, prompt_of, write_dialogues
-from tests.small_t5 import TOKENS, make_t5
+from tests.small_t5 import TOKENS, joined_shards, make_t5
 from tests.test_pairs import LONG
 
 CODE = 'Say:\n\tx = {"a": `b`} if c < d ^ e else \\f and so on.'
@@ -153,17 +155,11 @@ def test_the_base_whole_or_in_shards_and_the_adapter_give_the_trained_model(
     base = AutoModelForSeq2SeqLM.from_pretrained(tiny_t5)
     found = base.load_state_dict(state, strict=False)
     assert not found.unexpected_keys
-    monkeypatch.setattr(non_lora, "SHARD", 50_000)
+    monkeypatch.setattr(output, "save_non_lora", partial(save_non_lora, shard=50_000))
     parts = train("parts", "--save_non_lora_state", "all")
-    index = json.loads((parts / "non_lora_state.safetensors.index.json").read_text())
-    files = sorted({*index["weight_map"].values()})
-    assert len(files) > 3
-    joined = {k: v for file in files for k, v in load_file(parts / file).items()}
-    assert {*joined} == {*index["weight_map"]} == {*state}
+    joined = joined_shards(parts, tiny_t5, parts / "alone")
+    assert {*joined} == {*state, *found.missing_keys}
     assert all(torch.equal(joined[name], state[name]) for name in state)
-    assert sorted(file.name for file in parts.glob("*non_lora_state*")) == sorted(
-        [*files, "non_lora_state.safetensors.index.json"]
-    )
     assert {*found.missing_keys} == {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
     adapter = json.loads((folder / "adapter_config.json").read_text())
     del adapter["trainable_token_indices"]
@@ -224,7 +220,7 @@ def test_checkpointing_changes_nothing_and_a_run_goes_on(train: Train) -> None:
 def test_chat_answers_with_the_reloaded_model(tiny_t5: Path, train: Train) -> None:
     folder = train("run", "--max_steps", "60", "--learning_rate", "3e-2")
     assert log_of(folder)[-1]["loss"] < log_of(folder)[0]["loss"] - 1
-    speaker = load_speaker(ChatConfig(adapter=str(folder), max_new_tokens=40))
+    speaker = load_speaker(ChatConfig(adapter=(str(folder),), max_new_tokens=40))
     from data.sharegpt import Turn
 
     answer = speaker.answer((Turn("user", "Show me."),))

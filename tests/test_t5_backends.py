@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from benchmarks.kill_sweep import dialogues, sweep
 from tests.helpers import adapter_of, write_dialogues
 from tests.matrix import TOLERANCE, Train, held, log_in, logits_of, share_all_file, trainings
-from tests.small_t5 import TOKENS, make_t5
+from tests.small_t5 import TOKENS, joined_shards, make_t5
 
 QUICK = [("LoRA", "zero3"), ("QLoRA", "zero2")]
 KINDS = [
@@ -77,6 +77,24 @@ def test_the_base_is_saved_whole_and_its_old_rows_as_they_were(
 
 
 @pytest.mark.parametrize(
+    "backend", ["zero3", *(pytest.param(b, marks=pytest.mark.slow) for b in ("ddp", "zero2"))]
+)
+def test_the_base_in_shards_is_the_base_whole_and_what_was_trained_is_the_adapters(
+    backend: str, outputs: Train, tiny_t5: Path, tmp_path: Path
+) -> None:
+    output = outputs("LoRA", backend)
+    state = load_file(output / "non_lora_state.safetensors")
+    joined = joined_shards(output / "shards", tiny_t5, tmp_path / "alone")
+    assert {*state} < {*joined}  # the embedding under its other names, too
+    assert all(torch.equal(joined[name], state[name]) for name in state)
+    trainable = load_file(output / "trainable" / "non_lora_state.safetensors")
+    expected = {n: rows for n, rows in adapter_of(output).items() if "trainable_tokens" in n}
+    assert len(expected) == 3
+    assert {*trainable} == {*expected}
+    assert all(torch.equal(trainable[name], rows) for name, rows in expected.items())
+
+
+@pytest.mark.parametrize(
     ("kind", "source", "target"),
     [
         ("LoRA", "one", "zero3"),
@@ -130,7 +148,9 @@ def test_rows_that_are_grown_or_frozen_are_the_same_on_every_backend(
 def test_a_t5_killed_again_and_again_ends_as_one_never_killed(
     backend: str, kills: int, tiny_t5: Path, tmp_path: Path
 ) -> None:
-    file = write_dialogues(tmp_path / "data.json", *dialogues())
+    # Pairs of few ids are dropped, and data of which many are is refused.
+    longer = [[asked, f"{answer} That is all I know."] for asked, answer in dialogues()]
+    file = write_dialogues(tmp_path / "data.json", *longer)
     given = ["--model_name_or_path", str(tiny_t5), "--data_path", str(file)]
     found = sweep(backend, kills, tmp_path, given)
     assert found.kills.total() == kills

@@ -16,7 +16,8 @@ from loop import train
 from loop.leave import run_and_exit
 
 all_windows, loss_sum = train.windows, train.supervised_loss_sum
-seen: list[list[str]] = []
+prefetched = train.prefetched
+seen: dict[int, list[list[str]]] = {}  # by step, made ahead
 lines: list[Any] = []
 
 
@@ -27,15 +28,23 @@ def tell(**line: Any) -> None:
 def traced_windows(
     examples: Any, layout: Any, seed: int, collate: Any, *more: Any
 ) -> Iterator[Any]:
+    made: list[list[str]] = []
+
     def noted(part: Any, part_seed: int) -> Any:
-        seen.append([example.id for example in part])
+        made.append([example.id for example in part])
         return collate(part, part_seed)
 
     output = Path(sys.argv[sys.argv.index("--output_dir") + 1])
     lines.append(open(output / f"trace-{layout.rank}.jsonl", "a", buffering=1))  # noqa: SIM115
     for window in all_windows(examples, layout, seed, noted, *more):
-        tell(step=window.step, ids=[*seen])
-        seen.clear()
+        seen[window.step] = [*made]
+        made.clear()
+        yield window
+
+
+def traced_ahead(items: Iterator[Any]) -> Iterator[Any]:
+    for window in prefetched(items):
+        tell(step=window.step, ids=seen.pop(window.step))
         yield window
 
 
@@ -46,4 +55,5 @@ def traced_loss_sum(*arguments: Any) -> Any:
 
 if __name__ == "__main__":
     train.windows, train.supervised_loss_sum = traced_windows, traced_loss_sum
+    train.prefetched = traced_ahead
     run_and_exit(train.main)

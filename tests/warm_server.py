@@ -24,6 +24,7 @@ LIBRARIES = (
     "transformers.models.llama.modeling_llama",
     "peft",
     "deepspeed",
+    "matplotlib.backends.backend_agg",
 )
 Request = tuple[list[str], dict[str, str], str, list[int]]
 

@@ -1,0 +1,164 @@
+"""The reference that this project's overhead is measured against: a bare PyTorch loop.
+
+python benchmarks/bare_loop.py plan|train|adapter OUT --flag value ...
+
+The flags are loop/train.py's. plan writes what each step trains on; train trains, with neither
+accelerate nor a log around the steps; adapter writes the adapter as it is before the first step.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+
+from data.encode import Example
+from loop.backend import build_accelerator, check_launch, join_ranks
+from loop.config import Config
+from loop.model import load_model
+from loop.objective import supervised_loss_sum
+from loop.optim import lr_at
+from loop.prepare import Prepared, prepare
+from loop.settings import read_config
+from loop.windows import Layout, plan_layout, windows
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the flags ask for."""
+
+    config: Config
+    prepared: Prepared
+    layout: Layout
+
+
+def main(what: str, out: str, *flags: str) -> None:
+    """Do one of the three, by the flags of loop/train.py."""
+    ranks = join_ranks()
+    config = read_config(flags, Config)
+    check_launch(config)
+    prepared = prepare(config)
+    layout = plan_layout(config, len(prepared.examples), ranks, prepared.packed)
+    job = Job(config, prepared, layout)
+    if what == "adapter":
+        _model(job)[0].save_pretrained(out)
+        return
+    Path(out).write_text(json.dumps({"plan": plan, "train": train}[what](job)))
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Train; return each step's end, in seconds of one clock, and its loss a supervised token."""
+    config, layout = job.config, job.layout
+    model, device = _model(job)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay = config.weight_decay
+    optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=decay, fused=True)
+    bf16 = config.precision == "bf16"
+    ends, losses = [], []
+    model.train()
+    for window in windows(job.prepared.examples, layout, config.seed, job.prepared.collator):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(window.step, layout.total_steps, config)
+        loss_sum = torch.zeros((), device=device)
+        for micro_batch in window.micro_batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                micro_loss_sum = supervised_loss_sum(
+                    model, micro_batch.to(device), config.loss_chunk_tokens
+                )
+            (micro_loss_sum / window.supervised_tokens).backward()
+            loss_sum += micro_loss_sum.detach()
+        torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss_sum / window.supervised_tokens)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+    return {"ends": ends, "losses": [loss.item() for loss in losses]}
+
+
+def plan(job: Job) -> dict[str, Any]:
+    """Return for each step its examples' ids and labels, its tokens, and the FLOPs they need."""
+    dealt: list[Example] = []
+    collator = job.prepared.collator
+
+    def recorded(examples: Sequence[Example], seed: int) -> Any:
+        dealt.extend(examples)
+        return collator(examples, seed)
+
+    needed = flops_of(job.prepared.base_config)
+    steps = []
+    for window in windows(job.prepared.examples, job.layout, job.config.seed, recorded):
+        padded = sum(
+            micro_batch.model_inputs[side].numel()
+            for micro_batch in window.micro_batches
+            for side in ("input_ids", "decoder_input_ids")
+            if side in micro_batch.model_inputs
+        )
+        # A window may be made before the one in front of it is used: they come in order.
+        chosen, dealt[:] = dealt[: window.examples], dealt[window.examples :]
+        assert sum(example.run_tokens for example in chosen) == window.tokens
+        steps.append(
+            {
+                "examples": [[[*e.input_ids], [*e.labels]] for e in chosen],
+                "tokens": sum(example.tokens for example in chosen),
+                "supervised": window.supervised_tokens,
+                "padded": padded,
+                "flops": sum(needed(example) for example in chosen),
+            }
+        )
+    return {"steps": steps, "plan": str(job.layout), "data": str(job.prepared)}
+
+
+def flops_of(base_config: Any) -> Callable[[Example], float]:
+    """Return how many FLOPs an example needs: the products of the frozen model, forward and back.
+
+    Back means the gradient of the activations alone, as frozen weights have none: twice forward,
+    not three times. Padding needs nothing, nor do the logits of tokens that nobody learns. Causal
+    attention counts half of its square. The adapter's own, below 1 %, are left out.
+    """
+    from torch import nn
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    pairs = base_config.is_encoder_decoder
+    loader = AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = loader.from_config(base_config)
+    head = model.get_output_embeddings()
+    sides = [0, 0]  # weights that see each token of the dialogue or source, and of the target
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            crosses = name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+            sides[name.startswith("decoder.") and not crosses] += module.weight.numel()
+    layers = base_config.num_hidden_layers
+    heads = base_config.num_attention_heads
+    width = heads * getattr(base_config, "d_kv", 0) or heads * (
+        getattr(base_config, "head_dim", None) or base_config.hidden_size // heads
+    )
+
+    def needed(example: Example) -> float:
+        first, second = example.lengths
+        squares = 2 * first * first + second * second + 2 * first * second if pairs else first**2
+        linear = sides[0] * first + sides[1] * second
+        logits = head.weight.numel() * example.supervised_tokens
+        return float(4 * (linear + logits) + 6 * layers * width * squares)
+
+    return needed
+
+
+def _model(job: Job) -> tuple[Any, torch.device]:
+    """Return the very model that this project trains, not prepared, on the device."""
+    accelerator = build_accelerator(job.config, job.layout)
+    model = load_model(job.prepared, job.config, accelerator)
+    return model.to(accelerator.device), accelerator.device
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,117 @@
+"""Trains with FastChat's train_lora or train_lora_t5; runs in the environment of peers.py.
+
+python benchmarks/fastchat_run.py SETTINGS.json
+
+Its own file is run as it is, but for three things: the ids and labels are the plan's, padded as
+FastChat pads, so that all systems learn the same tokens; their order is kept; steps are timed.
+"""
+
+import json
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+# Imported by FastChat whether used or not; its LoRA on one device uses neither.
+STUBS = (
+    *("deepspeed", "deepspeed.zero", "deepspeed.runtime", "deepspeed.runtime.zero"),
+    *("deepspeed.runtime.zero.partition_parameters", "flash_attn"),
+    *("flash_attn.flash_attn_interface", "flash_attn.bert_padding"),
+)
+
+
+def main(settings: str) -> None:
+    """Train on the plan's examples, in its order."""
+    asked = json.loads(Path(settings).read_text())
+    for name in STUBS:
+        sys.modules[name] = _stub(name)
+    import torch
+    from timed_trainer import Steps, timed
+
+    if asked["pairs"]:
+        from fastchat.train import train_lora_t5 as train_lora
+    else:
+        from fastchat.train import train_lora
+
+    plan = json.loads(Path(asked["plan"]).read_text())["steps"]
+    rows = [example for step in plan for example in step["examples"]]
+    steps = Steps()
+    train_lora.Trainer = timed(train_lora.Trainer, steps)
+    make = _pairs if asked["pairs"] else _padded
+    train_lora.make_supervised_data_module = lambda tokenizer, data_args: make(
+        rows, tokenizer, asked["max_length"]
+    )
+    sys.argv = ["train_lora.py", *_flags(asked, len(plan), torch.cuda.is_available())]
+    train_lora.train()
+    steps.write(asked["out"])
+
+
+def _padded(rows: list[Any], tokenizer: Any, longest: int) -> dict[str, Any]:
+    """Return what FastChat's `preprocess` returns: every dialogue padded to model_max_length."""
+    import torch
+
+    made = []
+    for ids, labels in rows:
+        pads = longest - len(ids)
+        whole = {
+            "input_ids": [*ids, *[tokenizer.pad_token_id] * pads],
+            "labels": [*labels, *[-100] * pads],
+            "attention_mask": [1] * len(ids) + [0] * pads,
+        }
+        made.append({name: torch.tensor(values) for name, values in whole.items()})
+    return {"train_dataset": made, "eval_dataset": None}
+
+
+def _pairs(rows: list[Any], tokenizer: Any, _: int) -> dict[str, Any]:
+    """Return pairs, and the collator of FastChat's T5, which pads to the longest."""
+    from fastchat.train.train_flant5 import DataCollatorForSupervisedDataset
+
+    made = [{"input_ids": ids, "labels": labels} for ids, labels in rows]
+    collator = DataCollatorForSupervisedDataset(tokenizer=tokenizer)
+    return {"train_dataset": made, "eval_dataset": None, "data_collator": collator}
+
+
+def _flags(asked: dict[str, Any], steps: int, gpu: bool) -> list[str]:
+    values = {
+        "model_name_or_path": asked["fastchat_model"],
+        "data_path": "the plan's",
+        "output_dir": asked["folder"],
+        "max_steps": steps,
+        "per_device_train_batch_size": asked["batch"],
+        "model_max_length": asked["max_length"],
+        "learning_rate": asked["learning_rate"],
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": asked["warmup_steps"],
+        "lora_dropout": asked["dropout"],
+        "q_lora": asked["kind"] == "qlora",
+        "bf16": asked["precision"] == "bf16",
+        "use_cpu": not gpu,
+        "seed": asked["seed"],
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": gpu,
+    }
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def _stub(name: str) -> ModuleType:
+    """Return a module that has any name one asks it for, and looks installed from nowhere."""
+    module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)
+    module.__path__ = []
+    module.__version__ = "0"
+    module.__getattr__ = lambda attribute: _missing(name, attribute)  # type: ignore[method-assign]
+    return module
+
+
+def _missing(name: str, attribute: str) -> Any:
+    if attribute.startswith("__"):
+        raise AttributeError(attribute)
+    return sys.modules.get(f"{name}.{attribute}", object())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

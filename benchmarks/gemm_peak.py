@@ -1,0 +1,46 @@
+"""Measures how many FLOPs a second this machine's matrix products reach, in fp32 and bf16.
+
+python benchmarks/gemm_peak.py [SIZE]
+"""
+
+import json
+import sys
+import time
+
+import torch
+
+
+def main(size: str = "") -> None:
+    """Print the best of several products of square matrices, in each precision."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    side = int(size or (8192 if device == "cuda" else 2048))
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    print(json.dumps({name: peak(side, device, kind) for name, kind in kinds.items()}))
+
+
+def peak(side: int, device: str, dtype: torch.dtype, seconds: float = 1.5) -> float:
+    """Return FLOPs a second of the quickest product, of 30 and as many as fit into the seconds.
+
+    Of fewer where they are slow, as in bf16 on a CPU that has no instructions for it.
+    """
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    torch.mm(left, right, out=out)
+    best, until, done = float("inf"), time.perf_counter() + seconds, 0
+    # A busy machine interrupts most of them: the quickest of few says little.
+    while time.perf_counter() < until + (done < 30) * 4 * seconds:
+        _wait(device)
+        started = time.perf_counter()
+        torch.mm(left, right, out=out)
+        _wait(device)
+        best, done = min(best, time.perf_counter() - started), done + 1
+    return 2 * side**3 / best
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,100 @@
+"""Says where the time of a step goes, by kind of operation: padded as trainers do it, and as here.
+
+python benchmarks/profile_step.py [fp32|bf16] [flags of loop/train.py]
+"""
+
+import functools
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM
+
+from data.collate import Collator, MicroBatch
+from loop.attention import implementation, row_inputs
+from loop.config import Config
+from loop.objective import supervised_loss_sum
+from loop.prepare import prepare
+from loop.settings import read_config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STEPS, BATCH = 4, 8
+# The first of these that an operation's name holds says its kind.
+KINDS = {
+    "matrix products": ("mm",),
+    "attention": ("attention", "softmax"),
+    "loss behind the LM head": ("nll", "logsumexp", "exp_", "scatter", "gather", "sub"),
+    "copies and casts": ("copy", "clone", "cat", "index", "fill"),
+    "norms, activations, rotations": ("mul", "add", "silu", "pow", "rsqrt", "mean", "neg", "div"),
+}
+
+
+def main(precision: str = "fp32", *flags: str) -> None:
+    """Profile both, after a step that is not counted, and print a Markdown table."""
+    prepared = prepare(read_config(flags, Config))
+    order = np.random.default_rng(0).permutation(len(prepared.examples))
+    chosen = [
+        [prepared.examples[int(i)] for i in order[n : n + BATCH]] for n in range(0, 40, BATCH)
+    ]
+    pad = prepared.tokenizer.pad_token_id
+    row = Collator(pad, None, functools.partial(row_inputs, flash=False))
+    ways = {
+        "padded, all logits": (False, Collator(pad), all_logits),
+        "this project": (True, row, supervised_loss_sum),
+    }
+    found = {}
+    for name, (packed, collator, loss_sum) in ways.items():
+        model = adapted(prepared.base, packed, DTYPES[precision])
+        batches = [collator(part, 0) for part in chosen]
+        loss_sum(model, batches[0]).backward()
+        found[name] = profiled(model, batches[1:], loss_sum)
+    print(f"| {precision}, seconds a step | " + " | ".join(found) + " |\n|---|---|---|")
+    for kind in [*KINDS, "other", "in all, unprofiled"]:
+        print(f"| {kind} | " + " | ".join(f"{one[kind]:.2f}" for one in found.values()) + " |")
+
+
+def adapted(base: str, packed: bool, dtype: torch.dtype) -> Any:
+    """Return the base model with LoRA's usual pair of targets."""
+    attention = implementation(packed, False)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation=attention)
+    adapter = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    return get_peft_model(model, adapter).train()
+
+
+def all_logits(model: Any, batch: MicroBatch) -> torch.Tensor:
+    """Return the loss sum as most trainers compute it: logits of every position, pads too."""
+    logits = model(**batch.model_inputs, use_cache=False).logits
+    return cross_entropy(
+        logits.flatten(0, 1).float().index_select(0, batch.positions),
+        batch.targets,
+        reduction="sum",
+    )
+
+
+def profiled(model: Any, batches: list[MicroBatch], loss_sum: Any) -> Counter[str]:
+    """Return seconds a step by kind."""
+    started = time.perf_counter()
+    for batch in batches:
+        loss_sum(model, batch).backward()
+    seconds = Counter({"in all, unprofiled": (time.perf_counter() - started) / len(batches)})
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for batch in batches:
+            loss_sum(model, batch).backward()
+    for event in profiler.key_averages():
+        kinds = (kind for kind, words in KINDS.items() if any(word in event.key for word in words))
+        seconds[next(kinds, "other")] += event.self_cpu_time_total / 1e6 / len(batches)
+    return seconds
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

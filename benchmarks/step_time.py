@@ -1,0 +1,176 @@
+"""Times a training step: a bare loop, this project, TRL and FastChat, in turns, on the same tokens.
+
+python benchmarks/step_time.py [--systems bare loop trl trl_packed fastchat] [--data bundled|long|F]
+    [--model decoder|t5|llama-1b|llama-7b] [--kind lora|qlora] [--precision fp32|bf16]
+    [--steps 8] [--runs 3] [-- --flag value ...]
+
+What stands behind -- are further flags of loop/train.py, for this project and the bare loop. Prints
+a Markdown table for RESULTS.md, also to --out, and keeps every step's time and loss with --json.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks.peers import ROOT, peer_python
+from benchmarks.step_run import HERE, PEERS, Failed, Job, Run, checked, run_system
+from benchmarks.step_table import markdown
+
+SYSTEMS = ("bare", "loop", *PEERS)
+
+
+def main() -> None:
+    """Measure the systems that are asked for, in turns, and print the table."""
+    asked = parse(sys.argv[1:])
+    # So many cores for every system, whatever it takes from the environment.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: asked.threads])
+    for name in {PEERS[name] for name in asked.systems if name in PEERS}:
+        peer_python(name)
+    with tempfile.TemporaryDirectory(prefix="step-time-") as name:
+        folder = asked.work or Path(name)
+        job = prepared(asked, folder)
+        runs, failures, peaks, loads = take_turns(job)
+    text = markdown(asked, job.plan, runs, failures, peaks, loads)
+    print(text)
+    if asked.out:
+        asked.out.write_text(text)
+    if asked.json:
+        found = {name: [vars(run) for run in of] for name, of in runs.items()}
+        plan = [{k: v for k, v in step.items() if k != "examples"} for step in job.plan["steps"]]
+        asked.json.write_text(json.dumps({"runs": found, "failures": failures, "plan": plan}))
+    if failures:
+        sys.exit(1)
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """Return the settings; what follows -- is loop/train.py's."""
+    cut = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: all that can")
+    parser.add_argument("--data", default="bundled", help="bundled, long, or a file of dialogues")
+    parser.add_argument(
+        "--model", default="decoder", choices=("decoder", "t5", "llama-1b", "llama-7b")
+    )
+    parser.add_argument("--tokenizer", default="-", help="a folder, in place of the model's own")
+    parser.add_argument("--kind", choices=("lora", "qlora"), default="lora")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--batch", type=int, default=8, help="dialogues a step")
+    parser.add_argument("--model_max_length", type=int, help="default: 512, 2048 of long ones")
+    parser.add_argument("--packed_length", type=int, help="TRL's rows; default: 1024 at least")
+    parser.add_argument("--dropout", type=float, default=0.05, help="of the adapter")
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--steps", type=int, default=8, help="of each run, warm-up included")
+    parser.add_argument("--warm_up", type=int, default=2, help="steps that are not timed")
+    parser.add_argument("--runs", type=int, default=3, help="of each system, in turns")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, default=cores, help="default: all cores")
+    gpu = shutil.which("nvidia-smi") is not None
+    parser.add_argument("--config", default="single_gpu" if gpu else "cpu", help="accelerate's")
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model: a trial")
+    parser.add_argument("--work", type=Path, help="a new folder for what is written; it is kept")
+    parser.add_argument("--out", type=Path, help="a file for the table, too")
+    parser.add_argument("--json", type=Path, help="a file for every step's time, loss and tokens")
+    asked = parser.parse_args(words[:cut])
+    asked.loop_flags, asked.gpu = words[cut + 1 :], gpu
+    asked.threads = min(asked.threads, cores)
+    if asked.steps <= asked.warm_up:
+        parser.error(f"--steps {asked.steps}: expected more than --warm_up {asked.warm_up}")
+    pairs = asked.model == "t5"
+    asked.systems = asked.systems or [s for s in SYSTEMS if not (pairs and s.startswith("trl"))]
+    if pairs and {"trl", "trl_packed"} & {*asked.systems}:
+        parser.error("--systems trl: SFTTrainer trains decoders alone")
+    asked.model_max_length = asked.model_max_length or (2048 if asked.data == "long" else 512)
+    asked.packed_length = asked.packed_length or max(1024, asked.model_max_length)
+    return asked
+
+
+def prepared(asked: argparse.Namespace, folder: Path) -> Job:
+    """Write model, data and plan, in processes of their own, so that this one stays small."""
+    folder.mkdir(exist_ok=True)
+    model, data, plan = folder / "model", folder / "long.json", folder / "plan.json"
+    tokenizer = asked.tokenizer if asked.tokenizer == "-" else str(Path(asked.tokenizer).resolve())
+    inputs = [sys.executable, str(HERE / "step_inputs.py")]
+    tiny = ["tiny"] if asked.tiny else []
+    checked([*inputs, "model", asked.model, str(model), tokenizer, *tiny])
+    if "fastchat" in asked.systems:
+        checked([*inputs, "fastchat", str(model), str(folder / "fastchat_model")])
+    if asked.data == "long":
+        checked([*inputs, "long", str(data), str(asked.model_max_length)])
+    elif asked.data == "bundled":
+        data = ROOT / "data" / "dummy_conversation.json"
+    else:
+        data = Path(asked.data).resolve()
+    flags = loop_flags(asked, model, data)
+    checked([sys.executable, str(HERE / "bare_loop.py"), "plan", str(plan), *flags])
+    found = json.loads(plan.read_text())
+    sizes = {len(step["examples"]) for step in found["steps"]}
+    if sizes != {asked.batch}:
+        sys.exit(f"found steps of {sizes} examples; expected {asked.batch}: give fewer --steps")
+    return Job(asked, folder, flags, found)
+
+
+def loop_flags(asked: argparse.Namespace, model: Path, data: Path) -> list[str]:
+    """Return the flags of loop/train.py that say what is measured."""
+    values: dict[str, object] = {
+        "model_name_or_path": model,
+        "data_path": data,
+        "max_steps": asked.steps,
+        "per_device_train_batch_size": asked.batch,
+        "global_batch_size": asked.batch,
+        "model_max_length": asked.model_max_length,
+        "mixed_precision": {"fp32": "no", "bf16": "bf16"}[asked.precision],
+        "q_lora": asked.kind == "qlora",
+        "lora_dropout": asked.dropout,
+        "learning_rate": asked.learning_rate,
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    # FastChat's text; of a T5 its tokens and pairs, and LoRA alone, as it trains.
+    t5 = {"t5_compat": True, "train_new_tokens": False}
+    values |= t5 if asked.model == "t5" else {"template": "vicuna"}
+    flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    return [*flags, *asked.loop_flags]
+
+
+def take_turns(
+    job: Job,
+) -> tuple[dict[str, list[Run]], dict[str, str], list[dict[str, float]], list[float]]:
+    """Run every system once, then all of them again; one that fails is left out from then on.
+
+    Returns the runs, what the failed ones said, each turn's GEMM peaks, and the loads between.
+    """
+    asked = job.asked
+    runs: dict[str, list[Run]] = {name: [] for name in asked.systems}
+    failures: dict[str, str] = {}
+    peaks, loads = [], [os.getloadavg()[0]]
+    for turn in range(asked.runs):
+        size = ["256"] if asked.tiny else []
+        peak = checked([sys.executable, str(HERE / "gemm_peak.py"), *size])
+        peaks.append(json.loads(peak.splitlines()[-1]))
+        for name in (name for name in asked.systems if name not in failures):
+            told = f"turn {turn + 1}, {name}:"
+            try:
+                run = run_system(name, job, job.folder / f"{name}-{turn}")
+            except Failed as failed:
+                failures[name] = str(failed)
+                print(f"{told} failed: {failed}", file=sys.stderr, flush=True)
+                continue
+            runs[name].append(run)
+            each = (run.ends[-1] - run.ends[asked.warm_up - 1]) / (asked.steps - asked.warm_up)
+            text = f"{told} {each:.3f} s a step, first loss {run.losses[0]:.6f}"
+            print(text, file=sys.stderr, flush=True)
+        loads.append(os.getloadavg()[0])
+    return runs, failures, peaks, loads
+
+
+if __name__ == "__main__":
+    main()

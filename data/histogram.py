@@ -1,0 +1,73 @@
+"""Shows how long dialogues are: as lines of text, and as a picture."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+BAR = 40  # characters of the longest bar
+PARTS = 4  # bars of the picture for each doubling of the length
+
+
+def quantile(lengths: Mapping[int, int], share: float) -> int:
+    """Return the least length that this share of all reaches at most; 0 of none.
+
+    >>> quantile({10: 1, 20: 2, 90: 1}, 0.5)
+    20
+    """
+    ordered = sorted(lengths.items())
+    wanted = share * sum(lengths.values())
+    sums = accumulate(count for _, count in ordered)
+    found = (length for (length, _), sum_ in zip(ordered, sums, strict=True) if sum_ >= wanted)
+    return next(found, 0)
+
+
+def doublings(lengths: Mapping[int, int]) -> dict[int, int]:
+    """Return how many are of each power of two up to the next, from the least to the greatest.
+
+    >>> doublings({5: 2, 7: 1, 20: 1})
+    {4: 3, 8: 0, 16: 1}
+    """
+    bins: Counter[int] = Counter()
+    for length, count in lengths.items():
+        bins[length.bit_length()] += count
+    shown = range(min(bins, default=0), max(bins, default=-1) + 1)
+    return {(1 << bits) // 2: bins[bits] for bits in shown}
+
+
+def as_text(bins: Mapping[int, int]) -> list[str]:
+    """Return a line with a bar for each doubling of the length.
+
+    >>> as_text({1: 2, 2: 1})
+    ['1 - 1  2 ########################################', '2 - 3  1 ####################']
+    """
+    spans = [f"{low:,} - {max(2 * low - 1, 0):,}" for low in bins]
+    wide, most = max(map(len, spans), default=0), max(bins.values(), default=1)
+    figures = len(f"{most:,}")
+    return [
+        f"{span:>{wide}}  {count:>{figures},} {'#' * -(-BAR * count // most)}".rstrip()
+        for span, count in zip(spans, bins.values(), strict=True)
+    ]
+
+
+def write_picture(
+    lengths: Mapping[int, int], unit: str, title: str, limits: Sequence[int], file: Path
+) -> None:
+    """Write a PNG with a logarithmic axis of lengths, and a line at each limit."""
+    from matplotlib.figure import Figure  # here, since nothing else needs it
+
+    shown = {max(length, 1): count for length, count in lengths.items()}
+    longest = max(shown)
+    first, behind = min(shown).bit_length() - 1, longest.bit_length()
+    edges = [2 ** (step / PARTS) for step in range(PARTS * first, PARTS * behind + 1)]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.hist([*shown], edges, weights=[*shown.values()], color="#4c78a8")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    for limit in limits:
+        if limit <= longest:
+            axes.axvline(limit, color="#888888", linewidth=0.8, linestyle="--")
+    axes.set(xlabel=f"{unit} (logarithmic)", ylabel="examples", title=title)
+    figure.savefig(file, format="png", dpi=120)

@@ -1,0 +1,152 @@
+"""Counts what a chunk of dialogues holds: rounds, tokens, languages; counts of chunks add up."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from data.encode import IGNORE_INDEX, Example, encode_dialogues
+from data.languages import language_of
+from data.near import signature
+from data.pairs import LONGEST, NO_LIMIT, encode_pairs
+from data.parallel import Chunk
+from data.seen import digest
+from data.sharegpt import Dialogue, Tally, dialogues_of
+from data.templates import TemplateName
+from data.tokenizer import load_tokenizer
+
+NAMED = 1000  # ids that are kept of each cause
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is counted and how; without a tokenizer lengths are characters.
+
+    limits: the lengths at which dialogues might be cut.
+    """
+
+    tokenizer: str | None
+    template: TemplateName
+    chat_template: str | None
+    on_bad_record: Literal["fail", "skip"]
+    limits: tuple[int, ...]
+
+
+@dataclass
+class Cut:
+    """What a limit takes away; lengths in tokens."""
+
+    examples: int = 0  # that are longer
+    tokens: int = 0  # that are beyond it
+    supervised: int = 0  # of these
+    nothing_left: int = 0  # examples of which no supervised token is left
+
+
+@dataclass
+class Counts:
+    """What was found; `seen`: of each dialogue what a duplicate is known by."""
+
+    tally: Tally = field(default_factory=Tally)
+    dialogues: int = 0
+    rounds: int = 0
+    answers: int = 0
+    examples: int = 0
+    length: int = 0  # of all together, in tokens or characters
+    supervised: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
+    cuts: dict[int, Cut] = field(default_factory=dict)
+    seen: list[tuple[tuple[tuple[str, bytes], ...], bytes]] = field(default_factory=list)
+
+    def add(self, other: "Counts") -> None:
+        """Add what another chunk holds, but for `seen`."""
+        mine, more = self.tally, other.tally
+        for name in ("read", "kept", "answers", "ended"):
+            setattr(mine, name, getattr(mine, name) + getattr(more, name))
+        mine.dropped += more.dropped
+        mine.noted += more.noted
+        for cause, ids in more.named.items():
+            named = mine.named.setdefault(cause, [])
+            named += ids[: NAMED - len(named)]
+        for name in ("dialogues", "rounds", "answers", "examples", "length", "supervised"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.lengths += other.lengths
+        self.languages += other.languages
+        for limit, cut in other.cuts.items():
+            known = self.cuts.setdefault(limit, Cut())
+            for name, count in vars(cut).items():
+                setattr(known, name, getattr(known, name) + count)
+
+
+def measure(settings: Settings, chunk: Chunk) -> Counts:
+    """Return the counts of a chunk, read and encoded as training does; raises UserError."""
+    counts = Counts(cuts={limit: Cut() for limit in settings.limits})
+    pairs = settings.template == "t5"
+    dialogues = _noted(
+        dialogues_of(chunk, counts.tally, settings.on_bad_record, empty_answers=pairs), counts
+    )
+    if settings.tokenizer is None:
+        for dialogue in dialogues:
+            _count_characters(dialogue, counts)
+        return counts
+    tokenizer = load_tokenizer(settings.tokenizer, settings.template, settings.chat_template)
+    if pairs:
+        examples = encode_pairs(dialogues, tokenizer, NO_LIMIT, False, counts.tally)
+    else:
+        examples = encode_dialogues(dialogues, settings.template, tokenizer, LONGEST, counts.tally)
+    for example in examples:
+        _count_tokens(example, counts)
+    return counts
+
+
+def _noted(dialogues: Iterator[Dialogue], counts: Counts) -> Iterator[Dialogue]:
+    """Count what needs no tokenizer as the dialogues go by."""
+    for dialogue in dialogues:
+        roles = Counter(turn.role for turn in dialogue.turns)
+        texts = [turn.text for turn in dialogue.turns]
+        counts.dialogues += 1
+        counts.rounds += roles["user"]
+        counts.answers += roles["assistant"]
+        counts.languages[language_of(texts)] += 1
+        spoken = [part for turn in dialogue.turns for part in (turn.role, turn.text)]
+        known = (("duplicate content", digest(spoken)),)
+        counts.seen.append((known, signature("\n".join(texts))))
+        yield dialogue
+
+
+def _count_characters(dialogue: Dialogue, counts: Counts) -> None:
+    counts.tally.kept += 1
+    counts.examples += 1
+    length = len(dialogue.system or "") + sum(len(turn.text) for turn in dialogue.turns)
+    learnt = [turn for turn in dialogue.turns if turn.role == "assistant" and turn.supervised]
+    counts.length += length
+    counts.lengths[length] += 1
+    counts.supervised += sum(len(turn.text) for turn in learnt)
+
+
+def _count_tokens(example: Example, counts: Counts) -> None:
+    """Count an example; of a pair a limit is that of each side, and the longer one its length."""
+    counts.examples += 1
+    counts.length += example.tokens
+    counts.supervised += example.supervised_tokens
+    length = max(example.lengths)
+    counts.lengths[length] += 1
+    if all(length <= limit for limit in counts.cuts):
+        return
+    before = _supervised_before(example.labels)
+    for limit, cut in counts.cuts.items():
+        if length <= limit:
+            continue
+        left = int(before[min(limit, len(before) - 1)])
+        cut.examples += 1
+        cut.tokens += sum(max(0, side - limit) for side in example.lengths)
+        cut.supervised += example.supervised_tokens - left
+        cut.nothing_left += left == 0
+
+
+def _supervised_before(labels: Sequence[int]) -> Any:
+    """Return how many supervised tokens stand before each place, and before the end [n + 1]."""
+    learnt = np.asarray(labels) != IGNORE_INDEX
+    return np.concatenate(([0], np.cumsum(learnt)))

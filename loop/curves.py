@@ -1,0 +1,224 @@
+"""Reads what runs have logged, to be drawn: metrics.jsonl, else trainer_state.json."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+import yaml
+
+from data.errors import UserError
+
+LOG, STATE, SETTINGS = "metrics.jsonl", "trainer_state.json", "training_config.yaml"
+Entry = dict[str, Any]
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One kind of number in a panel; a panel's second one is dashed. Noise may be smoothed."""
+
+    key: str
+    label: str
+    dashed: bool = False
+    noisy: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: what it shows, in which unit, and whether its axis begins at 0."""
+
+    title: str
+    unit: str
+    series: tuple[Series, ...]
+    from_zero: bool = True
+
+
+PANELS = (
+    Panel(
+        "Loss",
+        "nats per supervised token",
+        (Series("loss", "training", noisy=True), Series("eval_loss", "evaluation", dashed=True)),
+        from_zero=False,
+    ),
+    Panel("Learning rate", "", (Series("learning_rate", "learning rate"),)),
+    Panel("Gradient norm", "before clipping", (Series("grad_norm", "gradient norm", noisy=True),)),
+    Panel(
+        "Speed",
+        "tokens/s",
+        (
+            Series("tokens_per_second", "all tokens", noisy=True),
+            Series("supervised_tokens_per_second", "supervised", dashed=True, noisy=True),
+        ),
+    ),
+    Panel("Peak memory", "GiB", (Series("peak_memory_gib", "peak memory"),)),
+)
+KEYS = [series.key for panel in PANELS for series in panel.series]
+# What a run can be drawn over; a log of another trainer's may hold steps alone.
+AXES = {"step": "step", "supervised_tokens": "supervised tokens", "seconds": "hours"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run has logged, its steps in order, and the settings it was started with."""
+
+    name: str
+    folder: Path
+    entries: list[Entry]
+    resumed: list[int] = field(default_factory=list)  # steps after which it was gone on with
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def points(self, key: str, axis: str = "step") -> Points:
+        """Return where a key was logged, and what; a null is where it could not be measured."""
+        found = [entry for entry in self.entries if entry.get(key) is not None]
+        places = self.along(axis, [entry["step"] for entry in found])
+        return [(x, float(entry[key])) for x, entry in zip(places, found, strict=True)]
+
+    def along(self, axis: str, steps: Sequence[int]) -> list[float]:
+        """Return the steps in an axis' unit; between two entries that hold it, by the line."""
+        if axis == "step":
+            return [float(step) for step in steps]
+        scale = 3600 if axis == "seconds" else 1
+        known = [entry for entry in self.entries if entry.get(axis) is not None]
+        values = [entry[axis] / scale for entry in known]
+        places = np.interp(steps, [entry["step"] for entry in known], values)
+        return [float(place) for place in places]
+
+    def last(self, key: str) -> float | None:
+        """Return the last value logged of a key."""
+        values = [entry[key] for entry in self.entries if entry.get(key) is not None]
+        return values[-1] if values else None
+
+    def lowest(self, key: str) -> float | None:
+        """Return the lowest value logged of a key."""
+        return min((value for _, value in self.points(key)), default=None)
+
+    def highest(self, key: str) -> float | None:
+        """Return the highest value logged of a key."""
+        return max((value for _, value in self.points(key)), default=None)
+
+
+def read_runs(folders: Sequence[str]) -> list[Run]:
+    """Return the runs of some output folders, told apart by their names.
+
+    Raises UserError where one is no run's, is damaged, or has logged nothing yet.
+    """
+    paths = [Path(folder).expanduser() for folder in folders]
+    names = [path.resolve().name for path in paths]
+    if len({*names}) < len(names):
+        names = [str(path) for path in paths]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError(f"found the same run twice: {' '.join(folders)}; expected each once.")
+    return [_read_run(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    if not folder.exists():
+        raise UserError(f"{folder}: no such folder. Give the --output_dir of a run.")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: found a file; expected the folder of a run.")
+    file = folder / LOG if (folder / LOG).is_file() else folder / STATE
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: found neither {LOG} nor {STATE}; expected the --output_dir of a run."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}.") from None
+    entries, resumed = _as_one([*(_lines if file.name == LOG else _history)(text, file)])
+    if not any(entry.get(key) is not None for entry in entries for key in KEYS):
+        raise UserError(f"{file}: nothing is logged there yet; expected a line or more with a loss")
+    return Run(name, folder, entries, resumed, _settings(folder / SETTINGS))
+
+
+def _lines(text: str, file: Path) -> Iterator[Entry]:
+    lines = text.splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            loaded = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                return  # It is being written, or a kill has cut it off.
+            raise UserError(
+                f"{file}: line {number} is damaged: not valid JSON. Remove the line to draw the "
+                "others."
+            ) from None
+        yield _checked(loaded, f"{file}: line {number}")
+
+
+def _history(text: str, file: Path) -> Iterator[Entry]:
+    try:
+        loaded = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{file}: damaged: not valid JSON: {error}.") from None
+    history = loaded.get("log_history") if isinstance(loaded, dict) else None
+    if not isinstance(history, list):
+        raise UserError(f"{file}: found no log_history; expected a list of what was logged.")
+    for number, entry in enumerate(history, start=1):
+        yield _checked(entry, f"{file}: log_history, entry {number}")
+
+
+def _checked(entry: Any, where: str) -> Entry:
+    """Return what is drawn of an entry: numbers that are finite, and null for the others."""
+    step = entry.get("step") if isinstance(entry, dict) else None
+    if not _is_number(step) or not math.isfinite(step):
+        raise UserError(f"{where}: found no step; expected an object with one. Remove it.")
+    kept: Entry = {"step": int(step)}
+    for key in (*KEYS, "epoch", "supervised_tokens", "seconds", "resumed_from"):
+        value = entry.get(key)
+        if value is not None and not _is_number(value):
+            raise UserError(f"{where}: {key}: found {value!r}; expected a number.")
+        if key in entry:
+            kept[key] = value if value is not None and math.isfinite(value) else None
+    return kept
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _as_one(entries: list[Entry]) -> tuple[list[Entry], list[int]]:
+    """Return the log of a resumed run as if never stopped, and the steps it went on after.
+
+    Where the steps go back, what was logged past that step was trained anew.
+    """
+    kept: list[Entry] = []
+    resumed: list[int] = []
+    for entry in entries:
+        step = entry["step"]
+        if kept and step < kept[-1]["step"]:
+            kept = [old for old in kept if old["step"] < step]
+            resumed.append(kept[-1]["step"] if kept else 0)
+        elif entry.get("resumed_from") is not None:
+            resumed.append(int(entry["resumed_from"]))
+        kept.append(entry)
+    return kept, sorted({*resumed} - {0})
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """Return the run's settings; they are told beside the curves, which do without."""
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Return the settings in which runs differ, and each one's value."""
+    if not all(run.settings for run in runs):
+        return {}
+    names = {name: None for run in runs for name in run.settings if name != "output_dir"}
+    values = {name: [_word(run.settings.get(name)) for run in runs] for name in names}
+    return {
+        name: words for name, words in values.items() if any(a != b for a, b in pairwise(words))
+    }
+
+
+def _word(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

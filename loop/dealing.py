@@ -1,0 +1,128 @@
+"""Splits a window into micro-batches and gives them to ranks: little padding, even work."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from math import ceil
+
+from data.encode import Example
+
+Part = list[Example]  # of one micro-batch; may be empty
+
+# What a micro-batch more costs, in padded tokens: as often the weights are read from memory.
+# Measured on a CPU (benchmarks/RESULTS.md, Padding of pairs).
+OVERHEAD = 112
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one micro-batch may hold, and how it is run.
+
+    examples, tokens: at most so many, padding counted; a longer example runs alone.
+    packed: in one row without padding, else padded to the longest.
+    finer: split further where that saves more padding than it costs.
+    """
+
+    examples: int
+    tokens: int | None = None
+    packed: bool = False
+    finer: bool = False
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """A window's micro-batches by rank and slot, as many for each rank.
+
+    tokens: what each rank runs, padding counted.
+    """
+
+    ranks: list[list[Part]]
+    tokens: list[int]
+
+
+def deal(chosen: list[Example], world_size: int, limits: Limits) -> Dealt:
+    """Deal a window's examples out; the same on every rank, and the gradient depends on none of it.
+
+    Micro-batches of like work run at the same time on all ranks, and each rank's sum is even.
+    """
+    cost = packed_tokens if limits.packed else padded_tokens
+    slots = ceil(len(chosen) / (world_size * limits.examples))
+    if limits.tokens:
+        least = sum(example.run_tokens for example in chosen)
+        slots = max(slots, ceil(least / (world_size * limits.tokens)))
+    while True:
+        parts = _parts(chosen, slots * world_size, limits)
+        if not limits.tokens or all(len(p) < 2 or cost(p) <= limits.tokens for p in parts):
+            break
+        slots += 1
+    dealt = _to_ranks(parts, world_size, cost)
+    while limits.finer and not limits.packed and slots * world_size < len(chosen):
+        slots *= 2
+        finer = _to_ranks(_parts(chosen, slots * world_size, limits), world_size, cost)
+        dealt = min(dealt, finer, key=_busiest)
+    return dealt
+
+
+def packed_tokens(part: Part) -> int:
+    """Return the tokens of one micro-batch in one row."""
+    return sum(example.run_tokens for example in part)
+
+
+def padded_tokens(part: Part) -> int:
+    """Return the tokens of one micro-batch, padded to the longest on each side."""
+    return len(part) * sum(
+        max((example.lengths[side] for example in part), default=0) for side in range(2)
+    )
+
+
+def _parts(chosen: list[Example], count: int, limits: Limits) -> list[Part]:
+    return _even(chosen, count, limits) if limits.packed else _alike(chosen, count)
+
+
+def _even(chosen: list[Example], count: int, limits: Limits) -> list[Part]:
+    """Split examples into parts of even tokens: the longest first, each to the emptiest part."""
+    parts: list[Part] = [[] for _ in range(count)]
+    open_parts = [(0, number) for number in range(count)]
+    for example in sorted(chosen, key=lambda e: -e.run_tokens):
+        tokens, number = heappop(open_parts)
+        parts[number].append(example)
+        if len(parts[number]) < limits.examples:
+            heappush(open_parts, (tokens + example.run_tokens, number))
+    return parts
+
+
+def _alike(chosen: list[Example], count: int) -> list[Part]:
+    """Split examples into parts of like size and like lengths, the longest first.
+
+    Each half of them is sorted anew, by the side of the pairs whose padding it cuts most. Of
+    dialogues, which have one side, that is one order by length.
+    """
+    if count == 1:
+        return [chosen]
+    half = count // 2
+    middle = round(half * len(chosen) / count)
+    lengths = (lambda e: -max(e.lengths), lambda e: -e.lengths[0], lambda e: -e.lengths[1])
+    orders = [sorted(chosen, key=length) for length in lengths]
+    halves = min(
+        ((order[:middle], order[middle:]) for order in orders),
+        key=lambda halves: sum(map(padded_tokens, halves)),
+    )
+    return _alike(halves[0], half) + _alike(halves[1], count - half)
+
+
+def _busiest(dealt: Dealt) -> int:
+    """Return what the busiest rank takes, in padded tokens."""
+    return max(dealt.tokens) + OVERHEAD * len(dealt.ranks[0])
+
+
+def _to_ranks(parts: list[Part], world_size: int, cost: Callable[[Part], int]) -> Dealt:
+    """Give each slot's parts to the ranks, the largest to the one with the least so far."""
+    ranks: list[list[Part]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    parts = sorted(parts, key=cost, reverse=True)
+    for begin in range(0, len(parts), world_size):
+        waiting = sorted(range(world_size), key=loads.__getitem__)
+        for rank, part in zip(waiting, parts[begin : begin + world_size], strict=True):
+            ranks[rank].append(part)
+            loads[rank] += cost(part)
+    return Dealt(ranks, loads)

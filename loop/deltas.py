@@ -1,0 +1,178 @@
+"""What an adapter does to each tensor of its base model; what cannot be merged is refused."""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from data.errors import UserError
+from loop.config import ADAPTER_FILES
+
+PREFIX = "base_model.model."
+A, B, EMBEDDING_A, EMBEDDING_B = (
+    "lora_A.weight",
+    "lora_B.weight",
+    "lora_embedding_A",
+    "lora_embedding_B",
+)
+MAGNITUDE, ROWS = "lora_magnitude_vector", "token_adapter.trainable_tokens_delta"
+KINDS = (A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, ROWS)
+# The fields of peft's LoraConfig (0.21) that are heeded here, or that change no weights. Another
+# one that is not at its default is refused.
+HEEDED = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+    *("revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha"),
+    *("lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "use_dora", "modules_to_save"),
+    *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
+    *("alpha_pattern", "trainable_token_indices", "runtime_config", "ensure_weight_tying"),
+    *("megatron_core", "loftq_config", "eva_config"),
+}
+# Others, such as "pissa", take from the base what the adapter begins with.
+BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of one tensor: LoRA's product is added, rows take the place of others, or all.
+
+    product: lora_B and lora_A, [out, r] and [r, in], and their scale; `turned` where the tensor is
+    [in, out]. magnitude: DoRA's, [out]. rows: [n, d] for the n tokens.
+    """
+
+    product: tuple[Tensor, Tensor, float] | None = None
+    turned: bool = False
+    magnitude: Tensor | None = None
+    tokens: tuple[int, ...] = ()
+    rows: Tensor | None = None
+    whole: Tensor | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the changed tensor, in fp32."""
+        changed = tensor.float() if self.whole is None else self.whole.float()
+        if self.product:
+            b, a, scale = self.product
+            delta = (b.float() @ a.float()) * scale
+            changed = changed + (delta.T if self.turned else delta)
+        if self.magnitude is not None:
+            # https://arxiv.org/abs/2402.09353, equation 5; the norm is each output's.
+            changed = changed * (self.magnitude.float() / changed.norm(dim=1))[:, None]
+        if self.rows is not None:
+            changed = changed.clone()
+            changed[[*self.tokens]] = self.rows.float()
+        return changed
+
+    def same_rows(self, other: "Change") -> bool:
+        """Whether both are rows of the same tokens, with the same values."""
+        if self.rows is None or other.rows is None:
+            return False
+        return self.tokens == other.tokens and torch.equal(self.rows, other.rows)
+
+
+def read_changes(folder: Path, model: nn.Module) -> dict[str, Change]:
+    """Return the changes by the names of the base model's parameters.
+
+    `model`: the base, of which modules and shapes are read alone. Raises UserError for an adapter
+    that does more than is understood here.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    _check(config, folder)
+    modules = dict(model.named_modules())
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    changes: dict[str, Change] = {}
+    names = {*model.state_dict()}
+    for key, tensor in _weights(folder).items():
+        name = key.removeprefix(PREFIX)
+        kind = next((k for k in KINDS if name.endswith(f".{k}")), None)
+        # Some releases of peft write it with the name of its parameter.
+        if name.endswith(f".{MAGNITUDE}.weight"):
+            name, kind = name.removesuffix(".weight"), MAGNITUDE
+        if kind:
+            parts[name.removesuffix(f".{kind}")][kind] = tensor
+            continue
+        name = name.replace(".base_layer", "")
+        if name not in names:
+            raise _unknown(folder, key)
+        changes[name] = Change(whole=tensor)
+    for module, found in parts.items():
+        if module not in modules:
+            raise _unknown(folder, f"{PREFIX}{module}")
+        changes[f"{module}.weight"] = _change(modules[module], module, found, config, folder)
+    return changes
+
+
+def _change(
+    module: nn.Module, name: str, found: dict[str, Tensor], config: dict[str, Any], folder: Path
+) -> Change:
+    linear, embedding = isinstance(module, nn.Linear), isinstance(module, nn.Embedding)
+    kinds = {*found}
+    if kinds == {ROWS} and (linear or embedding):
+        return Change(tokens=_tokens(name, config, folder), rows=found[ROWS])
+    turned = isinstance(module, Conv1D)
+    if kinds in ({A, B}, {A, B, MAGNITUDE}) and (linear or (turned and MAGNITUDE not in kinds)):
+        b, a = found[B], found[A]
+    elif kinds == {EMBEDDING_A, EMBEDDING_B} and embedding:
+        b, a, turned = found[EMBEDDING_B], found[EMBEDDING_A], True
+    else:
+        raise UserError(
+            f"--adapter {folder}: {name}, a {type(module).__name__}, has {', '.join(sorted(kinds))}"
+            "; expected LoRA's pair on a linear layer or an embedding. Keep the adapter apart."
+        )
+    alpha = config["alpha_pattern"] or {}
+    alpha = alpha.get(get_pattern_key([*alpha], name), config["lora_alpha"])
+    rank = len(a)
+    scale = alpha / (sqrt(rank) if config.get("use_rslora") else rank)
+    return Change(product=(b, a, scale), turned=turned, magnitude=found.get(MAGNITUDE))
+
+
+def _tokens(module: str, config: dict[str, Any], folder: Path) -> tuple[int, ...]:
+    """Return whose rows a module's are, in the order of the rows."""
+    indices = config.get("trainable_token_indices")
+    for name, tokens in indices.items() if isinstance(indices, dict) else [(module, indices)]:
+        if tokens and f".{module}".endswith(f".{name}"):
+            return tuple(tokens)
+    raise _unknown(folder, f"{module}'s rows of new tokens")
+
+
+def _check(config: dict[str, Any], folder: Path) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"--adapter {folder}: found peft_type {kind}; expected LORA.")
+    defaults = LoraConfig()
+    for key, value in config.items():
+        if key not in HEEDED and value and value != getattr(defaults, key, None):
+            raise UserError(
+                f"--adapter {folder}: found {key} {json.dumps(value)}, which cannot be merged; "
+                "expected plain LoRA, rsLoRA or DoRA. Keep the adapter apart."
+            )
+    begun = config.get("init_lora_weights", True)
+    if begun not in BEGINNINGS:
+        raise UserError(
+            f"--adapter {folder}: found init_lora_weights {begun}, with which peft changes the "
+            "base, too. Convert the adapter (peft's path_initial_model_for_weight_conversion)."
+        )
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    safe, pickled = (folder / name for name in ADAPTER_FILES)
+    if safe.is_file():
+        return load_file(safe)
+    if not pickled.is_file():
+        raise UserError(f"--adapter {folder}: no weights; expected {safe.name}.")
+    loaded: dict[str, Tensor] = torch.load(pickled, weights_only=True)
+    return loaded
+
+
+def _unknown(folder: Path, what: str) -> UserError:
+    return UserError(
+        f"--adapter {folder}: found {what}, for which the base model has no place; expected an "
+        "adapter of this base. Give --base, the model that it was trained on."
+    )

@@ -1,0 +1,217 @@
+"""What the doctor foresees of a run: steps, memory by part, room on the disk, trackers, time."""
+
+import os
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from pathlib import Path
+
+from data.errors import UserError
+from loop import checkpoint
+from loop.backend import on_gpu
+from loop.config import Config
+from loop.dealing import deal, packed_tokens, padded_tokens
+from loop.estimate import Run, host_memory, memory
+from loop.findings import Model
+from loop.fingerprints import run_facts
+from loop.machine import room_of_a_rank
+from loop.optim import lr_at
+from loop.preflight import LEAST, base_copy, free_room
+from loop.prepare import Prepared
+from loop.resume import find_checkpoint
+from loop.saver import planned_saves
+from loop.sections import GIB, WIDTH, curve, duration, gib, megabytes, table
+from loop.shape import Backend, shape_of
+from loop.trackers import has_wandb_login
+from loop.traffic import sent
+from loop.trial import Trial
+from loop.windows import Layout, drawn
+
+DEALT = 256  # windows that are looked at for the largest micro-batch
+BESIDE = 4 << 20  # bytes of tokenizer, settings and log in the output folder, about
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What there is to train: tokens of all steps, of the largest micro-batch, the share learnt."""
+
+    tokens: float
+    largest: int
+    share: float
+
+
+def outlook_of(prepared: Prepared, layout: Layout, config: Config) -> Outlook:
+    """Deal the first windows out as training does, and reckon the rest by them."""
+    tokens = supervised = most = steps = 0
+    for _, chosen in islice(drawn(prepared.examples, layout, config.seed), DEALT):
+        dealt = deal(chosen, layout.world_size, layout.limits)
+        tokens += sum(example.run_tokens for example in chosen)
+        supervised += sum(example.supervised_tokens for example in chosen)
+        parts = [part for rank in dealt.ranks for part in rank]
+        cost = packed_tokens if layout.limits.packed else padded_tokens
+        most, steps = max(most, *map(cost, parts)), steps + 1
+    return Outlook(tokens / steps * layout.total_steps, most, supervised / tokens)
+
+
+def step_rows(
+    layout: Layout, ahead: Outlook, examples: int, config: Config
+) -> list[tuple[str, str]]:
+    """Return the arithmetic of a step in words, the steps, and the learning rate over them."""
+    batch, accumulation = layout.global_batch_size, layout.accumulation
+    product = layout.world_size * accumulation * layout.micro_batch_size
+    short = "" if product == batch else f" (room for {product})"
+    words = (
+        f"{batch} examples = {layout.world_size} rank{'s' * (layout.world_size > 1)} x "
+        f"{accumulation} micro-batch{'es' * (accumulation > 1)} of at most "
+        f"{layout.micro_batch_size} examples{short}"
+    )
+    tokens = layout.limits.tokens
+    words += f" and {tokens:,} tokens, more micro-batches where it takes more" if tokens else ""
+    left = examples % batch
+    passes = layout.total_steps / layout.steps_per_epoch
+    last = f", the last of {left}" if left else ""
+    rates = [lr_at(step, layout.total_steps, config) for step in range(layout.total_steps)]
+    warmup = sum(1 for a, b in pairwise(rates) if b > a)
+    columns = max(6, min(WIDTH, layout.total_steps) - 5)
+    axis = f" step 1{layout.total_steps:>{columns},}"
+    top = f"{config.lr_scheduler_type}, {max(rates):.2e} at most, warm-up: {warmup} steps"
+    return [
+        ("a step", words),
+        (
+            "an epoch",
+            f"{layout.steps_per_epoch:,} steps{last}: {examples:,} examples, each once",
+        ),
+        (
+            "the run",
+            f"{layout.total_steps:,} steps, {passes:.2f} epochs, {ahead.tokens:,.0f} tokens",
+        ),
+        ("learning rate", "\n".join([top, *curve(rates), axis])),
+    ]
+
+
+def batch_notes(layout: Layout, config: Config) -> list[str]:
+    """Return what is allowed, but hardly meant."""
+    notes = []
+    if layout.global_batch_size < layout.world_size:
+        notes.append(
+            f"{layout.global_batch_size} examples a step leave "
+            f"{layout.world_size - layout.global_batch_size} of {layout.world_size} ranks idle"
+        )
+    asked = config.global_batch_size or 0
+    if asked > layout.global_batch_size:
+        notes.append(f"--global_batch_size {asked} is more than there is: a step is an epoch")
+    if config.save_strategy == "steps" and config.save_steps > layout.total_steps > 1000:
+        notes.append(f"--save_steps {config.save_steps}: the only checkpoint is the last step's")
+    return notes
+
+
+def memory_rows(
+    model: Model, backend: Backend, layout: Layout, ahead: Outlook, config: Config
+) -> tuple[list[tuple[str, str]], float | None, list[str]]:
+    """Return the estimate by part, its sum in bytes, and what is wrong with it."""
+    if model.unlike:
+        return [("each rank", f"not estimated: {model.unlike} --trial measures it.")], None, []
+    shape = shape_of(model.bare, model.base_config, config)
+    run = Run(shape, config, backend, layout.world_size, ahead.share, ahead.largest)
+    parts = {name: size for name, size in memory(run).items() if size}
+    if not on_gpu():
+        parts.pop("cuBLAS workspace")
+    total, room = sum(parts.values()), room_of_a_rank()
+    device = "GPU" if on_gpu() else "main memory"
+    lines = [["in main memory" if device == "main memory" else "on the GPU", "GiB"]]
+    lines += [[name, gib(size)] for name, size in parts.items()]
+    lines += [["at the peak", gib(total)]]
+    rows = [("each rank", "\n".join(f" {line}" for line in table(lines).splitlines()))]
+    how = f"of {ahead.largest:,} tokens, {100 * ahead.share:.0f} % learnt"
+    rows.append(("reckoned for", f"the largest micro-batch of the first windows, {how}"))
+    if host_memory(run):
+        rows.append(("offloaded", f"{gib(host_memory(run))} GiB of main memory for each rank"))
+    copy = 12 * sum(shape.trained)
+    rows.append(("the first rank", f"{megabytes(copy)} of main memory more while it saves"))
+    if sent(run):
+        rows.append(("sent", f"{megabytes(sent(run))} by each rank, each step"))
+    if total <= room:
+        return rows, total, []
+    remedies = ["--gradient_checkpointing True"] * (not config.gradient_checkpointing)
+    remedies += ["a smaller --per_device_train_batch_size or --tokens_per_micro_batch"]
+    remedies += ["--q_lora True"] * (not config.q_lora)
+    remedies += ["accelerate_configs/zero3.yaml on more GPUs"] * (backend.stage != 3)
+    return (
+        rows,
+        total,
+        [
+            f"memory: found {room / GIB:.1f} GiB of {device} that a rank may hold; the estimate "
+            f"is {total / GIB:.1f} GiB. Give {', or '.join(remedies)}."
+        ],
+    )
+
+
+def disk_rows(
+    model: Model, prepared: Prepared, layout: Layout, config: Config
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return what the run leaves on the disk, what is there, and what is wrong with it."""
+    output = Path(config.output_dir).expanduser()
+    done, mistakes = 0, list[str]()
+    state = "there already" if output.is_dir() else "new"
+    try:
+        facts = run_facts(config, prepared, layout.global_batch_size)
+        found = find_checkpoint(config, facts, layout)
+        done = found.step if found else 0
+        if (output / checkpoint.STATE).is_file():
+            from loop.output import is_finished  # here: it brings peft, which takes seconds
+
+            state = "holds this very run, finished" if is_finished(config) else "holds a run"
+        state += f"; goes on from {found.folder.name}" if found else ""
+    except UserError as error:
+        mistakes.append(str(error))
+        state += "; where to go on from: see below"
+    rows_of_tokens = len(prepared.new_tokens) * getattr(model.base_config, "hidden_size", 0)
+    parameters = model.trained(config) + 2 * rows_of_tokens  # embedding and LM head
+    saves, keep = planned_saves(config, layout, done)
+    needed, more, each = checkpoint.room(output, parameters, saves, keep)
+    needed += BESIDE + base_copy(config)
+    free = free_room(config)
+    if LEAST + base_copy(config) <= free < needed:  # less than that was told before
+        mistakes.append(checkpoint.too_little(output, free, needed, more, each))
+    many = f"{more} checkpoint{'s' * (more != 1)} of {megabytes(each)}"
+    rows = [
+        ("output", f"{output}: {state}"),
+        ("needed", f"{megabytes(needed)}: {many}, the adapter; free: {megabytes(free)}"),
+    ]
+    return rows, mistakes
+
+
+def tracker_rows(config: Config) -> list[tuple[str, str]]:
+    """Return where the run will be seen."""
+    folder = Path(config.output_dir)
+    told = {
+        "none": f"none; {folder}/metrics.jsonl and training_curves.png, as ever",
+        "tensorboard": f"tensorboard --logdir {folder}/tensorboard",
+        "trackio": "trackio show",
+        "wandb": "found a login",
+    }
+    if not has_wandb_login():
+        told["wandb"] = "no login: kept offline, until wandb login and wandb sync"
+    mode = os.environ.get("WANDB_MODE")
+    told["wandb"] = f"as WANDB_MODE says: {mode}" if mode else told["wandb"]
+    return [(kind, told[kind]) for kind in config.report_to]
+
+
+def time_rows(
+    trial: Trial | None, layout: Layout, ahead: Outlook, total: float | None
+) -> list[tuple[str, str]]:
+    """Return how long the run will take, by a trial."""
+    if trial is None:
+        return [("time", "not known: --trial runs three steps, with the model's weights")]
+    seconds = ahead.tokens / trial.tokens_per_second
+    rows = [
+        (
+            "a step",
+            f"{duration(trial.step)}, {trial.tokens_per_second:,.0f} tokens/s over all ranks; "
+            f"{duration(trial.startup)} until the first was done",
+        ),
+        ("the run", f"about {duration(seconds)}; evaluation and checkpoints not counted"),
+    ]
+    text = f"{trial.peak / GIB:.2f} GiB on the first rank"
+    text += "" if on_gpu() else ", its libraries' GiB counted"
+    text += "" if total is None else f"; estimated {total / GIB:.2f} GiB"
+    return [*rows, ("peak memory", text)]

@@ -1,0 +1,94 @@
+"""`doctor --estimate`: memory by part and bytes sent, of one config or of all, as tables.
+
+It reads the model's config.json, not its weights; a folder with that file alone will do.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from data.errors import UserError
+from loop.base import find_base_model
+from loop.config import shown
+from loop.doctor_flags import DoctorConfig
+from loop.estimate import Run, host_memory, memory
+from loop.sections import gib, table
+from loop.shape import Backend, Shape, backends, read_backend, read_shape
+from loop.targets import USUAL
+from loop.traffic import sent
+
+RANKS = 8  # of a launch that is only estimated
+
+
+def print_estimate(config: DoctorConfig) -> None:
+    """Print the estimate; raises UserError where nothing can be estimated."""
+    if config.deepspeed:
+        raise UserError(
+            f"found --deepspeed {config.deepspeed}; the estimate knows the stages and offloads of "
+            "accelerate configs only. Give --accelerate_config, such as "
+            "accelerate_configs/zero3.yaml."
+        )
+    named = config.accelerate_config
+    backend = read_backend(Path(named)) if named else None
+    base = find_base_model(config)
+    shape = read_shape(base, config)
+    print(f"{shown(base)}: {counts(shape)}\n{setting(config)}\n")
+    if backend:
+        print(parts(launch(shape, config, backend)))
+    else:
+        print(overview(shape, config))
+
+
+def launch(shape: Shape, config: DoctorConfig, backend: Backend) -> Run:
+    """Return the run; the flags' precision goes before the accelerate config's, as in training."""
+    if not (config.mixed_precision or config.bf16 or config.fp16):
+        config = dataclasses.replace(config, mixed_precision=backend.precision)
+    return Run(shape, config, backend, config.num_processes or RANKS, config.supervised_share)
+
+
+def counts(shape: Shape) -> str:
+    """Say how many parameters there are, of each kind."""
+    linears, others = sum(shape.model.linears), sum(shape.model.others)
+    return (
+        f"base {linears + others:,} parameters, {linears:,} of them 4-bit under QLoRA; "
+        f"trained {sum(shape.trained):,}"
+    )
+
+
+def setting(config: DoctorConfig) -> str:
+    """Say which settings the numbers depend on."""
+    checkpointing = "on" if config.gradient_checkpointing else "off"
+    return (
+        f"micro-batch {config.per_device_train_batch_size} x {config.model_max_length} tokens, "
+        f"{100 * config.supervised_share:g} % supervised; checkpointing {checkpointing}; "
+        f"logits of {config.loss_chunk_tokens} tokens at once; LoRA r {config.lora_r} on "
+        f"{' '.join(config.lora_target_modules or USUAL[0])}"
+    )
+
+
+def parts(run: Run) -> str:
+    """Return the table of one run's parts."""
+    found = memory(run)
+    kind = "QLoRA" if run.config.q_lora else "LoRA"
+    rows = [[f"{run.backend.name}, {kind}, {run.config.precision}, rank of {run.world}", "GiB"]]
+    rows += [[name, gib(size)] for name, size in found.items()]
+    rows.append(["allocated at the peak", gib(sum(found.values()))])
+    rows.append(["main memory, offloaded", gib(host_memory(run))])
+    rows.append(["sent each step", gib(sent(run))])
+    return table(rows)
+
+
+def overview(shape: Shape, config: DoctorConfig) -> str:
+    """Return the table of all configs, LoRA and QLoRA side by side."""
+    rows = [
+        ["GiB a rank", "", "LoRA", "", "", "QLoRA", "", ""],
+        ["config", "ranks", *("GPU", "host", "sent/step") * 2],
+    ]
+    for backend in backends():
+        row = [backend.name]
+        for q_lora in (False, True):
+            run = launch(shape, dataclasses.replace(config, q_lora=q_lora), backend)
+            total = sum(memory(run).values())
+            row += [] if q_lora else [str(run.world)]
+            row += [gib(total), gib(host_memory(run)), gib(sent(run))]
+        rows.append(row)
+    return table(rows)

@@ -1,0 +1,133 @@
+"""Shows that two models are one: the same logits on the same texts, computed in fp32."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.encode import Example, encode_dialogues
+from data.errors import UserError
+from data.pairs import PairLimits, encode_pairs
+from data.sharegpt import Tally, read_dialogues
+from data.sources import files_of, parse_source
+from loop.adapter import Adapter
+from loop.config import DUMMY_DATA
+from loop.deltas import Change
+
+LENGTH = 128  # tokens of a text that are compared
+READ = 2048  # tokens of a text that are read, as in training: an answer may come late
+FP32, SIXTEEN_BIT = 1e-4, 2e-2  # differences of logits
+
+
+def examples_of(adapter: Adapter, changes: dict[str, Change], count: int) -> list[Example]:
+    """Return the first texts of the run's own data, or of the bundled where they are gone.
+
+    One more holds all tokens that the tokenizer was given.
+    """
+    words, pairs = adapter.trained.get("data_path") or [str(DUMMY_DATA)], adapter.pairs
+    try:
+        examples = _encoded(adapter, words, count)
+    except UserError:
+        examples = _encoded(adapter, [str(DUMMY_DATA)], count)
+    new = sorted({token for change in changes.values() for token in change.tokens})
+    if new:
+        examples.append(Example("new tokens", new, new, len(new), is_pair=pairs))
+    return examples
+
+
+def _encoded(adapter: Adapter, words: list[str], count: int) -> list[Example]:
+    files = [file for word in words for file in files_of(parse_source(word))]
+    dialogues = islice(read_dialogues(files, Tally(), "skip", adapter.pairs), count)
+    if adapter.pairs:
+        fastchat = bool(adapter.trained.get("t5_compat"))
+        limits = PairLimits(READ, READ, keep_header=False)
+        pairs = encode_pairs(dialogues, adapter.tokenizer, limits, fastchat, Tally())
+        return [*islice(pairs, count)]
+    tally = Tally()
+    return [*encode_dialogues(dialogues, adapter.template, adapter.tokenizer, READ, tally)]
+
+
+def logits_of(model: Any, examples: list[Example]) -> list[Tensor]:
+    """Return each text's logits, [T, vocabulary] float32, its first `LENGTH` tokens'."""
+    found = []
+    with torch.inference_mode(), _in_fp32(model):
+        for example in examples:
+            inputs = {"input_ids": torch.tensor([example.input_ids[:LENGTH]])}
+            if example.is_pair:
+                begun = [model.config.decoder_start_token_id, *example.labels][:LENGTH]
+                inputs["decoder_input_ids"] = torch.tensor([begun])
+            found.append(model(**inputs, use_cache=False).logits[0].float())
+    return found
+
+
+def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
+    """Return the largest difference of two models' logits, of the tokens that both have."""
+    size = min(tensor.shape[-1] for tensor in (*one, *other))
+    pairs = zip(one, other, strict=True)
+    return max(float((a[:, :size] - b[:, :size]).abs().max()) for a, b in pairs)
+
+
+def allowed(dtype: torch.dtype, logits: list[Tensor], effect: float) -> float:
+    """Return the difference that weights of this precision may make.
+
+    In 16 bits the rounding of the changed weights grows with the logits: 2e-2 of the largest, as
+    long as that is less than half of what the adapter does, or it may as well be missing.
+    """
+    if dtype == torch.float32:
+        return FP32
+    largest = max(float(tensor.abs().max()) for tensor in logits)
+    return max(SIXTEEN_BIT, min(SIXTEEN_BIT * largest, effect / 2))
+
+
+@contextmanager
+def _in_fp32(model: nn.Module) -> Iterator[None]:
+    """Have the model compute in fp32, with one layer's weights upcast at a time.
+
+    In bf16 the rounding of activations would hide what the weights differ by. A layer is upcast
+    whole, since T5's casts its activations to the dtype that `wo` has (transformers 5.23).
+    """
+    kept: dict[nn.Module, list[tuple[nn.Module, str, nn.Parameter]]] = {}
+    layers = {layer for m in model.modules() if isinstance(m, nn.ModuleList) for layer in m}
+
+    def upcast(module: nn.Module, _: Any) -> None:
+        kept[module] = []
+        for owner in module.modules() if module in layers else [module]:
+            for name, parameter in owner._parameters.items():
+                if parameter is not None and _is_sixteen_bit(parameter):
+                    kept[module].append((owner, name, parameter))
+                    whole = nn.Parameter(parameter.float(), requires_grad=False)
+                    owner._parameters[name] = whole
+
+    def restore(module: nn.Module, *_: Any) -> None:
+        for owner, name, parameter in kept.pop(module, []):
+            owner._parameters[name] = parameter
+
+    handles = []
+    four_bit: list[tuple[Any, torch.dtype]] = []
+    module: Any
+    for module in model.modules():
+        if hasattr(module._parameters.get("weight"), "quant_state"):
+            # It computes in the dtype of its input. In eval mode bitsandbytes 0.50 multiplies in
+            # bf16 on CPUs that can (nn/modules.py, Linear4bit).
+            four_bit.append((module, module.compute_dtype))
+            module.train()
+            module.compute_dtype = torch.float32
+        handles.append(module.register_forward_pre_hook(upcast))
+        handles.append(module.register_forward_hook(restore, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, dtype in four_bit:
+            module.eval()
+            module.compute_dtype = dtype
+
+
+def _is_sixteen_bit(parameter: nn.Parameter) -> bool:
+    """Whether it is to be upcast; 4-bit codes lie in tensors of such a dtype, too."""
+    halves = (torch.bfloat16, torch.float16)
+    return parameter.dtype in halves and not hasattr(parameter, "quant_state")

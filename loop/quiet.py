@@ -1,0 +1,54 @@
+"""Keeps other packages' lines that mean nothing here out of a run's, and other ranks silent."""
+
+import importlib
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+import huggingface_hub.utils
+from transformers.utils import logging as transformers_logging
+
+
+def quiet() -> None:
+    """Silence what other packages say, here message by message, on other ranks than the first all.
+
+    What goes wrong is raised, never only warned of, and so is told all the same.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    if not (first and sys.stderr.isatty()):
+        transformers_logging.disable_progress_bar()  # It would be redrawn into a file, too.
+    if not first:
+        huggingface_hub.utils.disable_progress_bars()
+        # Every rank runs the same code, so the first one says the same.
+        warnings.filterwarnings("ignore")
+        logging.disable(logging.WARNING)
+    # DeepSpeed 0.19 asks every module for every attribute, this deprecated one included.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    # DeepSpeed 0.19 calls torch.distributed by names that torch 2.13 calls deprecated.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated")
+    # It waits on a barrier without a device, too.
+    warnings.filterwarnings("ignore", message=".*using the device under current context")
+    # transformers 5.23 has a new name for it, which 5.17 does not know.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*")
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_meant)
+
+
+def _is_meant(record: logging.LogRecord) -> bool:
+    # transformers 5.23 sets Flan-T5's tie_word_embeddings whatever its weights, and then warns that
+    # they are not tied: which is right, and what new_tokens.py reckons with.
+    return not record.getMessage().startswith("The tied weights mapping and config for this model")
+
+
+def quiet_deepspeed() -> None:
+    """Silence what DeepSpeed 0.19 prints on every rank without a GPU (comm/torch.py)."""
+    # Not `import ... as`: the package has PyTorch itself under that name.
+    comm: Any = importlib.import_module("deepspeed.comm.torch")
+    comm.print = _but_for_builds  # a name of that file alone
+
+
+def _but_for_builds(*words: object) -> None:
+    # That its communication op was built is no news: where it is not, it raises.
+    if not str(words[0]).endswith("built successfully"):
+        print(*words)

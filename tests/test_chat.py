@@ -1,0 +1,175 @@
+"""Chat: several adapters, a system prompt, comparing, and files of questions."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from data.errors import UserError
+from data.sharegpt import Turn
+from loop import chat
+from loop.chat import BASE, ChatConfig, Speaker, load_speaker, read_prompts
+from tests.conftest import trainer
+from tests.helpers import write_dialogues
+
+QUESTION = (Turn("user", "What are you?"),)
+NAMES = ("fox", "owl")
+
+
+@pytest.fixture(scope="module", params=["decoder", "T5"])
+def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    model = request.getfixturevalue("tiny_model" if request.param == "decoder" else "tiny_t5")
+    folder = tmp_path_factory.mktemp("chat")
+    run = trainer(model, folder)
+    data = write_dialogues(folder / "d.json", ["Hi", "I am a fox, and so on."])
+    flags = ["--data_path", data, "--learning_rate", "5e-2"]
+    return [run(name, *flags, "--seed", str(seed)) for seed, name in enumerate(NAMES)]
+
+
+@pytest.fixture(scope="module")
+def alone(folders: list[Path]) -> dict[str, str]:
+    """What each adapter answers that is loaded without the other one."""
+    answers = {}
+    for folder in folders:
+        speaker = load_speaker(ChatConfig(adapter=(str(folder),), max_new_tokens=12))
+        answers[folder.name] = speaker.answer(QUESTION)
+        answers[BASE] = speaker.answer(QUESTION, BASE)
+    assert len({*answers.values()}) == 3, answers
+    return answers
+
+
+@pytest.fixture
+def speaker(folders: list[Path]) -> Speaker:
+    return load_speaker(ChatConfig(adapter=tuple(map(str, folders)), max_new_tokens=12))
+
+
+def test_each_answers_as_if_the_others_were_not_loaded(
+    speaker: Speaker, alone: dict[str, str]
+) -> None:
+    # Back and forth: switching leaves nothing of the other one behind.
+    for name in ("fox", "owl", BASE, "fox", BASE, "owl"):
+        assert speaker.answer(QUESTION, name) == alone[name]
+    assert speaker.answer(QUESTION) == alone["fox"]
+
+
+def test_a_system_prompt_and_what_was_said_before_reach_the_model(
+    speaker: Speaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, seen = speaker.adapters["fox"].tokenizer, []
+    generate = speaker.model.generate
+
+    def watched(**inputs: object) -> object:
+        seen.append(tokenizer.decode(inputs["input_ids"][0]))  # type: ignore[index]
+        return generate(**inputs)
+
+    monkeypatch.setattr(speaker.model, "generate", watched)
+    turns = (*QUESTION, Turn("assistant", "A small fox."), Turn("user", "And then?"))
+    speaker.answer(turns, system="Be very brief.")
+    places = [seen[0].find(text) for text in ("Be very brief.", "are you", "fox", "And then")]
+    assert -1 < places[0] < places[1] < places[2] < places[3]
+    speaker.answer(turns)
+    assert "Be very brief." not in seen[1]
+
+
+def test_a_dialogue_switches_adapters_and_begins_anew(
+    folders: list[Path],
+    alone: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    typed = [
+        "What are you?",
+        "/clear",
+        "/adapter owl",
+        "What are you?",
+        "/adapter ow",
+        "/quit",
+        "Not read",
+    ]
+    lines: Iterator[str] = iter(typed)
+
+    def read(_: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    chat.main(["--adapter", *map(str, folders), "--max_new_tokens", "12"])
+    said = capsys.readouterr().out
+    first, second = said.split("owl answers")
+    assert f"fox: {alone['fox']}" in first.replace("fox:  ", "fox: ")
+    assert f"owl: {alone['owl']}" in second.replace("owl:  ", "owl: ")
+    assert "Did you mean owl?" in said
+    assert next(lines) == "Not read"
+    assert first.count("(cut off at --max_new_tokens)") == 1
+
+
+def test_a_file_of_questions_becomes_a_file_of_answers(
+    folders: list[Path],
+    alone: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    asked = {"id": "q7", "prompt": "What are you?"}
+    file.write_text(json.dumps(asked) + "\n\n" + json.dumps({"prompt": "And?", "system": "Hm."}))
+    flags = ["--adapter", *map(str, folders), "--max_new_tokens", "12", "--prompts", str(file)]
+    chat.main([*flags, "--out", str(out), "--compare"])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["q7"] * 3 + [3] * 3
+    assert [line["adapter"] for line in lines] == [BASE, "fox", "owl"] * 2
+    assert [line["answer"] for line in lines[:3]] == [alone[name] for name in (BASE, *NAMES)]
+    chat.main([*flags, "--out", str(out)])
+    (first, second) = map(json.loads, out.read_text().splitlines())
+    assert first == {**asked, "adapter": "fox", "answer": alone["fox"]}
+    assert second["id"] == 3
+    chat.main([*flags[:5], "--prompt", "What are you?", "--compare"])
+    table = capsys.readouterr().out
+    assert "> What are you?\nBASE" in table
+    header = table.split("\nBASE")[1].splitlines()[0]
+    assert [name.strip() for name in header.split("|")] == ["", *NAMES]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("a.jsonl", '{"prompt": "Hi"}\n{"prompt": ', "line 2: not valid JSON"),
+        ("a.jsonl", '{"question": "Hi"}', 'line 1: found {"question": "Hi"}; expected an object'),
+        ("a.jsonl", '{"prompt": "Hi", "system": 3}', "line 1: found"),
+        ("a.txt", " \n", "it is empty"),
+        ("none.txt", None, "cannot be read: No such file"),
+    ],
+)
+def test_bad_questions_are_named_by_their_line(
+    name: str, text: str | None, told: str, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_prompts(tmp_path / name)
+    assert told in str(caught.value)
+
+
+def test_flags_that_contradict_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("Hi\n")
+    for flags, told in {
+        ("--prompts", str(file)): "expected both",
+        ("--prompts", str(file), "--out", "o", "--prompt", "Hi"): "expected one of them",
+        ("--prompts", str(file), "--out", str(file)): "it is --prompts",
+    }.items():
+        with pytest.raises(UserError, match=told):
+            chat.main(flags)
+
+
+def test_adapters_of_two_bases_are_refused(
+    tiny_model: Path, train: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "other")
+    one, two = train("one"), train("two", "--model_name_or_path", tmp_path / "other")
+    with pytest.raises(UserError, match="expected the first one's"):
+        load_speaker(ChatConfig(adapter=(str(one), str(two))))
+    load_speaker(ChatConfig(adapter=(str(one), str(two)), base=str(tiny_model)))

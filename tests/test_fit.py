@@ -1,0 +1,124 @@
+"""The largest micro-batch that fits is found before the first step."""
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from data.collate import Collator
+from data.encode import Example
+from data.errors import UserError
+from loop import fit
+from loop.attention import implementation, row_inputs
+from loop.config import Config
+from tests.helpers import launch, log_of, write_dialogues
+
+Train = Callable[..., Path]
+PER_TOKEN = 1000  # bytes
+
+
+class Measured:
+    """A pass over a model that takes memory in proportion to its tokens."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.tokens: list[int] = []
+        monkeypatch.setattr(fit, "memory_room", lambda _: room)
+        monkeypatch.setattr(fit, "memory_used", lambda _: 10_000)
+        monkeypatch.setattr(fit, "_peak_of", self.peak)
+
+    def peak(self, _model: Any, batch: Any, *_: Any) -> int:
+        self.tokens.append(batch.tokens)
+        return 10_000 + PER_TOKEN * batch.tokens
+
+
+def most(lengths: list[int]) -> int:
+    # The last token of each is a target alone.
+    examples = [Example(str(n), [1] * (n + 1), [1] * (n + 1), n) for n in sorted(lengths)[::-1]]
+    prepared: Any = SimpleNamespace(
+        examples=SimpleNamespace(longest=lambda count: examples[:count]),
+        collator=Collator(0, None, lambda lengths: {"lengths": lengths}),
+    )
+    accelerator: Any = SimpleNamespace(device=torch.device("cpu"))
+    return fit.most_tokens(None, prepared, Config(), accelerator, len(lengths))
+
+
+def test_the_most_tokens_fit_and_no_trial_goes_beyond_the_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    room = 10_000 + PER_TOKEN * 1500
+    measured = Measured(monkeypatch, room)
+    found = most([100] * 64)
+    assert 1500 - fit.STEP <= found <= 1500
+    assert measured.tokens == [100, 200, 400, 800]  # 1,600 would not fit, and is not tried
+
+
+def test_the_longest_examples_are_tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Measured(monkeypatch, 10**12)
+    most([5, 300, 40, 200])
+    assert measured.tokens == [300, 500, 545]
+
+
+def test_nothing_fits_where_the_longest_example_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    Measured(monkeypatch, 10_000 + PER_TOKEN * 299)
+    assert most([300, 2, 2]) == 0
+
+
+def test_what_is_found_keeps_a_real_pass_within_the_room(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, row = torch.device("cpu"), functools.partial(row_inputs, flash=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, attn_implementation=implementation(True, False)
+    )
+    examples = [Example(str(n), [n] * 200, [n] * 200, 199) for n in range(100, 612)]
+    prepared: Any = SimpleNamespace(
+        examples=SimpleNamespace(longest=lambda count: examples[:count]),
+        collator=Collator(0, None, row),
+    )
+    accelerator: Any = SimpleNamespace(device=cpu, autocast=nullcontext)
+    room = fit.memory_used(cpu) + 300 * 2**20
+    monkeypatch.setattr(fit, "memory_room", lambda _: room)
+    tokens = fit.most_tokens(model, prepared, Config(), accelerator, len(examples))
+    assert 200 <= tokens < 200 * 512
+
+    def peak(tokens: int) -> int:
+        batch = prepared.collator(examples[: tokens // 200], 0)
+        return fit._peak_of(model, batch, Config(), accelerator) or 0
+
+    assert peak(tokens) < 1.05 * room
+    assert peak(2 * tokens) > room
+
+
+def test_the_run_is_the_same_with_and_without(train: Train) -> None:
+    flags = ("--global_batch_size", "2", "--lora_dropout", "0", "--logging_steps", "1")
+    plain, auto = (
+        log_of(train("plain", *flags)),
+        log_of(train("auto", *flags, "--auto_micro_batch")),
+    )
+    assert [e["loss"] for e in auto] == pytest.approx([e["loss"] for e in plain], abs=1e-6)
+
+
+def test_it_says_so_where_the_longest_example_does_not_fit(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "memory_room", lambda _: 1)
+    with pytest.raises(UserError, match="the longest example alone does not fit"):
+        train("none", "--auto_micro_batch")
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_a_thousand_steps(tiny_model: Path, tmp_path: Path) -> None:
+    texts = [["What is " + "very " * n + "long?", "No " + "idea. " * n] for n in range(40)]
+    log = launch(
+        *("cpu", tmp_path / "run", "--model_name_or_path", tiny_model),
+        *("--data_path", write_dialogues(tmp_path / "data.json", *texts)),
+        *("--max_steps", "1000", "--logging_steps", "100", "--save_steps", "100"),
+    )
+    peaks = {entry["step"]: entry["peak_memory_gib"] * 1024 for entry in log}
+    assert peaks[1000] - peaks[300] < 20, peaks  # MiB

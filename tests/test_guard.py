@@ -1,0 +1,148 @@
+"""A step without a finite loss and gradient leaves no trace in what is trained, and is named."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.errors import Fault
+from loop import train as training
+from loop.checkpoint import list_folders
+from tests.helpers import adapter_of, command, launch, log_of, write_dialogues
+from tests.test_checkpoint import cut_off, same
+
+Train = Callable[..., Path]
+FLAGS = ("--max_steps", "6", "--lr_scheduler_type", "constant", "--seed", "1")
+
+
+def broken_at(*steps: int, monkeypatch: pytest.MonkeyPatch, grow: float = float("nan")) -> None:
+    """Multiply the losses of these steps, counted from 1; each step has one micro-batch."""
+    loss_sum, calls = training.supervised_loss_sum, []
+
+    def broken(*arguments: Any) -> Any:
+        calls.append(1)
+        return loss_sum(*arguments) * (grow if len(calls) in steps else 1.0)
+
+    monkeypatch.setattr(training, "supervised_loss_sum", broken)
+
+
+@pytest.mark.parametrize("grow", [float("nan"), float("inf")])
+def test_a_bad_step_makes_no_update_and_is_named_with_its_samples(
+    grow: float, train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # One dialogue, the same in every step: a run that leaves one step out is a shorter run.
+    one = ("--num_data", "1", *FLAGS, "--logging_steps", "2", "--lora_dropout", "0")
+    shorter = train("shorter", *one, "--max_steps", "5")
+    broken_at(3, monkeypatch=monkeypatch, grow=grow)
+    run = train("run", *one)
+    assert same(run, shorter)
+    said = capsys.readouterr().out
+    assert said.count("step 3: the loss or the gradient is not finite; no update is made.") == 1
+    assert "Samples: d" in said
+    log, expected = log_of(run), log_of(shorter)
+    assert [(entry["step"], entry["bad_steps"]) for entry in log] == [
+        (1, 0),
+        (2, 0),
+        (4, 1),
+        (6, 0),
+    ]
+    # What is logged after step 4 is its loss alone, which is the third step of the shorter run.
+    assert [e["loss"] for e in log][:2] == [e["loss"] for e in expected][:2]
+    # The shorter run logs the mean of its third and fourth, the one that is left out is not in it.
+    fourth = 2 * expected[2]["loss"] - log[2]["loss"]
+    assert (fourth + expected[3]["loss"]) / 2 == pytest.approx(log[3]["loss"], rel=1e-5)
+
+
+def test_after_too_many_bad_steps_in_a_row_the_run_ends(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    flags = (*FLAGS, "--max_bad_steps", "2", "--save_steps", "1")
+    with monkeypatch.context() as patch:
+        broken_at(2, 4, monkeypatch=patch)
+        train("apart", *flags)
+        assert len(log_of(tmp_path / "apart")) == 2
+    broken_at(4, 5, monkeypatch=monkeypatch)
+    with pytest.raises(Fault, match="step 5: 2 steps in a row"):
+        train("run", *flags)
+    assert list_folders(tmp_path / "run")[0].name == "checkpoint-4"
+
+
+def test_bad_steps_are_counted_on_over_a_kill(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    flags = (*FLAGS, "--save_steps", "2", "--logging_steps", "6")
+    with monkeypatch.context() as patch:
+        broken_at(2, monkeypatch=patch)
+        train("run", *flags)
+    cut_off(tmp_path / "run", after=2)
+    progress = json.loads((tmp_path / "run/checkpoint-2/progress.json").read_text())
+    assert (progress["bad_in_a_row"], progress["interval"]["counts"]["bad_steps"]) == (1, 1)
+    broken_at(1, monkeypatch=monkeypatch)  # of this run: the third step
+    with pytest.raises(Fault, match="step 3: 2 steps in a row"):
+        train("run", *flags, "--max_bad_steps", "2")
+
+
+BROKEN = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from loop import train
+from loop.leave import run_and_exit
+loss_sum, calls = train.supervised_loss_sum, []
+def broken(*arguments):
+    calls.append(1)
+    rank = torch.distributed.get_rank()
+    bad = len(calls) == 3 and rank == 1
+    return loss_sum(*arguments) * (float("nan") if bad else 1.0)
+train.supervised_loss_sum = broken
+run_and_exit(train.main)
+"""
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["ddp", "zero2", *[pytest.param(c, marks=pytest.mark.slow) for c in ("zero1", "zero3")]],
+)
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_what_is_bad_on_one_rank_is_left_out_on_all(
+    config: str, precision: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    data = write_dialogues(tmp_path / "data.json", ["Hi", "Yo there"], ["Hi", "Yo there"])
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN.format(root=str(Path(__file__).resolve().parent.parent)))
+    flags: list[str | Path] = ["--model_name_or_path", tiny_model, "--data_path", data]
+    flags += ["--mixed_precision", precision, "--learning_rate", "1e-2", "--lora_dropout", "0"]
+    flags += ["--global_batch_size", "2", "--lr_scheduler_type", "constant", "--logging_steps", "1"]
+    more: dict[str, Any] = {"processes": 2, "script": str(script)}
+    log = launch(config, tmp_path / "run", *flags, "--max_steps", "5", **more)
+    launch(config, tmp_path / "shorter", *flags, "--max_steps", "4", processes=2)
+    assert [entry["bad_steps"] for entry in log] == [0, 0, 1, 0, 0]
+    assert (log[2]["loss"], log[2]["grad_norm"]) == (None, None)
+    run, shorter = adapter_of(tmp_path / "run"), adapter_of(tmp_path / "shorter")
+    for name, tensor in shorter.items():
+        assert torch.equal(run[name], tensor), name
+
+
+def test_mfu_is_what_the_formula_says(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_dialogues(tmp_path / "data.json", ["Hi", "Yo there"], ["And?", "So it is."])
+    done = command(
+        "python", "loop/train.py", "--model_name_or_path", tiny_model, "--data_path", data,
+        "--output_dir", tmp_path / "run", "--max_steps", "2", "--logging_steps", "1",
+        "--peak_tflops", "0.5", "--mixed_precision", "no",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    entry = log_of(tmp_path / "run")[-1]
+    # Two layers: width 64, 4 heads of 16, 2 of keys and values, 128 in between; 1,000 tokens.
+    layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128
+    norms = 5 * 64
+    lora = 2 * 8 * (64 + 64 + 64 + 32)
+    seconds = 1 / entry["tokens_per_second"]  # for one token
+    tokens = entry["mfu"] * 0.5e12 * seconds
+    supervised = entry["supervised_tokens_per_second"] / entry["tokens_per_second"]
+    known = 4 * (2 * layer + norms) + 6 * lora + 4 * 64_000 * supervised
+    attention = tokens - known
+    # Of 2 x 64 wide attention: 6 x 128 x length, and these are some tens of tokens long.
+    assert 6 * 128 * 10 < attention < 6 * 128 * 60

@@ -1,0 +1,125 @@
+"""A file's hash is remembered while it is the same file, and never when it may be another."""
+
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data import hashes
+from data.errors import UserError
+from data.hashes import file_sha256
+from loop.config import Config
+from loop.data_files import data_sha256
+from tests.helpers import write_dialogues
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What grows with each file that is really read; files count as settled at once."""
+    made: list[int] = []
+    digest = hashlib.file_digest
+
+    def counted(*words: Any) -> Any:
+        made.append(1)
+        return digest(*words)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    monkeypatch.setattr(hashes, "UNSURE", 0)
+    return made
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def changed(file: Path, text: str) -> None:
+    """Write text, later than all that was before, by the file system's clock."""
+    time.sleep(0.05)
+    file.write_text(text)
+    time.sleep(0.05)
+
+
+def test_an_unchanged_file_is_read_once(tmp_path: Path, reads: list[int]) -> None:
+    file, memory = tmp_path / "a", tmp_path / "new" / "memory"
+    changed(file, "one")
+    assert [file_sha256(file, memory) for _ in range(3)] == [sha256(file)] * 3
+    assert len(reads) == 1
+    assert [path.name for path in memory.parent.iterdir()] == ["memory"]
+    assert file_sha256(file) == sha256(file)
+    assert len(reads) == 2
+
+
+def test_a_file_with_the_size_and_time_of_another_is_told_from_it(
+    tmp_path: Path, reads: list[int]
+) -> None:
+    file, memory = tmp_path / "a", tmp_path / "memory"
+    changed(file, "one")
+    file_sha256(file, memory)
+    was = file.stat()
+    changed(file, "two")
+    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (was.st_size, was.st_mtime_ns)
+    assert file_sha256(file, memory) == sha256(file)
+    other = tmp_path / "b"
+    changed(other, "six")
+    os.utime(other, ns=(was.st_atime_ns, was.st_mtime_ns))
+    other.replace(file)
+    assert file_sha256(file, memory) == sha256(file)
+    assert len(reads) == 3
+
+
+def test_a_file_that_changed_just_now_is_not_remembered(tmp_path: Path) -> None:
+    file, memory = tmp_path / "a", tmp_path / "memory"
+    file.write_text("one")
+    assert file_sha256(file, memory) == sha256(file)
+    assert not memory.exists()
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(
+    tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, memory = tmp_path / "a", tmp_path / "memory"
+    changed(file, "one")
+    digest = hashlib.file_digest
+
+    def meanwhile(*words: Any) -> Any:
+        found = digest(*words)
+        changed(file, "two")
+        return found
+
+    monkeypatch.setattr(hashlib, "file_digest", meanwhile)
+    file_sha256(file, memory)
+    assert not memory.exists()
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]", '{"%s": 5}', '{"%s": {"state": 1}}'])
+def test_a_memory_of_no_use_is_made_anew(damage: str, tmp_path: Path, reads: list[int]) -> None:
+    file, memory = tmp_path / "a", tmp_path / "memory"
+    changed(file, "one")
+    memory.write_text(damage.replace("%s", str(file.resolve())))
+    assert [file_sha256(file, memory) for _ in range(2)] == [sha256(file)] * 2
+    assert len(reads) == 1
+
+
+def test_without_a_file_or_a_place_for_the_memory(tmp_path: Path, reads: list[int]) -> None:
+    file = tmp_path / "a"
+    with pytest.raises(UserError, match="a: cannot be read: No such file"):
+        file_sha256(file, tmp_path / "memory")
+    changed(file, "one")
+    assert file_sha256(file, Path("/proc/none/memory")) == sha256(file)
+
+
+def test_a_run_that_keeps_its_data_reads_it_once_and_sees_a_change(
+    tmp_path: Path, reads: list[int]
+) -> None:
+    data = write_dialogues(tmp_path / "data.json", ["Hi", "Yo"])
+    time.sleep(0.05)
+    config = Config(data_path=(str(data),), preprocessed_path=str(tmp_path / "kept"))
+    first = data_sha256(config)
+    assert data_sha256(config) == first == sha256(data)
+    assert len(reads) == 1
+    write_dialogues(data, ["Hi", "Hm"])
+    assert data_sha256(config) == sha256(data) != first

@@ -1,0 +1,72 @@
+"""Each command's --help names every flag, in groups, with what it takes and its default."""
+
+import importlib
+import re
+
+import pytest
+
+from data.__main__ import COMMANDS
+from loop.chat import ChatConfig
+from loop.config import Config
+from loop.dashboard import DashboardConfig
+from loop.doctor import DoctorConfig
+from loop.flags import parse
+from loop.merge import MergeConfig
+from loop.plot import PlotConfig
+from loop.show import ShowConfig
+
+CONFIGS = (Config, ShowConfig, DoctorConfig, ChatConfig, MergeConfig, PlotConfig, DashboardConfig)
+# A flag's lines: its name, what it takes, and its text, which may begin on the next line.
+FLAG = re.compile(r"^  (--\w+)((?: \S+)*?)(?:  +|\n +)((?:\S.*)(?:\n {8,}\S.*)*)", re.MULTILINE)
+
+
+def flags_of(text: str) -> dict[str, tuple[str, str]]:
+    """Return what each flag takes, and its text in one line."""
+    return {name: (takes, " ".join(told.split())) for name, takes, told in FLAG.findall(text)}
+
+
+def help_of(config: type, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit):
+        parse(config, ["--help"], "`python -m loop x`: says what.")
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
+def test_every_flag_of_loop_says_what_it_takes_and_its_default(
+    config: type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = help_of(config, capsys)
+    assert text.startswith("usage: python -m loop x [--flag value ...]\n\nSays what.\n")
+    found = flags_of(text)
+    assert {*found} == {f"--{name}" for name in ("config", *config.__dataclass_fields__)}
+    for name, (takes, told) in found.items():
+        assert takes, name
+        assert "(default: " in told or "none: " in told or name == "--config", (name, told)
+
+
+def test_training_flags_are_grouped_and_numbers_have_their_unit(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = help_of(Config, capsys)
+    groups = ["model", "LoRA", "data", "training", "output", "checkpoints", "evaluation"]
+    assert re.findall(r"^(\w+):$", text, re.MULTILINE) == ["options", *groups]
+    found = flags_of(text)
+    units = {name: takes.strip() for name, (takes, _) in found.items()}
+    assert units["--model_max_length"] == "TOKENS"
+    assert units["--save_minutes"] == "MINUTES"
+    assert units["--warmup_ratio"] == "SHARE"
+    assert units["--output_dir"] == "FOLDER"
+    assert units["--data_path"] == "FILE ..."
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_flag_of_data_says_what_it_takes_and_its_default(name: str) -> None:
+    text = importlib.import_module(f"data.{name}").flags().format_help()
+    assert text.startswith(f"usage: python -m data {name} --in FILE ...")
+    assert {"files", "how it is run", name} <= {*re.findall(r"^(\w[\w ]+):$", text, re.MULTILINE)}
+    found = flags_of(text)
+    assert len(found) >= 8
+    required = {"--in", "--out" if name != "stats" else "", "--model_name_or_path"}
+    for flag, (takes, told) in found.items():
+        assert takes, flag
+        assert "default" in told or flag in required, (flag, told)

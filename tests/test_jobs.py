@@ -1,0 +1,137 @@
+"""Preparations that are killed, interrupted or started twice, and what all of them write."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from data import clean, convert, jobs, parallel, stats
+from data.errors import UserError
+from data.parallel import chunks, in_order
+from tests.helpers import ROOT, write_dialogues
+
+CORES = len(os.sched_getaffinity(0))
+
+
+def dialogues(folder: Path, count: int) -> Path:
+    texts = [[f"Where does road {n} lead to?", f"To town {n} of many. " * 20] for n in range(count)]
+    return write_dialogues(folder / "in.json", *texts)
+
+
+def started(data: Path, out: Path) -> subprocess.Popen[str]:
+    """Start a run on all cores; return when its processes are there."""
+    words = [sys.executable, "-m", "data", "convert", "--in", data, "--out", out]
+    run = subprocess.Popen(
+        words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while run.poll() is None and len(psutil.Process(run.pid).children()) < CORES:
+        time.sleep(0.01)
+    assert run.poll() is None
+    return run
+
+
+@pytest.mark.skipif(CORES < 2, reason="on one core there are no other processes")
+def test_when_a_run_on_all_cores_is_killed_its_processes_end_and_the_next_goes_on(
+    tmp_path: Path,
+) -> None:
+    data, out = dialogues(tmp_path, 6000), tmp_path / "out.jsonl"
+    run = started(data, out)
+    others = psutil.Process(run.pid).children()
+    for one in others:
+        one.suspend()  # they are there when the next run begins, whatever ends them
+    run.kill()
+    run.wait()
+    convert.main(["--in", str(data), "--out", str(out), "--processes", "1"])
+    assert len(out.read_text().splitlines()) == 6000
+    for one in others:
+        one.resume()
+    assert psutil.wait_procs(others, timeout=60)[1] == []
+
+
+@pytest.mark.skipif(CORES < 2, reason="on one core there are no other processes")
+def test_ctrl_c_ends_a_run_and_its_processes_without_a_traceback(tmp_path: Path) -> None:
+    run = started(dialogues(tmp_path, 6000), tmp_path / "out.jsonl")
+    others = psutil.Process(run.pid).children()
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to all of them
+    told = run.communicate()[1]
+    assert run.returncode == 130
+    assert "Traceback" not in told
+    assert psutil.wait_procs(others, timeout=60)[1] == []
+
+
+def test_a_second_run_of_one_output_is_told_of_the_first(tmp_path: Path) -> None:
+    data, out = dialogues(tmp_path, 1), tmp_path / "out.jsonl"
+    words = [sys.executable, "-m", "data", "convert", "--in", data, "--out", out]
+    with jobs._claimed(out):
+        second = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        assert second.returncode == 2
+        assert second.stderr == f"error: --out {out}: another run is writing it.\n"
+    assert subprocess.run(words, cwd=ROOT).returncode == 0
+
+
+def test_no_more_processes_than_cores_are_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+
+    class Pool(parallel.ProcessPoolExecutor):
+        def __init__(self, processes: int, **how: Any) -> None:
+            asked.append(processes)
+            super().__init__(min(processes, 2), **how)
+
+    monkeypatch.setattr(parallel, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    for processes in (0, 2, 100_000):
+        assert sum(in_order(len, chunks([dialogues(tmp_path, 3)]), processes)) == 3
+    assert asked == [3, 2, 3]
+    with pytest.raises(SystemExit) as ended:
+        convert.main(["--in", "a.json", "--out", str(tmp_path / "b.json"), "--processes", "-1"])
+    assert ended.value.code == 2
+    assert "expected 0 or more" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_costs_no_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = dialogues(tmp_path, 300), tmp_path / "out.jsonl"
+    words = ["--in", str(data), "--out", str(out), "--processes", "1", "--report"]
+    blocked = tmp_path / "in.json/report.json"  # beneath a file there is no folder
+    with pytest.raises(UserError, match=r"--report .*in.json/report.json: cannot be written"):
+        convert.main([*words, str(blocked)])
+    assert not out.exists()
+    convert.main([*words, str(tmp_path / "report.json")])
+    assert "going on behind record 300" in capsys.readouterr().err
+    assert json.loads((tmp_path / "report.json").read_text())["kept"] == 300
+    assert len(out.read_text().splitlines()) == 300
+
+
+def test_numbers_that_are_none_are_written_as_null(tmp_path: Path) -> None:
+    turns = '[{"from": "human", "value": "\\ud800 a"}, {"from": "gpt", "value": "b"}]'
+    data, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    numbers = '"score": NaN, "list": [1e999, {"low": -Infinity}], "good": 1.5'
+    data.write_text(f'{{"conversations": {turns}, {numbers}}}')
+    clean.main(["--in", str(data), "--out", str(out), "--skip", "invisible", "short"])
+    record = json.loads(out.read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert record.pop("conversations")[0]["value"] == "\ud800 a"
+    assert record == {"score": None, "list": [None, {"low": None}], "good": 1.5}
+
+
+def test_a_name_that_the_disk_does_not_take_is_named(tmp_path: Path) -> None:
+    name = str(tmp_path / f"{'a' * 300}.jsonl")
+    with pytest.raises(UserError, match="cannot be written: File name too long"):
+        convert.main(["--in", str(dialogues(tmp_path, 1)), "--out", name])
+
+
+@pytest.mark.parametrize("command", [clean, stats])
+def test_a_link_that_leads_to_itself_is_named(command: Any, tmp_path: Path) -> None:
+    link = tmp_path / "in.json"
+    link.symlink_to(link)
+    with pytest.raises(UserError, match=r"in\.json: cannot be read: Too many levels"):
+        command.main(["--in", str(link), "--out", str(tmp_path / "out.jsonl")])

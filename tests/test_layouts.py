@@ -1,0 +1,159 @@
+"""A window has one loss and one gradient, however it is dealt, split, packed and run."""
+
+import functools
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from data.collate import Collator, MicroBatch
+from data.encode import Example, encode_dialogues
+from loop.attention import can_pack, implementation, row_inputs
+from loop.config import DUMMY_DATA
+from loop.dealing import Limits, deal
+from loop.model import _compile_layers
+from loop.objective import supervised_loss_sum
+from tests.helpers import dialogues_in
+from tests.test_objective import assert_equal, gradients, plain_loss_sum
+
+ROW = Collator(2, None, functools.partial(row_inputs, flash=False))
+FORMS = {"padded": Collator(2), "packed": ROW}
+
+
+@pytest.fixture(scope="module")
+def window(tiny_model: Path) -> list[Example]:
+    """Eight dialogues of different lengths."""
+    dialogues, tally = dialogues_in(DUMMY_DATA)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    return [*encode_dialogues(dialogues[:8], "chat", tokenizer, 128, tally)]
+
+
+def adapted(folder: Path, form: str) -> Any:
+    """Return the model with an adapter that is not zero, the same each time."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=implementation(form == "packed", False)
+    )
+    torch.manual_seed(0)
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return get_peft_model(model, adapter)
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model: Path) -> dict[str, Any]:
+    return {form: adapted(tiny_model, form) for form in FORMS}
+
+
+@pytest.fixture(scope="module")
+def plain(models: dict[str, Any], window: list[Example]) -> tuple[float, dict[str, torch.Tensor]]:
+    """The mean loss and its gradient, from full logits with an attention mask."""
+    model = models["padded"]
+    loss = plain_loss_sum(model, window, 0) / sum(e.supervised_tokens for e in window)
+    return loss.item(), gradients(model, loss)
+
+
+def split(window: list[Example], order: str, count: int, ranks: int, form: str) -> list[MicroBatch]:
+    """Return the micro-batches of all ranks."""
+    if order == "dealt":
+        limits = Limits(-(-8 // (count * ranks)), packed=form == "packed")
+        parts = [part for rank in deal(window, ranks, limits).ranks for part in rank]
+    else:
+        size = 8 // (count * ranks)
+        parts = [window[i : i + size] for i in range(0, 8, size)]
+    return [FORMS[form](part, 0) for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("order", "count", "ranks", "form", "chunk"),
+    [*product(("dealt", "in order"), (1, 2, 4), (1, 2), FORMS, (5, 1024))],
+)
+def test_every_layout_gives_the_plain_loss_and_gradient(
+    models: dict[str, Any],
+    plain: tuple[float, dict[str, torch.Tensor]],
+    window: list[Example],
+    order: str,
+    count: int,
+    ranks: int,
+    form: str,
+    chunk: int,
+) -> None:
+    batches = split(window, order, count, ranks, form)
+    assert len(batches) == count * ranks
+    sums = [supervised_loss_sum(models[form], batch, chunk) for batch in batches]
+    loss = torch.stack(sums).sum() / sum(e.supervised_tokens for e in window)
+    assert loss.item() == pytest.approx(plain[0], abs=1e-6)
+    assert_equal(gradients(models[form], loss), plain[1])
+
+
+def test_no_dialogue_of_a_row_sees_another(models: dict[str, Any], window: list[Example]) -> None:
+    """The first one's logits do not change with what lies behind or before it."""
+    model, one = models["packed"], window[0]
+    length, _ = one.lengths
+    alone = model(**ROW([one], 0).model_inputs).logits
+    behind = model(**ROW([*window[1:3], one], 0).model_inputs).logits[:, -length:]
+    before = model(**ROW([one, *window[1:3]], 0).model_inputs).logits[:, :length]
+    assert torch.allclose(behind, alone, atol=1e-5)
+    assert torch.allclose(before, alone, atol=1e-5)
+    as_one = model(**{**ROW([*window[1:3], one], 0).model_inputs, "lengths": None}).logits
+    assert not torch.allclose(as_one[:, -length:], alone, atol=1e-2)
+
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "vocab_size": 1000,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "head_dim": 8,
+}
+KINDS = {
+    "llama": {"attention_bias": True},
+    "mistral": {"sliding_window": 16},  # shorter than the dialogues
+    "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    "qwen3": {},
+    "gemma": {},
+    "phi3": {"bos_token_id": 1, "eos_token_id": 2},
+    "olmo2": {},
+    "granite": {"logits_scaling": 3.0},
+    "cohere": {"logit_scale": 0.3},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_many_kinds_give_in_one_row_what_they_give_padded(
+    kind: str, window: list[Example]
+) -> None:
+    config = AutoConfig.for_model(kind, **SMALL | KINDS[kind])
+    assert can_pack(config)
+    losses = {}
+    for form, collator in FORMS.items():
+        torch.manual_seed(0)
+        attention = implementation(form == "packed", False)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        loss = supervised_loss_sum(model, collator(window, 0))
+        losses[form] = loss.item(), gradients(model, loss)
+    assert losses["packed"][0] == pytest.approx(losses["padded"][0], rel=1e-6)
+    assert_equal(losses["packed"][1], losses["padded"][1])
+
+
+@pytest.mark.parametrize("kind", ["mamba", "gemma2", "bloom", "t5", "falcon_h1", "llama4_text"])
+def test_models_that_see_other_positions_elsewhere_are_padded(kind: str) -> None:
+    assert not can_pack(AutoConfig.for_model(kind))
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_loss_and_gradient(
+    tiny_model: Path, window: list[Example], plain: tuple[float, dict[str, torch.Tensor]]
+) -> None:
+    model = adapted(tiny_model, "packed")
+    implementation(True, False, compiled=True)  # in the place of the one that it was loaded with
+    _compile_layers(model)
+    sums = [supervised_loss_sum(model, ROW(part, 0)) for part in (window[:3], window[3:])]
+    loss = torch.stack(sums).sum() / sum(e.supervised_tokens for e in window)
+    assert loss.item() == pytest.approx(plain[0], abs=1e-6)
+    assert_equal(gradients(model, loss), plain[1])

@@ -1,0 +1,56 @@
+"""What the loss holds: the estimate's word against the allocator's."""
+
+from dataclasses import replace
+
+import pytest
+
+from loop.estimate import loss, whole_loss
+from loop.shape import Shape, read_shape
+from tests.test_estimate import DOCUMENTED, llama, run
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Shape:
+    return read_shape(llama(tmp_path_factory.mktemp("shapes") / "small"), DOCUMENTED)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_loss_holds_what_the_chunks_allocate(precision: str, small: Shape) -> None:
+    """Read from the allocator, on a CPU: the operations and their sizes are a GPU's."""
+    import torch
+    from torch.profiler import profile
+
+    from loop.model import DTYPES
+    from loop.objective import _FrozenHead
+
+    dtype, supervised, chunk, hidden, words = DTYPES[precision], 96, 32, 64, 5000
+    weight = torch.randn(words, hidden, dtype=dtype)
+    targets = torch.randint(words, (supervised,))
+    states = torch.randn(supervised, hidden, dtype=dtype, requires_grad=True)
+    # oneDNN would take scratch memory of its own: on some CPUs, for bf16.
+    with torch.backends.mkldnn.flags(enabled=False), profile(profile_memory=True) as told:
+        _FrozenHead.apply(states, weight, None, targets, chunk)
+    held = most = 0
+    for event in told.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    values = {"mixed_precision": precision, "loss_chunk_tokens": chunk, "model_max_length": 96}
+    shape = replace(small, hidden=hidden, vocabulary=words)
+    one = run(shape, "single_gpu", **values)
+    assert one.supervised == supervised
+    # The hidden states were there before, and are half of what the formula has beside the logits.
+    expected = loss(one) - states.nbytes
+    assert most == pytest.approx(expected, rel=0.02)
+    assert most < whole_loss(one, supervised) / 3
+
+
+def test_logits_are_whole_where_the_loss_makes_them_whole(small: Shape) -> None:
+    tokens = 2048
+    for values in ({"mixed_precision": "fp16"}, {"loss_chunk_tokens": 10**6}):
+        whole = loss(run(replace(small, plain_logits=False), "zero2", **values))
+        assert whole == 12 * tokens * small.vocabulary
+    assert loss(run(small, "zero2", mixed_precision="fp16")) == whole
+    trained = replace(small, head_trained=True)
+    assert loss(run(trained, "zero3")) == whole > loss(run(trained, "zero2"))
+    assert loss(run(small, "zero2")) < loss(run(trained, "zero2"))

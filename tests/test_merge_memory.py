@@ -1,0 +1,83 @@
+"""What a merge holds in memory: one file's tensors while it writes, one model while it compares."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from tests.helpers import ROOT, SLOWNESS
+
+SHARD = 50_000_000
+MERGE = """
+import sys
+from pathlib import Path
+from loop import merge
+merge.main(sys.argv[1:])
+lines = Path("/proc/self/status").read_text().splitlines()
+print("peak", int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024)
+"""
+
+
+def make(folder: Path, tokenizer: Any, hidden: int, layers: int) -> Path:
+    """Write a random Llama in one file, and an adapter for it; return the adapter's folder."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    adapted.save_pretrained(str(folder / "adapter"))
+    return folder / "adapter"
+
+
+def peak(adapter: Path, *flags: str) -> int:
+    """Return the most bytes that a merge had in memory, of files that it had mapped too."""
+    folder = adapter.parent
+    words = ["--adapter", str(adapter), "--base", str(folder / "base")]
+    words += ["--output_dir", str(folder / "-".join(["merged", *flags]))]
+    done = subprocess.run(
+        [sys.executable, "-c", MERGE, *words, "--shard_gb", str(SHARD / 1e9), *flags],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=300 * SLOWNESS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split("peak ")[1])
+
+
+@pytest.mark.slow
+def test_a_merge_takes_the_memory_of_a_file_and_its_proof_that_of_the_base(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    small = make(tmp_path / "small", tokenizer, 64, 1)
+    large = make(tmp_path / "large", tokenizer, 1024, 8)
+    base = (tmp_path / "large" / "base" / "model.safetensors").stat().st_size
+    assert base > 6 * SHARD
+    # The small one takes what the libraries and the tokenizer do.
+    libraries = peak(small)
+    written = peak(large, "--prompts", "0") - libraries
+    proven = peak(large) - libraries
+    print(f"base {base / 1e6:.0f} MB: written {written / 1e6:.0f}, proven {proven / 1e6:.0f} MB")
+    # A file's tensors as they are written, and of what they are made of as much as is mapped.
+    assert written < 3 * SHARD
+    assert SHARD < proven < base + SHARD

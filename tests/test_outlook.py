@@ -1,0 +1,227 @@
+"""What the doctor foresees is what training then does: steps, tokens, memory, disk, time."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loop import outlook
+from loop.config import Config
+from loop.optim import lr_at
+from loop.prepare import prepare
+from loop.trial import Trial
+from loop.windows import plan_layout, windows
+from tests.helpers import ROOT, command, write_dialogues
+from tests.test_doctor import Doctor, doctor, right
+from tests.test_estimate import llama
+
+__all__ = ["doctor", "right"]  # fixtures
+
+
+def test_without_a_flag_the_main_job_is_examined_as_launch_sh_would_start_it(
+    chat_model: Path,
+) -> None:
+    done = command(sys.executable, "-m", "loop", "doctor", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    told = done.stdout
+    assert "accelerate_configs/zero2.yaml: DeepSpeed ZeRO-2; 1 rank\n" in told
+    assert "read 500 = kept 500" in told
+    assert "8 examples = 1 rank x 2 micro-batches of at most 4 examples" in told
+    assert "48 steps, 0.76 epochs" in told
+    assert "134,515,008; trained 460,800 (0.341 %)" in told
+    assert told.count("⟦") >= 3
+    assert "\033" not in told
+    assert told.splitlines()[-1] == "ready"
+    readme = (ROOT / "README.md").read_text()
+    (shown,) = (text for text in readme.split("```") if text.startswith("text\nlaunch\n"))
+    for line in shown.splitlines()[1:]:
+        if not line.startswith(("  output  ", "  needed  ")):  # which tell of runs/main_job
+            assert line in told
+
+
+def test_colours_are_a_terminals(
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with pytest.raises(AssertionError):  # its last line is not plain
+        doctor()
+    monkeypatch.delenv("FORCE_COLOR")
+    assert doctor() == []
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_tokens_and_the_largest_micro_batch_are_those_of_the_windows(
+    packed: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    texts = [["Hi", "Hello. " * (1 + 7 * n % 13)] for n in range(23)]
+    data = write_dialogues(tmp_path / "data.json", *texts)
+    config = Config(
+        model_name_or_path=str(tiny_model),
+        data_path=(str(data),),
+        per_device_train_batch_size=2,
+        global_batch_size=8,
+        packing=packed,
+    )
+    prepared = prepare(config)
+    layout = plan_layout(
+        config, 23, SimpleNamespace(process_index=0, num_processes=2), prepared.packed
+    )
+    found = outlook.outlook_of(prepared, layout, config)
+    everything = [*windows(prepared.examples, layout, config.seed, prepared.collator)]
+    other = plan_layout(
+        config, 23, SimpleNamespace(process_index=1, num_processes=2), prepared.packed
+    )
+    theirs = [*windows(prepared.examples, other, config.seed, prepared.collator)]
+    sizes = [
+        batch.model_inputs["input_ids"].numel()
+        for window in everything + theirs
+        for batch in window.micro_batches
+    ]
+    assert found.largest == max(sizes)
+    assert found.tokens == pytest.approx(sum(window.tokens for window in everything))
+    supervised = sum(window.supervised_tokens for window in everything)
+    assert found.share == pytest.approx(supervised / found.tokens)
+
+
+def test_the_curve_is_the_learning_rate_of_each_step() -> None:
+    config = Config(learning_rate=1.0, warmup_ratio=0.5)
+    layout = plan_layout(config, 64, SimpleNamespace(process_index=0, num_processes=1))
+    assert layout.total_steps == 24
+    ahead = outlook.Outlook(1000.0, 10, 0.5)
+    *_, (name, text) = outlook.step_rows(layout, ahead, 64, config)
+    top, *lines, axis = text.splitlines()
+    assert (name, top) == ("learning rate", "cosine, 1.00e+00 at most, warm-up: 12 steps")
+    heights = [sum(" ▁▂▃▄▅▆▇█".index(line[1 + step]) for line in lines) for step in range(24)]
+    assert heights == [round(32 * lr_at(step, 24, config)) for step in range(24)]
+    assert axis.split() == ["step", "1", "24"]
+
+
+def test_time_is_the_tokens_over_the_trials_rate() -> None:
+    config = Config()
+    layout = plan_layout(config, 64, SimpleNamespace(process_index=0, num_processes=1))
+    ahead = outlook.Outlook(90_000.0, 10, 0.5)
+    trial = Trial(startup=5.0, step=2.0, tokens_per_second=50.0, peak=2.0**30)
+    rows = dict(outlook.time_rows(trial, layout, ahead, 2.0**29))
+    assert rows["the run"].startswith("about 30 min 0 s;")
+    assert rows["peak memory"].endswith("estimated 0.50 GiB")
+
+
+def test_a_trial_runs_the_launch_and_leaves_nothing(
+    right: list[str | Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    done = command(
+        *(sys.executable, "-m", "loop", "doctor", *right, "--trial"),
+        *("--report_to", "tensorboard", "--load_best_at_end", "--eval_fraction", "0.3"),
+        TMPDIR=str(temporary),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = done.stdout[done.stdout.index("\ntime\n") :]
+    assert "tokens/s over all ranks" in told
+    assert "GiB on the first rank" in told
+    assert told.splitlines()[-1] == "ready"
+    assert not (tmp_path / "run").exists()
+    assert not [*temporary.glob("lora-loop-trial-*")]
+
+
+def test_a_trial_that_fails_or_lacks_weights_says_why(
+    broken_model: Path, doctor: Doctor, tiny_model: Path, tmp_path: Path
+) -> None:
+    (bare,) = doctor("--trial", "--model_name_or_path", without_weights(tiny_model, tmp_path))
+    assert "--trial: found no weights in" in bare
+    (failed,) = doctor("--trial", "--model_name_or_path", broken_model)
+    assert "--trial: training ended with exit code 1: step 3: 3 steps in a row" in failed
+
+
+def without_weights(model: Path, folder: Path) -> Path:
+    """Return a copy of a model's folder, without its weights."""
+    bare = folder / "bare"
+    bare.mkdir()
+    for file in model.iterdir():
+        if file.suffix != ".safetensors":
+            (bare / file.name).write_bytes(file.read_bytes())
+    return bare
+
+
+def test_no_weights_are_needed(doctor: Doctor, tiny_model: Path, tmp_path: Path) -> None:
+    assert doctor("--model_name_or_path", without_weights(tiny_model, tmp_path)) == []
+
+
+def test_what_the_output_folder_holds_is_told(
+    doctor: Doctor, right: list[str | Path], tmp_path: Path
+) -> None:
+    words = [str(word) for word in right[:-2]]
+    done = command(
+        *(sys.executable, "loop/train.py", *words, "--max_steps", "4", "--save_steps", "2"),
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 0, done.stderr
+    four = ("--max_steps", "4", "--save_steps", "2")
+    before = sorted(tmp_path.rglob("*"))
+    assert "holds this very run, finished; goes on from checkpoint-4" in output(doctor, *four)
+    (found,) = doctor(*four, "--lora_r", "4")
+    assert "made of something else: --lora_r was 8, is 4" in found
+    assert doctor(*four, "--lora_r", "4", "--resume_from_checkpoint", "False") == []
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "run" / "trainer_state.json").unlink()
+    assert "run: there already; goes on from checkpoint-4" in output(doctor, *four)
+
+
+def test_a_new_folder_is_called_new_where_the_checkpoint_named_is_not_there(
+    doctor: Doctor, right: list[str | Path], tmp_path: Path
+) -> None:
+    words = [*right, "--resume_from_checkpoint", tmp_path / "no"]
+    done = command(sys.executable, "-m", "loop", "doctor", *words, OMP_NUM_THREADS="1")
+    assert "found no checkpoint; expected a folder" in done.stderr
+    assert "run: new; where to go on from: see below" in " ".join(done.stdout.split())
+
+
+def output(doctor: Doctor, *flags: str) -> str:
+    """Return what the report says of the output folder."""
+    found: list[str] = []
+    original = outlook.disk_rows
+
+    def keep(*values: Any) -> Any:
+        rows, mistakes = original(*values)
+        found.extend(text for _, text in rows)
+        return rows, mistakes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outlook, "disk_rows", keep)
+        assert doctor(*flags) == []
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "no login: kept offline"),
+        ({"WANDB_API_KEY": "x" * 40}, "found a login"),
+        ({"WANDB_MODE": "offline"}, "as WANDB_MODE says: offline"),
+    ],
+)
+def test_wandbs_login_is_looked_for(
+    environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ((kind, text),) = outlook.tracker_rows(Config(report_to=("wandb",)))
+    assert kind == "wandb"
+    assert text.startswith(expected)
+
+
+def test_the_command_needs_a_config_json_only(tmp_path: Path) -> None:
+    done = command(
+        sys.executable, "-m", "loop", "doctor", "--estimate",
+        "--model_name_or_path", llama(tmp_path / "m"),
+        "--accelerate_config", "accelerate_configs/zero3.yaml",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "zero3, LoRA, bf16, rank of 8" in done.stdout
+    assert "allocated at the peak" in done.stdout

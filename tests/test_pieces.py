@@ -1,0 +1,156 @@
+"""An encoding that is killed goes on behind its last piece, and gives what one in one go gives."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.cache import in_memory, read_cache
+from data.encode import Example, encode_dialogues
+from data.errors import Fault
+from data.pairs import PairLimits, encode_pairs
+from data.pieces import Encode, encode_in_pieces
+from data.sharegpt import Dialogue, Tally, read_dialogues
+from data.split import load_tokenizer
+from data.tokens import with_missing_characters
+from tests.helpers import ROOT, write_dialogues
+
+KEY = {"data": "a"}
+SIZE = 30  # dialogues of a piece
+COUNT = 100
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dialogues of which some are cut, and some have nothing to learn within the limit."""
+    texts = [["Hi " * (1 + n % 50), "Yo " * (n % 7 + 1), "And?", "So."] for n in range(COUNT)]
+    return write_dialogues(tmp_path_factory.mktemp("pieces") / "data.json", *texts)
+
+
+def encoder(kind: str, model: Path) -> Encode:
+    tokenizer = load_tokenizer(str(model))
+    if kind == "decoder":
+        return lambda dialogues, tally: encode_dialogues(dialogues, "chat", tokenizer, 60, tally)
+    tokenizer, _ = with_missing_characters(tokenizer)
+    limits = PairLimits(40, 20, False)
+    return lambda dialogues, tally: encode_pairs(dialogues, tokenizer, limits, False, tally)
+
+
+def dialogues_in(file: Path, tally: Tally) -> Iterator[Dialogue]:
+    return read_dialogues([file], tally)
+
+
+def whole(file: Path, encode: Encode) -> Any:
+    """Return what encoding in one go gives."""
+    tally = Tally()
+    return in_memory(encode(dialogues_in(file, tally), tally), tally)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "t5"])
+def test_pieces_give_the_examples_and_the_account_of_one_go(
+    kind: str, file: Path, tiny_model: Path, tiny_t5: Path, tmp_path: Path
+) -> None:
+    encode, tally = encoder(kind, tiny_model if kind == "decoder" else tiny_t5), Tally()
+    path = str(tmp_path / "kept")
+    encode_in_pieces(path, KEY, dialogues_in(file, tally), encode, tally, SIZE)
+    expected, kept = whole(file, encode), read_cache(path, KEY)
+    assert kept is not None
+    assert [*kept] == [*expected]
+    assert kept[-1].record > SIZE  # the place among all dialogues, not within a piece
+    assert kept.tally == expected.tally
+    assert sum(kept.tally.dropped.values()) > 0 or kind == "t5"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def counted(encode: Encode, seen: list[str]) -> Encode:
+    """Return the same, which notes what it encodes, and breaks at a dialogue's id."""
+
+    def noting(dialogues: Iterator[Dialogue], stop: str) -> Iterator[Dialogue]:
+        for dialogue in dialogues:
+            if dialogue.id == stop:
+                raise KeyboardInterrupt
+            seen.append(dialogue.id)
+            yield dialogue
+
+    def run(dialogues: Iterator[Dialogue], tally: Tally, stop: str = "") -> Iterator[Example]:
+        return encode(noting(dialogues, stop), tally)
+
+    return run
+
+
+def test_what_was_encoded_before_is_not_encoded_again(
+    file: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode, path = encoder("decoder", tiny_model), str(tmp_path / "kept")
+    ids = [dialogue.id for dialogue in dialogues_in(file, Tally())]
+    seen: list[str] = []
+    stopped = partial(counted(encode, seen), stop=ids[70])
+    with pytest.raises(KeyboardInterrupt):
+        encode_in_pieces(path, KEY, dialogues_in(file, Tally()), stopped, Tally(), SIZE)
+    again: list[str] = []
+    tally = Tally()
+    encode_in_pieces(path, KEY, dialogues_in(file, tally), counted(encode, again), tally, SIZE)
+    assert again == ids[2 * SIZE :]
+    assert "going on behind dialogue 60" in capsys.readouterr().out
+    kept = read_cache(path, KEY)
+    assert kept is not None
+    assert [*kept] == [*whole(file, encode)]
+    # Another key has no use for the pieces, and takes none.
+    seen.clear()
+    encode_in_pieces(
+        path, {"data": "b"}, dialogues_in(file, Tally()), counted(encode, seen), Tally(), SIZE
+    )
+    assert seen == ids
+
+
+def test_a_piece_that_was_damaged_is_named_and_made_anew(
+    file: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    encode, path = encoder("decoder", tiny_model), str(tmp_path / "kept")
+    ids = [dialogue.id for dialogue in dialogues_in(file, Tally())]
+    stopped = partial(counted(encode, []), stop=ids[70])
+    with pytest.raises(KeyboardInterrupt):
+        encode_in_pieces(path, KEY, dialogues_in(file, Tally()), stopped, Tally(), SIZE)
+    piece = tmp_path / ".kept.piece-1"
+    raw = bytearray(piece.read_bytes())
+    raw[len(raw) // 3] ^= 1  # within the examples
+    piece.write_bytes(raw)
+    with pytest.raises(Fault, match="are damaged"):
+        encode_in_pieces(path, KEY, dialogues_in(file, Tally()), encode, Tally(), SIZE)
+    again: list[str] = []
+    encode_in_pieces(path, KEY, dialogues_in(file, Tally()), counted(encode, again), Tally(), SIZE)
+    assert again == ids[SIZE : 2 * SIZE]
+    kept = read_cache(path, KEY)
+    assert kept is not None
+    assert [*kept] == [*whole(file, encode)]
+
+
+def test_a_killed_run_leaves_pieces_that_the_next_one_takes(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    data = write_dialogues(tmp_path / "data.json", *[[f"Hi {n}", f"Yo {n}"] for n in range(4000)])
+    code = (
+        "import sys; from data import pieces; from loop import prepare; from loop.config import "
+        "Config; from functools import partial; prepare.encode_in_pieces = "
+        "partial(pieces.encode_in_pieces, size=200); print(len(prepare.prepare(Config("
+        "model_name_or_path=sys.argv[1], data_path=(sys.argv[2],), "
+        "preprocessed_path=sys.argv[3])).examples))"
+    )
+    words = [sys.executable, "-c", code, tiny_model, data, tmp_path / "kept"]
+    first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while first.poll() is None and not (tmp_path / ".kept.piece-2").exists():
+        time.sleep(0.005)
+    os.kill(first.pid, signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    assert not (tmp_path / "kept").exists()
+    second = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "going on behind dialogue" in second.stdout
+    assert second.stdout.splitlines()[-1] == "4000"
+    assert not [path for path in tmp_path.iterdir() if "piece" in path.name]

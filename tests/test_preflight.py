@@ -1,0 +1,182 @@
+"""What is known in milliseconds stops a run before it costs anything."""
+
+import shutil
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from data.errors import UserError
+from loop import outlook, preflight, versions
+from loop.backend import check_launch
+from loop.config import Config
+from tests.helpers import SLOWNESS, command, write_dialogues
+from tests.test_doctor import ZERO3, Doctor, deepspeed, doctor, installed, problems, right, write
+
+__all__ = ["doctor", "right"]  # fixtures
+
+
+def test_versions_that_do_not_go_together_are_told(
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(installed(tmp_path / "a", "peft", "0.10.0"))
+    monkeypatch.syspath_prepend(installed(tmp_path / "b", "tokenizers", "0.99.0"))
+    old, odd = doctor()
+    assert "found peft 0.10.0; expected >=0.18" in old
+    assert "found tokenizers 0.99.0; transformers 5.23.0 expects" in odd
+
+
+def test_packages_that_cannot_even_be_imported_are_told_without_a_trace(tmp_path: Path) -> None:
+    old = str(installed(tmp_path, "tokenizers", "0.1.0"))
+    done = command(
+        *(sys.executable, "-m", "loop", "doctor", "--lora_r", "0"),
+        *("--model_name_or_path", tmp_path),
+        PYTHONPATH=old,
+        LORA_LOOP_WARM="",
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    flag, conflict, cause = problems(done.stderr)
+    assert "--lora_r: found 0" in flag
+    assert "found tokenizers 0.1.0; transformers 5.23.0 expects" in conflict
+    assert "cannot be imported, so nothing more is known: tokenizers>=" in cause
+    check = command(
+        *("./launch.sh", "--model_name_or_path", tmp_path), PYTHONPATH=old, LORA_LOOP_WARM=""
+    )
+    assert check.returncode == 2
+    assert "error: found tokenizers 0.1.0; transformers" in check.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "package"),
+    [
+        ("--q_lora", "bitsandbytes"),
+        ("--report_to wandb", "wandb"),
+        ("--report_to trackio", "trackio"),
+        ("--report_to tensorboard", "tensorboard"),
+        ("--accelerate_config accelerate_configs/zero2.yaml", "deepspeed"),
+    ],
+)
+def test_a_package_that_is_asked_for_and_not_there_is_told(
+    flags: str, package: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = preflight.version
+    for module in (preflight, versions):
+        monkeypatch.setattr(
+            module, "version", lambda name: None if name == package else known(name)
+        )
+    (found,) = doctor(*flags.split())
+    assert f"the package {package} is not installed. Install it: pip install {package}" in found
+    assert doctor() == []
+
+
+def test_room_on_the_disk_and_in_memory_is_compared_with_what_is_needed(
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 0, 10**4))
+    (found,) = doctor()
+    assert "found 0.0 MB free; expected at least 0.1 MB" in found
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 0, 10**7))
+    (found,) = doctor("--max_steps", "100", "--save_steps", "10")
+    assert "found 10 MB free; expected 16 MB for 10 checkpoints of 1.1 MB" in found
+    assert doctor("--max_steps", "100", "--save_steps", "10", "--save_total_limit", "2") == []
+    monkeypatch.setattr(outlook, "room_of_a_rank", lambda: 10**6)
+    (found,) = doctor()
+    assert "memory: found 0.0 GiB of main memory that a rank may hold" in found
+    assert "--gradient_checkpointing True, or a smaller" in found
+
+
+@pytest.mark.parametrize(
+    ("config", "stage", "expected"),
+    [
+        (Config(torch_compile=True), 3, "--torch_compile: found ZeRO-3"),
+        (Config(auto_micro_batch=True), 3, "--auto_micro_batch: found ZeRO-3"),
+        (Config(q_lora=True, bf16=True, lora_bias="all"), 0, "without an fp32 master"),
+        (Config(lora_weight_path="x", lora_bias="all"), 3, "cannot be put into a base"),
+    ],
+)
+def test_flags_that_cannot_work_under_a_stage_are_refused_there_and_nowhere_else(
+    config: Config, stage: int, expected: str
+) -> None:
+    (found,) = preflight.problems(config, stage)
+    assert expected in found
+    assert not [*preflight.problems(config, 2)]
+    assert not [*preflight.problems(config)]  # before the launch the stage is not known
+
+
+def test_training_tells_all_that_is_known_in_one_message(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(installed(tmp_path, "peft", "0.10.0"))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(UserError) as error:
+        check_launch(Config(torch_compile=True, flash_attn=True, bf16=True))
+    first, *lines = str(error.value).splitlines()
+    assert first == "4 problems"
+    found = ("peft 0.10.0", "package flash_attn is not", "--torch_compile", "found no GPU")
+    assert [text in line for text, line in zip(found, lines, strict=True)] == [True] * 4
+
+
+def test_two_ranks_tell_it_once_before_anything_is_read(tmp_path: Path) -> None:
+    words = ("--torch_compile", "--data_path", write_dialogues(tmp_path / "d.json", ["Hi", "Yo"]))
+    done = command(
+        *("./launch.sh", "accelerate_configs/zero3.yaml", *words, "--output_dir", tmp_path / "run"),
+        NUM_PROCESSES="2",
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("--torch_compile: found ZeRO-3") == 1
+    assert "Traceback" not in done.stderr
+    assert "data:" not in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_it_takes_milliseconds_and_imports_nothing_large() -> None:
+    assert not [*preflight.problems(Config(), 0)]
+    began = time.process_time()
+    assert not [*preflight.problems(Config(), 0)]
+    assert time.process_time() - began < 0.05 * SLOWNESS
+    code = "import sys; from loop import check; print({'torch', 'transformers'} & {*sys.modules})"
+    assert command(sys.executable, "-c", code).stdout == "set()\n"
+
+
+def test_contradictions_of_a_deepspeed_json_are_told_whatever_the_data_and_beside_a_bad_key(
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    values = {"gradient_clipping": 0.5, "train_micro_batch_size_per_gpu": 7, "nonsense": 1}
+    file = deepspeed(tmp_path, **values)
+    expected = ("nonsense: no key", "per_gpu 7, ", "clipping 0.5, ", "--auto_micro_batch: found")
+    flags = ("--auto_micro_batch", "--deepspeed", file, *ZERO3)
+    first = write(tmp_path / "a.json", "[1]")
+    second = write(tmp_path / "b.json", "[1]")
+    found = doctor(*flags, "--data_path", first, second)
+    lines = (*expected, "a.json", "b.json")
+    assert len(found) == len(lines)
+    assert [text in line for text, line in zip(lines, found, strict=True)] == [True] * 6
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(UserError) as error:
+        check_launch(Config(deepspeed=str(file), auto_micro_batch=True))
+    told = problems(str(error.value))
+    assert [text in line for text, line in zip(expected, told, strict=True)] == [True] * 4
+
+
+@pytest.mark.parametrize("text", ["{", '{"zero_optimization": {"stage": 3, "bad": 1}}'])
+def test_beside_a_deepspeed_json_that_cannot_be_taken_the_launch_is_still_examined(
+    text: str, doctor: Doctor, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "ds.json", text)
+    _, stage = doctor("--auto_micro_batch", "--deepspeed", file, *ZERO3)
+    assert "--auto_micro_batch: found ZeRO-3" in stage
+
+
+def test_a_word_that_names_no_file_is_refused_as_a_prompt_and_a_question_is_not() -> None:
+    lost = ("/no/such", "none.txt", "none.jsonl")
+    found = [*preflight.problems(Config(sample_prompts=lost))]
+    assert len(found) == 3
+    assert all("no such file; expected" in line for line in found)
+    asked = ("Hi", "yes/no?", "And/or what?", "What is a.txt", "x" * 9999)
+    assert not [*preflight.problems(Config(sample_prompts=asked))]

@@ -1,0 +1,125 @@
+"""A run ends with five lines that are true: what they tell to do works."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.errors import Stopped
+from loop.config import Config
+from loop.saver import TIME_IS_OVER, Saver
+from loop.settings import read_config
+from loop.summary import Spent, summary
+from tests.helpers import log_of
+
+Train = Callable[..., Path]
+SPENT = Spent(3723.4, 5_000_000, 1_234_567, 8, on_gpus=True)
+
+
+def lines_of(text: str) -> dict[str, str]:
+    """Return the last five lines of what was printed, by their names."""
+    lines = text.strip().splitlines()[-5:]
+    found = {name: told.strip() for name, _, told in (line.partition(":") for line in lines)}
+    assert [*found] == ["result", "saved", "use", "resume", "cost"]
+    return found
+
+
+def told(
+    tmp_path: Path, *flags: str, history: list[dict[str, Any]], step: int, stopped: bool = False
+) -> dict[str, str]:
+    words = ["--model_name_or_path", "x", "--output_dir", str(tmp_path), *flags]
+    config = read_config(words, Config)
+    return lines_of(summary(config, history, step, 40, SPENT, stopped))
+
+
+def test_a_run_ends_with_its_result_place_use_and_cost(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = train("run", "--logging_steps", "2")
+    lines = lines_of(capsys.readouterr().out)
+    history = log_of(output)
+    first, last = history[0], history[-1]
+    steps = f"loss {first['loss']:.4f} (step 1) -> {last['loss']:.4f} (steps 3 to 4)"
+    assert lines["result"] == f"4 of 4 steps; {steps}"
+    assert lines["saved"] == f"{output / 'adapter_model.safetensors'}, opened again and checked"
+    assert lines["use"] == f"python -m loop chat --adapter {shlex.quote(str(output))}"
+    assert f"{last['supervised_tokens']:,} of them supervised" in lines["cost"]
+    assert "core-hours; " in lines["cost"]
+
+
+def test_a_finished_run_trains_on_with_the_flags_that_it_names(
+    train: Train, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    train("run")
+    line = lines_of(capsys.readouterr().out)["resume"]
+    assert "from checkpoint-4, with --resume_anyway --max_steps 8" in line
+    train("run", *line.partition(" with ")[2].split())
+    text = capsys.readouterr().out
+    assert "checkpoint-4, after step 4 of 8" in text
+    assert lines_of(text)["result"].startswith("8 of 8 steps")
+    without = train("without", "--save_strategy", "no")
+    line = lines_of(capsys.readouterr().out)["resume"]
+    assert line.startswith("no checkpoint was kept")
+    words = line.partition(" by ")[2].split()
+    assert words == ["--lora_weight_path", str(without)]
+    train("next", *words)
+    assert log_of(tmp_path / "next")[0]["loss"] < log_of(without)[0]["loss"]
+
+
+def test_a_stopped_run_says_how_to_go_on_and_then_counts_both_parts(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = train("once", "--logging_steps", "1")
+    whole = lines_of(capsys.readouterr().out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Saver, "_wanted", lambda self: TIME_IS_OVER)
+        with pytest.raises(Stopped):
+            train("run", "--logging_steps", "1")
+    lines = lines_of(capsys.readouterr().out)
+    output = once.parent / "run"
+    assert lines["result"].startswith("1 of 4 steps; loss ")
+    assert lines["saved"].startswith(f"{output / 'checkpoint-1'}, whole; the run is not finished")
+    assert lines["use"].startswith("once it is finished: ")
+    assert lines["resume"] == "the same command goes on from there"
+    train("run", "--logging_steps", "1")
+    lines = lines_of(capsys.readouterr().out)
+    assert lines["result"] == whole["result"]
+    assert lines["cost"].partition("; ")[2] == whole["cost"].partition("; ")[2]
+
+
+def test_evaluations_are_told_and_which_of_them_is_saved(tmp_path: Path) -> None:
+    history: list[dict[str, Any]] = [{"step": 1, "loss": 3.0}, {"step": 20, "loss": None}]
+    history += [{"step": 20, "eval_loss": 1.5}, {"step": 40, "loss": 1.25}]
+    history += [{"step": 40, "eval_loss": 1.625}]
+    result = told(tmp_path, history=history, step=40)["result"]
+    losses = "40 of 40 steps; loss 3.0000 (step 1) -> 1.2500 (steps 21 to 40)"
+    assert result == f"{losses}; eval loss 1.6250, least 1.5000 (step 20)"
+    flags = ("--load_best_at_end", "--eval_fraction", "0.1")
+    result = told(tmp_path, *flags, history=history, step=40)["result"]
+    assert result.endswith("least 1.5000 (step 20), which is saved")
+    result = told(tmp_path, history=history[:2], step=20)["result"]
+    assert result.endswith("-> not finite (steps 2 to 20)")
+
+
+def test_time_is_told_with_device_hours_and_their_price(tmp_path: Path) -> None:
+    history = [{"step": 1, "loss": 3.0}]
+    cost = told(tmp_path, history=history, step=40)["cost"]
+    tokens = "5,000,000 tokens, 1,234,567 of them supervised"
+    assert cost == f"1 h 2 min, 8.274 GPU-hours; {tokens}"
+    cost = told(tmp_path, "--cost_per_hour", "2.5", history=history, step=40)["cost"]
+    assert cost == f"1 h 2 min, 8.274 GPU-hours (20.69 at 2.5 an hour); {tokens}"
+
+
+def test_what_ends_early_or_was_named_is_gone_on_with_other_flags(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-20").mkdir()
+    history = [{"step": 1, "loss": 3.0}]
+    flags = ("--early_stopping_patience", "2", "--eval_fraction", "0.1")
+    line = told(tmp_path, *flags, history=history, step=20)["resume"]
+    assert line.endswith("with --resume_anyway --early_stopping_patience 4")
+    line = told(tmp_path, history=history, step=40)["resume"]
+    assert line.endswith("from checkpoint-20, with --resume_anyway --num_train_epochs 6")
+    flags = ("--resume_from_checkpoint", "False")
+    line = told(tmp_path, *flags, history=history, step=20, stopped=True)["resume"]
+    assert line == "the same command, without --resume_from_checkpoint, goes on from there"
