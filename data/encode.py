@@ -53,9 +53,14 @@ class Example:
         return sum(self.lengths)
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """All tokens of the dialogue and none, or of a pair's source and target."""
+        return len(self.input_ids), len(self.labels) * self.is_pair
+
+    @property
     def tokens(self) -> int:
         """All tokens of the dialogue, or of both sides of a pair."""
-        return len(self.input_ids) + len(self.labels) * self.is_pair
+        return sum(self.sides)
 
 
 def encode_dialogues(

@@ -131,7 +131,7 @@ def _count_tokens(example: Example, counts: Counts) -> None:
     counts.examples += 1
     counts.length += example.tokens
     counts.supervised += example.supervised_tokens
-    length = max(example.lengths)
+    length = max(example.sides)
     counts.lengths[length] += 1
     if all(length <= limit for limit in counts.cuts):
         return
@@ -141,7 +141,7 @@ def _count_tokens(example: Example, counts: Counts) -> None:
             continue
         left = int(before[min(limit, len(before) - 1)])
         cut.examples += 1
-        cut.tokens += sum(max(0, side - limit) for side in example.lengths)
+        cut.tokens += sum(max(0, side - limit) for side in example.sides)
         cut.supervised += example.supervised_tokens - left
         cut.nothing_left += left == 0
 

@@ -228,7 +228,7 @@ def _encoded(settings: Settings, turns: Turns) -> _Encoded:
     if settings.template == "t5":
         tokens = tokenizer(text, add_special_tokens=False, verbose=False)
         pairs = encode_pairs([dialogue], tokenizer, NO_LIMIT, False, Tally())
-        longest = max((max(pair.lengths) for pair in pairs), default=0)
+        longest = max((max(pair.sides) for pair in pairs), default=0)
         return _Encoded(text, len(text), tokens, longest)
     most = len(text.encode()) + special * tokenizer.num_special_tokens_to_add()
     if most <= settings.max_length and bytewise(*settings.kind):

@@ -127,8 +127,9 @@ def test_two_machines_train_what_one_does_and_the_first_rank_alone_writes(
     assert not folders[1].exists()
     alone = launch(f"zero{stage}", tmp_path / "alone", *common, processes=2)
     log = json.loads((folders[0] / "trainer_state.json").read_text())["log_history"]
+    # To rounding: a machine with one rank has both cores' threads for a product, two ranks share.
     assert [entry["loss"] for entry in log] == pytest.approx(
-        [entry["loss"] for entry in alone], abs=1e-5
+        [entry["loss"] for entry in alone], rel=1e-5
     )
     assert {*adapter_of(folders[0])} == {*adapter_of(tmp_path / "alone")}
 
