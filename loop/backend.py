@@ -114,7 +114,7 @@ def build_accelerator(config: Config, layout: Layout) -> Accelerator:
     asked = zero_settings(config)
     plugin = None
     if asked:
-        quiet_deepspeed()
+        quiet_deepspeed(config.precision == "fp16")
         with told_to_all():
             values = complete(asked, config, layout)
         # It would look for contradictions of its own, and tell them with a trace.

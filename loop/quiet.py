@@ -41,11 +41,21 @@ def _is_meant(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("The tied weights mapping and config for this model")
 
 
-def quiet_deepspeed() -> None:
-    """Silence what DeepSpeed 0.19 prints on every rank without a GPU (comm/torch.py)."""
+def quiet_deepspeed(fp16: bool) -> None:
+    """Silence what DeepSpeed 0.19 prints on every rank without a GPU, or what is told here, too.
+
+    comm/torch.py, runtime/fp16/loss_scaler.py.
+    """
     # Not `import ... as`: the package has PyTorch itself under that name.
     comm: Any = importlib.import_module("deepspeed.comm.torch")
     comm.print = _but_for_builds  # a name of that file alone
+    if not fp16:  # where nobody else tells that the loss scale was too large
+        logging.getLogger("DeepSpeed").addFilter(_is_no_overflow)
+
+
+def _is_no_overflow(record: logging.LogRecord) -> bool:
+    # A step without an update is told by the run's own line, with its samples (guard.py).
+    return "OVERFLOW! Skipping step" not in record.getMessage()
 
 
 def _but_for_builds(*words: object) -> None:

@@ -1,13 +1,13 @@
 """Opens, fills and closes wandb, TensorBoard and trackio, by accelerate's trackers."""
 
+import contextlib
 import dataclasses
 import functools
 import html
+import io
 import netrc
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Trackers:
         """Close them; at wandb with a summary, and left open where the adapter is to follow."""
         for kind, tracker in [*self.opened.items()]:
             if kind != "wandb":
-                self._guarded(kind, tracker.finish)
+                self._guarded(kind, _finish_trackio if kind == "trackio" else tracker.finish)
                 continue
             run = tracker.tracker
             self._guarded(kind, functools.partial(run.summary.update, summary(history)))
@@ -85,11 +85,12 @@ class Trackers:
             self.opened = {}
 
     def _store(self, run: Any) -> None:
-        with tempfile.TemporaryDirectory() as staged:  # wandb takes a folder whole.
-            for file in [file for pattern in ADAPTER for file in self.folder.glob(pattern)]:
-                shutil.copy2(file, staged)
-            name = re.sub(r"[^\w.-]+", "-", f"{self.name}-adapter")
-            run.log_artifact(staged, name=name, type="model")
+        from wandb import Artifact
+
+        artifact = Artifact(re.sub(r"[^\w.-]+", "-", f"{self.name}-adapter"), type="model")
+        for file in [file for pattern in ADAPTER for file in self.folder.glob(pattern)]:
+            artifact.add_file(str(file))
+        run.log_artifact(artifact)
 
     def _open(self, kind: str) -> None:
         split = dataclasses.asdict(self.layout)
@@ -182,6 +183,15 @@ def _named(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             if key not in NOT_SHOWN and isinstance(number, int | float):
                 # A source may be a file of an absolute path.
                 yield f"{name}/{part.lstrip('/')}" if part else name, number
+
+
+def _finish_trackio() -> None:
+    import trackio
+
+    # Not its run's own `finish`: trackio 0.43 finishes that one again at the exit. Both print that
+    # they upload, which to the folder beside is no news.
+    with contextlib.redirect_stdout(io.StringIO()):
+        trackio.finish()
 
 
 def _log_table(kind: str, tracker: Any, step: int, rows: Sequence[Mapping[str, Any]]) -> None:

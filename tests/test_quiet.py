@@ -1,5 +1,6 @@
 """What a run prints is its own, once, and fit for where it goes: a terminal, a pipe or a file."""
 
+import importlib
 import io
 import logging
 import re
@@ -7,11 +8,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loop import show
-from loop.quiet import quiet
+from loop.quiet import quiet, quiet_deepspeed
 from tests.helpers import command, write_dialogues
 
 Train = Callable[..., Path]
@@ -101,6 +103,20 @@ def test_other_ranks_leave_warnings_to_the_first(
     assert len(caught) == seen
     found = [record.message for record in caplog.records]
     assert found == ["something new"] * seen + ["something bad"]
+
+
+@pytest.mark.parametrize(("fp16", "seen"), [(False, 1), (True, 2)])
+def test_deepspeed_tells_of_an_overflow_only_where_the_loop_does_not(
+    fp16: bool, seen: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scalers: Any = importlib.import_module("deepspeed.runtime.fp16.loss_scaler")
+    logger = logging.getLogger("DeepSpeed")
+    for name, value in {"filters": [], "handlers": [caplog.handler], "propagate": False}.items():
+        monkeypatch.setattr(logger, name, value)
+    quiet_deepspeed(fp16)
+    scalers.LossScalerBase(1).update_scale(overflow=True)
+    logger.warning("something new")
+    assert len(caplog.records) == seen, caplog.text
 
 
 @pytest.mark.parametrize(("out", "err", "bar"), [(1, 1, True), (0, 1, False), (1, 0, False)])

@@ -107,7 +107,7 @@ def test_a_failed_run_is_a_failed_one_at_wandb(tmp_path: Path) -> None:
 
 
 def test_the_adapter_is_an_artifact_where_that_is_asked_for(
-    tiny_model: Path, tmp_path: Path
+    tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = trainer(tiny_model, tmp_path)
     without = run("without", "--report_to", "wandb")
@@ -121,6 +121,7 @@ def test_the_adapter_is_an_artifact_where_that_is_asked_for(
     assert all(contents[name] == (output / name).stat().st_size for name in names)
     assert not [name for name in contents if "checkpoint" in name or "wandb" in name]
     assert exit_codes(output) == [0]
+    assert "artifact" not in "".join(capfd.readouterr())
 
 
 def test_tensorboard_shows_samples_as_text_in_which_nothing_is_markup(tmp_path: Path) -> None:
@@ -192,6 +193,8 @@ def test_trackio_holds_every_logged_step_once_though_the_run_was_stopped(
         )
     done = command("python", "loop/train.py", *flags, **env)
     assert done.returncode == 0, done.stderr
+    assert "Run finished" not in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("cost:")
     rows = trackio_rows(tmp_path / "trackio")
     history = log_of(tmp_path / "run")
     assert [step for _, step, _ in rows] == [1, 2, 3, 4]
