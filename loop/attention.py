@@ -1,6 +1,7 @@
 """Attention over several examples in one row, each by itself: no padding, and none sees another."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from transformers import AutoModelForCausalLM
 PER_EXAMPLE = "sdpa_per_example"
 # Layers of these kinds look at other positions of a row through attention alone.
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+# Tokens. Of shorter dialogues PyTorch 2.13's backward pass is slower in bf16 than in fp32 on CPUs,
+# 4.3 ms for 0.9 at 85 tokens (benchmarks/profile.md).
+BF16_PAYS = 512
 
 
 def can_pack(base_config: Any) -> bool:
@@ -82,15 +86,18 @@ def per_example(
         whole: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
         return whole, None
     dtype = query.dtype
-    if query.device.type == "cpu" and dtype == torch.bfloat16:
-        # PyTorch 2.13's backward pass takes twice as long in bf16 on CPUs (benchmarks/profile.md).
-        query, key, value = query.float(), key.float(), value.float()
+    on_cpu = query.device.type == "cpu" and dtype == torch.bfloat16
     rows = zip(*(torch.split(x, [*lengths], 2) for x in (query, key, value)), strict=True)
     found = []
-    for q, k, v in rows:
-        band = _band(q, sliding_window)
-        found.append(sdpa_attention_forward(module, q, k, v, band, **options)[0])
-    return torch.cat(found, 1).to(dtype), None
+    # Else autocast would go back to bf16.
+    with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
+        for parts in rows:
+            in_fp32 = on_cpu and parts[0].shape[2] < BF16_PAYS
+            q, k, v = (part.float() for part in parts) if in_fp32 else parts
+            band = _band(q, sliding_window)
+            row = sdpa_attention_forward(module, q, k, v, band, **options)[0]
+            found.append(row.to(dtype))
+    return torch.cat(found, 1), None
 
 
 def _band(query: Tensor, window: int | None) -> Tensor | None:

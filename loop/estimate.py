@@ -245,9 +245,7 @@ def lora_inputs(run: Run) -> int:
         return outputs + (1 + run.width) * sum(run.shape.targets)
     if linear_inputs(run):
         return outputs  # They are counted there.
-    # Without dropout the input itself, but peft casts it to fp32 first and autocast back.
-    copies = run.autocast and not run.config.q_lora
-    return outputs + run.width * sum(run.shape.targets if copies else run.shape.inputs)
+    return outputs + run.width * sum(run.shape.inputs)  # without dropout the input itself
 
 
 def loss(run: Run) -> int:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, modeling_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.errors import UserError
-from loop import fp32, new_tokens
+from loop import dropout, fp32, new_tokens
 from loop.attention import implementation
 from loop.backend import told_to_all, zero_stage
 from loop.base import check_ties, compares_ties, mistakes
@@ -59,9 +60,19 @@ def load_model(prepared: Prepared, config: Config, accelerator: Accelerator) -> 
         for parameter in with_adapter.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        leave_inputs(with_adapter)
     if config.torch_compile:
-        _compile_layers(with_adapter)
+        _compile_layers(with_adapter)  # which draws by itself
+    elif accelerator.device.type == "cpu":
+        dropout.replace(with_adapter)
     return with_adapter
+
+
+def leave_inputs(with_adapter: Any) -> None:
+    """Have autocast alone cast what the adapter reads: peft's copy in fp32 would change nothing."""
+    for module in with_adapter.modules():
+        if isinstance(module, BaseTunerLayer):  # peft 0.21, tuners/tuners_utils.py
+            module.cast_input_dtype_enabled = False
 
 
 def _compile_layers(model: Any) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from data.errors import UserError
-from loop import estimate
+from loop import dropout, estimate
 from loop.doctor import main
 from loop.doctor_flags import DoctorConfig
 from loop.estimate import Run, kept_activations, layer_activations, layer_backward, memory
+from loop.model import leave_inputs
 from loop.overview import counts, launch, overview, setting
 from loop.shape import Shape, backends, read_backend, read_shape
 from loop.traffic import sent
@@ -116,19 +117,21 @@ def test_parameters_are_counted_as_they_are_built(values: dict[str, Any], tmp_pa
 
 @pytest.mark.parametrize("name", ["single_gpu", "zero2"])
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all-linear",)], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.05])
 def test_a_layer_keeps_what_autograd_saves(
-    name: str, targets: tuple[str, ...], tmp_path: Path
+    name: str, targets: tuple[str, ...], share: float, tmp_path: Path
 ) -> None:
-    """Without dropout, whose kernel on the CPU saves otherwise than the GPU's."""
     import torch
 
-    values = {"lora_target_modules": targets, "lora_dropout": 0.0, "mixed_precision": "bf16"}
+    values = {"lora_target_modules": targets, "lora_dropout": share, "mixed_precision": "bf16"}
     config = replace(DOCUMENTED, gradient_checkpointing=False, **values)
     saved = []
     for layers in (3, 4):
         base = llama(tmp_path / str(layers), num_hidden_layers=layers)
         adapter_in_fp32 = name == "single_gpu"
         model = built(base, config).bfloat16()
+        leave_inputs(model)
+        dropout.replace(model.train())
         for parameter in model.parameters():
             if parameter.requires_grad and adapter_in_fp32:
                 parameter.data = parameter.data.float()

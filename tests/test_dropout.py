@@ -1,0 +1,86 @@
+"""Dropout on a CPU drops each element by itself, as often as asked, in every model here."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from loop import train as training
+from loop.dropout import LEVELS, Dropout, replace
+
+Train = Callable[..., Path]
+
+
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_many_are_dropped_as_asked_and_what_is_left_is_scaled_up(
+    p: float, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    values = torch.ones(1001, 999, dtype=dtype, requires_grad=True)
+    found = Dropout(p)(values)
+    assert found.dtype == dtype
+    share = (found == 0).float().mean().item()
+    assert share == pytest.approx(p, abs=5 * (p * (1 - p) / values.numel()) ** 0.5)
+    scale = LEVELS / (LEVELS - round(p * LEVELS))
+    assert scale == pytest.approx(1 / (1 - p), rel=1e-3)
+    assert {*found.detach().unique().tolist()} == {0.0, torch.tensor(scale, dtype=dtype).item()}
+    found.backward(torch.full_like(found, 3.0))
+    assert values.grad is not None
+    assert torch.equal(values.grad == 0, found == 0)
+    assert values.grad.max() == (torch.tensor(3.0, dtype=dtype) * scale).to(dtype)
+
+
+def test_neighbours_that_share_a_draw_are_dropped_by_themselves() -> None:
+    torch.manual_seed(0)
+    dropped = (Dropout(0.3)(torch.ones(1 << 20)) == 0).view(-1, 4).float()
+    pairs = dropped.T @ dropped / len(dropped)
+    # Of two places both are dropped 0.09 times as often as not; five standard deviations.
+    for one in range(4):
+        for other in range(4):
+            expected = 0.3 if one == other else 0.09
+            deviation = (expected * (1 - expected) / len(dropped)) ** 0.5
+            assert pairs[one, other].item() == pytest.approx(expected, abs=5 * deviation)
+
+
+def test_a_seed_drops_the_same_and_evaluation_nothing() -> None:
+    values = torch.randn(3, 7)
+    module = Dropout(0.5)
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(module(values))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert module.eval()(values) is values
+    assert Dropout(0.0)(values) is values
+    assert torch.equal(Dropout(1.0)(values), torch.zeros_like(values))
+
+
+def test_all_of_a_model_are_replaced_in_the_mode_they_are_in() -> None:
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Dropout(0.1)), "b": nn.Dropout(0.2).eval()})
+    replace(model)
+    found = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    assert [(type(module), module.p, module.training) for module in found] == [
+        (Dropout, 0.1, True),
+        (Dropout, 0.2, False),
+    ]
+
+
+@pytest.mark.parametrize(("compiled", "kind"), [("False", Dropout), ("True", nn.Dropout)])
+def test_a_run_on_a_cpu_has_it_unless_it_is_compiled(
+    compiled: str, kind: type[nn.Dropout], train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[nn.Module] = []
+    load = training.load_model
+
+    def noted(*arguments: object) -> object:
+        model = load(*arguments)  # type: ignore[arg-type]
+        seen.extend(module for module in model.modules() if isinstance(module, nn.Dropout))
+        return model
+
+    monkeypatch.setattr(training, "load_model", noted)
+    train("run", "--max_steps", "2", "--torch_compile", compiled)
+    assert {*map(type, seen)} == {kind}
