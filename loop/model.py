@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, modeling_u
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.errors import UserError
-from loop import dropout, fp32, new_tokens
+from loop import fp32, new_tokens
 from loop.attention import implementation
 from loop.backend import told_to_all, zero_stage
 from loop.base import check_ties, compares_ties, mistakes
 from loop.config import Config
+from loop.cpu import keep_memory, replace_dropout
 from loop.prepare import Prepared
 from loop.quantize import about_zero3, check_quantization, four_bit, returned_memory
 from loop.state import whole
@@ -61,10 +62,13 @@ def load_model(prepared: Prepared, config: Config, accelerator: Accelerator) -> 
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         leave_inputs(with_adapter)
+    on_cpu = accelerator.device.type == "cpu"
+    if on_cpu:
+        keep_memory()
     if config.torch_compile:
         _compile_layers(with_adapter)  # which draws by itself
-    elif accelerator.device.type == "cpu":
-        dropout.replace(with_adapter)
+    elif on_cpu:
+        replace_dropout(with_adapter)
     return with_adapter
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from data.errors import UserError
-from loop import dropout, estimate
+from loop import estimate
+from loop.cpu import replace_dropout
 from loop.doctor import main
 from loop.doctor_flags import DoctorConfig
 from loop.estimate import Run, kept_activations, layer_activations, layer_backward, memory
@@ -131,7 +132,7 @@ def test_a_layer_keeps_what_autograd_saves(
         adapter_in_fp32 = name == "single_gpu"
         model = built(base, config).bfloat16()
         leave_inputs(model)
-        dropout.replace(model.train())
+        replace_dropout(model.train())
         for parameter in model.parameters():
             if parameter.requires_grad and adapter_in_fp32:
                 parameter.data = parameter.data.float()

@@ -15,7 +15,7 @@ LAYERS = [
         *("flags", "compat", "leave", "state", "checkpoint", "launch", "targets", "fp32"),
         *("curves", "shards", "quiet", "sections"),
     ],
-    ["clock", "dealing", "attention", "dropout", "page"],
+    ["clock", "dealing", "attention", "cpu", "page"],
     ["config", "new_tokens", "zero_file", "picture", "guard"],
     [
         *("embedded", "windows", "utils", "non_lora", "settings", "deltas", "data_files"),

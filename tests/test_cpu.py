@@ -1,4 +1,4 @@
-"""Dropout on a CPU drops each element by itself, as often as asked, in every model here."""
+"""On a CPU each element is dropped by itself, as often as asked; and memory is kept."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from loop import train as training
-from loop.dropout import LEVELS, Dropout, replace
+from loop.cpu import LEVELS, Dropout, replace_dropout
+from tests.helpers import command
 
 Train = Callable[..., Path]
 
@@ -61,7 +62,7 @@ def test_a_seed_drops_the_same_and_evaluation_nothing() -> None:
 
 def test_all_of_a_model_are_replaced_in_the_mode_they_are_in() -> None:
     model = nn.ModuleDict({"a": nn.Sequential(nn.Dropout(0.1)), "b": nn.Dropout(0.2).eval()})
-    replace(model)
+    replace_dropout(model)
     found = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     assert [(type(module), module.p, module.training) for module in found] == [
         (Dropout, 0.1, True),
@@ -84,3 +85,23 @@ def test_a_run_on_a_cpu_has_it_unless_it_is_compiled(
     monkeypatch.setattr(training, "load_model", noted)
     train("run", "--max_steps", "2", "--torch_compile", compiled)
     assert {*map(type, seen)} == {kind}
+
+
+FREES = """
+import resource, sys, torch
+from loop.cpu import keep_memory
+if sys.argv[1] == "kept":
+    keep_memory()
+for turn in range(30):
+    if turn == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    # Of every length, as a run's rows are.
+    held = [torch.ones((1 + (turn + place) % 9) << 20) for place in range(20)]
+    del held
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_memory_that_is_freed_is_not_asked_for_again() -> None:
+    faults = {how: int(command("python", "-c", FREES, how).stdout) for how in ("kept", "given")}
+    assert 5 * faults["kept"] < faults["given"]

@@ -1,5 +1,7 @@
-"""Dropout on a CPU from 16 random bits an element, in half of the time that PyTorch's own takes."""
+"""What makes a CPU train quicker: dropout from few random bits, and memory that is kept."""
 
+import ctypes
+import sys
 from typing import Any
 
 import torch
@@ -39,9 +41,20 @@ class _Kept(Function):
         return (gradient * kept).mul_(ctx.scale), None
 
 
-def replace(model: nn.Module) -> None:
-    """Put these in place of all of a model's."""
+def replace_dropout(model: nn.Module) -> None:
+    """Put this dropout in place of all of a model's; it takes half of the time of PyTorch's own."""
     for parent in [*model.modules()]:
         for name, child in parent.named_children():
             if type(child) is nn.Dropout:
                 setattr(parent, name, Dropout(child.p).train(child.training))
+
+
+def keep_memory() -> None:
+    """Have the C library keep what is freed: a step asks for the same again, 4 KiB at a time.
+
+    Numbers of glibc's malloc.h. Given back, it costs a page fault and zeroes for each page.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+        libc.mallopt(mmap_threshold, 1 << 30)
