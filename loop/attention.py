@@ -87,17 +87,19 @@ def per_example(
         return whole, None
     dtype = query.dtype
     on_cpu = query.device.type == "cpu" and dtype == torch.bfloat16
+    if on_cpu:
+        query, key, value = query.float(), key.float(), value.float()
     rows = zip(*(torch.split(x, [*lengths], 2) for x in (query, key, value)), strict=True)
     found = []
     # Else autocast would go back to bf16.
     with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
-        for parts in rows:
-            in_fp32 = on_cpu and parts[0].shape[2] < BF16_PAYS
-            q, k, v = (part.float() for part in parts) if in_fp32 else parts
+        for q, k, v in rows:
+            if on_cpu and q.shape[2] >= BF16_PAYS:
+                q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
             band = _band(q, sliding_window)
             row = sdpa_attention_forward(module, q, k, v, band, **options)[0]
-            found.append(row.to(dtype))
-    return torch.cat(found, 1), None
+            found.append(row.float() if on_cpu else row)
+    return torch.cat(found, 1).to(dtype), None
 
 
 def _band(query: Tensor, window: int | None) -> Tensor | None:
