@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM
 from data.collate import Collator, MicroBatch
 from loop.attention import implementation, row_inputs
 from loop.config import Config
+from loop.cpu import keep_memory, replace_dropout
+from loop.model import leave_inputs
 from loop.objective import supervised_loss_sum
 from loop.prepare import prepare
 from loop.settings import read_config
@@ -33,6 +35,7 @@ STEPS, BATCH = 4, 8
 KINDS = {
     "matrix products": ("mm",),
     "attention": ("attention", "softmax"),
+    "draws of dropout": ("bernoulli", "random"),
     "loss behind the LM head": ("nll", "logsumexp", "exp_", "scatter", "gather", "sub"),
     "copies and casts": ("copy", "clone", "cat", "index", "fill"),
     "norms, activations, rotations": ("mul", "add", "silu", "pow", "rsqrt", "mean", "neg", "div"),
@@ -53,22 +56,28 @@ def main(precision: str = "fp32", *flags: str) -> None:
         "this project": (True, row, supervised_loss_sum),
     }
     found = {}
-    for name, (packed, collator, loss_sum) in ways.items():
-        model = adapted(prepared.base, packed, DTYPES[precision])
+    for name, (ours, collator, loss_sum) in ways.items():
+        model = adapted(prepared.base, ours, DTYPES[precision])
         batches = [collator(part, 0) for part in chosen]
-        loss_sum(model, batches[0]).backward()
-        found[name] = profiled(model, batches[1:], loss_sum)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss_sum(model, batches[0]).backward()
+            found[name] = profiled(model, batches[1:], loss_sum)
     print(f"| {precision}, seconds a step | " + " | ".join(found) + " |\n|---|---|---|")
     for kind in [*KINDS, "other", "in all, unprofiled"]:
         print(f"| {kind} | " + " | ".join(f"{one[kind]:.2f}" for one in found.values()) + " |")
 
 
-def adapted(base: str, packed: bool, dtype: torch.dtype) -> Any:
-    """Return the base model with LoRA's usual pair of targets."""
-    attention = implementation(packed, False)
+def adapted(base: str, ours: bool, dtype: torch.dtype) -> Any:
+    """Return the base model with LoRA's usual pair of targets, as loop/model.py makes it or not."""
+    attention = implementation(ours, False)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation=attention)
-    adapter = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
-    return get_peft_model(model, adapter).train()
+    adapter = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
+    with_adapter = get_peft_model(model, adapter).train()
+    if ours:
+        leave_inputs(with_adapter)
+        replace_dropout(with_adapter)
+        keep_memory()
+    return with_adapter
 
 
 def all_logits(model: Any, batch: MicroBatch) -> torch.Tensor:
