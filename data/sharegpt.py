@@ -105,14 +105,25 @@ def read_dialogues(
     """
     found = 0
     for path in find_files(paths):
-        placed = ((record, f"{path}: record {index}") for index, record in read_records(path))
-        for dialogue in dialogues_of(placed, tally, on_bad_record, empty_answers, supervise):
+        for dialogue in read_file(path, tally, on_bad_record, empty_answers, supervise):
             found += 1
             yield dialogue
     if not found:
         records = f"{tally.read} records, all dropped ({tally})" if tally.read else "no records"
         names = ", ".join(map(str, paths))
         raise UserError(f"{names}: found {records}; expected at least one ShareGPT dialogue.")
+
+
+def read_file(
+    path: Path,
+    tally: Tally,
+    on_bad_record: Literal["fail", "skip"] = "fail",
+    empty_answers: bool = False,
+    supervise: Literal["all", "last"] = "all",
+) -> Iterator[Dialogue]:
+    """Yield the dialogues of one file, of which there may be none; else as `read_dialogues`."""
+    placed = ((record, f"{path}: record {index}") for index, record in read_records(path))
+    return dialogues_of(placed, tally, on_bad_record, empty_answers, supervise)
 
 
 def dialogues_of(

@@ -1,6 +1,7 @@
 """What the doctor finds in the model's folder and in the data, each part looked at for itself."""
 
 import dataclasses
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from data.encode import Example, check_fast
 from data.errors import UserError, noted, tell
 from data.histogram import quantile
-from data.sharegpt import Tally, read_dialogues
+from data.sharegpt import Tally, read_dialogues, read_file
 from data.sources import files_of, parse_source
 from data.templates import TemplateName
 from loop.base import check_ties, find_base_model, load_tokenizer, read_base_config
@@ -153,10 +154,16 @@ def examine_data(model: Model, config: Config, mistakes: list[str]) -> Prepared 
         except UserError as error:
             tell([str(error)], mistakes)
     pairs = model.base_config is not None and model.base_config.is_encoder_decoder
+    how = (config.on_bad_record, pairs, config.supervise)
     for found in files:
-        with noted(mistakes):
-            for _ in read_dialogues(found, Tally(), config.on_bad_record, pairs, config.supervise):
-                pass
+        wrong: list[str] = []
+        with noted(wrong):
+            deque(read_dialogues(found, Tally(), *how), maxlen=0)
+        # Of a folder that tells the first bad file, and the others are wanted, too.
+        for file in found if wrong else ():
+            with noted(wrong):
+                deque(read_file(file, Tally(), *how), maxlen=0)
+        tell(wrong, mistakes)
     return None
 
 

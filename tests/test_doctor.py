@@ -233,6 +233,18 @@ def test_all_of_26_mistakes_are_told_in_one_call_within_twenty_seconds(
     assert spent < 20 * SLOWNESS
 
 
+def test_each_bad_file_of_a_folder_is_told(doctor: Doctor, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, text in {"a": '[{"id": 1}]', "b": "[]", "c": '[{"id": 2', "e": "nul"}.items():
+        write(folder / f"{name}.json", text)
+    write_dialogues(folder / "d.json", ["Hi", "Hello."])
+    found = doctor("--data_path", folder)
+    assert [re.findall(r"\w\.json", problem)[0] for problem in found] == [
+        *("a.json", "c.json", "e.json"),
+    ]
+
+
 def installed(folder: Path, name: str, version: str) -> Path:
     """Have a package look as if it were installed in this version, without what it needs."""
     place = folder / f"{name}-{version}.dist-info"
