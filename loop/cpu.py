@@ -44,7 +44,7 @@ class _Kept(Function):
 def replace_dropout(model: nn.Module) -> None:
     """Put this dropout in place of all of a model's; it takes half of the time of PyTorch's own."""
     for parent in [*model.modules()]:
-        for name, child in parent.named_children():
+        for name, child in [*parent._modules.items()]:  # one under two names, too
             if type(child) is nn.Dropout:
                 setattr(parent, name, Dropout(child.p).train(child.training))
 
@@ -56,5 +56,7 @@ def keep_memory() -> None:
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
-        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, -1)  # never
+        # glibc 2.33 takes 32 MiB at most, and the line above has ended its own choice.
+        if not libc.mallopt(mmap_threshold, 1 << 30):
+            libc.mallopt(mmap_threshold, 32 << 20)

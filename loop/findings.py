@@ -187,8 +187,9 @@ def data_rows(prepared: Prepared, config: Config, page_colour: bool) -> list[tup
     examples = prepared.examples
     lengths: dict[int, int] = {}
     for example in examples:
-        lengths[example.tokens] = lengths.get(example.tokens, 0) + 1
-    tokens = sum(length * count for length, count in lengths.items())
+        longer = max(example.sides)  # the limit is each side's
+        lengths[longer] = lengths.get(longer, 0) + 1
+    tokens = sum(example.tokens for example in examples)
     supervised = sum(example.supervised_tokens for example in examples)
     median, most = quantile(lengths, 0.5), max(lengths)
     rows = [

@@ -66,7 +66,8 @@ class Trackers:
         """Close them; at wandb with a summary, and left open where the adapter is to follow."""
         for kind, tracker in [*self.opened.items()]:
             if kind != "wandb":
-                self._guarded(kind, _finish_trackio if kind == "trackio" else tracker.finish)
+                local = functools.partial(_finish_trackio, tracker)
+                self._guarded(kind, local if kind == "trackio" else tracker.finish)
                 continue
             run = tracker.tracker
             self._guarded(kind, functools.partial(run.summary.update, summary(history)))
@@ -185,12 +186,13 @@ def _named(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
                 yield f"{name}/{part.lstrip('/')}" if part else name, number
 
 
-def _finish_trackio() -> None:
+def _finish_trackio(tracker: Any) -> None:
     import trackio
 
     # Not its run's own `finish`: trackio 0.43 finishes that one again at the exit. Both print that
     # they upload, which to the folder beside is no news.
-    with contextlib.redirect_stdout(io.StringIO()):
+    here = tracker.tracker._is_local
+    with contextlib.redirect_stdout(io.StringIO()) if here else contextlib.nullcontext():
         trackio.finish()
 
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from loop import model as loading
 from loop import train as training
 from loop.cpu import LEVELS, Dropout, replace_dropout
 from tests.helpers import command
@@ -62,6 +64,9 @@ def test_a_seed_drops_the_same_and_evaluation_nothing() -> None:
 
 def test_all_of_a_model_are_replaced_in_the_mode_they_are_in() -> None:
     model = nn.ModuleDict({"a": nn.Sequential(nn.Dropout(0.1)), "b": nn.Dropout(0.2).eval()})
+    twice = nn.Sequential(*[nn.Dropout(0.1)] * 2)
+    replace_dropout(twice)
+    assert {*map(type, twice)} == {Dropout}
     replace_dropout(model)
     found = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     assert [(type(module), module.p, module.training) for module in found] == [
@@ -75,16 +80,21 @@ def test_a_run_on_a_cpu_has_it_unless_it_is_compiled(
     compiled: str, kind: type[nn.Dropout], train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[nn.Module] = []
+    kept: list[None] = []
     load = training.load_model
 
     def noted(*arguments: object) -> object:
         model = load(*arguments)  # type: ignore[arg-type]
-        seen.extend(module for module in model.modules() if isinstance(module, nn.Dropout))
+        seen.extend(model.modules())
         return model
 
     monkeypatch.setattr(training, "load_model", noted)
+    monkeypatch.setattr(loading, "keep_memory", lambda: kept.append(None))
     train("run", "--max_steps", "2", "--torch_compile", compiled)
-    assert {*map(type, seen)} == {kind}
+    assert {type(module) for module in seen if isinstance(module, nn.Dropout)} == {kind}
+    assert kept == [None]
+    adapted = [module for module in seen if isinstance(module, LoraLayer)]
+    assert {module.cast_input_dtype_enabled for module in adapted} == {False}
 
 
 FREES = """
