@@ -12,7 +12,7 @@ PER_EXAMPLE = "sdpa_per_example"
 # Layers of these kinds look at other positions of a row through attention alone.
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 # Tokens. Of shorter dialogues PyTorch 2.13's backward pass is slower in bf16 than in fp32 on CPUs,
-# 4.3 ms for 0.9 at 85 tokens (benchmarks/profile.md).
+# 2.7 ms for 0.7 at 85 tokens (benchmarks/profile.md).
 BF16_PAYS = 512
 
 
