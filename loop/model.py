@@ -19,6 +19,7 @@ from loop.backend import told_to_all, zero_stage
 from loop.base import check_ties, compares_ties, mistakes
 from loop.config import Config
 from loop.cpu import keep_memory, replace_dropout
+from loop.kernels import use_kernels
 from loop.prepare import Prepared
 from loop.quantize import about_zero3, check_quantization, four_bit, returned_memory
 from loop.state import whole
@@ -37,6 +38,10 @@ def load_model(prepared: Prepared, config: Config, accelerator: Accelerator) -> 
     with nullcontext() if sharded else told_to_all():
         model = _load_base(prepared, config, accelerator)
     model.config.use_cache = False
+    # torch.compile fuses by itself.
+    on_gpu = accelerator.device.type == "cuda" and not config.torch_compile
+    if on_gpu and (told := use_kernels(model)):
+        accelerator.print(f"kernels: {told}")
     if config.gradient_checkpointing:
         # Before DeepSpeed's pull request 8148, which 0.19.8 has, recomputed layers found their
         # parameters shared out again; only the reentrant kind gets by (transformers#47254). It

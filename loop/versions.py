@@ -11,13 +11,14 @@ from loop.config import ROOT
 
 # What a run is computed by, in the order of a stack.
 CORE = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "tokenizers")
-# What some flags ask for, each by the name to install it by.
+# What some flags ask for, or a GPU runs quicker with, each by the name to install it by.
 OPTIONAL = {
     "wandb": "wandb",
     "tensorboard": "tensorboard",
     "trackio": "trackio",
     "bitsandbytes": "bitsandbytes",
     "flash_attn": "flash-attn",
+    "liger_kernel": "liger-kernel",
     "deepspeed": "deepspeed",
 }
 

@@ -24,7 +24,7 @@ LAYERS = [
     ["summary", "preflight"],
     ["zero", "base", "objective", "optim"],
     ["backend", "prepare", "shape"],
-    ["quantize", "estimate", "output", "fingerprints"],
+    ["quantize", "kernels", "estimate", "output", "fingerprints"],
     ["model", "resume", "fit", "samples"],
     ["trackers", "adapter"],
     ["tracking", "base_tensors", "proof"],

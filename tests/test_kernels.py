@@ -1,0 +1,81 @@
+"""liger-kernel's functions on a GPU: they compute what transformers' own do, as far as a CPU shows.
+
+Triton's interpreter runs its kernels without a GPU. Both come with pip into a folder of their own,
+300 MB, so that the rest runs as it does where they are not installed.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loop import kernels
+from tests.helpers import command
+
+KEPT = Path.home() / ".cache/lora-loop/liger"
+PACKAGES = ("liger-kernel==0.8.5", "triton==3.9.0")
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    """Return where both packages lie."""
+    if not (KEPT / "made").exists():
+        shutil.rmtree(KEPT, ignore_errors=True)
+        pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", KEPT)
+        done = command(*pip, *PACKAGES, seconds=600)
+        assert done.returncode == 0, done.stderr
+        (KEPT / "made").touch()
+    return KEPT
+
+
+def compared(folder: Path, kind: str, activation: str) -> dict[str, Any]:
+    done = command(
+        *(sys.executable, "tests/kernels_on_cpu.py", kind, activation),
+        TRITON_INTERPRET="1",
+        PYTHONPATH=str(folder),
+        LORA_LOOP_WARM="",
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(kernels.KINDS))
+def test_fused_layers_give_the_losses_and_the_gradients_of_transformers_own(
+    kind: str, folder: Path
+) -> None:
+    found = compared(folder, kind, "silu")
+    assert found["told"] == "liger-kernel 0.8.5: norms, rotary embedding, activation"
+    assert all(name.startswith("liger_kernel.") for name in found["run"])
+    assert found["loss"] < 1e-6
+    assert found["gradients"] < 1e-5
+    assert found["trained"] == 2 * 2 * 4
+
+
+@pytest.mark.slow
+def test_an_activation_that_it_does_not_have_stays_the_models_own(folder: Path) -> None:
+    found = compared(folder, "llama", "gelu")
+    assert found["told"] == "liger-kernel 0.8.5: norms, rotary embedding"
+    assert found["run"][0] == "transformers.models.llama.modeling_llama"
+    assert found["loss"] < 1e-6
+    assert found["gradients"] < 1e-5
+
+
+def test_models_of_other_kinds_and_broken_installations_run_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def model(kind: str) -> Any:
+        return SimpleNamespace(config=SimpleNamespace(model_type=kind, hidden_act="silu"))
+
+    monkeypatch.setattr(kernels, "version", lambda package: None)
+    assert kernels.use_kernels(model("llama")) == ""
+    monkeypatch.setattr(kernels, "version", lambda package: "0.8.5")
+    assert kernels.use_kernels(model("t5")) == "liger-kernel 0.8.5: not used for a t5 model"
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)  # importing it fails
+    told = kernels.use_kernels(model("llama"))
+    assert told.startswith("liger-kernel 0.8.5: not used, since it cannot be loaded: ")
