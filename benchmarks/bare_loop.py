@@ -27,7 +27,7 @@ from loop.objective import supervised_loss_sum
 from loop.optim import lr_at
 from loop.prepare import Prepared, prepare
 from loop.settings import read_config
-from loop.windows import Layout, plan_layout, windows
+from loop.windows import Layout, Window, plan_layout, windows
 
 
 @dataclass(frozen=True)
@@ -41,29 +41,48 @@ class Job:
 
 def main(what: str, out: str, *flags: str) -> None:
     """Do one of the three, by the flags of loop/train.py."""
-    ranks = join_ranks()
-    config = read_config(flags, Config)
-    check_launch(config)
-    prepared = prepare(config)
-    layout = plan_layout(config, len(prepared.examples), ranks, prepared.packed)
-    job = Job(config, prepared, layout)
+    job = job_of(flags)
     if what == "adapter":
         _model(job)[0].save_pretrained(out)
         return
     Path(out).write_text(json.dumps({"plan": plan, "train": train}[what](job)))
 
 
+def job_of(flags: Sequence[str]) -> Job:
+    """Read the flags and the data, as loop/train.py does."""
+    ranks = join_ranks()
+    config = read_config(flags, Config)
+    check_launch(config)
+    prepared = prepare(config)
+    return Job(
+        config, prepared, plan_layout(config, len(prepared.examples), ranks, prepared.packed)
+    )
+
+
 def train(job: Job) -> dict[str, Any]:
     """Train; return each step's end, in seconds of one clock, and its loss a supervised token."""
+    config, layout = job.config, job.layout
+    step = bare_step(job)
+    ends, losses = [], []
+    for window in windows(job.prepared.examples, layout, config.seed, job.prepared.collator):
+        losses.append(step(window))
+        if losses[-1].is_cuda:
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+    return {"ends": ends, "losses": [loss.item() for loss in losses]}
+
+
+def bare_step(job: Job) -> Callable[[Window], torch.Tensor]:
+    """Load the model; return what trains it on a window, and gives the loss a supervised token."""
     config, layout = job.config, job.layout
     model, device = _model(job)
     trained = [p for p in model.parameters() if p.requires_grad]
     decay = config.weight_decay
     optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=decay, fused=True)
     bf16 = config.precision == "bf16"
-    ends, losses = [], []
     model.train()
-    for window in windows(job.prepared.examples, layout, config.seed, job.prepared.collator):
+
+    def step(window: Window) -> torch.Tensor:
         for group in optimizer.param_groups:
             group["lr"] = lr_at(window.step, layout.total_steps, config)
         loss_sum = torch.zeros((), device=device)
@@ -77,11 +96,9 @@ def train(job: Job) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss_sum / window.supervised_tokens)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        ends.append(time.perf_counter())
-    return {"ends": ends, "losses": [loss.item() for loss in losses]}
+        return loss_sum / window.supervised_tokens
+
+    return step
 
 
 def plan(job: Job) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from loop.config import DUMMY_DATA
 # hidden, intermediate, layers, heads, key and value heads, of random LLaMA-like models
 LLAMAS = {
     "tiny": (64, 128, 2, 4, 2),
+    "narrow": (64, 128, 30, 4, 2),
     "llama-1b": (2048, 5632, 22, 32, 4),
     "llama-7b": (4096, 11008, 32, 32, 32),
 }

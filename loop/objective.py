@@ -125,7 +125,7 @@ def _in_chunks(head: Any, model: Any) -> bool:
     parameters = [*head.parameters()]
     return (
         not any(getattr(model.config, name, None) for name in AFTERWARDS)
-        and not any(name.endswith("final_logits_bias") for name, _ in model.named_buffers())
+        and getattr(model, "final_logits_bias", None) is None  # BART's and Marian's
         and parameters[0].dtype != torch.float16
         and (_is_frozen(head) or not hasattr(parameters[0], "ds_id"))
     )

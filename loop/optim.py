@@ -57,7 +57,7 @@ def accumulating(accelerator: Accelerator, model: nn.Module, last: bool) -> Iter
         yield
 
 
-def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Any:
+def clip_gradients(accelerator: Accelerator, optimizer: Any, max_norm: float) -> Any:
     """Clip the window's gradient and return its norm before, a number or a tensor [].
 
     Before the window's last micro-batch there is nothing to clip, and the norm is None.
@@ -65,4 +65,6 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) 
     """
     if not accelerator.sync_gradients:
         return None
-    return accelerator.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
+    # Of a model accelerate would look at every frozen parameter, too, 3 ms of 30 layers.
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    return accelerator.clip_grad_norm_(trained, max_norm or float("inf"))

@@ -101,7 +101,7 @@ def train(config: Config, ranks: PartialState) -> None:
                     with clock("backward"):
                         accelerator.backward(micro_loss_sum * scale)
                     with clock("step"):
-                        grad_norm = clip_gradients(accelerator, model, config.max_grad_norm)
+                        grad_norm = clip_gradients(accelerator, optimizer, config.max_grad_norm)
                         bad = skip_if_bad(accelerator, optimizer, loss_sum, grad_norm)
                         optimizer.step()
                         optimizer.zero_grad()

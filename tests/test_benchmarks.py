@@ -76,6 +76,15 @@ def test_the_bare_loops_losses_are_this_projects(measured: Any) -> None:
     assert len({*loop["losses"]}) == STEPS
 
 
+def test_the_bare_loop_and_this_one_take_the_same_steps_in_turns() -> None:
+    words = ("--model", "tiny", "--steps", "12")
+    done = command(sys.executable, "benchmarks/loop_overhead.py", *words, ACCELERATE_USE_CPU="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = done.stdout.splitlines()[-1]
+    assert "7 pairs of steps" in told
+    assert float(told.split("Losses at most ")[1].split()[0]) < 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not is_made("trl"), reason="python benchmarks/peers.py trl was never run here")
 def test_ten_steps_of_trl_have_this_projects_losses() -> None:

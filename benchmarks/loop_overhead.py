@@ -1,0 +1,134 @@
+"""What the loop adds to a bare PyTorch loop: steps of both in turns, in one process.
+
+python benchmarks/loop_overhead.py [--steps 200] [--model decoder|narrow] [-- --flag value ...]
+
+Both train a model of their own on the same windows, a step each, the other one first every time; so
+what slows the machine down for a while slows both. What stands behind -- are flags of
+loop/train.py. The loop's time is all from one window to its asking for the next: it makes the
+window itself, without its thread, while the bare loop is given it. `narrow` is a random model of
+SmolLM2-135M's 30 layers, 64 wide: what the loop adds does not depend on the width, but is seen
+better beside short steps.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+
+import loop.train
+from benchmarks.bare_loop import Job, bare_step, job_of
+from benchmarks.step_inputs import write_model
+from loop.config import DUMMY_DATA
+from loop.windows import Window
+
+WARM_UP = 5  # pairs
+
+
+@dataclass
+class Turns:
+    """Seconds and losses of each step, by both."""
+
+    bare: list[float] = field(default_factory=list)
+    loop: list[float] = field(default_factory=list)
+    losses: list[torch.Tensor] = field(default_factory=list)
+
+    def take(self, job: Job) -> Iterator[Window]:
+        """Yield the windows to the loop; before or after it, train the bare loop's model on them.
+
+        Takes the place of loop/windows.py's `prefetched`, whose thread would work in both times.
+        """
+        step = bare_step(job)
+
+        def bare(window: Window) -> None:
+            begun = time.perf_counter()
+            self.losses.append(step(window))
+            self.bare.append(time.perf_counter() - begun)
+
+        made = loop.train.windows(
+            job.prepared.examples, job.layout, job.config.seed, job.prepared.collator
+        )
+        while True:
+            begun = time.perf_counter()
+            window = next(made, None)
+            making = time.perf_counter() - begun
+            if window is None:
+                return
+            first = window.step % 2 == 0
+            if first:
+                bare(window)
+            begun = time.perf_counter()
+            yield window
+            self.loop.append(making + time.perf_counter() - begun)
+            if not first:
+                bare(window)
+
+
+def main() -> None:
+    """Measure, and print the medians and what lies between them."""
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--model", choices=("decoder", "narrow", "tiny"), default="decoder")
+    asked, further = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
+    with tempfile.TemporaryDirectory(prefix="loop-overhead-") as name:
+        folder = Path(name)
+        tiny = asked.model == "tiny"
+        write_model("decoder" if tiny else asked.model, f"{folder}/model", "-", "tiny" * tiny)
+        flags = [
+            *("--model_name_or_path", f"{folder}/model", "--output_dir", f"{folder}/run"),
+            *("--max_steps", str(asked.steps), "--save_strategy", "no", "--logging_steps", "1"),
+            *("--per_device_train_batch_size", "8", "--global_batch_size", "8"),
+            *("--data_path", str(DUMMY_DATA)),
+            *further,
+        ]
+        turns = measure(flags)
+        log = (folder / "run/metrics.jsonl").read_text().splitlines()
+    apart = max(
+        abs(json.loads(line)["loss"] - loss.item())
+        for line, loss in zip(log, turns.losses, strict=True)
+    )
+    print(told(turns, f"{asked.model} {' '.join(further)}", apart))
+
+
+def measure(flags: list[str]) -> Turns:
+    """Train by the loop, the bare loop between its steps."""
+    turns, job = Turns(), job_of(flags)
+    loop.train.prefetched = lambda _dealt: turns.take(job)  # type: ignore[assignment]
+    sys.argv = ["loop/train.py", *flags]
+    loop.train.main()
+    return turns
+
+
+def told(turns: Turns, what: str, apart: float) -> str:
+    """Return the result in words."""
+    bare, ours = turns.bare[WARM_UP:], turns.loop[WARM_UP:]
+    added = sorted(b - a for a, b in zip(bare, ours, strict=True))
+    ratio = sorted(b / a for a, b in zip(bare, ours, strict=True))
+    # An interval of a median's order statistics, 95 %: n/2 -+ 0.98 root n.
+    reach = int(0.98 * len(added) ** 0.5)
+    low, high = len(added) // 2 - reach, min(len(added) - 1, len(added) // 2 + reach)
+    median = statistics.median
+    return (
+        f"{what}: {len(added)} pairs of steps, {os.cpu_count()} threads. Medians: bare "
+        f"{1e3 * median(bare):.1f} ms, loop {1e3 * median(ours):.1f} ms; of the pairs the loop "
+        f"adds {1e3 * median(added):+.2f} ms ({1e3 * added[low]:+.2f} to {1e3 * added[high]:+.2f})"
+        f", {100 * median(ratio) - 100:+.2f} % ({100 * ratio[low] - 100:+.2f} to "
+        f"{100 * ratio[high] - 100:+.2f}), 95 % intervals. Losses at most {apart:.1e} apart."
+    )
+
+
+if __name__ == "__main__":
+    main()
