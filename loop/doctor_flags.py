@@ -26,7 +26,7 @@ class DoctorConfig(Config):
     )
     supervised_share: float = flag(
         1.0,
-        "--estimate: supervised tokens of all tokens in a micro-batch",
+        "--estimate: supervised tokens of all tokens in a micro-batch; a T5's: of its targets'",
         "doctor",
         above=0,
         at_most=1,

@@ -4,103 +4,22 @@ docs/scaling.md derives them, in the same words. Bytes throughout, and elements 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from math import ceil
 
-from loop.config import Config
-from loop.shape import Backend, Shape, Weights
-from loop.windows import global_batch_size
+from loop import estimate_t5
+from loop.run import Run, small
+from loop.shape import Weights
 from loop.zero import BUCKET
 
-# DeepSpeed's own values, in elements (deepspeed 0.19, runtime/zero/config.py): a parameter this
-# small is whole on every rank; one that is used again within this distance stays gathered.
-PERSISTENT, REUSE = 100_000, 1_000_000_000
+# DeepSpeed's own value, in elements (deepspeed 0.19, runtime/zero/config.py): a parameter that is
+# used again within this distance stays gathered.
+REUSE = 1_000_000_000
 # cuBLAS's workspace, which torch's allocator hands out; 32 MiB on Hopper (torch 2.13,
 # aten/src/ATen/cuda/CublasHandlePool.cpp). The CUDA context and NCCL's buffers lie outside it.
 WORKSPACE = 32 * 2**20
 # In fp32: a chunk's logits, and what their logarithm is summed from. All at once, by autograd: the
 # log-probabilities, their gradient and the logits' gradient.
 CHUNKED, WHOLE = 2 * 4, 3 * 4
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run: a model's shape, the flags, an accelerate config, and how many ranks."""
-
-    shape: Shape
-    config: Config
-    backend: Backend
-    ranks: int
-    share: float = 1.0  # of the tokens, supervised
-    most: int | None = None  # tokens of the largest micro-batch; none: all that the flags allow
-
-    @property
-    def world(self) -> int:
-        return self.ranks if self.backend.several else 1
-
-    @property
-    def width(self) -> int:
-        """The bytes of a number in the run's precision."""
-        return 4 if self.config.precision == "no" else 2
-
-    @property
-    def accumulated(self) -> int:
-        """The bytes of a gradient that is summed over micro-batches (loop/zero.py)."""
-        return 4 if self.config.precision == "bf16" else self.width
-
-    @property
-    def autocast(self) -> bool:
-        return self.backend.stage == 0 and self.width == 2
-
-    @property
-    def adapter(self) -> int:
-        return sum(self.shape.trained)
-
-    @property
-    def tokens(self) -> int:
-        """The tokens of a full micro-batch."""
-        full = self.config.per_device_train_batch_size * self.config.model_max_length
-        return full if self.most is None else self.most
-
-    @property
-    def supervised(self) -> int:
-        return ceil(self.share * self.tokens)
-
-    @property
-    def chunked(self) -> bool:
-        """Whether the loss is made of so many tokens at a time (loop/objective.py)."""
-        trained = self.shape.head_trained and self.backend.stage == 3
-        return self.shape.plain_logits and self.config.precision != "fp16" and not trained
-
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches a rank runs each step."""
-        batch = global_batch_size(self.config, self.world)
-        return ceil(batch / (self.world * self.config.per_device_train_batch_size))
-
-    def stored(self, weights: Weights) -> list[int]:
-        """Return the elements of each frozen tensor as stored: codes lie two in a byte."""
-        packed = 2 * self.width if self.config.q_lora else 1
-        return [*(ceil(n / packed) for n in weights.linears), *weights.others]
-
-    @property
-    def base(self) -> int:
-        return sum(self.stored(self.shape.model))
-
-    @property
-    def whole(self) -> int:
-        """The elements that ZeRO-3 leaves whole on every rank."""
-        return sum(n for n in (*self.stored(self.shape.model), *self.shape.trained) if small(n))
-
-    @property
-    def gathers(self) -> bool:
-        """Whether weights are brought together for each use."""
-        return self.backend.stage == 3 and (self.world > 1 or self.backend.offload_param)
-
-
-def small(elements: int) -> bool:
-    """Whether ZeRO-3 keeps a parameter whole."""
-    return elements <= PERSISTENT
 
 
 def memory(run: Run) -> dict[str, float]:
@@ -112,10 +31,17 @@ def memory(run: Run) -> dict[str, float]:
         "gradients": gradients(run),
         "optimizer": 0 if run.backend.offload_optimizer else optimizer(run),
         "gathered weights": run.width * gathered(run),
-        "kept activations": kept_activations(run),
-        "loss, or one layer's backward": max(loss(run), layer_backward(run)),
+        **activations(run),
         "cuBLAS workspace": WORKSPACE,
     }
+
+
+def activations(run: Run) -> dict[str, int]:
+    """Return the bytes of the parts that follow the micro-batch's size."""
+    t5 = run.shape.t5
+    kept = estimate_t5.kept_activations(run, t5) if t5 else kept_activations(run)
+    backward = estimate_t5.layer_backward(run, t5) if t5 else layer_backward(run)
+    return {"kept activations": kept, "loss, or one layer's backward": max(loss(run), backward)}
 
 
 def base_weights(run: Run) -> float:

@@ -63,7 +63,9 @@ def _examine_run(
         notes += outlook.batch_notes(layout, config)
         page.section("steps", outlook.step_rows(layout, ahead, len(prepared.examples), config))
         backend = launch.backend(asked, config)
-        rows, total, found = outlook.memory_rows(model, backend, layout, ahead, config)
+        ranks = layout.world_size
+        run = outlook.largest_run(model, prepared, backend, ranks, ahead, config)
+        rows, total, found = outlook.memory_rows(run, model.unlike, ahead, config)
         page.section("memory", rows)
         tell(found, mistakes)
         rows, found = outlook.disk_rows(model, prepared, layout, config)

@@ -1,7 +1,7 @@
 """What the doctor foresees of a run: steps, memory by part, room on the disk, trackers, time."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from data.errors import UserError
 from loop import checkpoint
 from loop.backend import on_gpu
 from loop.config import Config
-from loop.dealing import deal, packed_tokens, padded_tokens
-from loop.estimate import Run, host_memory, memory
+from loop.dealing import Part, deal
+from loop.estimate import activations, host_memory, memory
 from loop.findings import Model
 from loop.fingerprints import run_facts
 from loop.machine import room_of_a_rank
@@ -18,6 +18,7 @@ from loop.optim import lr_at
 from loop.preflight import LEAST, base_copy, free_room
 from loop.prepare import Prepared
 from loop.resume import find_checkpoint
+from loop.run import Run, Size
 from loop.saver import planned_saves
 from loop.sections import GIB, WIDTH, curve, duration, gib, megabytes, table
 from loop.shape import Backend, shape_of
@@ -32,24 +33,31 @@ BESIDE = 4 << 20  # bytes of tokenizer, settings and log in the output folder, a
 
 @dataclass(frozen=True)
 class Outlook:
-    """What there is to train: tokens of all steps, of the largest micro-batch, the share learnt."""
+    """What there is to train: tokens of all steps, the first micro-batches, the share learnt."""
 
     tokens: float
-    largest: int
+    sizes: frozenset[Size]
     share: float
 
 
 def outlook_of(prepared: Prepared, layout: Layout, config: Config) -> Outlook:
     """Deal the first windows out as training does, and reckon the rest by them."""
-    tokens = supervised = most = steps = 0
+    tokens = supervised = steps = 0
+    sizes: set[Size] = set()
     for _, chosen in islice(drawn(prepared.examples, layout, config.seed), DEALT):
         dealt = deal(chosen, layout.world_size, layout.limits)
         tokens += sum(example.run_tokens for example in chosen)
         supervised += sum(example.supervised_tokens for example in chosen)
-        parts = [part for rank in dealt.ranks for part in rank]
-        cost = packed_tokens if layout.limits.packed else padded_tokens
-        most, steps = max(most, *map(cost, parts)), steps + 1
-    return Outlook(tokens / steps * layout.total_steps, most, supervised / tokens)
+        sizes |= {_size(part, layout.limits.packed) for rank in dealt.ranks for part in rank}
+        steps += 1
+    return Outlook(tokens / steps * layout.total_steps, frozenset(sizes), supervised / tokens)
+
+
+def _size(part: Part, packed: bool) -> Size:
+    if packed:
+        return Size(1, sum(example.run_tokens for example in part))
+    source, target = (max((e.lengths[side] for e in part), default=0) for side in range(2))
+    return Size(len(part), source, target)
 
 
 def step_rows(
@@ -104,14 +112,29 @@ def batch_notes(layout: Layout, config: Config) -> list[str]:
     return notes
 
 
+def largest_run(
+    model: Model, prepared: Prepared, backend: Backend, ranks: int, ahead: Outlook, config: Config
+) -> Run | None:
+    """Return the run with the largest of the first micro-batches, if the estimate knows its model.
+
+    Of pairs that is not the one with most tokens: attention grows with the square of them.
+    """
+    if model.unlike:
+        return None
+    shape = shape_of(model.bare, model.base_config, config)
+    if prepared.new_tokens:  # Their rows make the LM head another one (loop/new_tokens.py).
+        shape = replace(shape, head_trained=True)
+    share = 1.0 if shape.t5 else ahead.share
+    runs = [Run(shape, config, backend, ranks, share, size, on_gpu()) for size in ahead.sizes]
+    return max(runs, key=lambda run: (sum(activations(run).values()), run.tokens))
+
+
 def memory_rows(
-    model: Model, backend: Backend, layout: Layout, ahead: Outlook, config: Config
+    run: Run | None, unlike: str, ahead: Outlook, config: Config
 ) -> tuple[list[tuple[str, str]], float | None, list[str]]:
     """Return the estimate by part, its sum in bytes, and what is wrong with it."""
-    if model.unlike:
-        return [("each rank", f"not estimated: {model.unlike} --trial measures it.")], None, []
-    shape = shape_of(model.bare, model.base_config, config)
-    run = Run(shape, config, backend, layout.world_size, ahead.share, ahead.largest)
+    if run is None:
+        return [("each rank", f"not estimated: {unlike} --trial measures it.")], None, []
     parts = {name: size for name, size in memory(run).items() if size}
     if not on_gpu():
         parts.pop("cuBLAS workspace")
@@ -121,11 +144,11 @@ def memory_rows(
     lines += [[name, gib(size)] for name, size in parts.items()]
     lines += [["at the peak", gib(total)]]
     rows = [("each rank", "\n".join(f" {line}" for line in table(lines).splitlines()))]
-    how = f"of {ahead.largest:,} tokens, {100 * ahead.share:.0f} % learnt"
+    how = f"of {run.size}, {100 * ahead.share:.0f} % learnt"
     rows.append(("reckoned for", f"the largest micro-batch of the first windows, {how}"))
     if host_memory(run):
         rows.append(("offloaded", f"{gib(host_memory(run))} GiB of main memory for each rank"))
-    copy = 12 * sum(shape.trained)
+    copy = 12 * run.adapter
     rows.append(("the first rank", f"{megabytes(copy)} of main memory more while it saves"))
     if sent(run):
         rows.append(("sent", f"{megabytes(sent(run))} by each rank, each step"))
@@ -134,7 +157,7 @@ def memory_rows(
     remedies = ["--gradient_checkpointing True"] * (not config.gradient_checkpointing)
     remedies += ["a smaller --per_device_train_batch_size or --tokens_per_micro_batch"]
     remedies += ["--q_lora True"] * (not config.q_lora)
-    remedies += ["accelerate_configs/zero3.yaml on more GPUs"] * (backend.stage != 3)
+    remedies += ["accelerate_configs/zero3.yaml on more GPUs"] * (run.backend.stage != 3)
     return (
         rows,
         total,

@@ -10,7 +10,8 @@ from data.errors import UserError
 from loop.base import find_base_model
 from loop.config import shown
 from loop.doctor_flags import DoctorConfig
-from loop.estimate import Run, host_memory, memory
+from loop.estimate import host_memory, memory
+from loop.run import Run
 from loop.sections import gib, table
 from loop.shape import Backend, Shape, backends, read_backend, read_shape
 from loop.targets import USUAL
@@ -31,7 +32,7 @@ def print_estimate(config: DoctorConfig) -> None:
     backend = read_backend(Path(named)) if named else None
     base = find_base_model(config)
     shape = read_shape(base, config)
-    print(f"{shown(base)}: {counts(shape)}\n{setting(config)}\n")
+    print(f"{shown(base)}: {counts(shape)}\n{setting(shape, config)}\n")
     if backend:
         print(parts(launch(shape, config, backend)))
     else:
@@ -47,21 +48,25 @@ def launch(shape: Shape, config: DoctorConfig, backend: Backend) -> Run:
 
 def counts(shape: Shape) -> str:
     """Say how many parameters there are, of each kind."""
-    linears, others = sum(shape.model.linears), sum(shape.model.others)
+    linears = sum(shape.model.linears)
+    others = sum(shape.model.held) + sum(shape.model.others)
     return (
         f"base {linears + others:,} parameters, {linears:,} of them 4-bit under QLoRA; "
         f"trained {sum(shape.trained):,}"
     )
 
 
-def setting(config: DoctorConfig) -> str:
+def setting(shape: Shape, config: DoctorConfig) -> str:
     """Say which settings the numbers depend on."""
+    target = config.max_target_length or config.model_max_length
+    sides = f"({config.model_max_length} + {target})" if shape.t5 else config.model_max_length
+    names = config.lora_target_modules or USUAL[shape.t5 is not None]
     checkpointing = "on" if config.gradient_checkpointing else "off"
     return (
-        f"micro-batch {config.per_device_train_batch_size} x {config.model_max_length} tokens, "
+        f"micro-batch {config.per_device_train_batch_size} x {sides} tokens, "
         f"{100 * config.supervised_share:g} % supervised; checkpointing {checkpointing}; "
         f"logits of {config.loss_chunk_tokens} tokens at once; LoRA r {config.lora_r} on "
-        f"{' '.join(config.lora_target_modules or USUAL[0])}"
+        f"{' '.join(names)}"
     )
 
 

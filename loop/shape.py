@@ -9,6 +9,7 @@ import yaml
 from data.errors import UserError
 from loop.base import mistakes, read_base_config
 from loop.config import ROOT, Config, Precision
+from loop.shape_t5 import KINDS, T5, t5_of
 from loop.targets import ALL_LINEAR, target_names
 
 CONFIGS = ROOT / "accelerate_configs"
@@ -26,12 +27,13 @@ class Weights:
     """The frozen parameters of a model or of one layer, each by its elements."""
 
     linears: tuple[int, ...]  # what QLoRA holds in 4 bits: every Linear but the LM head
+    held: tuple[int, ...]  # and but those that it holds in fp32: T5's `wo`
     others: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the formulas know of a LLaMA-like model and its adapter."""
+    """What the formulas know of a LLaMA-like model or a T5, and of its adapter."""
 
     hidden: int
     intermediate: int
@@ -47,6 +49,7 @@ class Shape:
     trained: tuple[int, ...]  # elements of each lora_A, lora_B and trained bias
     targets: tuple[int, ...]  # the width of each LoRA target's input
     inputs: tuple[int, ...]  # those widths, once for targets that read the same tensor
+    t5: T5 | None
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class Backend:
 def read_shape(base: str, config: Config) -> Shape:
     """Return the shape of the model in the folder or on the hub, and of the flags' adapter.
 
-    Raises UserError for a model that is not LLaMA-like, and targets that it does not have.
+    Raises UserError for a model that is neither LLaMA-like nor a T5, and targets that it does not
+    have.
     """
     base_config = read_base_config(base, config)
     check_shape(base, base_config)
@@ -73,12 +77,14 @@ def read_shape(base: str, config: Config) -> Shape:
 
 def check_shape(base: str, base_config: Any) -> None:
     """Raise UserError for a model that the estimate does not know."""
+    if base_config.model_type in KINDS:
+        return
     missing = [name for name in NEEDED if getattr(base_config, name, None) is None]
     if missing or base_config.is_encoder_decoder:
         raise UserError(
             f"{base}: found a {base_config.model_type} model without "
             f"{', '.join(missing) or 'a decoder of its own'}; the estimate expects one built "
-            "like LLaMA."
+            f"like LLaMA, or of the kinds {', '.join(KINDS)}."
         )
 
 
@@ -89,17 +95,19 @@ def shape_of(model: Any, base_config: Any, config: Config) -> Shape:
     heads = base_config.num_attention_heads
     head = getattr(base_config, "head_dim", None) or base_config.hidden_size // heads
     groups = getattr(base_config, "num_key_value_heads", None) or heads
-    layers = base_config.num_hidden_layers
+    targets = adapted(model, config)
+    t5 = t5_of(base_config, targets)
     return Shape(
         hidden=base_config.hidden_size,
-        intermediate=base_config.intermediate_size,
-        layers=layers,
+        intermediate=base_config.d_ff if t5 else base_config.intermediate_size,
+        layers=t5.encoder + t5.decoder if t5 else base_config.num_hidden_layers,
         heads=heads,
         query=heads * head,
         key=groups * head,
         vocabulary=base_config.vocab_size,
         plain_logits=not any(getattr(base_config, name, None) for name in AFTERWARDS),
-        **_weights(model, layers, config),
+        **_weights(model, base_config.num_hidden_layers, targets, config),
+        t5=t5,
     )
 
 
@@ -113,24 +121,30 @@ def bare_model(base: str, base_config: Any, config: Config) -> Any:
         return kind.from_config(base_config, trust_remote_code=config.trust_remote_code)
 
 
-def _weights(model: Any, layers: int, config: Config) -> dict[str, Any]:
+def _weights(model: Any, layers: int, targets: dict[str, Any], config: Config) -> dict[str, Any]:
     """Return the fields of Shape that are counted; a tied weight counts once."""
     from torch import nn
 
     head = model.get_output_embeddings()
-    four_bit = {id(m.weight) for m in model.modules() if type(m) is nn.Linear and m is not head}
-    targets = adapted(model, config)
+    linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not head}
+    in_fp32 = {*(model._keep_in_fp32_modules or ())}
+    held = {id(m.weight) for name, m in linears.items() if in_fp32 & {*name.split(".")}}
+    four_bit = {id(m.weight) for m in linears.values()} - held
     biases = trained_biases(model, targets, config)
 
     def count(module: Any) -> Weights:
         frozen = [p for p in module.parameters() if id(p) not in biases]
         return Weights(
             tuple(p.numel() for p in frozen if id(p) in four_bit),
-            tuple(p.numel() for p in frozen if id(p) not in four_bit),
+            tuple(p.numel() for p in frozen if id(p) in held),
+            tuple(p.numel() for p in frozen if id(p) not in four_bit | held),
         )
 
     # A list of experts may be as long, but it lies inside a layer.
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    # A T5's decoder has the larger layers.
+    whole = model.get_decoder() if model.config.is_encoder_decoder else model
+    layers = len(whole.block) if model.config.is_encoder_decoder else layers
+    stacks = [m for m in whole.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     inputs: dict[tuple[str, str], int] = {}
     trained = list(biases.values())
     for name, module in targets.items():

@@ -1,6 +1,7 @@
 """Bytes that one rank sends each step: formulas over a model's shape (docs/scaling.md)."""
 
-from loop.estimate import REUSE, Run, live, sharded
+from loop.estimate import REUSE, live, sharded
+from loop.run import Run
 
 
 def sent(run: Run) -> float:
