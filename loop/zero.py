@@ -17,6 +17,7 @@ NEEDED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": 
 # allocates gigabytes; an adapter's gradients fit in a few of these.
 BUCKET = 20_000_000
 ENV = "ACCELERATE_DEEPSPEED_"
+DECISIVE = ("stage", "offload_optimizer", "offload_param")  # also the accelerate config's to say
 
 
 def zero_settings(config: Config, mistakes: list[str] | None = None) -> dict[str, Any]:
@@ -40,16 +41,26 @@ def zero_settings(config: Config, mistakes: list[str] | None = None) -> dict[str
             f"found --deepspeed {config.deepspeed} and the accelerate config's "
             f"deepspeed_config_file {theirs}; expected one of them."
         )
-    if config.deepspeed and theirs == "none":
-        with noted(mistakes):
+    with noted(mistakes):
+        if config.deepspeed and theirs == "none":
             values = read_json(config.deepspeed, "--deepspeed", mistakes)
-            with noted(mistakes):
-                _check_against_accelerate(values["zero_optimization"], config.deepspeed)
-            return values
-    elif theirs != "none":
-        where = "--deepspeed" if config.deepspeed else "deepspeed_config_file"
-        return read_json(theirs, where, mistakes)
+            zero = values["zero_optimization"]
+            tell(_against_accelerate(zero, config.deepspeed), mistakes)
+            return _filled(values)
+        if theirs != "none":
+            where = "--deepspeed" if config.deepspeed else "deepspeed_config_file"
+            return _filled(read_json(theirs, where, mistakes))
     return _read_environment()
+
+
+def _filled(values: dict[str, Any]) -> dict[str, Any]:
+    """Have the accelerate config say what a wrong value in a file leaves open."""
+    zero = values["zero_optimization"]
+    left_open = [key for key in DECISIVE if zero.get(key) == "auto"]
+    if left_open:
+        launched = _read_environment()["zero_optimization"]
+        zero |= {key: launched[key] for key in left_open}
+    return values
 
 
 def _read_environment() -> dict[str, Any]:
@@ -178,11 +189,11 @@ def precision_of(asked: dict[str, Any]) -> str | None:
     )
 
 
-def _check_against_accelerate(zero: dict[str, Any], name: str) -> None:
-    """Compare a file given by flag with the stage and the offloads of the accelerate config."""
+def _against_accelerate(zero: dict[str, Any], name: str) -> Iterator[str]:
+    """Yield where a file given by flag has another stage or offload than the accelerate config."""
 
     def device(section: Any) -> str:
-        return str((section or {}).get("device") or "none")
+        return "auto" if section == "auto" else str((section or {}).get("device") or "none")
 
     pairs = {
         "zero_stage": (str(zero["stage"]), os.environ.get(f"{ENV}ZERO_STAGE", "2")),
@@ -195,11 +206,13 @@ def _check_against_accelerate(zero: dict[str, Any], name: str) -> None:
             os.environ.get(f"{ENV}OFFLOAD_PARAM_DEVICE", "none"),
         ),
     }
+    stage, launched_stage = pairs["zero_stage"]
+    offloads = any(pairs[key][0] == "cpu" for key in pairs if key != "zero_stage")
+    number = launched_stage if stage == "auto" else stage
+    fitting = f"accelerate_configs/zero{number}{'_offload' * offloads}.yaml"
     for key, (found, launched) in pairs.items():
-        if found != launched:
-            offloads = any(pairs[k][0] == "cpu" for k in pairs if k != "zero_stage")
-            fitting = f"accelerate_configs/zero{zero['stage']}{'_offload' * offloads}.yaml"
-            raise UserError(
+        if found not in ("auto", launched):
+            yield (
                 f"--deepspeed {name} has {key} {found}, the accelerate config has {launched}; "
                 f"expected the same. Launch with {fitting}."
             )

@@ -1,6 +1,7 @@
 """A DeepSpeed JSON: read, and checked by DeepSpeed's own classes long before its engine would."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ TAKEN = {
     "amp": "precision is --mixed_precision",
     "torch_autocast": "precision is --mixed_precision",
 }
+# What must be an object.
+SECTIONS = ("bf16", "fp16", "data_types", "zero_optimization")
 # The loop's own values take the place of these, once they were compared: loop/zero.py.
 FILLED = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
@@ -35,7 +38,8 @@ FILLED = {
 def read_json(name: str, where: str, mistakes: list[str] | None = None) -> dict[str, Any]:
     """Return the JSON's values; raises UserError for what DeepSpeed would not take.
 
-    Keys that may not be there are added to `mistakes`, where given, and left out.
+    Or adds it to `mistakes`, where given, of each key and section: keys that may not be there are
+    left out, and what has a wrong value is "auto", as good as not said.
     """
     where = f"{where} {name}"
     try:
@@ -52,57 +56,73 @@ def read_json(name: str, where: str, mistakes: list[str] | None = None) -> dict[
             tell([f"{where}: {key}: no key that is known here.{near}"], mistakes)
         if key in TAKEN:
             tell([f"{where}: found {key}; {TAKEN[key]}. Remove it from the file."], mistakes)
-        if key in ("bf16", "fp16", "data_types", "zero_optimization") and not isinstance(
-            value, dict
-        ):
-            raise UserError(f"{where}: {key}: found {json.dumps(value)}; expected an object.")
+        if key in SECTIONS and not isinstance(value, dict):
+            found = json.dumps(value)
+            tell([f"{where}: {key}: found {found}; expected an object."], mistakes)
+            values[key] = {}
     values = {key: values[key] for key in values if key in KEYS and key not in TAKEN}
-    zero = values.get("zero_optimization", {})
+    zero = values.setdefault("zero_optimization", {})
     if type(zero.get("stage")) is not int or zero["stage"] not in (1, 2, 3):
-        raise UserError(
-            f"{where}: zero_optimization.stage: found {json.dumps(zero.get('stage'))}; expected 1, "
-            "2 or 3. Without ZeRO, launch with accelerate_configs/ddp.yaml."
-        )
-    _check_sections(values, where)
+        found = json.dumps(zero.get("stage"))
+        text = f"{where}: zero_optimization.stage: found {found}; expected 1, 2 or 3. Without ZeRO,"
+        tell([f"{text} launch with accelerate_configs/ddp.yaml."], mistakes)
+        zero["stage"] = "auto"
+    _check_sections(values, where, mistakes)
     return values
 
 
-def _check_sections(values: dict[str, Any], where: str) -> None:
-    """Build each section by itself, so that the message can name the one that is wrong."""
+def _check_sections(values: dict[str, Any], where: str, mistakes: list[str] | None) -> None:
+    """Build each section by itself, so that a message can name what is wrong in it."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
 
-    zero = {k: value for k, value in values["zero_optimization"].items() if value != "auto"}
+    def build_zero(section: Any) -> None:
+        DeepSpeedZeroConfig(**{k: value for k, value in section.items() if value != "auto"})
+
     known = [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
-    rest = {key: value for key, value in values.items() if key not in FILLED}
-    key = "zero_optimization"  # what a message names: the one at which it failed
-    try:
-        DeepSpeedZeroConfig(**zero)
-        known = []
-        for key, value in rest.items():
+    tell(_wrong(values, "zero_optimization", build_zero, known, where), mistakes)
+    zero = {k: value for k, value in values["zero_optimization"].items() if value != "auto"}
+
+    for key in [key for key in values if key not in FILLED]:
+
+        def build(section: Any, key: str = key) -> None:
             # Whether one of the two is on is decided elsewhere, and may be "auto".
-            mended = {**value, "enabled": False} if key in ("bf16", "fp16") else value
+            mended = {**section, "enabled": False} if key in ("bf16", "fp16") else section
             DeepSpeedConfig({"train_batch_size": 1, "zero_optimization": dict(zero), key: mended})
-    except ValidationError as error:
-        first = error.errors()[0]
-        inner = ".".join(str(part) for part in first["loc"] if part != key)
-        name = f"{key}.{inner}" if inner else key
-        if first["type"] == "extra_forbidden":
-            remedy = nearest(inner, known) or " Mend its name, or remove it."
-            raise UserError(f"{where}: {name}: unknown key.{remedy}") from None
-        raise UserError(
-            f"{where}: {name}: found {first['input']!r}; {first['msg']}. Mend or remove it."
-        ) from None
-    except Exception as error:  # What it raises differs from key to key: by far not only its own.
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{where}: {key}: found {json.dumps(values[key])}, which DeepSpeed does not take "
-            f"({reason}). Mend or remove it."
-        ) from None
+
+        tell(_wrong(values, key, build, [], where), mistakes)
     found = values.get("data_types", {}).get("grad_accum_dtype")
     if found not in (None, "fp32", "bf16", "fp16"):  # Looked up by the engine only.
-        raise UserError(
-            f"{where}: data_types.grad_accum_dtype: found {json.dumps(found)}; expected fp32, bf16 "
-            "or fp16. Mend or remove it."
+        text = f"{where}: data_types.grad_accum_dtype: found {json.dumps(found)}; expected fp32,"
+        tell([f"{text} bf16 or fp16. Mend or remove it."], mistakes)
+
+
+def _wrong(
+    values: dict[str, Any], key: str, build: Callable[[Any], None], known: list[str], where: str
+) -> Iterator[str]:
+    """Yield what DeepSpeed's class does not take of a section, which is mended in `values`."""
+    from pydantic import ValidationError
+
+    try:
+        build(values[key])
+    except ValidationError as error:
+        for told in error.errors():
+            path = [str(part) for part in told["loc"] if part != key]
+            name, extra = ".".join([key, *path]), told["type"] == "extra_forbidden"
+            if not path or not isinstance(values[key], dict):
+                values.pop(key, None)
+            elif extra and len(path) == 1:
+                values[key].pop(path[0], None)
+            else:
+                values[key][path[0]] = "auto"
+            if extra:
+                remedy = nearest(path[-1], known) or " Mend its name, or remove it."
+                yield f"{where}: {name}: unknown key.{remedy}"
+            else:
+                yield f"{where}: {name}: found {told['input']!r}; {told['msg']}. Mend or remove it."
+    except Exception as error:  # What it raises differs from key to key: by far not only its own.
+        reason = " ".join(str(error).split())
+        yield (
+            f"{where}: {key}: found {json.dumps(values.pop(key))}, which DeepSpeed does not take "
+            f"({reason}). Mend or remove it."
         )

@@ -1,0 +1,68 @@
+"""All that is wrong in one DeepSpeed file is told in one call, by the doctor and by training."""
+
+from pathlib import Path
+
+import pytest
+
+from data.errors import UserError
+from loop.backend import check_launch
+from loop.config import Config
+from loop.settings import read_config
+from tests.test_doctor import CONFIGS, ZERO3, Doctor, deepspeed, doctor, right
+
+__all__ = ["doctor", "right"]  # fixtures
+
+
+def test_all_that_is_wrong_in_one_deepspeed_file_is_told_at_once(
+    doctor: Doctor, tmp_path: Path
+) -> None:
+    bad = {"stage": 3, "stagee": 2, "overlap_com": True, "reduce_bucket_size": -1}
+    bad["offload_optimizer"] = {"device": "cpu"}
+    values = {"bf16": {"enabld": 1, "enabled": True}, "gradient_clipping": 0.5, "comms_logger": 3}
+    file = deepspeed(tmp_path, zero_optimization=bad, **values)
+    zero2 = ("--accelerate_config", CONFIGS / "zero2.yaml", "--deepspeed", file)
+    flags = ("--max_grad_norm", "1", "--mixed_precision", "no")
+    expected = (
+        "zero_optimization.stagee: unknown key. Did you mean stage?",
+        "zero_optimization.overlap_com: unknown key. Did you mean overlap_comm?",
+        "zero_optimization.reduce_bucket_size: found -1",
+        "bf16.enabld: unknown key",
+        "comms_logger: found 3, which DeepSpeed does not take",
+        "has zero_stage 3, the accelerate config has 2",
+        "has offload_optimizer_device cpu, the accelerate config has none",
+        "says gradient_clipping 0.5, --max_grad_norm is 1.0",
+        'says bf16 {"enabled": true}, --mixed_precision is no',
+    )
+    found = doctor(*zero2, *flags)
+    assert not [text for text in expected if not any(text in problem for problem in found)], found
+    assert len(found) == len(expected), found
+
+
+def test_a_wrong_stage_hides_nothing_and_contradicts_nothing(
+    doctor: Doctor, tmp_path: Path
+) -> None:
+    file = deepspeed(tmp_path, zero_optimization={"stagee": 3}, gradient_clipping=0.5)
+    found = doctor(*ZERO3, "--deepspeed", file, "--max_grad_norm", "1", "--torch_compile")
+    assert [problem.split(".json: ")[-1][:45] for problem in found[:2]] == [
+        "zero_optimization.stage: found null; expected",
+        "zero_optimization.stagee: unknown key. Did yo",
+    ]
+    assert "says gradient_clipping 0.5" in found[2]
+    assert "--torch_compile: found ZeRO-3" in found[3]  # as the accelerate config says
+    assert len(found) == 4, found
+
+
+def test_training_tells_all_of_it_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    section = {"stage": 3, "stagee": 2}
+    file = deepspeed(tmp_path, zero_optimization=section, gradient_clipping=0.5)
+    words = ["--data_path", "x", "--deepspeed", str(file), "--mixed_precision", "no"]
+    with pytest.raises(UserError) as error:
+        check_launch(read_config(words, Config))
+    for text in (
+        "zero_optimization.stagee: unknown key. Did you mean stage?",
+        "has zero_stage 3, the accelerate config has 2",
+        "says gradient_clipping 0.5, --max_grad_norm is 1.0",
+    ):
+        assert text in str(error.value)
