@@ -253,7 +253,8 @@ def answer_all(speaker: Speaker, asked: list[Asked], out: Path) -> None:
             for name in names:
                 system = one.system or speaker.config.system
                 answer = speaker.answer((Turn("user", one.text),), name, system)
-                line = {"id": one.id, "prompt": one.text, "adapter": name, "answer": answer}
+                line = {"id": one.id, "prompt": one.text} | ({"system": system} if system else {})
+                line |= {"adapter": name, "answer": answer}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     print(f"{out}: {len(asked)} questions, answered by {', '.join(names)}")
 

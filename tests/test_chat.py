@@ -126,6 +126,10 @@ def test_a_file_of_questions_becomes_a_file_of_answers(
     (first, second) = map(json.loads, out.read_text().splitlines())
     assert first == {**asked, "adapter": "fox", "answer": alone["fox"]}
     assert second["id"] == 3
+    assert second["system"] == "Hm."
+    chat.main([*flags, "--out", str(out), "--system", "Be brief."])
+    systems = [json.loads(line)["system"] for line in out.read_text().splitlines()]
+    assert systems == ["Be brief.", "Hm."]  # a question's own goes before the flag's
     chat.main([*flags[:5], "--prompt", "What are you?", "--compare"])
     table = capsys.readouterr().out
     assert "> What are you?\nBASE" in table
