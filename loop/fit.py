@@ -11,12 +11,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from data.errors import UserError
+from loop.backend import zero_stage
 from loop.config import Config
 from loop.objective import supervised_loss_sum
+from loop.optim import accumulating
 from loop.prepare import Prepared
+from loop.state import forget_gradients
 from loop.windows import Layout
 
-SHARE = 0.9  # of the memory: the rest is for the optimizer, buckets and what is fragmented
+SHARE = 0.9  # of the memory: the rest is for buckets, the optimizer's step and what is fragmented
 STEP = 64  # tokens: so coarse is the answer
 
 
@@ -30,8 +33,8 @@ def fitted(
 ) -> Layout:
     """Return the layout with the most tokens a micro-batch may have; every rank must call this.
 
-    Before `prepare`, when no collective is part of a pass yet: each rank tries for itself, and the
-    least counts. A run that goes on keeps what it found. Not under ZeRO-3: loop/preflight.py.
+    After `prepare`, with all the memory taken that training takes, and because under ZeRO-3 no
+    pass can be made before. The least of all ranks counts. A run that goes on keeps what it found.
     Raises UserError where the longest example alone does not fit.
     """
     if not config.auto_micro_batch:
@@ -39,14 +42,15 @@ def fitted(
     each = -(-layout.global_batch_size // layout.world_size)
     known = progress.get("auto_micro_batch") or {}
     least = known.get("tokens", 0)
-    if known != found(layout, config, accelerator, least):
-        mine = most_tokens(model, prepared, config, accelerator, each)
-        least = min(gather_object([mine]) if accelerator.num_processes > 1 else [mine])
+    if _any_rank(accelerator, known != found(layout, config, accelerator, least)):
+        least = most_tokens(model, prepared, config, accelerator, each)
     if least == 0:
-        raise UserError(
+        error = UserError(
             "--auto_micro_batch: the longest example alone does not fit in memory. Give a smaller "
             "--model_max_length, or --gradient_checkpointing True, or --q_lora True."
         )
+        error.known_to_all = True
+        raise error
     limits = dataclasses.replace(layout.limits, examples=each, tokens=least)
     layout = dataclasses.replace(layout, micro_batch_size=each, accumulation=1, limits=limits)
     accelerator.print(f"auto_micro_batch: {layout}")
@@ -74,21 +78,27 @@ def most_tokens(
     """Return how many tokens, padding counted, fit in a micro-batch; 0 where no example does.
 
     The memory that a pass takes grows with its tokens: twice as many examples are tried while they
-    will fit by what was seen so far, and what is left is reckoned from the last two.
+    will fit by what was seen so far, and what is left is reckoned from the last two. All ranks try
+    the same, and none goes on where it would not fit on another.
     """
     examples = prepared.examples.longest(most)
+    if zero_stage(accelerator) == 3:
+        # Only from the second pass on are weights kept and fetched ahead, by what the first one has
+        # recorded (DeepSpeed 0.19.8, zero/partitioned_param_coordinator.py).
+        shortest = prepared.collator(examples[-1:], 0).to(accelerator.device)
+        _peak_of(model, shortest, config, accelerator)
     room, before = memory_room(accelerator.device), memory_used(accelerator.device)
     tried, peaks, count = [0], [before], 1
     while True:
         batch = prepared.collator(examples[:count], 0).to(accelerator.device)
         tokens = batch.tokens
         reckoned = peaks[-1] + (tokens - tried[-1]) * _slope(tried, peaks)
-        if count > 1 and reckoned > room:
+        if _any_rank(accelerator, count > 1 and reckoned > room):
             break
         peak = _peak_of(model, batch, config, accelerator)
-        if peak is None or peak > room:
+        if _any_rank(accelerator, peak is None or peak > room):
             break
-        tried, peaks = [*tried, tokens], [*peaks, peak]
+        tried, peaks = [*tried, tokens], [*peaks, peak or 0]
         if count == len(examples):
             break
         count = min(2 * count, len(examples))
@@ -96,7 +106,8 @@ def most_tokens(
         return 0
     reckoned = tried[-1] + (room - peaks[-1]) / max(1.0, _slope(tried, peaks))
     # Nothing beyond the next size, which did not fit or is more than a window has.
-    return max(tried[1], int(min(reckoned, 2 * tried[-1])) // STEP * STEP)
+    mine = max(tried[1], int(min(reckoned, 2 * tried[-1])) // STEP * STEP)
+    return min(_of_all_ranks(accelerator, mine))
 
 
 def memory_room(device: torch.device) -> int:
@@ -126,24 +137,59 @@ def _slope(tried: list[int], peaks: list[int]) -> float:
 
 
 def _peak_of(model: Any, batch: Any, config: Config, accelerator: Accelerator) -> int | None:
-    """Return the most bytes held in a forward and a backward pass; None where they do not fit."""
+    """Return the most bytes held in a forward and a backward pass; None where they do not fit.
+
+    Raises UserError where they do not under ZeRO-3: others may wait within the pass, in a
+    collective that this rank no longer comes to, and cannot be told. It leaves, and its launcher
+    ends them. So every rank reckons a size before one of them tries it, all but the longest
+    example's, before which there is nothing to reckon by.
+    """
     device = accelerator.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    model.train()
     try:
-        with accelerator.autocast():
-            loss = supervised_loss_sum(model, batch, config.loss_chunk_tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
-    except (torch.OutOfMemoryError, MemoryError):
-        return None
-    finally:
-        model.zero_grad(set_to_none=True)
+        _pass(model, batch, config, accelerator)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        if zero_stage(accelerator) < 3:
+            return None
+        raise UserError(
+            f"--auto_micro_batch: found too little memory for a micro-batch of {batch.tokens} "
+            "tokens, which was tried. Give --tokens_per_micro_batch with fewer in its place; where "
+            "one example has so many, a smaller --model_max_length, or --gradient_checkpointing "
+            "True, or --q_lora True."
+        ) from error
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _meminfo("/proc/self/status", "VmHWM")
+
+
+def _pass(model: Any, batch: Any, config: Config, accelerator: Accelerator) -> None:
+    """Make a forward and a backward pass that leaves no gradient behind; it seeds itself."""
+    model.train()
+    if zero_stage(accelerator) == 3:
+        # As in training, short of the step: what recomputes is reentrant there (loop/model.py), and
+        # takes no other way back.
+        with accumulating(accelerator, model, last=False):
+            accelerator.backward(supervised_loss_sum(model, batch, config.loss_chunk_tokens))
+        forget_gradients(model)
+        return
+    # Gradients that are returned are not summed up: hooks of DDP and DeepSpeed, which would reduce
+    # them, are not called, and a rank that runs out of memory leaves none waiting.
+    inner = getattr(model, "module", model)  # DistributedDataParallel, DeepSpeedEngine
+    loss = supervised_loss_sum(inner, batch, config.loss_chunk_tokens)
+    trained = [parameter for parameter in inner.parameters() if parameter.requires_grad]
+    torch.autograd.grad(loss, trained, allow_unused=True)
+
+
+def _any_rank(accelerator: Accelerator, mine: bool) -> bool:
+    """Return whether it is so on any rank; every rank must call this."""
+    return any(_of_all_ranks(accelerator, mine))
+
+
+def _of_all_ranks(accelerator: Accelerator, mine: int) -> list[int]:
+    return list(gather_object([mine])) if accelerator.num_processes > 1 else [mine]
 
 
 def _meminfo(file: str, name: str) -> int:

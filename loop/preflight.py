@@ -64,12 +64,6 @@ def crossed(config: Config, stage: int | None) -> Iterator[str]:
             "--torch_compile: found ZeRO-3, whose hooks stand between all parts of a layer; "
             "expected another backend. Leave it out, or launch accelerate_configs/zero2.yaml."
         )
-    if config.auto_micro_batch and stage == 3:
-        yield (
-            "--auto_micro_batch: found ZeRO-3, where no rank can try a micro-batch for itself; "
-            "expected another backend. Give --tokens_per_micro_batch; python -m loop doctor "
-            "tells what it takes."
-        )
     if config.lora_bias == "none":
         return
     if config.q_lora and stage == 0 and config.precision != "no":

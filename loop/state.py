@@ -180,6 +180,19 @@ def keep_buckets(model: Any) -> None:
         model.reducer._rebuild_buckets()
 
 
+def forget_gradients(model: Any) -> None:
+    """Drop what backward passes under ZeRO-3 have summed up since the last step, or the first.
+
+    From its engine, after passes that are not a window's last. Moments, counts of steps and loss
+    scale change with a step alone; whether a pass is the last is told before each (DeepSpeed
+    0.19.8, zero/stage3.py).
+    """
+    zero = model.optimizer
+    zero.zero_grad()  # the next pass writes gradients over what there is; it would have added them
+    zero.averaged_gradients = {}
+    zero.grad_partitions_flat_buffer.zero_()  # for a parameter that the next pass does not use
+
+
 def loss_scale(accelerator: Accelerator, optimizer: Any) -> dict[str, float] | None:
     """Return the state of fp16's dynamic loss scale; None in other precisions."""
     if accelerator.mixed_precision != "fp16":

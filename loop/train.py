@@ -76,10 +76,10 @@ def train(config: Config, ranks: PartialState) -> None:
     model = load_model(prepared, config, accelerator)
     accelerator.print(f"model: {shown(prepared.base)}: {describe_parameters(model)}")
     start.put_weights(accelerator, model)
-    layout = fitted(layout, config, prepared, model, accelerator, start.progress)
     # No scheduler is prepared: accelerate would step it once per process.
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config))
     start.put_optimizer(accelerator, model, optimizer)
+    layout = fitted(layout, config, prepared, model, accelerator, start.progress)
     write_settings(accelerator, config)
 
     clock = Clock(accelerator.device)

@@ -15,7 +15,8 @@ import sys
 import time
 
 SOCKET = os.environ.get("LORA_LOOP_WARM", "")
-SCRIPTS = ("bin/accelerate", "loop/train.py", "tests/probed_train.py", "tests/traced_train.py")
+LOOPS = ("tests/probed_train.py", "tests/traced_train.py", "tests/fitted_train.py")
+SCRIPTS = ("bin/accelerate", "loop/train.py", *LOOPS)
 MODULES = ("accelerate.commands.launch", "loop")
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +16,17 @@ from data.errors import UserError
 from loop import fit
 from loop.attention import implementation, row_inputs
 from loop.config import Config
-from tests.helpers import launch, log_of, write_dialogues
+from tests.helpers import adapter_of, launch, log_of, write_dialogues
 
 Train = Callable[..., Path]
 PER_TOKEN = 1000  # bytes
+SLOW_CONFIGS = [pytest.param(c, marks=pytest.mark.slow) for c in ("zero1", "zero2_offload")]
+
+
+def alone() -> Any:
+    """Return the accelerator of a single rank without DeepSpeed."""
+    state = SimpleNamespace(deepspeed_plugin=None)
+    return SimpleNamespace(device=torch.device("cpu"), num_processes=1, state=state)
 
 
 class Measured:
@@ -44,8 +50,7 @@ def most(lengths: list[int]) -> int:
         examples=SimpleNamespace(longest=lambda count: examples[:count]),
         collator=Collator(0, None, lambda lengths: {"lengths": lengths}),
     )
-    accelerator: Any = SimpleNamespace(device=torch.device("cpu"))
-    return fit.most_tokens(None, prepared, Config(), accelerator, len(lengths))
+    return fit.most_tokens(None, prepared, Config(), alone(), len(lengths))
 
 
 def test_the_most_tokens_fit_and_no_trial_goes_beyond_the_room(
@@ -81,7 +86,7 @@ def test_what_is_found_keeps_a_real_pass_within_the_room(
         examples=SimpleNamespace(longest=lambda count: examples[:count]),
         collator=Collator(0, None, row),
     )
-    accelerator: Any = SimpleNamespace(device=cpu, autocast=nullcontext)
+    accelerator = alone()
     room = fit.memory_used(cpu) + 300 * 2**20
     monkeypatch.setattr(fit, "memory_room", lambda _: room)
     tokens = fit.most_tokens(model, prepared, Config(), accelerator, len(examples))
@@ -102,6 +107,26 @@ def test_the_run_is_the_same_with_and_without(train: Train) -> None:
         log_of(train("auto", *flags, "--auto_micro_batch")),
     )
     assert [e["loss"] for e in auto] == pytest.approx([e["loss"] for e in plain], abs=1e-6)
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero2", *SLOW_CONFIGS])
+def test_on_two_ranks_the_search_leaves_no_trace(
+    config: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Both runs have the same micro-batches: all of a window's examples at once."""
+    texts = [[f"What is {n}?", "No " + "idea. " * n] for n in range(8)]
+    flags: list[str | Path] = ["--model_name_or_path", tiny_model, "--max_steps", "4"]
+    flags += ["--data_path", write_dialogues(tmp_path / "data.json", *texts)]
+    flags += ["--mixed_precision", "no", "--learning_rate", "1e-2", "--logging_steps", "1"]
+    flags += ["--global_batch_size", "8", "--per_device_train_batch_size", "4"]
+    limits = ("--tokens_per_micro_batch", "100000"), ("--auto_micro_batch", "True")
+    logs = [
+        launch(config, tmp_path / str(n), *flags, *limit, processes=2)
+        for n, limit in enumerate(limits)
+    ]
+    assert [entry["loss"] for entry in logs[0]] == [entry["loss"] for entry in logs[1]]
+    plain, auto = (adapter_of(tmp_path / str(n)) for n in range(2))
+    assert all(torch.equal(tensor, auto[name]) for name, tensor in plain.items())
 
 
 def test_it_says_so_where_the_longest_example_does_not_fit(

@@ -93,7 +93,6 @@ def test_room_on_the_disk_and_in_memory_is_compared_with_what_is_needed(
     ("config", "stage", "expected"),
     [
         (Config(torch_compile=True), 3, "--torch_compile: found ZeRO-3"),
-        (Config(auto_micro_batch=True), 3, "--auto_micro_batch: found ZeRO-3"),
         (Config(q_lora=True, bf16=True, lora_bias="all"), 0, "without an fp32 master"),
         (Config(lora_weight_path="x", lora_bias="all"), 3, "cannot be put into a base"),
     ],
@@ -148,8 +147,8 @@ def test_contradictions_of_a_deepspeed_json_are_told_whatever_the_data_and_besid
 ) -> None:
     values = {"gradient_clipping": 0.5, "train_micro_batch_size_per_gpu": 7, "nonsense": 1}
     file = deepspeed(tmp_path, **values)
-    expected = ("nonsense: no key", "per_gpu 7, ", "clipping 0.5, ", "--auto_micro_batch: found")
-    flags = ("--auto_micro_batch", "--deepspeed", file, *ZERO3)
+    expected = ("nonsense: no key", "per_gpu 7, ", "clipping 0.5, ", "--torch_compile: found")
+    flags = ("--torch_compile", "--deepspeed", file, *ZERO3)
     first = write(tmp_path / "a.json", "[1]")
     second = write(tmp_path / "b.json", "[1]")
     found = doctor(*flags, "--data_path", first, second)
@@ -159,7 +158,7 @@ def test_contradictions_of_a_deepspeed_json_are_told_whatever_the_data_and_besid
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     with pytest.raises(UserError) as error:
-        check_launch(Config(deepspeed=str(file), auto_micro_batch=True))
+        check_launch(Config(deepspeed=str(file), torch_compile=True))
     told = problems(str(error.value))
     assert [text in line for text, line in zip(expected, told, strict=True)] == [True] * 4
 
@@ -169,8 +168,8 @@ def test_beside_a_deepspeed_json_that_cannot_be_taken_the_launch_is_still_examin
     text: str, doctor: Doctor, tmp_path: Path
 ) -> None:
     file = write(tmp_path / "ds.json", text)
-    _, stage = doctor("--auto_micro_batch", "--deepspeed", file, *ZERO3)
-    assert "--auto_micro_batch: found ZeRO-3" in stage
+    _, stage = doctor("--torch_compile", "--deepspeed", file, *ZERO3)
+    assert "--torch_compile: found ZeRO-3" in stage
 
 
 def test_a_word_that_names_no_file_is_refused_as_a_prompt_and_a_question_is_not() -> None:

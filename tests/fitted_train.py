@@ -1,0 +1,72 @@
+"""loop/train.py on ranks of a memory that a test decides; launched by tests/test_fit_zero3.py.
+
+ROOM: a number for each rank, tokens that a pass may have there; on a rank whose number is negative
+the memory ends within the first pass of more tokens than that. Passes are real. What they have left
+in the engine is looked at before the first step.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+
+from loop import fit, train
+from loop.leave import run_and_exit
+
+PER_TOKEN = 1000  # bytes
+ROOMS = [int(number) for number in os.environ["ROOM"].split()]
+real_pass, fitted = fit._pass, train.fitted
+tried: list[int] = []
+
+
+def mine() -> int:
+    return ROOMS[int(os.environ["RANK"])]
+
+
+def measured(model: Any, batch: Any, *rest: Any) -> None:
+    """Run a pass; where memory ends, end it in its midst, when others are in collectives."""
+    tried.append(batch.tokens)
+    hooks = []
+    if mine() < 0 and batch.tokens > -mine():
+
+        def end(*_: Any) -> None:
+            raise torch.OutOfMemoryError("found no memory")
+
+        layers = [m for n, m in model.named_modules() if n.endswith("layers.1")]
+        hooks = [layer.register_forward_pre_hook(end) for layer in layers]
+    try:
+        real_pass(model, batch, *rest)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def checked(layout: Any, config: Any, prepared: Any, model: Any, *rest: Any) -> Any:
+    """Fit as ever; then nothing of it may be left in DeepSpeed's engine."""
+    found = fitted(layout, config, prepared, model, *rest)
+    print(f"tried on rank {os.environ['RANK']}: {tried}", flush=True)
+    zero = model.optimizer
+    assert not zero.grad_partitions_flat_buffer.any()
+    assert zero.averaged_gradients == {}
+    assert (zero.micro_step_id, model.micro_steps, model.global_steps) == (0, 0, 0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    return found
+
+
+if __name__ == "__main__":
+    fit.memory_room = lambda _: PER_TOKEN * (mine() if mine() > 0 else 10**9)
+    fit.memory_used = lambda _: 0
+    # What was tried last is what the pass took.
+    peak_of = fit._peak_of
+
+    def peak(*arguments: Any) -> int:
+        peak_of(*arguments)
+        return PER_TOKEN * tried[-1]
+
+    fit._pass, fit._peak_of, train.fitted = measured, peak, checked
+    run_and_exit(train.main)
