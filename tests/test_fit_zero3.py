@@ -66,7 +66,7 @@ def test_all_ranks_try_the_same_and_the_one_with_the_least_room_counts(
     output, done = found
     first, second = tried(done)
     assert first == second
-    assert len(first) > 2
+    assert len({*first}) > 2
     assert max(first) <= 700
     assert 700 - fit.STEP <= kept(output)["tokens"] <= 700
 
