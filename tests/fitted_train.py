@@ -19,13 +19,12 @@ from loop import fit, train
 from loop.leave import run_and_exit
 
 PER_TOKEN = 1000  # bytes
-ROOMS = [int(number) for number in os.environ["ROOM"].split()]
 real_pass, fitted = fit._pass, train.fitted
 tried: list[int] = []
 
 
 def mine() -> int:
-    return ROOMS[int(os.environ["RANK"])]
+    return int(os.environ["ROOM"].split()[int(os.environ["RANK"])])
 
 
 def measured(model: Any, batch: Any, *rest: Any) -> None:

@@ -14,11 +14,9 @@ if not __package__:
 
 import numpy as np
 import torch
-import triton.language as tl
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from triton.runtime import interpreter
 
 from data.collate import Collator
 from data.encode import Example
@@ -29,7 +27,10 @@ from loop.objective import supervised_loss_sum
 
 def mend_interpreter() -> None:
     """Have triton 3.9's interpreter take floats as numbers, and know the GPU's rsqrt."""
+    # Here, since pytest imports every module of tests/, where neither is installed.
     import liger_kernel.ops.rms_norm as norm
+    import triton.language as tl
+    from triton.runtime import interpreter
 
     convert = interpreter._implicit_cvt
 
