@@ -50,6 +50,7 @@ def read_json(name: str, where: str, mistakes: list[str] | None = None) -> dict[
         raise UserError(f"{where}: not valid JSON: {error}.") from None
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected a JSON object.")
+    is_object = isinstance(values.get("zero_optimization", {}), dict)
     for key, value in values.items():
         if key not in KEYS:
             near = nearest(key, list(KEYS))
@@ -65,7 +66,8 @@ def read_json(name: str, where: str, mistakes: list[str] | None = None) -> dict[
     if type(zero.get("stage")) is not int or zero["stage"] not in (1, 2, 3):
         found = json.dumps(zero.get("stage"))
         text = f"{where}: zero_optimization.stage: found {found}; expected 1, 2 or 3. Without ZeRO,"
-        tell([f"{text} launch with accelerate_configs/ddp.yaml."], mistakes)
+        if is_object:
+            tell([f"{text} launch with accelerate_configs/ddp.yaml."], mistakes)
         zero["stage"] = "auto"
     _check_sections(values, where, mistakes)
     return values
@@ -76,12 +78,16 @@ def _check_sections(values: dict[str, Any], where: str, mistakes: list[str] | No
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+    def given(section: dict[str, Any]) -> dict[str, Any]:
+        # Of a stage that is not known the other keys and sections are looked at as of the usual.
+        return {"stage": 2} | {k: value for k, value in section.items() if value != "auto"}
+
     def build_zero(section: Any) -> None:
-        DeepSpeedZeroConfig(**{k: value for k, value in section.items() if value != "auto"})
+        DeepSpeedZeroConfig(**given(section))
 
     known = [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
     tell(_wrong(values, "zero_optimization", build_zero, known, where), mistakes)
-    zero = {k: value for k, value in values["zero_optimization"].items() if value != "auto"}
+    zero = given(values["zero_optimization"])
 
     for key in [key for key in values if key not in FILLED]:
 
@@ -110,7 +116,7 @@ def _wrong(
             path = [str(part) for part in told["loc"] if part != key]
             name, extra = ".".join([key, *path]), told["type"] == "extra_forbidden"
             if not path or not isinstance(values[key], dict):
-                values.pop(key, None)
+                _drop(values, key)
             elif extra and len(path) == 1:
                 values[key].pop(path[0], None)
             else:
@@ -121,8 +127,16 @@ def _wrong(
             else:
                 yield f"{where}: {name}: found {told['input']!r}; {told['msg']}. Mend or remove it."
     except Exception as error:  # What it raises differs from key to key: by far not only its own.
-        reason = " ".join(str(error).split())
+        reason, found = " ".join(str(error).split()), json.dumps(values[key])
+        _drop(values, key)
         yield (
-            f"{where}: {key}: found {json.dumps(values.pop(key))}, which DeepSpeed does not take "
+            f"{where}: {key}: found {found}, which DeepSpeed does not take "
             f"({reason}). Mend or remove it."
         )
+
+
+def _drop(values: dict[str, Any], key: str) -> None:
+    """Remove a section that is wrong as a whole; of ZeRO's the stage stays, to be compared."""
+    section = values.pop(key, None)
+    if key == "zero_optimization":
+        values[key] = {"stage": section["stage"] if section else "auto"}

@@ -1,6 +1,7 @@
 """All that is wrong in one DeepSpeed file is told in one call, by the doctor and by training."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,31 @@ def test_a_wrong_stage_hides_nothing_and_contradicts_nothing(
     assert "says gradient_clipping 0.5" in found[2]
     assert "--torch_compile: found ZeRO-3" in found[3]  # as the accelerate config says
     assert len(found) == 4, found
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "ratio"),
+        ({"stage": 3, "compute_grad_norm": False}, "compute_grad_norm"),
+        (
+            {"stage": 2, "cpu_offload": True, "offload_optimizer": {"device": "cpu"}},
+            "which DeepSpeed does not take",
+        ),
+        (3, "found 3; expected an object"),
+    ],
+)
+def test_a_section_that_is_wrong_as_a_whole_hides_nothing_else(
+    section: Any, told: str, doctor: Doctor, tmp_path: Path
+) -> None:
+    file = deepspeed(tmp_path, zero_optimization=section, gradient_clipping=0.5)
+    stage = section["stage"] if isinstance(section, dict) else 2
+    config = CONFIGS / f"zero{stage}.yaml"
+    found = doctor("--accelerate_config", config, "--deepspeed", file, "--max_grad_norm", "1")
+    assert "zero_optimization" in found[0]
+    assert told in found[0]
+    assert "says gradient_clipping 0.5, --max_grad_norm is 1.0" in found[1]
+    assert len(found) == 2, found
 
 
 def test_training_tells_all_of_it_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
