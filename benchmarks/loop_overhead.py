@@ -53,6 +53,8 @@ class Turns:
         def bare(window: Window) -> None:
             begun = time.perf_counter()
             self.losses.append(step(window))
+            if self.losses[-1].is_cuda:
+                torch.cuda.synchronize()
             self.bare.append(time.perf_counter() - begun)
 
         made = loop.train.windows(

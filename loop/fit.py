@@ -19,7 +19,9 @@ from loop.prepare import Prepared
 from loop.state import forget_gradients
 from loop.windows import Layout
 
-SHARE = 0.9  # of the memory: the rest is for buckets, the optimizer's step and what is fragmented
+# Of the memory: the rest is for buckets, gradients that earlier micro-batches have summed up, the
+# optimizer's step and what is fragmented.
+SHARE = 0.9
 STEP = 64  # tokens: so coarse is the answer
 # Under ZeRO-3 a run's first pass records in which order weights are needed; only later ones keep
 # them and fetch them ahead (DeepSpeed 0.19.8, zero/partitioned_param_coordinator.py). On a CPU what
@@ -38,8 +40,8 @@ def fitted(
 ) -> Layout:
     """Return the layout with the most tokens a micro-batch may have; every rank must call this.
 
-    After `prepare`, with all the memory taken that training takes, and because under ZeRO-3 no
-    pass can be made before. The least of all ranks counts. A run that goes on keeps what it found.
+    After `prepare`, with the optimizer's state in memory, and because under ZeRO-3 no pass can be
+    made before. The least of all ranks counts. A run that goes on keeps what it found.
     Raises UserError where the longest example alone does not fit.
     """
     if not config.auto_micro_batch:

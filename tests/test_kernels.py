@@ -8,10 +8,11 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from loop import kernels
 from tests.helpers import command
@@ -66,16 +67,26 @@ def test_an_activation_that_it_does_not_have_stays_the_models_own(folder: Path) 
     assert found["gradients"] < 1e-5
 
 
+class Foreign(LlamaForCausalLM):
+    """A model whose code came with it."""
+
+
 def test_models_of_other_kinds_and_broken_installations_run_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def model(kind: str) -> Any:
-        return SimpleNamespace(config=SimpleNamespace(model_type=kind, hidden_act="silu"))
-
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 9, "num_hidden_layers": 1}
+    with torch.device("meta"):
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+        shape = LlamaConfig(**sizes, **heads)
+        llama, foreign = LlamaForCausalLM(shape), Foreign(shape)
+        t5 = T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=1))
     monkeypatch.setattr(kernels, "version", lambda package: None)
-    assert kernels.use_kernels(model("llama")) == ""
+    assert kernels.use_kernels(llama) == ""
     monkeypatch.setattr(kernels, "version", lambda package: "0.8.5")
-    assert kernels.use_kernels(model("t5")) == "liger-kernel 0.8.5: not used for a t5 model"
+    assert kernels.use_kernels(t5) == "liger-kernel 0.8.5: not used for this t5 model"
+    assert kernels.use_kernels(foreign) == "liger-kernel 0.8.5: not used for this llama model"
     monkeypatch.setitem(sys.modules, "liger_kernel", None)  # importing it fails
-    told = kernels.use_kernels(model("llama"))
+    told = kernels.use_kernels(llama)
     assert told.startswith("liger-kernel 0.8.5: not used, since it cannot be loaded: ")
+    del llama.model.layers[0].mlp.gate_proj
+    assert kernels.use_kernels(llama) == "liger-kernel 0.8.5: not used for this llama model"
