@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Any, TypeVar
 
 from data.errors import BadRecord, Fault, UserError
@@ -93,13 +93,22 @@ def in_order(
 def _no_ctrl_c() -> Iterator[None]:
     """Hold Ctrl-C back while processes start: they inherit that, and leave it to the parent.
 
-    To have them ignore it once they run comes too late for one that is told of it before.
+    To have them ignore it once they run comes too late for one that is told of it before. Another
+    thread of the parent may take the signal, and Python then interrupts the main one although it
+    blocks it: a pool that is interrupted while it starts never ends its processes.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    came: list[int] = []
+    in_main = current_thread() is main_thread()  # no other may set what is done about a signal
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) if in_main else 0
     try:
         yield
     finally:
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _alone() -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,22 @@ def test_ctrl_c_ends_a_run_and_its_processes_without_a_traceback(tmp_path: Path)
     assert run.returncode == 130
     assert "Traceback" not in told
     assert psutil.wait_procs(others, timeout=60)[1] == []
+
+
+def test_ctrl_c_that_another_thread_takes_waits_until_the_processes_have_started() -> None:
+    other = threading.Thread(target=time.sleep, args=(2,), daemon=True)
+    other.start()  # before the main one blocks the signal
+    done = []
+
+    def start() -> None:
+        with parallel._no_ctrl_c():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            done.append("started")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert done == ["started"]
 
 
 def test_a_second_run_of_one_output_is_told_of_the_first(tmp_path: Path) -> None:
