@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -22,6 +21,7 @@ from loop.adapter import Adapter, load_base, read_adapter, with_adapter
 from loop.base import mistakes
 from loop.flags import File, Folder, Model, Tokens, flag, nearest, parse
 from loop.new_tokens import set_up
+from loop.questions import Asked, read_prompts
 
 BASE = "base"  # the name by which the base itself answers
 HELP = """/adapter NAME  who answers: {names}
@@ -50,15 +50,6 @@ class ChatConfig:
     compare: bool = flag(False, "answer from the base and every adapter, side by side", "chat")
     max_new_tokens: Tokens = flag(128, "tokens an answer at most", "chat", at_least=1)
     temperature: float = flag(0.0, "0: greedy, always the same answer", "chat", at_least=0)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One question of a file."""
-
-    id: Any
-    text: str
-    system: str | None
 
 
 @dataclass(frozen=True)
@@ -213,36 +204,6 @@ def side_by_side(answers: dict[str, str]) -> str:
         names[1] = "BASE + ADAPTER"
     rows = [[name[:width] for name in names], *zip_longest(*wrapped, fillvalue="")]
     return "\n".join(apart.join(f"{text:{width}}" for text in row).rstrip() for row in rows)
-
-
-def read_prompts(file: Path) -> list[Asked]:
-    """Return a file's questions; raises UserError for a line that is none, by its number."""
-    try:
-        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--prompts {file}: cannot be read: {reason}.") from None
-    found = [_asked(line, number, file) for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise UserError(f"--prompts {file}: it is empty; expected a question a line.")
-    return found
-
-
-def _asked(line: str, number: int, file: Path) -> Asked:
-    if file.suffix != ".jsonl":
-        return Asked(number, line, None)
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"--prompts {file}: line {number}: not valid JSON: {error}.") from None
-    known = value if isinstance(value, dict) else {}
-    text, system = known.get("prompt"), known.get("system")
-    if not isinstance(text, str) or not text.strip() or not isinstance(system, str | None):
-        raise UserError(
-            f"--prompts {file}: line {number}: found {line[:80]}; expected an object with a text "
-            'as "prompt", and perhaps as "system".'
-        )
-    return Asked(known.get("id", number), text, system)
 
 
 def answer_all(speaker: Speaker, asked: list[Asked], out: Path) -> None:

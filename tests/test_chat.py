@@ -10,7 +10,8 @@ import pytest
 from data.errors import UserError
 from data.sharegpt import Turn
 from loop import chat
-from loop.chat import BASE, ChatConfig, Speaker, load_speaker, read_prompts
+from loop.chat import BASE, ChatConfig, Speaker, load_speaker
+from loop.questions import read_prompts
 from tests.conftest import trainer
 from tests.helpers import write_dialogues
 

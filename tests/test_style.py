@@ -13,7 +13,7 @@ FILES = sorted([*CODE, *ROOT.glob("tests/*.py")])
 LAYERS = [
     [
         *("flags", "compat", "leave", "state", "checkpoint", "launch", "targets", "fp32"),
-        *("curves", "shards", "quiet", "sections"),
+        *("curves", "shards", "quiet", "sections", "questions"),
     ],
     ["clock", "dealing", "attention", "cpu", "page"],
     ["config", "new_tokens", "zero_file", "picture", "guard"],
