@@ -35,6 +35,7 @@ from loop.deltas import Change, read_changes
 from loop.flags import File, Folder, Model, flag, parse
 from loop.new_tokens import grown, rows_needed
 from loop.proof import allowed, examples_of, largest_difference, logits_of
+from loop.quantize import returned_memory
 from loop.to_gguf import check, write_gguf
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -141,7 +142,8 @@ class Merge:
             before, effect = self._reference(
                 base or load_base(self.adapter, self.adapter.base, dtype)
             )
-        self._write(source, folder, dtype)
+        with returned_memory():
+            self._write(source, folder, dtype)
         del base, source
         gc.collect()
         if not self.examples:

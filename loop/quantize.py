@@ -40,10 +40,11 @@ def four_bit(compute_dtype: torch.dtype) -> Any:
 
 @contextmanager
 def returned_memory() -> Iterator[None]:
-    """Have freed blocks of a MiB or more go back to the system, while weights are quantised.
+    """Have freed blocks of a MiB or more go back to the system, while weights are changed.
 
     glibc raises that limit to 32 MiB by itself (mallopt(3)). Then the blocks that hold a layer's
-    weights on their way fill the heap with holes: 314 MB in place of 75 for 135 million weights.
+    weights on their way fill the heap with holes: 314 MB in place of 75 when 135 million weights
+    are quantised, and now and then 75 MB more when they are merged.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
