@@ -34,8 +34,16 @@ from loop.base_tensors import (
 from loop.deltas import Change, read_changes
 from loop.flags import File, Folder, Model, flag, parse
 from loop.new_tokens import grown, rows_needed
-from loop.proof import allowed, examples_of, largest_difference, logits_of
+from loop.proof import (
+    allowed,
+    examples_after,
+    examples_of,
+    largest_difference,
+    logits_of,
+    root_mean_square,
+)
 from loop.quantize import returned_memory
+from loop.rounding import changed_layers, inputs_of, rounded
 from loop.to_gguf import check, write_gguf
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -60,7 +68,18 @@ class MergeConfig:
     )
     shard_gb: float = flag(4.0, "GB of a file at most", "merge", above=0)
     prompts: int = flag(
-        4, "dialogues of the run's data that prove it; 0: none", "merge", at_least=0
+        4,
+        "dialogues of the run's data that prove it; 0: none, and 16-bit weights are rounded to "
+        "nearest",
+        "merge",
+        at_least=0,
+    )
+    rounding_texts: int = flag(
+        64,
+        "further dialogues, of which 16-bit weights are rounded so that what they make of them "
+        "stays; 0: to nearest",
+        "merge",
+        at_least=0,
     )
     gguf: File | None = flag(None, "write a GGUF file of the merged model, too", "merge")
 
@@ -131,6 +150,7 @@ class Merge:
         trained_in = adapter.dtype
         self.trained_in = trained_in if isinstance(trained_in, torch.dtype) else torch.bfloat16
         self.examples = examples_of(adapter, self.changes, config.prompts) if config.prompts else []
+        self.inputs: dict[str, list[Tensor]] = {}
 
     def run(self, folder: Path) -> None:
         """Write the merged model into the folder, and compare; raises Fault."""
@@ -140,7 +160,8 @@ class Merge:
         before: list[Tensor] = []
         if self.examples:
             before, effect = self._reference(
-                base or load_base(self.adapter, self.adapter.base, dtype)
+                base or load_base(self.adapter, self.adapter.base, dtype),
+                of_inputs=dtype != torch.float32,
             )
         with returned_memory():
             self._write(source, folder, dtype)
@@ -155,7 +176,8 @@ class Merge:
         difference = largest_difference(before, after)
         told = (
             f"Largest difference of logits, {len(before)} texts: {difference:.1e}, at most "
-            f"{limit:.1e}; the adapter itself changes them by {effect:.1e}"
+            f"{limit:.1e}; root mean square {root_mean_square(before, after):.1e}; the adapter "
+            f"itself changes them by {effect:.1e}"
         )
         if not difference <= limit:
             raise Fault(
@@ -176,9 +198,13 @@ class Merge:
         adapter = self.adapter
         return load_base(adapter, adapter.base, self.trained_in, quantised=self.trained_in)
 
-    def _reference(self, base: Any) -> tuple[list[Tensor], float]:
+    def _reference(self, base: Any, of_inputs: bool = False) -> tuple[list[Tensor], float]:
         """Return the logits with the adapter, and how far it has moved them; leaves the base."""
         model = with_adapter(base, self.adapter)
+        if of_inputs and self.config.rounding_texts:
+            texts = examples_after(self.adapter, self.examples, self.config.rounding_texts)
+            layers = changed_layers(self.skeleton, self.changes)
+            self.inputs = inputs_of(model, layers, texts, self.config.shard_gb * 1e9 / 4)
         with_it = logits_of(model, self.examples)
         with model.disable_adapter():
             without = logits_of(model, self.examples)
@@ -189,6 +215,7 @@ class Merge:
         """Write the weights, of which one file's are in memory at a time."""
         places = owners(self.skeleton, source)
         changes = self._by_place(places)
+        inputs = {places[f"{name}.weight"]: given for name, given in self.inputs.items()}
         kept = [key for key in source.shapes if places.get(key, key) == key]
         matrices = {places[name] for name in vocabulary_names(self.skeleton)}
         rows = max(source.shapes[key][0] for key in matrices)
@@ -205,6 +232,8 @@ class Merge:
                 tensor = torch.nn.functional.pad(tensor, (0, rows - tensor.shape[-1]))
             if key in changes:
                 tensor = changes[key].of(tensor)
+            if key in inputs:
+                return rounded(tensor, torch.cat(inputs[key]), dtype)
             return tensor.to(dtype).contiguous()
 
         sizes = {key: torch.Size(source.shapes[key]).numel() * dtype.itemsize for key in kept}

@@ -1,11 +1,14 @@
 """Shows that two models are one: the same logits on the same texts, computed in fp32."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
 from data.encode import Example, encode_dialogues
@@ -38,6 +41,21 @@ def examples_of(adapter: Adapter, changes: dict[str, Change], count: int) -> lis
     return examples
 
 
+def examples_after(adapter: Adapter, known: list[Example], count: int) -> list[Example]:
+    """Return `count` texts of the run's own data, which come after the known ones.
+
+    Where the run has too few, the known are among them, and bundled ones fill up.
+    """
+    words = adapter.trained.get("data_path") or [str(DUMMY_DATA)]
+    try:
+        own = _encoded(adapter, words, len(known) + count)[len(known) :]
+    except UserError:
+        own = []
+    if len(own) < count:
+        own += known
+    return [*own, *_encoded(adapter, [str(DUMMY_DATA)], max(count - len(own), 0))][:count]
+
+
 def _encoded(adapter: Adapter, words: list[str], count: int) -> list[Example]:
     files = [file for word in words for file in files_of(parse_source(word))]
     dialogues = islice(read_dialogues(files, Tally(), "skip", adapter.pairs), count)
@@ -65,9 +83,19 @@ def logits_of(model: Any, examples: list[Example]) -> list[Tensor]:
 
 def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
     """Return the largest difference of two models' logits, of the tokens that both have."""
+    return max(float(part.abs().max()) for part in _differences(one, other))
+
+
+def root_mean_square(one: list[Tensor], other: list[Tensor]) -> float:
+    """Return the root of the mean squared difference of two models' logits."""
+    parts = [*_differences(one, other)]
+    squares = sum(float(part.square().sum()) for part in parts)
+    return math.sqrt(squares / sum(part.numel() for part in parts))
+
+
+def _differences(one: list[Tensor], other: list[Tensor]) -> Iterator[Tensor]:
     size = min(tensor.shape[-1] for tensor in (*one, *other))
-    pairs = zip(one, other, strict=True)
-    return max(float((a[:, :size] - b[:, :size]).abs().max()) for a, b in pairs)
+    return (a[:, :size] - b[:, :size] for a, b in zip(one, other, strict=True))
 
 
 def allowed(dtype: torch.dtype, logits: list[Tensor], effect: float) -> float:
@@ -106,15 +134,11 @@ def _in_fp32(model: nn.Module) -> Iterator[None]:
             owner._parameters[name] = parameter
 
     handles = []
-    four_bit: list[tuple[Any, torch.dtype]] = []
-    module: Any
+    four_bit: list[Any] = []
     for module in model.modules():
         if hasattr(module._parameters.get("weight"), "quant_state"):
-            # It computes in the dtype of its input. In eval mode bitsandbytes 0.50 multiplies in
-            # bf16 on CPUs that can (nn/modules.py, Linear4bit).
-            four_bit.append((module, module.compute_dtype))
-            module.train()
-            module.compute_dtype = torch.float32
+            four_bit.append(module)
+            module.forward = partial(_dequantised, module)
         handles.append(module.register_forward_pre_hook(upcast))
         handles.append(module.register_forward_hook(restore, always_call=True))
     try:
@@ -122,9 +146,19 @@ def _in_fp32(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        for module, dtype in four_bit:
-            module.eval()
-            module.compute_dtype = dtype
+        for module in four_bit:
+            del module.forward
+
+
+def _dequantised(module: Any, inputs: Tensor) -> Tensor:
+    """Compute a layer of 4 bits with the weights that training computes with, those of its dtype.
+
+    Given fp32, bitsandbytes 0.50 makes fp32 weights of the codes (MatMul4Bit's gemm_4bit), which
+    those of training in bf16 are rounded from.
+    """
+    weight = dequantize_bnb_weight(module.weight)
+    bias = None if module.bias is None else module.bias.to(inputs.dtype)
+    return nn.functional.linear(inputs, weight.to(inputs.dtype), bias)
 
 
 def _is_sixteen_bit(parameter: nn.Parameter) -> bool:

@@ -28,7 +28,7 @@ LAYERS = [
     ["model", "resume", "fit", "samples", "estimate_t5"],
     ["trackers", "adapter", "estimate"],
     ["tracking", "base_tensors", "proof"],
-    ["saver", "to_gguf"],
+    ["saver", "to_gguf", "rounding"],
     ["evaluation", "traffic", "show"],
     ["overview"],
     ["launches"],

@@ -1,0 +1,119 @@
+"""Weights rounded for a layer's inputs keep what it computes better than those to nearest."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loop import merge, rounding
+from loop.adapter import load_base, read_adapter, with_adapter
+from loop.base_tensors import skeleton_of
+from loop.deltas import read_changes
+from loop.proof import examples_after, examples_of
+from loop.rounding import changed_layers, inputs_of, rounded
+
+
+@pytest.fixture(scope="module")
+def alike() -> tuple[Tensor, Tensor]:
+    """Return a matrix [96, 160], and inputs [2000, 160] that lie near a plane, as hidden states."""
+    torch.manual_seed(0)
+    inputs = torch.randn(2000, 20) @ torch.randn(20, 160) + 0.1 * torch.randn(2000, 160)
+    return 0.02 * torch.randn(96, 160), inputs * torch.rand(160)
+
+
+def lost(weight: Tensor, exact: Tensor, inputs: Tensor) -> float:
+    return float(((weight.float() - exact) @ inputs.T).norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_with_inputs_not_seen_lose_less_than_half(
+    alike: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> None:
+    weight, inputs = alike
+    found = rounded(weight, inputs[:1000], dtype)
+    assert found.dtype == dtype
+    nearest = weight.to(dtype)
+    assert lost(found, weight, inputs[1000:]) < lost(nearest, weight, inputs[1000:]) / 2
+    # Each is still one of the values about the exact one, not a fit of its own.
+    step = (nearest.float() - weight).abs().max()
+    assert (found.float() - weight).abs().max() < 6 * step
+
+
+def test_what_16_bits_hold_is_not_changed_and_rows_do_not_depend_on_each_other(
+    alike: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, inputs = alike
+    held = weight.bfloat16().float()
+    assert torch.equal(rounded(held, inputs, torch.bfloat16).float(), held)
+    whole = rounded(weight, inputs, torch.bfloat16)
+    monkeypatch.setattr(rounding, "ROWS", 32)
+    parts = rounded(weight, inputs, torch.bfloat16)
+    # A product of other rows beside it may differ in its last bit, and so one rounding in a 1,000.
+    assert (whole != parts).float().mean() < 1e-3
+
+
+def test_a_layer_that_was_given_zeros_is_rounded_to_nearest() -> None:
+    weight = torch.randn(4, 8)
+    found = rounded(weight, torch.zeros(10, 8), torch.bfloat16)
+    assert torch.equal(found, weight.bfloat16())
+
+
+def adapter_of(base: Path, folder: Path, targets: str | list[str], *whole: str) -> Path:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(r=8, target_modules=targets, modules_to_save=[*whole])
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    adapted.save_pretrained(str(folder))
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def test_layers_that_share_an_input_share_what_is_kept_and_no_more_than_may_be(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    adapter = read_adapter(adapter_of(tiny_model, tmp_path / "adapter", "all-linear", "lm_head"))
+    changes = read_changes(adapter.folder, skeleton_of(adapter))
+    layers = changed_layers(skeleton_of(adapter), changes)
+    assert len(layers) == 2 * 7 + 1
+    model = with_adapter(load_base(adapter, adapter.base, torch.float32), adapter)
+    texts = examples_after(adapter, examples_of(adapter, {}, 4), 6)
+    assert len(texts) == 6
+    found = inputs_of(model, layers, texts, 1e9)
+    assert found.keys() == {*layers}
+    layer = "model.layers.1."
+    query, key, gate, down = (
+        found[f"{layer}{name}"]
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
+    )
+    lengths = [min(len(text.input_ids), 128) for text in texts]
+    assert [part.shape for part in down] == [(length, 128) for length in lengths]
+    assert all(one is other for one, other in zip(query, key, strict=True))
+    assert all(one is not other for one, other in zip(query, gate, strict=True))
+    # Of a layer 3 inputs of 64 and one of 128 are kept, and 64 of the LM head.
+    token = 2 * (2 * (3 * 64 + 128) + 64)
+    few = inputs_of(model, layers, texts, token * sum(lengths[:3]))
+    kept = len(few[f"{layer}mlp.down_proj"])
+    assert 1 <= kept <= 3
+    assert len(inputs_of(model, layers, texts, 1)[f"{layer}mlp.down_proj"]) == 1
+
+
+@pytest.mark.slow
+def test_a_real_model_s_merge_loses_far_less_than_one_that_rounds_to_nearest(
+    chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = adapter_of(chat_model, tmp_path / "adapter", ["q_proj", "v_proj", "down_proj"])
+    means = []
+    for texts in ("0", "32"):
+        target = tmp_path / f"merged-{texts}"
+        words = ["--adapter", str(adapter), "--rounding_texts", texts]
+        merge.main([*words, "--output_dir", str(target)])
+        told = capsys.readouterr().out
+        means.append(float(told.split("root mean square ")[1].split(";")[0]))
+    print(f"root mean square of the differences: to nearest {means[0]}, else {means[1]}")
+    assert means[1] < 0.6 * means[0]
