@@ -25,6 +25,7 @@ from loop.metrics import history_until
 from loop.objective import token_losses
 from loop.optim import lr_at
 from loop.prepare import Prepared
+from loop.quiet import say
 from loop.samples import FILE, Sampler, read_prompts, write_samples
 from loop.saver import Saver
 from loop.tracking import Tracker
@@ -119,7 +120,7 @@ class Evaluator:
                         f"--load_best_at_end: {folder}: damaged: {damage}. Give False: the last "
                         "adapter is saved then."
                     ) from None
-        self.accelerator.print(f"the best evaluation's adapter is saved: {folder.name}")
+        say(f"the best evaluation's adapter is saved: {folder.name}")
         adapter = state.from_first_rank(adapter, self.accelerator.device)
         state.put_trained(self.accelerator.unwrap_model(self.model), adapter)
 

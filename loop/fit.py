@@ -16,6 +16,7 @@ from loop.config import Config
 from loop.objective import supervised_loss_sum
 from loop.optim import accumulating
 from loop.prepare import Prepared
+from loop.quiet import say
 from loop.state import forget_gradients
 from loop.windows import Layout
 
@@ -60,7 +61,7 @@ def fitted(
         raise error
     limits = dataclasses.replace(layout.limits, examples=each, tokens=least)
     layout = dataclasses.replace(layout, micro_batch_size=each, accumulation=1, limits=limits)
-    accelerator.print(f"auto_micro_batch: {layout}")
+    say(f"auto_micro_batch: {layout}")
     return layout
 
 

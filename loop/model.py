@@ -22,6 +22,7 @@ from loop.cpu import keep_memory, replace_dropout
 from loop.kernels import use_kernels
 from loop.prepare import Prepared
 from loop.quantize import about_zero3, check_quantization, four_bit, returned_memory
+from loop.quiet import say
 from loop.state import whole
 from loop.targets import ALL_LINEAR, target_names
 
@@ -41,7 +42,7 @@ def load_model(prepared: Prepared, config: Config, accelerator: Accelerator) -> 
     # torch.compile fuses by itself.
     on_gpu = accelerator.device.type == "cuda" and not config.torch_compile
     if on_gpu and (told := use_kernels(model)):
-        accelerator.print(f"kernels: {told}")
+        say(f"kernels: {told}")
     if config.gradient_checkpointing:
         # Before DeepSpeed's pull request 8148, which 0.19.8 has, recomputed layers found their
         # parameters shared out again; only the reentrant kind gets by (transformers#47254). It
@@ -132,7 +133,7 @@ def _load_base(prepared: Prepared, config: Config, accelerator: Accelerator) -> 
     check_quantization(base, base_config, config, zero)
     check_ties(base, base_config, zero3)
     if zero3 and config.q_lora:
-        accelerator.print(f"note: {about_zero3(config)}")
+        say(f"note: {about_zero3(config)}")
     options: dict[str, Any] = {}
     if config.q_lora:
         settings = four_bit(DTYPES[config.precision])  # makes bitsandbytes ready, too

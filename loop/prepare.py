@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from loop.attention import can_pack, row_inputs
 from loop.base import find_base_model, load_tokenizer, read_base_config, tokenizer_sha256
 from loop.config import DUMMY_DATA, Config, shown
 from loop.data_files import data_sha256, data_shown
+from loop.quiet import speaks
 
 # Settings that decide the encoded data, beside the data itself and the tokenizer.
 ENCODING = (
@@ -147,7 +147,7 @@ def _examples(config: Config, data_hash: str, template: TemplateName, tokenizer:
     encode = _encoder(config, template, tokenizer)
     if path is None:
         return in_memory(encode(_shown(config, template, tally), tally), tally)
-    kept = read_cache(path, key, silent=not _speaks())
+    kept = read_cache(path, key, silent=not speaks())
     if kept is not None:
         return kept
     with claimed(path):
@@ -163,12 +163,7 @@ def _examples(config: Config, data_hash: str, template: TemplateName, tokenizer:
 def _shown(config: Config, template: TemplateName, tally: Tally) -> Iterator[Dialogue]:
     """Yield the dialogues, with a bar for one rank's work: very much data takes an hour."""
     chosen = _chosen(config, template == "t5", tally)
-    return iter(tqdm(chosen, "encoding", unit=" dialogues", disable=None if _speaks() else True))
-
-
-def _speaks() -> bool:
-    """Whether this is the first rank, which alone says what all find."""
-    return os.environ.get("RANK", "0") == "0"
+    return iter(tqdm(chosen, "encoding", unit=" dialogues", disable=None if speaks() else True))
 
 
 def _encoder(config: Config, template: TemplateName, tokenizer: Any) -> Encode:

@@ -16,7 +16,7 @@ def quiet() -> None:
 
     What goes wrong is raised, never only warned of, and so is told all the same.
     """
-    first = os.environ.get("RANK", "0") == "0"
+    first = speaks()
     if not (first and sys.stderr.isatty()):
         transformers_logging.disable_progress_bar()  # It would be redrawn into a file, too.
     if not first:
@@ -33,6 +33,17 @@ def quiet() -> None:
     # transformers 5.23 has a new name for it, which 5.17 does not know.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*")
     logging.getLogger("transformers.modeling_utils").addFilter(_is_meant)
+
+
+def speaks() -> bool:
+    """Whether this is the first rank, which alone says what all find."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Print on the first rank alone; accelerate's own print speaks once a machine (1.15)."""
+    if speaks():
+        print(text, flush=True)
 
 
 def _is_meant(record: logging.LogRecord) -> bool:

@@ -35,7 +35,7 @@ from loop.optim import accumulating, build_optimizer, clip_gradients, lr_at, set
 from loop.output import claimed, is_finished, save_run, write_settings
 from loop.prepare import prepare
 from loop.quantize import describe_parameters
-from loop.quiet import quiet
+from loop.quiet import quiet, say
 from loop.resume import find_start
 from loop.saver import Saver
 from loop.settings import read_config
@@ -53,9 +53,9 @@ def main() -> None:
         # The first rank alone writes, so what the other machines' disks hold does not count.
         finished = ranks.is_main_process and is_finished(config)
     for note in notes(sys.argv[1:]):
-        ranks.print(note)
+        say(note)
     if first_rank_says(finished):
-        ranks.print(f"{config.output_dir} already holds this run, finished; nothing was changed.")
+        say(f"{config.output_dir} already holds this run, finished; nothing was changed.")
     else:
         with claimed(config):
             train(config, ranks)
@@ -72,9 +72,9 @@ def train(config: Config, ranks: PartialState) -> None:
     start.agree()
 
     accelerator = build_accelerator(config, layout)
-    accelerator.print(f"data: {prepared}\nplan: {layout}")
+    say(f"data: {prepared}\nplan: {layout}")
     model = load_model(prepared, config, accelerator)
-    accelerator.print(f"model: {shown(prepared.base)}: {describe_parameters(model)}")
+    say(f"model: {shown(prepared.base)}: {describe_parameters(model)}")
     start.put_weights(accelerator, model)
     # No scheduler is prepared: accelerate would step it once per process.
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config))

@@ -26,7 +26,7 @@ SBATCH = ROOT / "docs" / "slurm.sbatch"
 # Of sbatch's options those that these scripts may use.
 SBATCH_OPTIONS = {
     *("account", "cpus-per-task", "exclusive", "gpus-per-node", "job-name", "mem", "requeue"),
-    *("nodes", "ntasks-per-node", "output", "partition", "signal", "time"),
+    *("nodes", "ntasks-per-node", "open-mode", "output", "partition", "signal", "time"),
 }
 SRUN_OPTIONS = {"--kill-on-bad-exit=1", "--cpus-per-task=64"}
 

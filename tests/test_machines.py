@@ -122,8 +122,12 @@ def test_two_machines_train_what_one_does_and_the_first_rank_alone_writes(
     # Each has a disk of its own, as it were.
     folders = [tmp_path / "first", tmp_path / "second"]
     flags = [[*common, "--output_dir", str(folder)] for folder in folders]
-    for code, text in start(machines, f"multi_node_zero{stage}", flags, tmp_path):
+    done = start(machines, f"multi_node_zero{stage}", flags, tmp_path)
+    for code, text in done:
         assert code == 0, text
+    said = [[line.split(":")[0] for line in text.splitlines()] for _, text in done]
+    for what in ("data", "plan", "model", "result"):
+        assert [lines.count(what) for lines in said] == [1, 0], done
     assert not folders[1].exists()
     alone = launch(f"zero{stage}", tmp_path / "alone", *common, processes=2)
     log = json.loads((folders[0] / "trainer_state.json").read_text())["log_history"]
