@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -107,6 +107,19 @@ def read_changes(folder: Path, model: nn.Module) -> dict[str, Change]:
             raise _unknown(folder, f"{PREFIX}{module}")
         changes[f"{module}.weight"] = _change(modules[module], module, found, config, folder)
     return changes
+
+
+def put_whole(model: PeftModel, changes: dict[str, Change]) -> None:
+    """Give modules and biases that were trained as a whole their values in fp32.
+
+    peft (0.21) holds them in the precision of the base, to which that rounds them; LoRA's own
+    weights it holds in fp32.
+    """
+    for name, parameter in model.get_base_model().named_parameters():
+        own = name.replace(".modules_to_save.default", "").replace(".base_layer", "")
+        change = changes.get(own)
+        if change and change.whole is not None and "original_module" not in name:
+            parameter.data = change.whole.float()
 
 
 def _change(

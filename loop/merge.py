@@ -31,7 +31,7 @@ from loop.base_tensors import (
     tensors_of,
     vocabulary_names,
 )
-from loop.deltas import Change, read_changes
+from loop.deltas import Change, put_whole, read_changes
 from loop.flags import File, Folder, Model, flag, parse
 from loop.new_tokens import grown, rows_needed
 from loop.proof import (
@@ -66,7 +66,9 @@ class MergeConfig:
     dtype: Literal["auto", "fp32", "bf16"] = flag(
         "auto", "auto: as the base is stored, or of 4 bits the precision of training", "merge"
     )
-    shard_gb: float = flag(4.0, "GB of a file at most", "merge", above=0)
+    shard_gb: float = flag(
+        4.0, "GB of a file at most; a quarter for layers' inputs", "merge", above=0
+    )
     prompts: int = flag(
         4,
         "dialogues of the run's data that prove it; 0: none, and 16-bit weights are rounded to "
@@ -100,7 +102,8 @@ def main(argv: Sequence[str]) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted merge left
     try:
         unfinished.mkdir(parents=True)
-        merge.run(unfinished)
+        with returned_memory():
+            merge.run(unfinished)
         unfinished.replace(target)
     except OSError as error:
         raise Fault(
@@ -163,8 +166,8 @@ class Merge:
                 base or load_base(self.adapter, self.adapter.base, dtype),
                 of_inputs=dtype != torch.float32,
             )
-        with returned_memory():
-            self._write(source, folder, dtype)
+        self._write(source, folder, dtype)
+        self.inputs = {}
         del base, source
         gc.collect()
         if not self.examples:
@@ -201,10 +204,13 @@ class Merge:
     def _reference(self, base: Any, of_inputs: bool = False) -> tuple[list[Tensor], float]:
         """Return the logits with the adapter, and how far it has moved them; leaves the base."""
         model = with_adapter(base, self.adapter)
+        put_whole(model, self.changes)
         if of_inputs and self.config.rounding_texts:
             texts = examples_after(self.adapter, self.examples, self.config.rounding_texts)
             layers = changed_layers(self.skeleton, self.changes)
             self.inputs = inputs_of(model, layers, texts, self.config.shard_gb * 1e9 / 4)
+            tokens = max((sum(map(len, given)) for given in self.inputs.values()), default=0)
+            print(f"rounding: for the inputs of {len(texts)} texts, {tokens:,} tokens a layer")
         with_it = logits_of(model, self.examples)
         with model.disable_adapter():
             without = logits_of(model, self.examples)

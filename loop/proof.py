@@ -1,6 +1,7 @@
 """Shows that two models are one: the same logits on the same texts, computed in fp32."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -48,9 +49,10 @@ def examples_after(adapter: Adapter, known: list[Example], count: int) -> list[E
     """
     words = adapter.trained.get("data_path") or [str(DUMMY_DATA)]
     try:
-        own = _encoded(adapter, words, len(known) + count)[len(known) :]
-    except UserError:
-        own = []
+        own = _encoded(adapter, words, len(known) + count)
+    except UserError:  # as in examples_of
+        own = _encoded(adapter, [str(DUMMY_DATA)], len(known) + count)
+    own = own[len(known) :]
     if len(own) < count:
         own += known
     return [*own, *_encoded(adapter, [str(DUMMY_DATA)], max(count - len(own), 0))][:count]
@@ -70,15 +72,18 @@ def _encoded(adapter: Adapter, words: list[str], count: int) -> list[Example]:
 
 def logits_of(model: Any, examples: list[Example]) -> list[Tensor]:
     """Return each text's logits, [T, vocabulary] float32, its first `LENGTH` tokens'."""
-    found = []
-    with torch.inference_mode(), _in_fp32(model):
-        for example in examples:
-            inputs = {"input_ids": torch.tensor([example.input_ids[:LENGTH]])}
-            if example.is_pair:
-                begun = [model.config.decoder_start_token_id, *example.labels][:LENGTH]
-                inputs["decoder_input_ids"] = torch.tensor([begun])
-            found.append(model(**inputs, use_cache=False).logits[0].float())
-    return found
+    with torch.inference_mode(), in_fp32(model):
+        return [run(model, example) for example in examples]
+
+
+def run(model: Any, example: Example) -> Tensor:
+    """Return a text's logits, of a model that computes in fp32."""
+    inputs = {"input_ids": torch.tensor([example.input_ids[:LENGTH]])}
+    if example.is_pair:
+        begun = [model.config.decoder_start_token_id, *example.labels][:LENGTH]
+        inputs["decoder_input_ids"] = torch.tensor([begun])
+    logits: Tensor = model(**inputs, use_cache=False).logits[0].float()
+    return logits
 
 
 def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
@@ -111,13 +116,15 @@ def allowed(dtype: torch.dtype, logits: list[Tensor], effect: float) -> float:
 
 
 @contextmanager
-def _in_fp32(model: nn.Module) -> Iterator[None]:
+def in_fp32(model: nn.Module) -> Iterator[None]:
     """Have the model compute in fp32, with one layer's weights upcast at a time.
 
     In bf16 the rounding of activations would hide what the weights differ by. A layer is upcast
-    whole, since T5's casts its activations to the dtype that `wo` has (transformers 5.23).
+    whole, since T5's casts its activations to the dtype that `wo` has (transformers 5.23); the next
+    one takes its memory over, which would else be cut up by what is allocated meanwhile.
     """
     kept: dict[nn.Module, list[tuple[nn.Module, str, nn.Parameter]]] = {}
+    free: dict[torch.Size, list[Tensor]] = defaultdict(list)
     layers = {layer for m in model.modules() if isinstance(m, nn.ModuleList) for layer in m}
 
     def upcast(module: nn.Module, _: Any) -> None:
@@ -126,11 +133,15 @@ def _in_fp32(model: nn.Module) -> Iterator[None]:
             for name, parameter in owner._parameters.items():
                 if parameter is not None and _is_sixteen_bit(parameter):
                     kept[module].append((owner, name, parameter))
-                    whole = nn.Parameter(parameter.float(), requires_grad=False)
-                    owner._parameters[name] = whole
+                    same = free[parameter.shape]
+                    whole = same.pop().copy_(parameter) if same else parameter.float()
+                    owner._parameters[name] = nn.Parameter(whole, requires_grad=False)
 
     def restore(module: nn.Module, *_: Any) -> None:
         for owner, name, parameter in kept.pop(module, []):
+            whole = owner._parameters[name]
+            if module in layers and whole is not None:
+                free[parameter.shape].append(whole.data)
             owner._parameters[name] = parameter
 
     handles = []

@@ -4,6 +4,7 @@ To nearest, each weight's error stands by itself. Here it is carried to weights 
 are yet to be rounded, as far as the layer's inputs tell that they can make up for it.
 """
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from data.encode import Example
 from loop.deltas import Change
-from loop.proof import logits_of
+from loop.proof import in_fp32, run
 
 DAMPING = 0.01  # of the mean squared input, as in GPTQ: https://arxiv.org/abs/2210.17323
 ROWS = 4096  # of a matrix at a time, for its memory
@@ -31,33 +32,51 @@ def inputs_of(
 ) -> dict[str, list[Tensor]]:
     """Return what linear layers are given, of each text a tensor [T, in] bfloat16.
 
-    As many texts are run as `most_bytes` hold, one at least. Layers that are given the same
-    tensor, as q_proj and v_proj are, share what is kept.
+    Where `most_bytes` do not hold all tokens, every second, third or n-th of a text is kept. Layers
+    that are given the same tensor, as q_proj and v_proj are, share what is kept.
     """
-    modules = dict(model.get_base_model().named_modules())
-    found: dict[str, list[Tensor]] = defaultdict(list)
+    if not layers:
+        return {}
+    named = model.get_base_model().named_modules()
+    modules = {name.replace(".modules_to_save.default", ""): module for name, module in named}
+    given: dict[str, list[Tensor]] = defaultdict(list)
     last: list[tuple[Tensor, Tensor]] = []
 
     def recorder(name: str) -> Any:
         def record(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            given = arguments[0]
-            if not last or last[0][0] is not given:
-                last[:] = [(given, given.flatten(0, -2).bfloat16())]
-            found[name].append(last[0][1])
+            if not last or last[0][0] is not arguments[0]:
+                last[:] = [(arguments[0], arguments[0].flatten(0, -2).bfloat16())]
+            given[name].append(last[0][1])
 
         return record
 
+    found: dict[str, list[Tensor]] = defaultdict(list)
     handles = [modules[layer].register_forward_pre_hook(recorder(layer)) for layer in layers]
     try:
-        for number, example in enumerate(examples, 1):
-            logits_of(model, [example])
-            kept = {id(part): part.nbytes for parts in found.values() for part in parts}
-            if sum(kept.values()) * (number + 1) / number > most_bytes:
-                break
+        with torch.inference_mode(), in_fp32(model):
+            for example in examples:
+                run(model, example)
+                kept = _thinned(given, most_bytes / len(examples))
+                for name, parts in given.items():
+                    found[name] += [kept[id(part)] for part in parts]
+                given.clear()
     finally:
         for handle in handles:
             handle.remove()
     return found
+
+
+def _thinned(given: dict[str, list[Tensor]], most_bytes: float) -> dict[int, Tensor]:
+    """Return every n-th row of each tensor [T, in], by the tensor's id, in `most_bytes` or less.
+
+    They lie in one block: many small ones would cut up the memory that a text's run frees.
+    """
+    parts = {id(part): part for own in given.values() for part in own}
+    size = sum(part.nbytes for part in parts.values())
+    thin = [part[:: max(math.ceil(size / most_bytes), 1)] for part in parts.values()]
+    block = torch.cat([part.flatten() for part in thin])
+    cuts = torch.split(block, [part.numel() for part in thin])
+    return {key: cut.view(part.shape) for key, cut, part in zip(parts, cuts, thin, strict=True)}
 
 
 def rounded(weight: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,16 +85,15 @@ def rounded(weight: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
     Column by column, of which the largest inputs come first: each takes up what the columns before
     it have lost, by the factor of inputsᵀ inputs (LDLQ: https://arxiv.org/abs/2307.13304).
     """
-    inputs = torch.nn.functional.normalize(inputs.float())
-    products = inputs.T @ inputs
-    squares = products.diagonal()
+    inputs = nn.functional.normalize(inputs.float())
+    squares = inputs.square().sum(dim=0)
     if not bool(squares.mean() > 0):
         return weight.to(dtype)
-    squares += DAMPING * squares.mean()
-    order = squares.argsort(descending=True)
-    # Cholesky's factor is lower triangular; of the matrix turned round it is upper triangular.
-    turned = products[order][:, order].flip(0, 1)
-    factor = torch.linalg.cholesky(turned).flip(0, 1)
+    order = squares.argsort()  # the first to be rounded is the last: the factor is lower triangular
+    inputs = inputs[:, order]
+    products = inputs.T @ inputs
+    products.diagonal().add_(DAMPING * squares.mean())
+    factor = torch.linalg.cholesky(products, out=products)
     factor /= factor.diagonal().clone()
     found = torch.empty_like(weight, dtype=dtype)
     for start in range(0, len(weight), ROWS):
@@ -91,12 +109,12 @@ def _carry(
 ) -> None:
     """Fill the errors [in, out] of `weight` [in, out], and what is to be rounded in its place.
 
-    Halves of halves, so that most of the work is in products of large matrices.
+    Halves of halves, the last first, so that most of the work is in products of large matrices.
     """
     if len(aims) == 1:
         torch.sub(weight, aims.to(dtype).float(), out=errors)
         return
     half = len(aims) // 2
-    _carry(aims[:half], errors[:half], weight[:half], factor[:half, :half], dtype)
-    aims[half:].addmm_(factor[:half, half:].T, errors[:half])
     _carry(aims[half:], errors[half:], weight[half:], factor[half:, half:], dtype)
+    aims[:half].addmm_(factor[half:, :half].T, errors[half:])
+    _carry(aims[:half], errors[:half], weight[:half], factor[:half, :half], dtype)

@@ -14,6 +14,7 @@ from loop.base_tensors import skeleton_of
 from loop.deltas import read_changes
 from loop.proof import examples_after, examples_of
 from loop.rounding import changed_layers, inputs_of, rounded
+from tests.helpers import write_dialogues
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,8 @@ def adapter_of(base: Path, folder: Path, targets: str | list[str], *whole: str) 
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
+        elif "modules_to_save" in name:
+            parameter.data += 0.01 * torch.randn_like(parameter)
     adapted.save_pretrained(str(folder))
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return folder
@@ -95,12 +98,50 @@ def test_layers_that_share_an_input_share_what_is_kept_and_no_more_than_may_be(
     assert [part.shape for part in down] == [(length, 128) for length in lengths]
     assert all(one is other for one, other in zip(query, key, strict=True))
     assert all(one is not other for one, other in zip(query, gate, strict=True))
-    # Of a layer 3 inputs of 64 and one of 128 are kept, and 64 of the LM head.
-    token = 2 * (2 * (3 * 64 + 128) + 64)
-    few = inputs_of(model, layers, texts, token * sum(lengths[:3]))
-    kept = len(few[f"{layer}mlp.down_proj"])
-    assert 1 <= kept <= 3
-    assert len(inputs_of(model, layers, texts, 1)[f"{layer}mlp.down_proj"]) == 1
+    # Of a layer 3 inputs of 64 and one of 128 are kept, and 64 of the LM head, of 2 bytes each.
+    most = 2 * (2 * (3 * 64 + 128) + 64) * sum(lengths) // 3
+    few = inputs_of(model, layers, texts, most)
+    down = few["model.layers.1.mlp.down_proj"]
+    assert len(down) == 6  # of every text, the longer the fewer of its tokens
+    assert sum(len(part) for part in down) <= sum(lengths) / 3
+    step = -(-len(found["lm_head"][0]) // len(few["lm_head"][0]))
+    assert torch.equal(few["lm_head"][0], found["lm_head"][0][::step])
+
+
+@pytest.mark.parametrize("whole", [["mlp"], ["lm_head"]])
+def test_whole_modules_are_rounded_too_and_proven_against_what_was_trained(
+    whole: list[str], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+    adapter = adapter_of(base, tmp_path / "adapter", ["q_proj"], *whole)
+    means = []
+    for texts in ("0", "32"):
+        words = ["--adapter", str(adapter), "--output_dir", str(tmp_path / texts)]
+        merge.main([*words, "--rounding_texts", texts])
+        told = capsys.readouterr().out
+        means.append(float(told.split("root mean square ")[1].split(";")[0]))
+    # Beside a model whose LM head is itself rounded to nearest, that would seem the better one.
+    assert means[1] < means[0]
+
+
+def test_texts_that_prove_do_not_tell_how_to_round_unless_there_are_no_others(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    adapter = read_adapter(adapter_of(tiny_model, tmp_path / "adapter", ["q_proj"]))
+    adapter.trained["data_path"] = [str(tmp_path / "gone.json")]
+    known = examples_of(adapter, {}, 4)
+    texts = examples_after(adapter, known, 64)
+    assert len({text.id for text in texts}) == 64
+    assert not {text.id for text in known} & {text.id for text in texts}
+    two = write_dialogues(tmp_path / "two.json", ["Hi", "Hello there."], ["And?", "So."])
+    adapter.trained["data_path"] = [str(two)]
+    known = examples_of(adapter, {}, 4)
+    assert len(known) == 2
+    texts = examples_after(adapter, known, 64)
+    assert texts[:2] == known
+    assert len(texts) == 64
 
 
 @pytest.mark.slow
