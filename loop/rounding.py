@@ -67,11 +67,14 @@ def inputs_of(
 
 
 def _thinned(given: dict[str, list[Tensor]], most_bytes: float) -> dict[int, Tensor]:
-    """Return every n-th row of each tensor [T, in], by the tensor's id, in `most_bytes` or less.
+    """Return every n-th row of each tensor [T, in], by the tensor's id: about `most_bytes` in all.
 
-    They lie in one block: many small ones would cut up the memory that a text's run frees.
+    One row of each at least, and nothing of a text that no router has sent to these layers. They
+    lie in one block: many small ones would cut up the memory that a text's run frees.
     """
     parts = {id(part): part for own in given.values() for part in own}
+    if not parts:
+        return {}
     size = sum(part.nbytes for part in parts.values())
     thin = [part[:: max(math.ceil(size / most_bytes), 1)] for part in parts.values()]
     block = torch.cat([part.flatten() for part in thin])

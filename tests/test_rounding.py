@@ -108,6 +108,18 @@ def test_layers_that_share_an_input_share_what_is_kept_and_no_more_than_may_be(
     assert torch.equal(few["lm_head"][0], found["lm_head"][0][::step])
 
 
+def test_a_text_that_reaches_none_of_the_layers_tells_nothing(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = read_adapter(adapter_of(tiny_model, tmp_path / "adapter", ["q_proj"]))
+    model = with_adapter(load_base(adapter, adapter.base, torch.float32), adapter)
+    texts = examples_after(adapter, [], 2)
+    layer = "model.layers.0.self_attn.q_proj"
+    run, reached = rounding.run, iter([False, True])
+    monkeypatch.setattr(rounding, "run", lambda *given: next(reached) and run(*given))
+    assert len(inputs_of(model, [layer], texts, 1e9)[layer]) == 1
+
+
 @pytest.mark.parametrize("whole", [["mlp"], ["lm_head"]])
 def test_whole_modules_are_rounded_too_and_proven_against_what_was_trained(
     whole: list[str], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
