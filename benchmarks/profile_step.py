@@ -50,7 +50,7 @@ def main(precision: str = "fp32", *flags: str) -> None:
         [prepared.examples[int(i)] for i in order[n : n + BATCH]] for n in range(0, 40, BATCH)
     ]
     pad = prepared.tokenizer.pad_token_id
-    row = Collator(pad, None, functools.partial(row_inputs, flash=False))
+    row = Collator(pad, None, functools.partial(row_inputs, flash=False), sharing=True)
     ways = {
         "padded, all logits": (False, Collator(pad), all_logits),
         "this project": (True, row, supervised_loss_sum),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.beginnings import begun_alike
 from data.encode import IGNORE_INDEX, Example
 
 
@@ -15,8 +16,9 @@ class MicroBatch:
     """One forward pass of one rank: B examples of at most T tokens, S of them supervised.
 
     model_inputs: input_ids [B, T] int64, padded on the right, or [1, T] with what tells the
-    examples of the row apart; of pairs also attention_mask [B, T] and decoder_input_ids [B, U], in
-    which `positions` and `targets` are found then.
+    examples of the row apart, of which groups may share what they begin with; of pairs also
+    attention_mask [B, T] and decoder_input_ids [B, U], in which `positions` and `targets` are
+    found then.
     positions: [S] int64, the flat indices into B x T whose next token is supervised.
     targets: [S] int64, those next tokens.
     seed: of everything random in this forward pass (dropout).
@@ -44,8 +46,10 @@ class MicroBatch:
         return MicroBatch(inputs, positions, targets, self.seed)
 
 
-# What tells a model where the examples of a row begin, from their lengths.
-RowInputs = Callable[[Sequence[int]], dict[str, Any]]
+# The groups of a row: of each, how many tokens its examples share, and how many each has beside.
+Groups = Sequence[Sequence[int]]
+# What tells a model where the examples of a row begin.
+RowInputs = Callable[[Groups], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -53,17 +57,19 @@ class Collator:
     """Makes micro-batches for one model.
 
     decoder_start_id: an encoder-decoder's, else None. row_inputs: of a model that runs examples in
-    one row, else None, and they are padded.
+    one row, else None, and they are padded. sharing: whether what a row's examples begin with alike
+    is run once.
     """
 
     pad_id: int
     decoder_start_id: int | None = None
     row_inputs: RowInputs | None = None
+    sharing: bool = False
 
     def __call__(self, examples: Sequence[Example], seed: int) -> MicroBatch:
         """Return a micro-batch; no example at all gives one of weight zero."""
         if self.row_inputs is not None:
-            return collate_row(examples, self.pad_id, seed, self.row_inputs)
+            return collate_row(examples, self.pad_id, seed, self.row_inputs, self.sharing)
         if self.decoder_start_id is None:
             return collate(examples, self.pad_id, seed)
         return collate_pairs(examples, self.pad_id, self.decoder_start_id, seed)
@@ -90,23 +96,34 @@ def collate(examples: Sequence[Example], pad_id: int, seed: int) -> MicroBatch:
 
 
 def collate_row(
-    examples: Sequence[Example], pad_id: int, seed: int, row_inputs: RowInputs
+    examples: Sequence[Example],
+    pad_id: int,
+    seed: int,
+    row_inputs: RowInputs,
+    sharing: bool = False,
 ) -> MicroBatch:
     """Put examples behind each other in one row [1, T]; none at all gives one pad token.
 
     >>> two = [Example("a", [5, 6, 9], [-100, 6, -100], 1), Example("b", [7, 8, 2], [7, 8, 2], 1)]
-    >>> batch = collate_row(two, 0, 1, lambda lengths: {"lengths": lengths})
-    >>> batch.model_inputs["input_ids"].tolist(), batch.model_inputs["lengths"]
-    ([[5, 7, 8]], [1, 2])
+    >>> batch = collate_row(two, 0, 1, lambda groups: {"groups": groups})
+    >>> batch.model_inputs["input_ids"].tolist(), batch.model_inputs["groups"]
+    ([[5, 7, 8]], [[0, 1], [0, 2]])
     >>> batch.positions.tolist(), batch.targets.tolist()  # 7 begins the row's second example
     ([0, 1, 2], [6, 8, 2])
     """
-    rows = [_run(example) for example in examples] or [([pad_id], [IGNORE_INDEX])]
-    ids = [token for row, _ in rows for token in row]
-    lengths = [len(row) for row, _ in rows]
-    next_labels = torch.tensor([label for _, following in rows for label in following])
+    alike = begun_alike(examples) if sharing else [(0, [example]) for example in examples]
+    ids, labels, groups = [], [], []
+    for shared, group in alike:
+        rows = [_run(example) for example in group]
+        ids += rows[0][0][:shared] + [token for row, _ in rows for token in row[shared:]]
+        labels += [IGNORE_INDEX] * shared
+        labels += [label for _, following in rows for label in following[shared:]]
+        groups.append([shared, *(len(row) - shared for row, _ in rows)])
+    if not examples:
+        ids, labels, groups = [pad_id], [IGNORE_INDEX], [[0, 1]]
+    next_labels = torch.tensor(labels)
     positions = torch.nonzero(next_labels != IGNORE_INDEX).flatten()
-    inputs = {"input_ids": torch.tensor([ids]), **row_inputs(lengths)}
+    inputs = {"input_ids": torch.tensor([ids]), **row_inputs(groups)}
     return MicroBatch(inputs, positions, next_labels[positions], seed)
 
 

@@ -1,12 +1,17 @@
 """Attention over several examples in one row, each by itself: no padding, and none sees another."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+
+from data.collate import Groups
 
 PER_EXAMPLE = "sdpa_per_example"
 # Layers of these kinds look at other positions of a row through attention alone.
@@ -14,6 +19,9 @@ PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 # Tokens. Of shorter dialogues PyTorch 2.13's backward pass is slower in bf16 than in fp32 on CPUs,
 # 2.7 ms for 0.7 at 85 tokens (benchmarks/profile.md).
 BF16_PAYS = 512
+# Tokens. A mask for queries that begin later is kept in memory, its square; longer examples would
+# gain little by it.
+MASK_PAYS = 1024
 
 
 def can_pack(base_config: Any) -> bool:
@@ -51,15 +59,22 @@ def implementation(packed: bool, flash: bool, compiled: bool = False) -> str:
     return PER_EXAMPLE if packed else "sdpa"
 
 
-def row_inputs(lengths: Sequence[int], flash: bool) -> dict[str, Any]:
-    """Return what tells a model where the examples of a row begin: positions [1, T], and lengths.
+def row_inputs(groups: Groups, flash: bool) -> dict[str, Any]:
+    """Return what tells a model where the examples of a row begin: positions [1, T], and groups.
 
     FlashAttention-2 takes the places instead, int32 [B + 1] (transformers 5.23,
-    modeling_flash_attention_utils.py); without them it would look for them in every layer.
+    modeling_flash_attention_utils.py); without them it would look for them in every layer. Its
+    examples share nothing.
     """
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    spans = [
+        span
+        for shared, *own in groups
+        for span in [(0, shared), *((shared, shared + length) for length in own)]
+    ]
+    positions = torch.cat([torch.arange(*span) for span in spans])[None]
     if not flash:
-        return {"position_ids": positions, "lengths": tuple(lengths)}
+        return {"position_ids": positions, "groups": tuple(map(tuple, groups))}
+    lengths = [length for _, *own in groups for length in own]
     places = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
     ends = {f"cu_seq_lens_{side}": places for side in "qk"}
     return {"position_ids": positions, **ends, **{f"max_length_{s}": max(lengths) for s in "qk"}}
@@ -71,42 +86,94 @@ def per_example(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    lengths: Sequence[int] | None = None,
+    groups: Groups | None = None,
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Run PyTorch's attention on each example of the row: queries [1, heads, T, d] to [1, T, ...].
 
-    Without lengths it is transformers' own; it then needs rows without padding.
+    What a group shares is before each of its examples. Without groups it is transformers' own; it
+    then needs rows without padding.
     """
     # Here, since it imports much that a command without a model does not need.
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if lengths is None:
+    if groups is None:
         whole: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
         return whole, None
-    dtype = query.dtype
-    on_cpu = query.device.type == "cpu" and dtype == torch.bfloat16
-    if on_cpu:
+    dtype, on_cpu = query.dtype, query.device.type == "cpu"
+    upcast = on_cpu and dtype == torch.bfloat16
+    if upcast:
         query, key, value = query.float(), key.float(), value.float()
-    rows = zip(*(torch.split(x, [*lengths], 2) for x in (query, key, value)), strict=True)
     found = []
     # Else autocast would go back to bf16.
-    with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
-        for q, k, v in rows:
-            if on_cpu and q.shape[2] >= BF16_PAYS:
+    with torch.autocast("cpu", enabled=False) if upcast else nullcontext():
+        for q, k, v, new in _examples(groups, on_cpu, query, key, value):
+            if upcast and q.shape[2] >= BF16_PAYS:
                 q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
-            band = _band(q, sliding_window)
-            row = sdpa_attention_forward(module, q, k, v, band, **options)[0]
-            found.append(row.float() if on_cpu else row)
+            seen = _seen(q, k.shape[2], sliding_window)
+            attend = sdpa_attention_forward if q.shape[2] == k.shape[2] else _behind
+            row = attend(module, q, k, v, seen, **options)[0][:, -new:]
+            found.append(row.float() if upcast else row)
     return torch.cat(found, 1).to(dtype), None
 
 
-def _band(query: Tensor, window: int | None) -> Tensor | None:
-    """Return which keys each query may see [T, T], where a sliding window hides some of them."""
-    length = query.shape[2]
-    if window is None or length <= window:
+def _examples(
+    groups: Groups, on_cpu: bool, *row: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+    """Yield each example's queries, keys and values, and for how many places an output is new.
+
+    On a CPU a short example asks no query again that one before it of its group has asked.
+    """
+    lengths = [length for group in groups for length in group]
+    parts = zip(*(torch.split(x, lengths, 2) for x in row), strict=True)
+    for shared, *own in groups:
+        beginning = next(parts)
+        for number, (q, k, v) in enumerate(islice(parts, len(own))):
+            new = own[number] + (shared if number == 0 else 0)
+            if shared:
+                k, v = torch.cat([beginning[1], k], 2), torch.cat([beginning[2], v], 2)
+                if new == k.shape[2] or not on_cpu or k.shape[2] > MASK_PAYS:
+                    q = torch.cat([beginning[0], q], 2)
+            yield q, k, v, new
+
+
+def _behind(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Run attention of an example's last queries, which see keys before their own.
+
+    transformers 5.23 (integrations/sdpa_attention.py) would write each key and value once for each
+    head where there is a mask; that of a CPU's kernel is not needed.
+    """
+    row = nn.functional.scaled_dot_product_attention(
+        query, key, value, seen, dropout, scale=scaling, enable_gqa=True
+    )
+    return row.transpose(1, 2), None
+
+
+def _seen(query: Tensor, length: int, window: int | None) -> Tensor | None:
+    """Return which of the keys each query may see [t, length]; None where it is all before it."""
+    if window is not None and length > window:
+        places = torch.arange(length, device=query.device)
+        behind = places[-query.shape[2] :, None] - places
+        return (behind >= 0) & (behind < window)
+    if query.shape[2] == length:
         return None
-    places = torch.arange(length, device=query.device)
-    behind = places[:, None] - places
-    return (behind >= 0) & (behind < window)
+    return _causal(-(-length // 256) * 256, query.dtype)[length - query.shape[2] : length, :length]
+
+
+@lru_cache(4)
+def _causal(size: int, dtype: torch.dtype) -> Tensor:
+    """Return what is added to scores [size, size], one tensor for all layers' backward passes.
+
+    Of true and false PyTorch's kernel would make such a tensor in each call and keep it.
+    """
+    return torch.full((size, size), -math.inf, dtype=dtype).triu(1)

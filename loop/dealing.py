@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import ceil
 
+from data.beginnings import head, spared
 from data.encode import Example
 
 Part = list[Example]  # of one micro-batch; may be empty
@@ -21,19 +22,27 @@ class Limits:
     examples, tokens: at most so many, padding counted; a longer example runs alone.
     packed: in one row without padding, else padded to the longest.
     finer: split further where that saves more padding than it costs.
+    sharing: what a row's examples begin with alike is run once; `tokens` counts it each time.
     """
 
     examples: int
     tokens: int | None = None
     packed: bool = False
     finer: bool = False
+    sharing: bool = False
+
+    def cost(self, part: Part) -> int:
+        """Return the tokens that one micro-batch runs, padding counted."""
+        if not self.packed:
+            return padded_tokens(part)
+        return packed_tokens(part) - (spared(part)[0] if self.sharing else 0)
 
 
 @dataclass(frozen=True)
 class Dealt:
     """A window's micro-batches by rank and slot, as many for each rank.
 
-    tokens: what each rank runs, padding counted.
+    tokens: what each rank runs, padding counted, and what a row shares once.
     """
 
     ranks: list[list[Part]]
@@ -55,16 +64,16 @@ def deal(chosen: list[Example], world_size: int, limits: Limits) -> Dealt:
         if not limits.tokens or all(len(p) < 2 or cost(p) <= limits.tokens for p in parts):
             break
         slots += 1
-    dealt = _to_ranks(parts, world_size, cost)
+    dealt = _to_ranks(parts, world_size, limits.cost)
     while limits.finer and not limits.packed and slots * world_size < len(chosen):
         slots *= 2
-        finer = _to_ranks(_parts(chosen, slots * world_size, limits), world_size, cost)
+        finer = _to_ranks(_parts(chosen, slots * world_size, limits), world_size, limits.cost)
         dealt = min(dealt, finer, key=_busiest)
     return dealt
 
 
 def packed_tokens(part: Part) -> int:
-    """Return the tokens of one micro-batch in one row."""
+    """Return the tokens of one micro-batch in one row, each example by itself."""
     return sum(example.run_tokens for example in part)
 
 
@@ -75,12 +84,21 @@ def padded_tokens(part: Part) -> int:
     )
 
 
+def squares(chosen: list[Example], dealt: Dealt, limits: Limits) -> int:
+    """Return the sum of the examples' squared lengths, by which attention's work grows."""
+    parts = [part for rank in dealt.ranks for part in rank] if limits.sharing else []
+    return sum(e.run_tokens**2 for e in chosen) - sum(spared(part)[1] for part in parts)
+
+
 def _parts(chosen: list[Example], count: int, limits: Limits) -> list[Part]:
     return _even(chosen, count, limits) if limits.packed else _alike(chosen, count)
 
 
 def _even(chosen: list[Example], count: int, limits: Limits) -> list[Part]:
-    """Split examples into parts of even tokens: the longest first, each to the emptiest part."""
+    """Split examples into parts of even tokens: the longest first, each to the emptiest part.
+
+    In a part those that begin alike lie side by side.
+    """
     parts: list[Part] = [[] for _ in range(count)]
     open_parts = [(0, number) for number in range(count)]
     for example in sorted(chosen, key=lambda e: -e.run_tokens):
@@ -88,7 +106,7 @@ def _even(chosen: list[Example], count: int, limits: Limits) -> list[Part]:
         parts[number].append(example)
         if len(parts[number]) < limits.examples:
             heappush(open_parts, (tokens + example.run_tokens, number))
-    return parts
+    return [sorted(part, key=head) for part in parts]
 
 
 def _alike(chosen: list[Example], count: int) -> list[Part]:

@@ -5,6 +5,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from data.errors import UserError
 from loop import checkpoint, state
 from loop.backend import first_rank_says, told_to_all
 from loop.config import Config
-from loop.dealing import Limits, deal
+from loop.dealing import deal
 from loop.metrics import history_until
 from loop.objective import token_losses
 from loop.optim import lr_at
@@ -55,7 +56,7 @@ class Evaluator:
         self.prepared, self.model, self.tracker, self.saver = prepared, model, tracker, saver
         self.folder, self.known = Path(config.output_dir), saver.evaluation
         size = config.per_device_eval_batch_size or layout.limits.examples
-        self.limits = Limits(size, layout.limits.tokens, layout.limits.packed)
+        self.limits = replace(layout.limits, examples=size, finer=False)
         # The places, among the dialogues read, behind the last one of each source.
         held_out = prepared.held_out
         self.sources = [*accumulate(held_out.tally.sources)] if held_out else []

@@ -90,14 +90,16 @@ def most_tokens(
     the same, and none goes on where it would not fit on another.
     """
     examples = prepared.examples.longest(most)
+    # What the longest begin with alike, others may not.
+    collate = dataclasses.replace(prepared.collator, sharing=False)
     if zero_stage(accelerator) == 3:
         # What all sizes take alike is taken before the room is looked at.
-        shortest = prepared.collator(examples[-1:], 0).to(accelerator.device)
+        shortest = collate(examples[-1:], 0).to(accelerator.device)
         _peak_of(model, shortest, config, accelerator)
     room, before = memory_room(accelerator.device), memory_used(accelerator.device)
     tried, peaks, count = [0], [before], 1
     while True:
-        batch = prepared.collator(examples[:count], 0).to(accelerator.device)
+        batch = collate(examples[:count], 0).to(accelerator.device)
         tokens = batch.tokens
         reckoned = peaks[-1] + (tokens - tried[-1]) * _slope(tried, peaks)
         if _any_rank(accelerator, count > 1 and reckoned > room):

@@ -25,7 +25,8 @@ class Work:
     again for the gradient of what goes in; trained weights once more, frozen ones not: 4 or 6
     operations a weight. Attention: scores and sums, 4 T^2 d a layer forward and twice that
     backward, of which the causal half counts. After PaLM (Chowdhery et al. 2022, appendix B),
-    less what a frozen weight spares. What is recomputed does not count, nor what 4 bits take.
+    less what a frozen weight spares. What is recomputed does not count, nor what 4 bits take, and
+    what a row's dialogues begin with alike counts once.
 
     linear, head, trained: weights of the frozen layers, of the LM head (which meets supervised
     tokens alone), and trained ones. attention: layers x width of the heads. peak: FLOP/s a rank.
@@ -40,7 +41,7 @@ class Work:
     def operations(self, count: Mapping[str, int]) -> int:
         """Return the operations for so many tokens."""
         return (
-            (4 * self.linear + 6 * self.trained) * count["tokens"]
+            (4 * self.linear + 6 * self.trained) * min(count["tokens"], count["padded_tokens"])
             + 4 * self.head * count["supervised_tokens"]
             + 6 * self.attention * count["squared_tokens"]
         )
@@ -87,7 +88,8 @@ def rates(
     busy = work and {"mfu": work.operations(count) / (elapsed * ranks * work.peak)}
     return {
         **per_second,
-        "padding_share": 1 - count["tokens"] / count["padded_tokens"],
+        "padding_share": max(0.0, 1 - count["tokens"] / count["padded_tokens"]),
+        "shared_share": max(0.0, 1 - count["padded_tokens"] / count["tokens"]),
         "rank_imbalance": 1 - count["padded_tokens"] / (ranks * count["busiest_tokens"]),
         **(busy or {}),
     }

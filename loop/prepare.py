@@ -71,7 +71,7 @@ class Prepared:
         pairs = self.base_config.is_encoder_decoder
         start = self.base_config.decoder_start_token_id if pairs else None
         row = functools.partial(row_inputs, flash=self.flash) if self.packed else None
-        return Collator(self.tokenizer.pad_token_id, start, row)
+        return Collator(self.tokenizer.pad_token_id, start, row, sharing=not self.flash)
 
     def __str__(self) -> str:
         text = f"{self.source}, template {self.template}: {self.examples.tally}"

@@ -13,7 +13,7 @@ from data.collate import MicroBatch
 from data.encode import Example
 from data.errors import UserError
 from loop.config import Config
-from loop.dealing import Limits, deal
+from loop.dealing import Limits, deal, squares
 
 Collate = Callable[[Sequence[Example], int], MicroBatch]  # examples, random seed
 T = TypeVar("T")
@@ -61,9 +61,9 @@ class Window:
     micro_batches: list[MicroBatch]
     examples: int
     tokens: int  # padding not counted; of pairs both sides
-    padded_tokens: int  # padding counted
-    busiest_tokens: int  # padding counted, of the rank that has most
-    squared_tokens: int  # the sum of the examples' squared lengths
+    padded_tokens: int  # that are run: padding counted, what a row's examples share but once
+    busiest_tokens: int  # that are run, of the rank that has most
+    squared_tokens: int  # the sum of the examples' squared lengths, what they share but once
     supervised_tokens: int
     ids: tuple[str, ...]
 
@@ -102,9 +102,11 @@ def plan_layout(config: Config, examples: int, ranks: Ranks, packed: bool = Fals
         )
     # What one micro-batch more costs a GPU was not measured.
     finer = not packed and not torch.cuda.is_available()
+    # FlashAttention-2 takes queries and keys of the same places.
+    sharing = packed and not config.flash_attn
     # To begin with one example at most, as long as it may be (loop/fit.py).
     tokens = config.model_max_length if config.auto_micro_batch else config.tokens_per_micro_batch
-    limits = Limits(per_device, tokens, packed, finer)
+    limits = Limits(per_device, tokens, packed, finer, sharing)
     split = (ranks.process_index, world_size, per_device, accumulation)
     return Layout(*split, batch, per_epoch, steps, limits)
 
@@ -134,7 +136,7 @@ def windows(
             tokens=sum(example.run_tokens for example in chosen),
             padded_tokens=sum(dealt.tokens),
             busiest_tokens=max(dealt.tokens),
-            squared_tokens=sum(example.run_tokens**2 for example in chosen),
+            squared_tokens=squares(chosen, dealt, layout.limits),
             supervised_tokens=sum(example.supervised_tokens for example in chosen),
             ids=tuple(example.id for example in chosen),
         )

@@ -23,7 +23,7 @@ def test_short_dialogues_are_computed_in_fp32_under_autocast_too(autocast: bool)
     for part in row:
         part.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found, _ = per_example(Layer(), row[0], row[1], row[2], None, (SHORT, LONG))
+        found, _ = per_example(Layer(), row[0], row[1], row[2], None, ((0, SHORT, LONG),))
     assert found.dtype == torch.bfloat16
     short, long = found.split([SHORT, LONG], 1)
     for part, place, dtype in (

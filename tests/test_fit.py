@@ -48,7 +48,7 @@ def most(lengths: list[int]) -> int:
     examples = [Example(str(n), [1] * (n + 1), [1] * (n + 1), n) for n in sorted(lengths)[::-1]]
     prepared: Any = SimpleNamespace(
         examples=SimpleNamespace(longest=lambda count: examples[:count]),
-        collator=Collator(0, None, lambda lengths: {"lengths": lengths}),
+        collator=Collator(0, None, lambda groups: {"groups": groups}),
     )
     return fit.most_tokens(None, prepared, Config(), alone(), len(lengths))
 

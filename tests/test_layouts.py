@@ -20,7 +20,7 @@ from loop.objective import supervised_loss_sum
 from tests.helpers import dialogues_in
 from tests.test_objective import assert_equal, gradients, plain_loss_sum
 
-ROW = Collator(2, None, functools.partial(row_inputs, flash=False))
+ROW = Collator(2, None, functools.partial(row_inputs, flash=False), sharing=True)
 FORMS = {"padded": Collator(2), "packed": ROW}
 
 
@@ -93,12 +93,14 @@ def test_no_dialogue_of_a_row_sees_another(models: dict[str, Any], window: list[
     model, one = models["packed"], window[0]
     length, _ = one.lengths
     alone = model(**ROW([one], 0).model_inputs).logits
-    behind = model(**ROW([*window[1:3], one], 0).model_inputs).logits[:, -length:]
-    before = model(**ROW([one, *window[1:3]], 0).model_inputs).logits[:, :length]
-    assert torch.allclose(behind, alone, atol=1e-5)
+    rows = [ROW(part, 0).model_inputs for part in ([*window[1:3], one], [one, *window[1:3]])]
+    own = length - rows[0]["groups"][0][0]  # what it does not share with those before it
+    behind = model(**rows[0]).logits[:, -own:]
+    before = model(**rows[1]).logits[:, :length]
+    assert torch.allclose(behind, alone[:, -own:], atol=1e-5)
     assert torch.allclose(before, alone, atol=1e-5)
-    as_one = model(**{**ROW([*window[1:3], one], 0).model_inputs, "lengths": None}).logits
-    assert not torch.allclose(as_one[:, -length:], alone, atol=1e-2)
+    as_one = model(**{**rows[0], "groups": None}).logits
+    assert not torch.allclose(as_one[:, -own:], alone[:, -own:], atol=1e-2)
 
 
 SMALL = {
