@@ -57,9 +57,11 @@ def _cells(
     real = _rates(asked, runs, lambda run: run.tokens)
     padded = _rates(asked, runs, lambda run: run.padded)
     steps = plan["steps"]
-    # FLOPs of a real token, on average: so that packing, which has other steps, counts alike.
+    # FLOPs of a real token, on average: so that packing, which has other steps, counts alike. What
+    # is run once for several dialogues counts once.
     needed = sum(step["flops"] for step in steps) / sum(step["tokens"] for step in steps)
-    share = [rate * needed / peak[asked.precision] for rate, peak in zip(real, peaks, strict=False)]
+    rates = zip(map(min, real, padded), peaks, strict=False)
+    share = [rate * needed / peak[asked.precision] for rate, peak in rates]
     counted = asked.steps - asked.warm_up
     values = {
         "supervised tokens/s": f"{median(supervised):,.1f}",

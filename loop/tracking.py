@@ -191,12 +191,13 @@ class Tracker:
         if self.start.step and (not self.history or self.history[-1]["step"] <= self.start.step):
             entry["resumed_from"] = self.start.step
         self._keep(entry)
+        shared = f"  shared {entry['shared_share']:.0%}" if entry["shared_share"] else ""
         mfu = f"  MFU {entry['mfu']:.1%}" if "mfu" in entry else ""
         progress = (
             f"loss {_shown(loss)}  lr {learning_rate:.2e}  grad {norm:.2f}  "
             f"{entry['tokens_per_second']:,.0f} tokens/s  "
             f"{entry['supervised_tokens_per_second']:,.0f} supervised/s  "
-            f"padding {entry['padding_share']:.0%}{mfu}  {peak:.2f} GiB"
+            f"padding {entry['padding_share']:.0%}{shared}{mfu}  {peak:.2f} GiB"
         )
         tqdm.write(f"step {step:>{len(str(total))}}/{total}  {progress}  {_clock(left)} left")
         self.bar.set_postfix_str(progress)

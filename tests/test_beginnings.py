@@ -1,0 +1,183 @@
+"""What dialogues begin with alike is run once, and nothing of what they learn changes by it."""
+
+import functools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from data.beginnings import HEAD, begun_alike, spared
+from data.collate import Collator, MicroBatch
+from data.encode import Example
+from loop import attention
+from loop.attention import implementation, row_inputs
+from loop.config import Config
+from loop.dealing import Limits, deal, packed_tokens
+from loop.metrics import Work, rates
+from loop.objective import supervised_loss_sum
+from loop.windows import plan_layout, windows
+from tests.test_layouts import KINDS, SMALL
+from tests.test_objective import assert_equal, gradients
+
+ALONE = Collator(0, None, functools.partial(row_inputs, flash=False))
+SHARING = Collator(0, None, functools.partial(row_inputs, flash=False), sharing=True)
+
+
+def dialogue(name: str, beginning: list[int], own: list[int], learnt: int = 2) -> Example:
+    """Return a dialogue whose last tokens are supervised."""
+    ids = beginning + own
+    return Example(name, ids, [-100] * (len(ids) - learnt) + ids[-learnt:], learnt)
+
+
+def drawn(seed: int, count: int = 12) -> list[Example]:
+    """Return random dialogues with one of three beginnings, of which one is too short to share."""
+    draw = np.random.default_rng(seed)
+    beginnings = [[1] * 30, [*range(2, 2 + HEAD)], [3, 4]]
+    found = []
+    for number in range(count):
+        own = draw.integers(20, 1000, draw.integers(3, 40)).tolist()
+        beginning = beginnings[draw.integers(3)]
+        found.append(dialogue(str(number), beginning, own, int(draw.integers(1, 3))))
+    return found
+
+
+def unfolded(batch: MicroBatch) -> list[tuple[list[int], list[int], dict[int, int]]]:
+    """Return each dialogue of a row: its ids, positions, and the targets by place."""
+    ids, places = (batch.model_inputs[name][0].tolist() for name in ("input_ids", "position_ids"))
+    targets = dict(zip(batch.positions.tolist(), batch.targets.tolist(), strict=True))
+    found, begin = [], 0
+    for shared, *own in batch.model_inputs["groups"]:
+        beginning = [*range(begin, begin + shared)]
+        begin += shared
+        for length in own:
+            rows = [*beginning, *range(begin, begin + length)]
+            learnt = {n: targets[row] for n, row in enumerate(rows) if row in targets}
+            found.append(([ids[row] for row in rows], [places[row] for row in rows], learnt))
+            begin += length
+    assert begin == len(ids)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_row_holds_each_dialogue_whole_and_nothing_twice(seed: int) -> None:
+    (part,) = deal(drawn(seed), 1, Limits(64, packed=True, sharing=True)).ranks[0]
+    batch = SHARING(part, 0)
+    for example, (ids, places, learnt) in zip(part, unfolded(batch), strict=True):
+        length = example.run_tokens
+        assert ids == example.input_ids[:length]
+        assert places == [*range(length)]
+        following = enumerate(example.labels[1 : length + 1])
+        assert learnt == {n: label for n, label in following if label != -100}
+    more, _ = spared(part)
+    assert batch.tokens == packed_tokens(part) - more
+    alike = sum(example.input_ids[0] == 1 for example in part)
+    assert more >= 30 * (alike - 1)
+    assert len(batch.targets) == sum(example.supervised_tokens for example in part)
+
+
+def test_a_token_that_predicts_a_supervised_one_is_each_dialogues_own() -> None:
+    beginning = [*range(10, 30)]
+    late, early = (dialogue(name, beginning, [5, 6, 7], n) for name, n in (("a", 2), ("b", 10)))
+    assert begun_alike([late, late]) == [(21, [late, late])]  # 21 predicts 6
+    assert begun_alike([late, early]) == [(12, [late, early])]
+    assert begun_alike([early, late]) == [(12, [early, late])]
+
+
+def test_one_dialogue_alone_and_none_at_all_share_nothing() -> None:
+    one = dialogue("a", [*range(10, 30)], [5, 6, 7])
+    assert spared([one]) == spared([]) == (0, 0)
+    assert SHARING([one], 0).model_inputs["groups"] == ((0, 22),)
+    assert SHARING([], 0).tokens == 1
+    assert len(SHARING([], 0).targets) == 0
+
+
+@pytest.mark.parametrize("longest_mask", [0, attention.MASK_PAYS], ids=["again", "masked"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradient_are_those_of_dialogues_by_themselves(
+    kind: str, longest_mask: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "MASK_PAYS", longest_mask)
+    (part,) = deal(drawn(0), 1, Limits(64, packed=True, sharing=True)).ranks[0]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **SMALL | KINDS[kind]),
+        attn_implementation=implementation(True, False),
+    )
+    found = {}
+    for collator in (ALONE, SHARING):
+        batch = collator(part, 0)
+        loss = supervised_loss_sum(model, batch)
+        found[batch.tokens] = loss.item(), gradients(model, loss)
+    (alone, own), (shared, once) = found.values()
+    assert len(found) == 2  # rows of different lengths
+    assert shared == pytest.approx(alone, rel=1e-6)
+    assert_equal(once, own)
+
+
+def test_queries_are_not_asked_again_and_one_mask_serves_all_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, int, int | None]] = []
+    function = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(q: Any, k: Any, v: Any, attn_mask: Any = None, *rest: Any, **options: Any) -> Any:
+        storage = None if attn_mask is None else attn_mask.untyped_storage().data_ptr()
+        asked.append((q.shape[2], k.shape[2], storage))
+        return function(q, k, v, attn_mask, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    row = [torch.randn(1, heads, 60, 16, requires_grad=True) for heads in (4, 2, 2)]
+    layer = SimpleNamespace(is_causal=True, num_key_value_groups=2)
+    for _ in range(2):
+        attention.per_example(layer, row[0], row[1], row[2], None, ((20, 5, 15, 10), (0, 10)))
+    assert [(q, k) for q, k, _ in asked] == 2 * [(25, 25), (15, 35), (10, 30), (10, 10)]
+    masks = {storage for q, k, storage in asked if q < k}
+    assert len(masks) == 1
+    assert None not in masks
+
+
+def test_a_window_counts_what_is_run_and_the_log_tells_the_share() -> None:
+    examples = [dialogue(str(n), [1] * 30, [n, 7, 8, 9]) for n in range(10, 26)]
+    config = Config(per_device_train_batch_size=8, global_batch_size=16, packing=True)
+    layout = plan_layout(config, 16, SimpleNamespace(process_index=0, num_processes=1), packed=True)
+    assert layout.limits.sharing
+    (window, *_) = windows(examples, layout, 0, SHARING)
+    run = sum(batch.tokens for batch in window.micro_batches)
+    assert (window.tokens, window.padded_tokens, run) == (16 * 33, 2 * (30 + 8 * 3), 2 * 54)
+    assert window.squared_tokens == 16 * 33**2 - 14 * 30**2
+    count = {
+        name: getattr(window, name)
+        for name in ("tokens", "padded_tokens", "busiest_tokens", "squared_tokens")
+    } | {"supervised_tokens": window.supervised_tokens}
+    told = rates(count, 2.0, 1, Work(linear=10, head=0, trained=0, attention=0, peak=1.0))
+    assert told["shared_share"] == pytest.approx(1 - 108 / 528)
+    assert told["padding_share"] == told["rank_imbalance"] == 0.0
+    assert told["mfu"] == pytest.approx(4 * 10 * 108 / 2)
+
+
+def test_flash_attention_shares_nothing_as_it_takes_queries_and_keys_of_the_same_places() -> None:
+    config = Config(flash_attn=True)
+    layout = plan_layout(config, 16, SimpleNamespace(process_index=0, num_processes=1), packed=True)
+    assert not layout.limits.sharing
+
+
+def test_two_ranks_have_even_work_by_what_they_run() -> None:
+    alike = [dialogue(f"a{n}", [1] * 200, [n] * 20) for n in range(10, 18)]
+    other = [dialogue(f"b{n}", [n] * 110, [n] * 110) for n in range(30, 38)]
+    limits = Limits(4, packed=True, sharing=True)
+    dealt = deal(alike + other, 2, limits)
+    assert dealt.tokens == [sum(map(limits.cost, rank)) for rank in dealt.ranks]
+    assert sum(dealt.tokens) < sum(packed_tokens(part) for rank in dealt.ranks for part in rank)
+
+
+def test_the_bundled_dialogues_share_a_quarter(chat_model: Path) -> None:
+    from loop.prepare import prepare
+
+    prepared = prepare(Config(model_name_or_path=str(chat_model)))
+    part = [*prepared.examples][:8]
+    batch = prepared.collator(part, 0)
+    assert 0.15 < 1 - batch.tokens / packed_tokens(part) < 0.4
