@@ -176,4 +176,5 @@ def _causal(size: int, dtype: torch.dtype) -> Tensor:
 
     Of true and false PyTorch's kernel would make such a tensor in each call and keep it.
     """
-    return torch.full((size, size), -math.inf, dtype=dtype).triu(1)
+    with torch.inference_mode(False):  # or a backward pass could not use what an evaluation made
+        return torch.full((size, size), -math.inf, dtype=dtype).triu(1)

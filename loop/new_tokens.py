@@ -170,7 +170,9 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def rows(model: nn.Module, trained: Tensors, keep: bool) -> Tensors:
     """Return the trained parameters with all new rows, frozen ones too, as peft names them.
 
-    Every rank must call this; one that does not `keep` them takes part and returns nothing.
+    Rows have the precision of their matrix, in which `_forward` computes with them, and peft's too:
+    so a model that is merged has the very same. Every rank must call this; one that does not `keep`
+    them takes part and returns nothing.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = dict(trained)
@@ -181,7 +183,8 @@ def rows(model: nn.Module, trained: Tensors, keep: bool) -> Tensors:
                 with whole(parameter):
                     value = parameter.detach().to("cpu", torch.float32, copy=True)
             if keep and value is not None:
-                found[f"{name}.trainable_tokens_delta.{adapter}"] = value.clone()
+                as_run = value.to(layer.get_base_layer().weight.dtype)
+                found[f"{name}.trainable_tokens_delta.{adapter}"] = as_run.float().clone()
     return found if keep else {}
 
 

@@ -49,7 +49,8 @@ def test_a_limit_of_tokens_makes_no_more_micro_batches_than_it_needs() -> None:
     assert [len(part) for part in parts] == [8] * 8
 
 
-def test_eight_ranks_have_even_work_on_real_dialogues(shared: Path) -> None:
+@pytest.mark.parametrize("sharing", [False, True])
+def test_eight_ranks_have_even_work_on_real_dialogues(sharing: bool, shared: Path) -> None:
     from transformers import LlamaTokenizer
 
     folder = shared / "tokenizers/mistral_v1"
@@ -60,7 +61,7 @@ def test_eight_ranks_have_even_work_on_real_dialogues(shared: Path) -> None:
     busiest = total = 0
     for begin in range(0, len(order), 128):
         chosen = [examples[i] for i in order[begin : begin + 128]]
-        tokens = deal(chosen, 8, Limits(4, packed=True)).tokens
+        tokens = deal(chosen, 8, Limits(4, packed=True, sharing=sharing)).tokens
         busiest, total = busiest + max(tokens), total + sum(tokens)
     assert 1 - total / (8 * busiest) < 0.05
 

@@ -146,4 +146,6 @@ def test_mfu_is_what_the_formula_says(tiny_model: Path, tmp_path: Path) -> None:
     attention = tokens - known
     # Of 2 x 64 wide attention: 6 x 128 x length, and these are some tens of tokens long.
     assert 6 * 128 * 10 < attention < 6 * 128 * 60
-    assert f"  padding 0%  shared {entry['shared_share']:.0%}  MFU {entry['mfu']:.1%}  " in done.stdout
+    assert (
+        f"  padding 0%  shared {entry['shared_share']:.0%}  MFU {entry['mfu']:.1%}  " in done.stdout
+    )
