@@ -36,7 +36,7 @@ def spared(examples: Sequence[Example]) -> tuple[int, int]:
 
 
 def _shared(group: Sequence[Example]) -> int:
-    """Return the tokens that all begin with and from which none learns.
+    """Return how many tokens all begin with, from which none learns.
 
     The state of a token that predicts a supervised one is each dialogue's own, so that the loss
     finds it in its place. What the first and the last share in lexicographic order, all do.

@@ -1,5 +1,6 @@
 """Splits a window into micro-batches and gives them to ranks: little padding, even work."""
 
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -13,6 +14,7 @@ Part = list[Example]  # of one micro-batch; may be empty
 # What a micro-batch more costs, in padded tokens: as often the weights are read from memory.
 # Measured on a CPU (benchmarks/RESULTS.md, Padding of pairs).
 OVERHEAD = 112
+SWAPS = 4  # a rank, at most; most windows are even before
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def deal(chosen: list[Example], world_size: int, limits: Limits) -> Dealt:
         slots *= 2
         finer = _to_ranks(_parts(chosen, slots * world_size, limits), world_size, limits.cost)
         dealt = min(dealt, finer, key=_busiest)
-    return dealt
+    return _evened(dealt, limits) if limits.packed and world_size > 1 else dealt
 
 
 def packed_tokens(part: Part) -> int:
@@ -131,6 +133,53 @@ def _alike(chosen: list[Example], count: int) -> list[Part]:
 def _busiest(dealt: Dealt) -> int:
     """Return what the busiest rank takes, in padded tokens."""
     return max(dealt.tokens) + OVERHEAD * len(dealt.ranks[0])
+
+
+def _evened(dealt: Dealt, limits: Limits) -> Dealt:
+    """Swap examples between the busiest and the idlest rank for as long as that helps."""
+    ranks, loads = [[*rank] for rank in dealt.ranks], [*dealt.tokens]
+    for _ in range(SWAPS * len(ranks)):
+        busy, idle = (side(range(len(loads)), key=loads.__getitem__) for side in (max, min))
+        places = _best_swap(ranks[busy], ranks[idle], (loads[busy] - loads[idle]) / 2)
+        if places is None:
+            break
+        (slot, n), (other, m) = places
+        mine, theirs = [*ranks[busy][slot]], [*ranks[idle][other]]
+        mine[n], theirs[m] = theirs[m], mine[n]
+        moved = [sorted(part, key=head) for part in (mine, theirs)]
+        both = (busy, slot, moved[0]), (idle, other, moved[1])
+        after = [loads[r] - limits.cost(ranks[r][at]) + limits.cost(part) for r, at, part in both]
+        if max(after) >= loads[busy] or any(_too_long(part, limits) for part in moved):
+            break
+        for (rank, at, part), load in zip(both, after, strict=True):
+            ranks[rank][at], loads[rank] = part, load
+    return Dealt(ranks, loads)
+
+
+def _best_swap(
+    busy: list[Part], idle: list[Part], wanted: float
+) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Return the places of two examples whose lengths differ by what is wanted, as nearly as any.
+
+    A place is a micro-batch's number and the example's in it.
+    """
+    there = sorted(
+        (example.run_tokens, slot, n)
+        for slot, part in enumerate(idle)
+        for n, example in enumerate(part)
+    )
+    swaps = [
+        (abs(example.run_tokens - tokens - wanted), (slot, n), (other, m))
+        for slot, part in enumerate(busy)
+        for n, example in enumerate(part)
+        for at in [bisect(there, (example.run_tokens - wanted, 0, 0))]
+        for tokens, other, m in there[max(at - 1, 0) : at + 1]
+    ]
+    return min(swaps)[1:] if swaps else None
+
+
+def _too_long(part: Part, limits: Limits) -> bool:
+    return bool(limits.tokens) and len(part) > 1 and packed_tokens(part) > (limits.tokens or 0)
 
 
 def _to_ranks(parts: list[Part], world_size: int, cost: Callable[[Part], int]) -> Dealt:
