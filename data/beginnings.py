@@ -1,32 +1,52 @@
 """Finds what the dialogues of a row begin with alike, like a system prompt: it is run once."""
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import pairwise
 
-from data.encode import IGNORE_INDEX, Example
+from data.encode import Example
 
 # Tokens; fewer are not worth the cut.
-HEAD = 8
+LEAST = 16
 
 
-def head(example: Example) -> list[int]:
-    """Return what dialogues of one group have in common at least."""
-    return example.input_ids[:HEAD]
+def side_by_side(examples: Sequence[Example]) -> list[Example]:
+    """Return the examples in an order in which those that begin alike are neighbours."""
+    return sorted(examples, key=lambda example: example.input_ids)
 
 
 def begun_alike(examples: Sequence[Example]) -> list[tuple[int, list[Example]]]:
-    """Return neighbours that begin alike as groups, each with how many tokens they share.
+    """Return neighbours that begin alike as groups, each with how many tokens all of it share.
+
+    None of a group learns from these: the state of a token that predicts a supervised one is each
+    dialogue's own, where the loss finds it. Neighbours become one group, those first that share
+    most, unless they would share more apart.
 
     >>> a, b, c = [
-    ...     Example(name, [*range(9), token, 0], [-100] * 9 + [token, 0], 2)
+    ...     Example(name, [*range(20), token, 0], [-100] * 20 + [token, 0], 2)
     ...     for name, token in (("a", 20), ("b", 30), ("c", 40))
     ... ]
     >>> c.input_ids[0] = 7
     >>> [(shared, len(group)) for shared, group in begun_alike([a, b, c])]
-    [(8, 2), (0, 1)]
+    [(19, 2), (0, 1)]
     """
-    groups = [[*group] for _, group in groupby(examples, key=head)]
-    return [(_shared(group), group) for group in groups]
+    links = [
+        min(_common(one.input_ids, other.input_ids), one.unlearnt, other.unlearnt)
+        for one, other in pairwise(examples)
+    ]
+    # Of a group: where the one that ends here begins, where the one that begins here ends.
+    first, behind = [*range(len(examples))], [*range(1, len(examples) + 1)]
+    shared = [0] * len(examples)
+    for last in sorted(range(len(links)), key=lambda n: -links[n]):
+        left, right, link = first[last], last + 1, links[last]
+        end = behind[right]
+        apart = shared[left] * (last - left) + shared[right] * (end - right - 1)
+        if link >= LEAST and link * (end - left - 1) >= apart:
+            shared[left], behind[left], first[end - 1] = link, end, left
+    groups, begin = [], 0
+    while begin < len(examples):
+        groups.append((shared[begin], [*examples[begin : behind[begin]]]))
+        begin = behind[begin]
+    return groups
 
 
 def spared(examples: Sequence[Example]) -> tuple[int, int]:
@@ -35,19 +55,13 @@ def spared(examples: Sequence[Example]) -> tuple[int, int]:
     return sum(n * more for n, more in groups), sum(n * n * more for n, more in groups)
 
 
-def _shared(group: Sequence[Example]) -> int:
-    """Return how many tokens all begin with, from which none learns.
-
-    The state of a token that predicts a supervised one is each dialogue's own, so that the loss
-    finds it in its place. What the first and the last share in lexicographic order, all do.
-    """
-    if len(group) < 2:
-        return 0
-    first, last = (side(group, key=lambda e: e.input_ids).input_ids for side in (min, max))
-    pairs = enumerate(zip(first, last, strict=False))
-    shared = next((n for n, (a, b) in pairs if a != b), min(len(first), len(last)))
-    for example in group:
-        shared = min(shared, example.run_tokens - 1)
-        learnt = (n for n in range(shared) if example.labels[n + 1] != IGNORE_INDEX)
-        shared = next(learnt, shared)
-    return shared
+def _common(one: list[int], other: list[int]) -> int:
+    """Return how many ids two lists begin with alike."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # by halves, since lists are compared faster than their ids one by one
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import compress, count, islice
 from typing import Any
 
 from data.errors import UserError
@@ -46,6 +46,12 @@ class Example:
         while last > 1 and self.labels[last] == IGNORE_INDEX:
             last -= 1
         return max(1, last), 0
+
+    @cached_property
+    def unlearnt(self) -> int:
+        """Tokens that a dialogue begins with and that predict no supervised one, of those run."""
+        supervised = map(IGNORE_INDEX.__ne__, islice(self.labels, 1, None))
+        return min(next(compress(count(), supervised), len(self.labels)), self.run_tokens - 1)
 
     @property
     def run_tokens(self) -> int:

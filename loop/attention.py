@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from data.collate import Groups
+from data.errors import UserError
 
 PER_EXAMPLE = "sdpa_per_example"
 # Layers of these kinds look at other positions of a row through attention alone.
@@ -19,9 +21,12 @@ PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 # Tokens. Of shorter dialogues PyTorch 2.13's backward pass is slower in bf16 than in fp32 on CPUs,
 # 2.7 ms for 0.7 at 85 tokens (benchmarks/profile.md).
 BF16_PAYS = 512
-# Tokens. A mask for queries that begin later is kept in memory, its square; longer examples would
-# gain little by it.
-MASK_PAYS = 1024
+# Tokens of an example. With a mask PyTorch's kernel computes what causal attention leaves out, so
+# that longer ones gain only where they share most; the mask, kept in memory, is their square.
+MASK_PAYS, MASK_MOST = 400, 1024
+# Code that does not hand on to its attention what the model is called with, or calls it otherwise
+# (transformers 5.23).
+DEAF = {"nemotron", "afmoe", "doge"}
 
 
 def can_pack(base_config: Any) -> bool:
@@ -40,6 +45,7 @@ def can_pack(base_config: Any) -> bool:
         # The first says that what a model is called with reaches its attention (transformers 5.23).
         kind._supports_attention_backend
         and kind._supports_sdpa
+        and base_config.model_type not in DEAF
         and {*layers} <= PLAIN_LAYERS
         and not getattr(base_config, "attn_logit_softcapping", None)
     )
@@ -59,8 +65,15 @@ def implementation(packed: bool, flash: bool, compiled: bool = False) -> str:
     return PER_EXAMPLE if packed else "sdpa"
 
 
+@dataclass(frozen=True, eq=False)
+class Row:
+    """The groups of a row; torch.compile makes layers anew for other numbers, but not for these."""
+
+    groups: Groups
+
+
 def row_inputs(groups: Groups, flash: bool) -> dict[str, Any]:
-    """Return what tells a model where the examples of a row begin: positions [1, T], and groups.
+    """Return what tells a model where the examples of a row begin: positions [1, T], and the row.
 
     FlashAttention-2 takes the places instead, int32 [B + 1] (transformers 5.23,
     modeling_flash_attention_utils.py); without them it would look for them in every layer. Its
@@ -73,7 +86,7 @@ def row_inputs(groups: Groups, flash: bool) -> dict[str, Any]:
     ]
     positions = torch.cat([torch.arange(*span) for span in spans])[None]
     if not flash:
-        return {"position_ids": positions, "groups": tuple(map(tuple, groups))}
+        return {"position_ids": positions, "row": Row(groups)}
     lengths = [length for _, *own in groups for length in own]
     places = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
     ends = {f"cu_seq_lens_{side}": places for side in "qk"}
@@ -86,21 +99,26 @@ def per_example(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    groups: Groups | None = None,
+    row: Row | None = None,
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Run PyTorch's attention on each example of the row: queries [1, heads, T, d] to [1, T, ...].
 
-    What a group shares is before each of its examples. Without groups it is transformers' own; it
-    then needs rows without padding.
+    What a group shares is before each of its examples. Without a row it is transformers' own, which
+    needs rows without padding. Raises UserError where a token sees what comes later.
     """
     # Here, since it imports much that a command without a model does not need.
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if groups is None:
+    if row is None:
         whole: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
         return whole, None
+    if not getattr(module, "is_causal", True):
+        raise UserError(
+            f"found {type(module).__name__}, in which tokens see later ones; expected a causal "
+            "model. Set is_decoder in its config.json, or train another model."
+        )
     dtype, on_cpu = query.dtype, query.device.type == "cpu"
     upcast = on_cpu and dtype == torch.bfloat16
     if upcast:
@@ -108,34 +126,40 @@ def per_example(
     found = []
     # Else autocast would go back to bf16.
     with torch.autocast("cpu", enabled=False) if upcast else nullcontext():
-        for q, k, v, new in _examples(groups, on_cpu, query, key, value):
+        for q, k, v, new in _examples(row.groups, on_cpu, query, key, value):
             if upcast and q.shape[2] >= BF16_PAYS:
                 q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
             seen = _seen(q, k.shape[2], sliding_window)
             attend = sdpa_attention_forward if q.shape[2] == k.shape[2] else _behind
-            row = attend(module, q, k, v, seen, **options)[0][:, -new:]
-            found.append(row.float() if upcast else row)
+            made = attend(module, q, k, v, seen, **options)[0][:, -new:]
+            found.append(made.float() if upcast else made)
     return torch.cat(found, 1).to(dtype), None
 
 
 def _examples(
-    groups: Groups, on_cpu: bool, *row: Tensor
+    groups: Groups, on_cpu: bool, *whole: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
     """Yield each example's queries, keys and values, and for how many places an output is new.
 
-    On a CPU a short example asks no query again that one before it of its group has asked.
+    On a CPU an example asks no query again that one before it of its group has asked, where that
+    pays. Where some are copied, all are: the backward pass keeps them, not the whole row beside.
     """
     lengths = [length for group in groups for length in group]
-    parts = zip(*(torch.split(x, lengths, 2) for x in row), strict=True)
+    parts = zip(*(torch.split(x, lengths, 2) for x in whole), strict=True)
+    copied = any(shared for shared, *_ in groups)
     for shared, *own in groups:
         beginning = next(parts)
         for number, (q, k, v) in enumerate(islice(parts, len(own))):
-            new = own[number] + (shared if number == 0 else 0)
-            if shared:
-                k, v = torch.cat([beginning[1], k], 2), torch.cat([beginning[2], v], 2)
-                if new == k.shape[2] or not on_cpu or k.shape[2] > MASK_PAYS:
-                    q = torch.cat([beginning[0], q], 2)
-            yield q, k, v, new
+            length, pays = shared + own[number], MASK_MOST if shared >= own[number] else MASK_PAYS
+            if not shared:
+                yield *((x.clone() if copied else x) for x in (q, k, v)), length
+                continue
+            k, v = torch.cat([beginning[1], k], 2), torch.cat([beginning[2], v], 2)
+            if number and on_cpu and length <= pays:
+                yield q.clone(), k, v, own[number]
+            else:
+                q = torch.cat([beginning[0], q], 2)
+                yield q, k, v, own[number] if number else length
 
 
 def _behind(

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import ceil
+from operator import itemgetter
 
-from data.beginnings import head, spared
+from data.beginnings import side_by_side, spared
 from data.encode import Example
 
 Part = list[Example]  # of one micro-batch; may be empty
@@ -14,7 +15,7 @@ Part = list[Example]  # of one micro-batch; may be empty
 # What a micro-batch more costs, in padded tokens: as often the weights are read from memory.
 # Measured on a CPU (benchmarks/RESULTS.md, Padding of pairs).
 OVERHEAD = 112
-SWAPS = 4  # a rank, at most; most windows are even before
+SWAPS, NEAR = 4, 4  # swaps a rank, and lengths that each example is tried with, at most
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Dealt:
 def deal(chosen: list[Example], world_size: int, limits: Limits) -> Dealt:
     """Deal a window's examples out; the same on every rank, and the gradient depends on none of it.
 
-    Micro-batches of like work run at the same time on all ranks, and each rank's sum is even.
+    Micro-batches of like work run at the same time on all ranks, and each rank's sum is about even.
     """
     cost = packed_tokens if limits.packed else padded_tokens
     slots = ceil(len(chosen) / (world_size * limits.examples))
@@ -108,7 +109,7 @@ def _even(chosen: list[Example], count: int, limits: Limits) -> list[Part]:
         parts[number].append(example)
         if len(parts[number]) < limits.examples:
             heappush(open_parts, (tokens + example.run_tokens, number))
-    return [sorted(part, key=head) for part in parts]
+    return [side_by_side(part) for part in parts]
 
 
 def _alike(chosen: list[Example], count: int) -> list[Part]:
@@ -136,32 +137,43 @@ def _busiest(dealt: Dealt) -> int:
 
 
 def _evened(dealt: Dealt, limits: Limits) -> Dealt:
-    """Swap examples between the busiest and the idlest rank for as long as that helps."""
+    """Swap examples between the busiest and the idlest rank for as long as that helps.
+
+    No slot's largest micro-batch grows: under ZeRO-2 and -3 the ranks wait for it, slot by slot.
+    """
     ranks, loads = [[*rank] for rank in dealt.ranks], [*dealt.tokens]
+    costs = [[limits.cost(part) for part in rank] for rank in ranks]
+    most = [max(slot) for slot in zip(*costs, strict=True)]
     for _ in range(SWAPS * len(ranks)):
         busy, idle = (side(range(len(loads)), key=loads.__getitem__) for side in (max, min))
-        places = _best_swap(ranks[busy], ranks[idle], (loads[busy] - loads[idle]) / 2)
+        rooms = [a - b for a, b in zip(most, costs[idle], strict=True)]
+        places = _best_swap(ranks[busy], ranks[idle], (loads[busy] - loads[idle]) / 2, rooms)
         if places is None:
             break
         (slot, n), (other, m) = places
         mine, theirs = [*ranks[busy][slot]], [*ranks[idle][other]]
         mine[n], theirs[m] = theirs[m], mine[n]
-        moved = [sorted(part, key=head) for part in (mine, theirs)]
-        both = (busy, slot, moved[0]), (idle, other, moved[1])
-        after = [loads[r] - limits.cost(ranks[r][at]) + limits.cost(part) for r, at, part in both]
-        if max(after) >= loads[busy] or any(_too_long(part, limits) for part in moved):
+        moved = [(busy, slot, side_by_side(mine)), (idle, other, side_by_side(theirs))]
+        found = [limits.cost(part) for _, _, part in moved]
+        after = [loads[r] - costs[r][at] + c for (r, at, _), c in zip(moved, found, strict=True)]
+        if (
+            max(after) >= loads[busy]
+            or found[1] > most[other]
+            or (limits.tokens and len(theirs) > 1 and packed_tokens(theirs) > limits.tokens)
+        ):
             break
-        for (rank, at, part), load in zip(both, after, strict=True):
-            ranks[rank][at], loads[rank] = part, load
+        for (rank, at, part), cost, load in zip(moved, found, after, strict=True):
+            ranks[rank][at], costs[rank][at], loads[rank] = part, cost, load
     return Dealt(ranks, loads)
 
 
 def _best_swap(
-    busy: list[Part], idle: list[Part], wanted: float
+    busy: list[Part], idle: list[Part], wanted: float, rooms: list[int]
 ) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Return the places of two examples whose lengths differ by what is wanted, as nearly as any.
 
-    A place is a micro-batch's number and the example's in it.
+    A place is a micro-batch's number and the example's in it. rooms: what each of the idle rank's
+    micro-batches may grow by.
     """
     there = sorted(
         (example.run_tokens, slot, n)
@@ -173,23 +185,20 @@ def _best_swap(
         for slot, part in enumerate(busy)
         for n, example in enumerate(part)
         for at in [bisect(there, (example.run_tokens - wanted, 0, 0))]
-        for tokens, other, m in there[max(at - 1, 0) : at + 1]
+        for tokens, other, m in there[max(at - NEAR, 0) : at + NEAR]
+        if 0 < example.run_tokens - tokens <= rooms[other]
     ]
     return min(swaps)[1:] if swaps else None
-
-
-def _too_long(part: Part, limits: Limits) -> bool:
-    return bool(limits.tokens) and len(part) > 1 and packed_tokens(part) > (limits.tokens or 0)
 
 
 def _to_ranks(parts: list[Part], world_size: int, cost: Callable[[Part], int]) -> Dealt:
     """Give each slot's parts to the ranks, the largest to the one with the least so far."""
     ranks: list[list[Part]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
-    parts = sorted(parts, key=cost, reverse=True)
-    for begin in range(0, len(parts), world_size):
+    sized = sorted(((cost(part), part) for part in parts), key=itemgetter(0), reverse=True)
+    for begin in range(0, len(sized), world_size):
         waiting = sorted(range(world_size), key=loads.__getitem__)
-        for rank, part in zip(waiting, parts[begin : begin + world_size], strict=True):
+        for rank, (tokens, part) in zip(waiting, sized[begin : begin + world_size], strict=True):
             ranks[rank].append(part)
-            loads[rank] += cost(part)
+            loads[rank] += tokens
     return Dealt(ranks, loads)

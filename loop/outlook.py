@@ -9,7 +9,7 @@ from data.errors import UserError
 from loop import checkpoint
 from loop.backend import on_gpu
 from loop.config import Config
-from loop.dealing import Limits, Part, deal
+from loop.dealing import Part, deal, packed_tokens
 from loop.estimate import activations, host_memory, memory
 from loop.findings import Model
 from loop.fingerprints import run_facts
@@ -48,14 +48,19 @@ def outlook_of(prepared: Prepared, layout: Layout, config: Config) -> Outlook:
         dealt = deal(chosen, layout.world_size, layout.limits)
         tokens += sum(example.run_tokens for example in chosen)
         supervised += sum(example.supervised_tokens for example in chosen)
-        sizes |= {_size(part, layout.limits) for rank in dealt.ranks for part in rank}
+        sizes |= {_size(part, layout.limits.packed) for rank in dealt.ranks for part in rank}
         steps += 1
     return Outlook(tokens / steps * layout.total_steps, frozenset(sizes), supervised / tokens)
 
 
-def _size(part: Part, limits: Limits) -> Size:
-    if limits.packed:
-        return Size(1, limits.cost(part))
+def _size(part: Part, packed: bool) -> Size:
+    """Return a micro-batch's size, as if its dialogues shared nothing.
+
+    Keys and values of what they share are kept for each of them, and their supervised tokens are
+    reckoned as a share of all.
+    """
+    if packed:
+        return Size(1, packed_tokens(part))
     source, target = (max((e.lengths[side] for e in part), default=0) for side in range(2))
     return Size(len(part), source, target)
 

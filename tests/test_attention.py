@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from loop.attention import BF16_PAYS, per_example
+from loop.attention import BF16_PAYS, Row, per_example
 
 SHORT, LONG = 30, BF16_PAYS
 
@@ -23,7 +23,7 @@ def test_short_dialogues_are_computed_in_fp32_under_autocast_too(autocast: bool)
     for part in row:
         part.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found, _ = per_example(Layer(), row[0], row[1], row[2], None, ((0, SHORT, LONG),))
+        found, _ = per_example(Layer(), row[0], row[1], row[2], None, Row([[0, SHORT, LONG]]))
     assert found.dtype == torch.bfloat16
     short, long = found.split([SHORT, LONG], 1)
     for part, place, dtype in (

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data.beginnings import HEAD, begun_alike, spared
+from data.beginnings import LEAST, begun_alike, side_by_side, spared
 from data.collate import Collator, MicroBatch
 from data.encode import Example
+from data.errors import UserError
 from loop import attention
 from loop.attention import implementation, row_inputs
 from loop.config import Config
@@ -36,7 +37,7 @@ def dialogue(name: str, beginning: list[int], own: list[int], learnt: int = 2) -
 def drawn(seed: int, count: int = 12) -> list[Example]:
     """Return random dialogues with one of three beginnings, of which one is too short to share."""
     draw = np.random.default_rng(seed)
-    beginnings = [[1] * 30, [*range(2, 2 + HEAD)], [3, 4]]
+    beginnings = [[1] * 30, [*range(2, 2 + LEAST)], [3, 4]]
     found = []
     for number in range(count):
         own = draw.integers(20, 1000, draw.integers(3, 40)).tolist()
@@ -50,7 +51,7 @@ def unfolded(batch: MicroBatch) -> list[tuple[list[int], list[int], dict[int, in
     ids, places = (batch.model_inputs[name][0].tolist() for name in ("input_ids", "position_ids"))
     targets = dict(zip(batch.positions.tolist(), batch.targets.tolist(), strict=True))
     found, begin = [], 0
-    for shared, *own in batch.model_inputs["groups"]:
+    for shared, *own in batch.model_inputs["row"].groups:
         beginning = [*range(begin, begin + shared)]
         begin += shared
         for length in own:
@@ -80,27 +81,40 @@ def test_a_row_holds_each_dialogue_whole_and_nothing_twice(seed: int) -> None:
 
 
 def test_a_token_that_predicts_a_supervised_one_is_each_dialogues_own() -> None:
-    beginning = [*range(10, 30)]
-    late, early = (dialogue(name, beginning, [5, 6, 7], n) for name, n in (("a", 2), ("b", 10)))
-    assert begun_alike([late, late]) == [(20, [late, late])]  # 5 predicts 6
-    assert begun_alike([late, early]) == [(12, [late, early])]
-    assert begun_alike([early, late]) == [(12, [early, late])]
+    beginning = [*range(10, 40)]
+    late, early = (dialogue(name, beginning, [5, 6, 7], n) for name, n in (("a", 2), ("b", 13)))
+    assert begun_alike([late, late]) == [(30, [late, late])]  # 5 predicts 6
+    assert begun_alike([late, early]) == [(19, [late, early])]
+    assert begun_alike([early, late]) == [(19, [early, late])]
+
+
+def test_who_would_take_more_than_they_bring_begin_a_group_of_their_own() -> None:
+    """Two system prompts that have their first sentence in common, and one cut short."""
+    first = [dialogue(f"a{n}", [*range(100)], [n] * 5) for n in range(200, 208)]
+    second = [dialogue(f"b{n}", [*range(20), *range(300, 380)], [n] * 5) for n in range(200, 208)]
+    short = dialogue("c", [*range(25)], [900] * 5)
+    part = side_by_side([*first, *second, short])
+    groups = begun_alike(part)
+    assert [(shared, len(group)) for shared, group in groups] == [(100, 8), (0, 1), (100, 8)]
+    assert spared(part) == (14 * 100, 14 * 100**2)
+    assert begun_alike(side_by_side([first[0], short])) == [(25, [first[0], short])]
 
 
 def test_one_dialogue_alone_and_none_at_all_share_nothing() -> None:
     one = dialogue("a", [*range(10, 30)], [5, 6, 7])
     assert spared([one]) == spared([]) == (0, 0)
-    assert SHARING([one], 0).model_inputs["groups"] == ((0, 22),)
+    assert SHARING([one], 0).model_inputs["row"].groups == [[0, 22]]
     assert SHARING([], 0).tokens == 1
     assert len(SHARING([], 0).targets) == 0
 
 
-@pytest.mark.parametrize("longest_mask", [0, attention.MASK_PAYS], ids=["again", "masked"])
+@pytest.mark.parametrize("longest_mask", [0, attention.MASK_MOST], ids=["again", "masked"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_are_those_of_dialogues_by_themselves(
     kind: str, longest_mask: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "MASK_PAYS", longest_mask)
+    for name in ("MASK_PAYS", "MASK_MOST"):
+        monkeypatch.setattr(attention, name, longest_mask)
     (part,) = deal(drawn(0), 1, Limits(64, packed=True, sharing=True)).ranks[0]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
@@ -132,8 +146,9 @@ def test_queries_are_not_asked_again_and_one_mask_serves_all_layers(
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
     row = [torch.randn(1, heads, 60, 16, requires_grad=True) for heads in (4, 2, 2)]
     layer = SimpleNamespace(is_causal=True, num_key_value_groups=2)
+    row_of = attention.Row([[20, 5, 15, 10], [0, 10]])
     for _ in range(2):
-        attention.per_example(layer, row[0], row[1], row[2], None, ((20, 5, 15, 10), (0, 10)))
+        attention.per_example(layer, row[0], row[1], row[2], None, row_of)
     assert [(q, k) for q, k, _ in asked] == 2 * [(25, 25), (15, 35), (10, 30), (10, 10)]
     masks = {storage for q, k, storage in asked if q < k}
     assert len(masks) == 1
@@ -181,3 +196,36 @@ def test_the_bundled_dialogues_share_a_quarter(chat_model: Path) -> None:
     part = [*prepared.examples][:8]
     batch = prepared.collator(part, 0)
     assert 0.15 < 1 - batch.tokens / packed_tokens(part) < 0.4
+
+
+def test_a_model_whose_tokens_see_later_ones_is_refused() -> None:
+    config = AutoConfig.for_model("bert", **SMALL)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=implementation(packed=True, flash=False)
+    )
+    part = [dialogue(name, [*range(10, 40)], [5, 6, 7]) for name in "ab"]
+    with pytest.raises(UserError, match="BertSelfAttention, in which tokens see later ones"):
+        supervised_loss_sum(model, SHARING(part, 0))
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_a_backward_pass_keeps_no_more_than_of_dialogues_one_by_one(sharing: bool) -> None:
+    """Attention's own memory in a row of a group and an example beside it."""
+    groups = (
+        [[16, 100, 100, 100], [0, 300]] if sharing else [[0, 116], [0, 116], [0, 116], [0, 300]]
+    )
+    tokens = sum(sum(group) for group in groups)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    row = [torch.randn(1, heads, tokens, 16, requires_grad=True) * 1 for heads in (4, 2, 2)]
+    layer = SimpleNamespace(is_causal=True, num_key_value_groups=2)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        attention.per_example(layer, row[0], row[1], row[2], None, attention.Row(groups))
+    kept.pop(attention._causal(256, torch.float32).untyped_storage().data_ptr(), None)
+    # Queries, keys, values and outputs of 648 tokens, and a number for each head's rows.
+    assert sum(kept.values()) <= 4 * 648 * (16 * (4 + 2 + 2 + 4) + 4) * 1.01

@@ -94,12 +94,12 @@ def test_no_dialogue_of_a_row_sees_another(models: dict[str, Any], window: list[
     length, _ = one.lengths
     alone = model(**ROW([one], 0).model_inputs).logits
     rows = [ROW(part, 0).model_inputs for part in ([*window[1:3], one], [one, *window[1:3]])]
-    own = length - rows[0]["groups"][0][0]  # what it does not share with those before it
+    own = length - rows[0]["row"].groups[0][0]  # what it does not share with those before it
     behind = model(**rows[0]).logits[:, -own:]
     before = model(**rows[1]).logits[:, :length]
     assert torch.allclose(behind, alone[:, -own:], atol=1e-5)
     assert torch.allclose(before, alone, atol=1e-5)
-    as_one = model(**{**rows[0], "groups": None}).logits
+    as_one = model(**{**rows[0], "row": None}).logits
     assert not torch.allclose(as_one[:, -own:], alone[:, -own:], atol=1e-2)
 
 
@@ -143,7 +143,7 @@ def test_models_of_many_kinds_give_in_one_row_what_they_give_padded(
     assert_equal(losses["packed"][1], losses["padded"][1])
 
 
-@pytest.mark.parametrize("kind", ["mamba", "gemma2", "bloom", "t5", "falcon_h1", "llama4_text"])
+@pytest.mark.parametrize("kind", ["mamba", "gemma2", "bloom", "t5", "falcon_h1", "llama4_text", "nemotron"])
 def test_models_that_see_other_positions_elsewhere_are_padded(kind: str) -> None:
     assert not can_pack(AutoConfig.for_model(kind))
 
