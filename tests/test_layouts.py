@@ -143,7 +143,9 @@ def test_models_of_many_kinds_give_in_one_row_what_they_give_padded(
     assert_equal(losses["packed"][1], losses["padded"][1])
 
 
-@pytest.mark.parametrize("kind", ["mamba", "gemma2", "bloom", "t5", "falcon_h1", "llama4_text", "nemotron"])
+@pytest.mark.parametrize(
+    "kind", ["mamba", "gemma2", "bloom", "t5", "falcon_h1", "llama4_text", "nemotron"]
+)
 def test_models_that_see_other_positions_elsewhere_are_padded(kind: str) -> None:
     assert not can_pack(AutoConfig.for_model(kind))
 
