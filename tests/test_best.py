@@ -30,7 +30,7 @@ def test_the_best_checkpoint_outlives_the_limit_and_its_adapter_is_saved(
     flags += ("--warmup_ratio", "0.4", "--save_steps", "1", "--save_total_limit", "1")
     flags += ("--load_best_at_end", "True")
     # Rates at which what is held out is soon worse; at which one it is depends on the CPU.
-    for rate in ("3", "5", "2", "8"):
+    for rate in ("1", "30", "3", "5", "2", "8"):
         output = trainer(model, tmp_path)(f"run-{rate}", *flags, "--learning_rate", rate)
         losses = [entry["eval_loss"] for entry in evaluations(output)]
         best = losses.index(min(losses[1:])) + 1  # The first step, of rate 0, learns nothing.
@@ -98,6 +98,6 @@ def test_a_damaged_best_checkpoint_is_named(
         return finish(self)
 
     monkeypatch.setattr(evaluation.Evaluator, "finish", damaged)
-    flags = ("--learning_rate", "3", "--eval_steps", "1", "--warmup_ratio", "0.4")
+    flags = ("--learning_rate", "15", "--eval_steps", "1", "--warmup_ratio", "0.4")
     with pytest.raises(UserError, match=r"--load_best_at_end: .*checkpoint-\d: damaged"):
         train("run", *flags, "--load_best_at_end", "True")
