@@ -132,6 +132,26 @@ def test_loss_and_gradient_are_those_of_dialogues_by_themselves(
     assert_equal(once, own)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_and_an_evaluation_before_change_nothing(reentrant: bool) -> None:
+    (part,) = deal(drawn(1), 1, Limits(64, packed=True, sharing=True)).ranks[0]
+    attention._causal.cache_clear()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **SMALL), attn_implementation=implementation(True, False)
+    )
+    with torch.inference_mode():  # makes the mask that the backward pass uses
+        expected = supervised_loss_sum(model, SHARING(part, 0)).item()
+    loss = supervised_loss_sum(model, ALONE(part, 0))
+    plain = gradients(model, loss)
+    model.train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    loss = supervised_loss_sum(model, SHARING(part, 0))
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert_equal(gradients(model, loss), plain)
+
+
 def test_queries_are_not_asked_again_and_one_mask_serves_all_layers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
