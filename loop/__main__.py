@@ -1,4 +1,4 @@
-"""`python -m loop show|chat|merge|check|doctor|plot|dashboard|completion …`: dispatch only."""
+"""`python -m loop show|chat|merge|check|doctor|plot|dashboard …`: dispatch only."""
 
 import importlib
 import sys
@@ -15,7 +15,6 @@ COMMANDS = {
     "doctor": "all that can be known of a run before it costs anything",
     "chat": "talk to an adapter, or compare it with its base",
     "merge": "write base model and adapter as one model, and prove it",
-    "completion": "lets bash or zsh complete commands and flags",
 }
 
 

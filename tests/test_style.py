@@ -36,7 +36,6 @@ LAYERS = [
     ["outlook"],
     ["examination"],
     ["train", "chat", "merge", "check", "doctor", "plot", "dashboard"],
-    ["completion"],
     ["__main__", "__init__"],
 ]
 ONLY_IN = {
