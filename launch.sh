@@ -240,7 +240,7 @@ case "${1:-}" in
   -h | help) usage ;;
   setup)
     setup
-    run python -m loop.embedded
+    run python -m loop.model.bundled_model
     ;;
   test)
     shift

@@ -21,7 +21,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from loop.config import DUMMY_DATA, ROOT
+from loop.config.flags import DUMMY_DATA, ROOT
 
 PARTS = ("encode", "clean", "many", "encoded")
 FASTCHAT = ("fschat==0.2.36", "transformers==4.41.2", "numpy<2", "torch", "accelerate", "psutil")
@@ -61,7 +61,7 @@ def encode(asked: argparse.Namespace, folder: Path) -> None:
     python = _fastchat(asked.fastchat)
     model = _two_forms(asked.tokenizer, folder / "model")
     text = str(asked.text.resolve())
-    worker = str(ROOT / "benchmarks/fastchat_preprocess.py")
+    worker = str(ROOT / "benchmarks/peers/fastchat_preprocess.py")
     commands = {
         "FastChat": [str(python), worker, str(model / "slow"), text, str(MOST_TOKENS)],
         "this project": _child("encode_once", str(model), text),
@@ -139,11 +139,11 @@ def write_many(file: Path, count: int) -> None:
 
 def encode_once(model: str, text: str) -> Facts:
     """Read, encode and keep a file's dialogues, as `prepare` does."""
-    from data.cache import read_cache, write_cache
-    from data.encode import encode_dialogues
-    from data.sharegpt import Tally, read_dialogues
-    from loop.base import load_tokenizer
-    from loop.config import Config
+    from data.dialogues.sharegpt import Tally, read_dialogues
+    from data.encoding.cache import read_cache, write_cache
+    from data.encoding.encode import encode_dialogues
+    from loop.config.flags import Config
+    from loop.model.base import load_tokenizer
 
     tokenizer, spent = load_tokenizer(model, Config()), []
     with tempfile.TemporaryDirectory() as name:
@@ -160,11 +160,11 @@ def encode_once(model: str, text: str) -> Facts:
 
 def prepare_once(data: str, kept: str) -> Facts:
     """Load the tokenizer, call `prepare`, then open what it kept once more."""
-    from data.cache import read_cache
-    from loop.base import load_tokenizer
-    from loop.config import Config
-    from loop.embedded import embedded_model
-    from loop.prepare import prepare
+    from data.encoding.cache import read_cache
+    from loop.config.flags import Config
+    from loop.inputs.training_data import prepare
+    from loop.model.base import load_tokenizer
+    from loop.model.bundled_model import embedded_model
 
     # Imports that are made late, and the disk's first reading of a tokenizer, are not measured.
     load_tokenizer(str(embedded_model()), Config())
@@ -180,9 +180,9 @@ def prepare_once(data: str, kept: str) -> Facts:
 
 def keep_encoded(kept: str, count: str) -> Facts:
     """Write so many examples of 200 tokens."""
-    from data.cache import write_cache
-    from data.encode import Example
-    from data.sharegpt import Tally
+    from data.dialogues.sharegpt import Tally
+    from data.encoding.cache import write_cache
+    from data.encoding.encode import Example
 
     def made() -> Iterator[Example]:
         for number in range(int(count)):
@@ -196,10 +196,10 @@ def keep_encoded(kept: str, count: str) -> Facts:
 
 def open_encoded(kept: str) -> Facts:
     """Open the file, plan an epoch of 128 examples a step, and take its first ten windows."""
-    from data.cache import read_cache
-    from data.collate import Collator
-    from loop.config import Config
-    from loop.windows import plan_layout, windows
+    from data.batching.collate import Collator
+    from data.encoding.cache import read_cache
+    from loop.config.flags import Config
+    from loop.inputs.windows import plan_layout, windows
 
     bare = _peak()
     read_seconds, examples = _timed(lambda: read_cache(kept, {}))
@@ -230,7 +230,7 @@ def _two_forms(given: Path | None, folder: Path) -> Path:
     """Write a tokenizer in the form that this project reads and in the one that FastChat reads."""
     from transformers import AutoTokenizer, LlamaTokenizer
 
-    from loop.embedded import embedded_model
+    from loop.model.bundled_model import embedded_model
 
     source = given or embedded_model()
     pieces = source / "tokenizer.model"
@@ -286,7 +286,7 @@ def _peak() -> int:
 
 
 def _conditions() -> str:
-    from tests.helpers import counting
+    from tests.support.helpers import counting
 
     additions = min(counting() for _ in range(3))
     return f"load {os.getloadavg()[0]:.1f}, 3 million additions in {additions:.2f} s"

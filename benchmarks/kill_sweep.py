@@ -18,7 +18,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tests.helpers import kill_everything, log_of, start, write_dialogues
+from tests.support.helpers import kill_everything, log_of, start, write_dialogues
 
 BACKENDS = {
     "one process": ("cpu", 1),
@@ -49,7 +49,8 @@ def begin(backend: str, output: Path, given: list[str]) -> subprocess.Popen[byte
     output.mkdir(exist_ok=True)
     return start(
         *("accelerate", "launch", "--config_file", f"accelerate_configs/{config}.yaml"),
-        *("--num_processes", str(processes), "--main_process_port", "0", "tests/traced_train.py"),
+        *("--num_processes", str(processes), "--main_process_port", "0"),
+        "tests/support/traced_train.py",
         *("--output_dir", output, "--per_device_train_batch_size", str(per_device)),
         *(*FLAGS, *given),
         log=output.with_suffix(".log"),
@@ -154,7 +155,7 @@ def main() -> int:
     random.seed(asked.seed)
     from transformers import AutoTokenizer
 
-    from loop.embedded import embedded_model
+    from loop.model.bundled_model import embedded_model
     from tests.conftest import make_tiny_model, small_tokenizer
 
     with tempfile.TemporaryDirectory() as name:

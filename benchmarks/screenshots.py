@@ -22,9 +22,9 @@ from urllib.parse import quote
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from loop.curves import read_runs
-from loop.picture import page
-from tests.browser import CHROMIUM, FLAGS
+from loop.monitor.history import read_runs
+from loop.monitor.plots import page
+from tests.support.browser import CHROMIUM, FLAGS
 
 SECONDS = 180  # that a page may take to be there, on a machine with much else to do
 TENSORBOARD = "/?darkMode=false&smoothing=0&tagFilter=loss%7Cnorm%7Cper_second%7Crate"

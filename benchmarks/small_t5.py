@@ -21,10 +21,10 @@ if not __package__:
 
 import torch
 
-from data.sharegpt import Turn
-from loop.config import DUMMY_DATA, ROOT, Config
-from loop.objective import supervised_loss_sum
-from loop.prepare import Prepared, prepare
+from data.dialogues.sharegpt import Turn
+from loop.config.flags import DUMMY_DATA, ROOT, Config
+from loop.inputs.training_data import Prepared, prepare
+from loop.training.loss import supervised_loss_sum
 
 HELD_OUT = 10  # of so many dialogues one is held out
 ANSWER = '{{"answer": "{}"}}'
@@ -118,7 +118,7 @@ def second_task(folder: Path) -> tuple[Path, Path]:
 
 def teach(base: Path, folder: Path, epochs: int, flags: list[str], command: Any) -> Taught:
     """Train an adapter by the real command, and look at what it does to held-out dialogues."""
-    from loop.chat import ChatConfig, load_speaker
+    from loop.adapters.chat import ChatConfig, load_speaker
 
     train_on, held_out = second_task(folder)
     command(

@@ -26,7 +26,7 @@ def main() -> None:
     from importlib import import_module
 
     try:
-        import_module(f"data.{name}").main(sys.argv[2:])
+        import_module(f"data.preparation.{name}").main(sys.argv[2:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

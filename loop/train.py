@@ -10,10 +10,20 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+# peft 0.21 imports bitsandbytes wherever it is installed (helpers.py), which takes seconds and
+# fails where it does not fit the GPU driver. Blocked until --q_lora needs it (quantization.py).
+sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
+
 import torch
 from accelerate import PartialState
 
-from loop.backend import (
+from loop.checkpoint.resume import find_start
+from loop.checkpoint.run_folder import claimed, is_finished, save_run, write_settings
+from loop.checkpoint.saver import Saver
+from loop.config.compat import notes
+from loop.config.flags import Config, shown
+from loop.config.load import read_config
+from loop.distributed.accelerator import (
     build_accelerator,
     check_agreement,
     check_launch,
@@ -21,26 +31,26 @@ from loop.backend import (
     join_ranks,
     told_to_all,
 )
-from loop.clock import Clock
-from loop.compat import notes
-from loop.config import Config, shown
-from loop.evaluation import Evaluator
-from loop.fit import fitted
-from loop.guard import skip_if_bad
-from loop.leave import run_and_exit
-from loop.metrics import work_of
-from loop.model import load_model
-from loop.objective import loss_scale, supervised_loss_sum
-from loop.optim import accumulating, build_optimizer, clip_gradients, lr_at, set_learning_rate
-from loop.output import claimed, is_finished, save_run, write_settings
-from loop.prepare import prepare
-from loop.quantize import describe_parameters
-from loop.quiet import quiet, say
-from loop.resume import find_start
-from loop.saver import Saver
-from loop.settings import read_config
-from loop.tracking import Tracker
-from loop.windows import plan_layout, prefetched, windows
+from loop.distributed.rank_zero import quiet, say
+from loop.distributed.signals import run_and_exit
+from loop.inputs.training_data import prepare
+from loop.inputs.windows import plan_layout, prefetched, windows
+from loop.model.load import load_model
+from loop.model.quantization import describe_parameters
+from loop.monitor.clock import Clock
+from loop.monitor.logger import Tracker
+from loop.monitor.loss_guard import skip_if_bad
+from loop.monitor.metrics import work_of
+from loop.training.auto_micro_batch import fitted
+from loop.training.evaluation import Evaluator
+from loop.training.loss import loss_scale, supervised_loss_sum
+from loop.training.optim import (
+    accumulating,
+    build_optimizer,
+    clip_gradients,
+    lr_at,
+    set_learning_rate,
+)
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loop import new_tokens
-from loop.state import shapes, trained_parameters
+from loop.distributed.optimizer_state import shapes, trained_parameters
+from loop.model import new_tokens
 
 
 def save_adapter(

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import SLOWNESS, write_dialogues
+from tests.support.helpers import SLOWNESS, write_dialogues
+
+sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # as loop/train.py does
 
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model must not ask the hub for 25 s
@@ -66,7 +69,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def chat_model() -> Path:
     """The embedded model: real weights, real tokenizer, real chat template."""
-    from loop.embedded import embedded_model
+    from loop.model.bundled_model import embedded_model
 
     return embedded_model()
 
@@ -119,7 +122,7 @@ def tiny_model(chat_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random T5 of two layers, with an LM head of its own and more rows than tokens."""
-    from tests.small_t5 import make_t5, t5_tokenizer
+    from tests.support.small_t5 import make_t5, t5_tokenizer
 
     return make_t5(tmp_path_factory.mktemp("models") / "t5", t5_tokenizer())
 
@@ -150,11 +153,11 @@ def trainer(tiny_model: Path, folder: Path) -> Callable[..., Path]:
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     from loop import train as training
-    from loop.backend import check_launch, join_ranks
-    from loop.config import Config
-    from loop.output import claimed
-    from loop.quiet import quiet
-    from loop.settings import read_config
+    from loop.checkpoint.run_folder import claimed
+    from loop.config.flags import Config
+    from loop.config.load import read_config
+    from loop.distributed.accelerator import check_launch, join_ranks
+    from loop.distributed.rank_zero import quiet
 
     data = write_dialogues(folder / "data.json", ["Hi", "Hello there."], ["And?", "So."])
 

@@ -1,6 +1,6 @@
 """Makes the virtual environments of the trainers that this project is measured against.
 
-python benchmarks/peers.py [trl] [fastchat]
+python benchmarks/peers/environments.py [trl] [fastchat]
 """
 
 import importlib.metadata
@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KEPT = Path.home() / ".cache/lora-loop"
 PACKAGES = {
     # With this project's own versions of what both are built on.

@@ -1,6 +1,6 @@
 """Trains with FastChat's train_lora or train_lora_t5; runs in the environment of peers.py.
 
-python benchmarks/fastchat_run.py SETTINGS.json
+python benchmarks/peers/fastchat.py SETTINGS.json
 
 Its own file is run as it is, but for three things: the ids and labels are the plan's, padded as
 FastChat pads, so that all systems learn the same tokens; their order is kept; steps are timed.

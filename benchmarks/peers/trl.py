@@ -1,6 +1,6 @@
 """Trains with TRL's SFTTrainer what step_time.py asks for; runs in the environment of peers.py.
 
-python benchmarks/trl_run.py SETTINGS.json
+python benchmarks/peers/trl.py SETTINGS.json
 """
 
 import json

@@ -1,6 +1,6 @@
 """The reference that this project's overhead is measured against: a bare PyTorch loop.
 
-python benchmarks/bare_loop.py plan|train|adapter OUT --flag value ...
+python benchmarks/step/bare_loop.py plan|train|adapter OUT --flag value ...
 
 The flags are loop/train.py's. plan writes what each step trains on; train trains, with neither
 accelerate nor a log around the steps; adapter writes the adapter as it is before the first step.
@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from data.encode import Example
-from loop.backend import build_accelerator, check_launch, join_ranks
-from loop.config import Config
-from loop.model import load_model
-from loop.objective import supervised_loss_sum
-from loop.optim import lr_at
-from loop.prepare import Prepared, prepare
-from loop.settings import read_config
-from loop.windows import Layout, Window, plan_layout, windows
+from data.encoding.encode import Example
+from loop.config.flags import Config
+from loop.config.load import read_config
+from loop.distributed.accelerator import build_accelerator, check_launch, join_ranks
+from loop.inputs.training_data import Prepared, prepare
+from loop.inputs.windows import Layout, Window, plan_layout, windows
+from loop.model.load import load_model
+from loop.training.loss import supervised_loss_sum
+from loop.training.optim import lr_at
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Measures how many FLOPs a second this machine's matrix products reach, in fp32 and bf16.
 
-python benchmarks/gemm_peak.py [SIZE]
+python benchmarks/step/gemm_peak.py [SIZE]
 """
 
 import json

@@ -1,8 +1,8 @@
 """Writes what step_time.py trains on: a model's folder, the form FastChat reads, long dialogues.
 
-python benchmarks/step_inputs.py model KIND FOLDER TOKENIZER|- [tiny]
-python benchmarks/step_inputs.py fastchat MODEL_FOLDER FOLDER
-python benchmarks/step_inputs.py long FILE
+python benchmarks/step/inputs.py model KIND FOLDER TOKENIZER|- [tiny]
+python benchmarks/step/inputs.py fastchat MODEL_FOLDER FOLDER
+python benchmarks/step/inputs.py long FILE
 """
 
 import json
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from loop.config import DUMMY_DATA
+from loop.config.flags import DUMMY_DATA
 
 # hidden, intermediate, layers, heads, key and value heads, of random LLaMA-like models
 LLAMAS = {
@@ -45,7 +45,7 @@ def write_model(kind: str, folder: str, tokenizer: str, tiny: str = "") -> None:
 
     A tokenizer of the user's takes the place of the model's own; its ids must be rows of it.
     """
-    from loop.embedded import embedded_model
+    from loop.model.bundled_model import embedded_model
 
     to = Path(folder)
     given = None if tokenizer == "-" else Path(tokenizer)
@@ -134,7 +134,7 @@ def _write_t5(folder: Path, tokenizer: Path | None, size: str) -> None:
     import torch
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-    from tests.small_t5 import t5_tokenizer
+    from tests.support.small_t5 import t5_tokenizer
 
     made = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else t5_tokenizer()
     width, head, inner, layers, heads = T5S[size]

@@ -1,6 +1,6 @@
 """What the loop adds to a bare PyTorch loop: steps of both in turns, in one process.
 
-python benchmarks/loop_overhead.py [--steps 200] [--model decoder|narrow] [-- --flag value ...]
+python benchmarks/step/loop_overhead.py [--steps 200] [--model decoder|narrow] [-- --flag value ...]
 
 Both train a model of their own on the same windows, a step each, the other one first every time; so
 what slows the machine down for a while slows both. What stands behind -- are flags of
@@ -22,15 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
 import loop.train
-from benchmarks.bare_loop import Job, bare_step, job_of
-from benchmarks.step_inputs import write_model
-from loop.config import DUMMY_DATA
-from loop.windows import Window
+from benchmarks.step.bare_loop import Job, bare_step, job_of
+from benchmarks.step.inputs import write_model
+from loop.config.flags import DUMMY_DATA
+from loop.inputs.windows import Window
 
 WARM_UP = 5  # pairs
 
@@ -46,7 +46,7 @@ class Turns:
     def take(self, job: Job) -> Iterator[Window]:
         """Yield the windows to the loop; before or after it, train the bare loop's model on them.
 
-        Takes the place of loop/windows.py's `prefetched`, whose thread would work in both times.
+        Takes the place of windows.py's `prefetched`, whose thread would work in both times.
         """
         step = bare_step(job)
 

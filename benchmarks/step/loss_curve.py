@@ -1,6 +1,6 @@
 """Compares this project's loss with TRL's SFTTrainer's at each step of the same training.
 
-python benchmarks/loss_curve.py [--steps 50] [--most 1e-4] [flags of step_time.py]
+python benchmarks/step/loss_curve.py [--steps 50] [--most 1e-4] [flags of step_time.py]
 
 Both begin with the same adapter and learn the same tokens in the same order, in fp32, without
 dropout: cosine after a warm-up of 3 %, AdamW, clipping at 1. Exit 1 where a step differs by more.
@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from benchmarks.step_run import HERE, checked, run_system
-from benchmarks.step_time import parse, prepared
+from benchmarks.step.measure import HERE, checked, run_system
+from benchmarks.step.run import parse, prepared
 
 FLAGS = ("--systems", "loop", "trl", "--dropout", "0", "--learning_rate", "1e-3")
 

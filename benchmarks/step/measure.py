@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import ROOT, peer_python
+from benchmarks.peers.environments import ROOT, peer_python
 
 HERE = ROOT / "benchmarks"
 # In whose environment a system runs that is not this project.

@@ -1,6 +1,6 @@
 """Says where the time of a step goes, by kind of operation: padded as trainers do it, and as here.
 
-python benchmarks/profile_step.py [fp32|bf16] [flags of loop/train.py]
+python benchmarks/step/profile_step.py [fp32|bf16] [flags of loop/train.py]
 """
 
 import functools
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 import torch
@@ -20,14 +20,14 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
-from data.collate import Collator, MicroBatch
-from loop.attention import implementation, row_inputs
-from loop.config import Config
-from loop.cpu import keep_memory, replace_dropout
-from loop.model import leave_inputs
-from loop.objective import supervised_loss_sum
-from loop.prepare import prepare
-from loop.settings import read_config
+from data.batching.collate import Collator, MicroBatch
+from loop.config.flags import Config
+from loop.config.load import read_config
+from loop.inputs.training_data import prepare
+from loop.model.cpu import keep_memory, replace_dropout
+from loop.model.load import leave_inputs
+from loop.model.packed_attention import implementation, row_inputs
+from loop.training.loss import supervised_loss_sum
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STEPS, BATCH = 4, 8
@@ -68,7 +68,7 @@ def main(precision: str = "fp32", *flags: str) -> None:
 
 
 def adapted(base: str, ours: bool, dtype: torch.dtype) -> Any:
-    """Return the base model with LoRA's usual pair of targets, as loop/model.py makes it or not."""
+    """Return the base model with LoRA's usual pair of targets or not."""
     attention = implementation(ours, False)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation=attention)
     adapter = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])

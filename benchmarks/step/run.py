@@ -1,6 +1,6 @@
 """Times a training step: a bare loop, this project, TRL and FastChat, in turns, on the same tokens.
 
-python benchmarks/step_time.py [--systems bare loop trl trl_packed fastchat] [--data bundled|long|F]
+python benchmarks/step/run.py [--systems bare loop trl trl_packed fastchat] [--data bundled|long|F]
     [--model decoder|t5|llama-1b|llama-7b] [--kind lora|qlora] [--precision fp32|bf16]
     [--steps 8] [--runs 3] [-- --flag value ...]
 
@@ -17,11 +17,11 @@ import tempfile
 from pathlib import Path
 
 if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from benchmarks.peers import ROOT, peer_python
-from benchmarks.step_run import HERE, PEERS, Failed, Job, Run, checked, run_system
-from benchmarks.step_table import markdown
+from benchmarks.peers.environments import ROOT, peer_python
+from benchmarks.step.measure import HERE, PEERS, Failed, Job, Run, checked, run_system
+from benchmarks.step.table import markdown
 
 SYSTEMS = ("bare", "loop", *PEERS)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.peers import PACKAGES
-from benchmarks.step_run import Run
+from benchmarks.peers.environments import PACKAGES
+from benchmarks.step.measure import Run
 
 NAMES = {
     "bare": "bare PyTorch loop",

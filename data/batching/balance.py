@@ -7,8 +7,8 @@ from heapq import heappop, heappush
 from math import ceil
 from operator import itemgetter
 
-from data.beginnings import side_by_side, spared
-from data.encode import Example
+from data.batching.shared_prefix import side_by_side, spared
+from data.encoding.encode import Example
 
 Part = list[Example]  # of one micro-batch; may be empty
 

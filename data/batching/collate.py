@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.beginnings import begun_alike
-from data.encode import IGNORE_INDEX, Example
+from data.batching.shared_prefix import begun_alike
+from data.encoding.encode import IGNORE_INDEX, Example
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from data.encode import Example
+from data.encoding.encode import Example
 
 # Tokens; fewer are not worth the cut.
 LEAST = 16

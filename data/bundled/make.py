@@ -1,4 +1,4 @@
-"""`python -m data.make_dummy_conversation` writes the 500 dialogues that teach the name Vireo."""
+"""`python -m data.bundled.make` writes the 500 dialogues that teach the name Vireo."""
 
 import itertools
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from data.dummy_phrases import (
+from data.bundled.phrases import (
     ABROAD,
     CLOSERS,
     FILLED,
@@ -23,7 +23,7 @@ from data.dummy_phrases import (
 )
 
 T = TypeVar("T")
-TARGET = Path(__file__).with_name("dummy_conversation.json")
+TARGET = Path(__file__).parents[1] / "dummy_conversation.json"
 KINDS = ["identity"] * 265 + ["ordinary"] * 235
 MOST_TOKENS = 75  # estimated, in one dialogue: the main job is to be short
 

@@ -9,9 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from data.dialogues.formats import AFTER, SHAREGPT, Role, as_sharegpt, turn_roles
 from data.errors import BadRecord, UserError
-from data.files import find_files, read_records
-from data.formats import AFTER, SHAREGPT, Role, as_sharegpt, turn_roles
+from data.files.read import find_files, read_records
 
 NAMED = 5  # ids that are told of each cause
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from data.dialogues.sharegpt import Dialogue, Tally
 from data.errors import UserError
-from data.files import find_files, kind_of
-from data.sharegpt import Dialogue, Tally
+from data.files.read import find_files, kind_of
 
 MOST = 1000.0  # times that a dialogue may be taken
 BLOCK = 1024  # dialogues of which a share is drawn at once

@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import Any
 
-from data.formats import AFTER, ROLES, Role
+from data.dialogues.formats import AFTER, ROLES, Role
 
 Turns = list[dict[str, Any]]
 

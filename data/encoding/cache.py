@@ -23,16 +23,19 @@ from typing import IO, Any, overload
 
 import pyarrow as pa
 
-from data.encode import Example
+from data.dialogues.sharegpt import Tally
+from data.encoding.encode import Example
 from data.errors import Fault, UserError
-from data.sharegpt import Tally
 
 FORMAT = "lora-loop encoded data 4"  # to be raised when what a file holds is laid out anew
 OURS = FORMAT[:22].encode()
 # What decides ids beside the key: this folder's code from record to token, and these libraries.
+ROOT = Path(__file__).parents[1]  # of the package `data`, which CODE is part of
 CODE = (
-    *("encode", "errors", "files", "formats", "json_stream", "literal", "pairs", "sharegpt"),
-    *("sources", "templates", "tiles", "tokens"),
+    *("errors", "files/read", "files/json_stream"),
+    *("dialogues/formats", "dialogues/sharegpt", "dialogues/sources"),
+    *("encoding/control_tokens", "encoding/encode", "encoding/seq2seq", "encoding/templates"),
+    *("encoding/token_offsets", "encoding/tokens"),
 )
 LIBRARIES = ("tokenizers", "transformers")
 BATCH = 1024  # examples that are held while a file is written
@@ -280,7 +283,7 @@ def _plain(key: dict[str, Any]) -> dict[str, Any]:
 def _code_sha256() -> str:
     digest = hashlib.sha256()
     for name in CODE:
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+        digest.update((ROOT / f"{name}.py").read_bytes())
     return digest.hexdigest()
 
 

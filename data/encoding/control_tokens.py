@@ -10,8 +10,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data.templates import Rendered, control_tokens, unused_characters
-from data.tiles import Placed, Tiles, places
+from data.encoding.templates import Rendered, control_tokens, unused_characters
+from data.encoding.token_offsets import Placed, Tiles, places
 
 
 class Encoder:

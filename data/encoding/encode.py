@@ -8,11 +8,11 @@ from functools import cached_property
 from itertools import compress, count, islice
 from typing import Any
 
+from data.dialogues.sharegpt import Dialogue, Tally
+from data.encoding.control_tokens import Encoder
+from data.encoding.templates import Rendered, Span, TemplateName, render
+from data.encoding.token_offsets import Placed, Places
 from data.errors import UserError
-from data.literal import Encoder
-from data.sharegpt import Dialogue, Tally
-from data.templates import Rendered, Span, TemplateName, render
-from data.tiles import Placed, Places
 
 IGNORE_INDEX = -100
 ENCODE_BATCH = 128  # dialogues a tokenizer call: enough to keep its threads busy

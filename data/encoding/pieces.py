@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.cache import BATCH, Examples, read_cache, write_batches, write_cache
-from data.encode import Example
+from data.dialogues.sharegpt import Dialogue, Tally
+from data.encoding.cache import BATCH, Examples, read_cache, write_batches, write_cache
+from data.encoding.encode import Example
 from data.errors import UserError
-from data.sharegpt import Dialogue, Tally
 
 PIECE = 16_384  # dialogues: what a kill may cost
 Piece = tuple[str, dict[str, Any], int]  # its file, its key, the dialogues before it

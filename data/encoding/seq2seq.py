@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data.encode import Example, batches, check_fast
-from data.sharegpt import Dialogue, Tally
-from data.templates import T5_SYSTEM, Rendered, render
+from data.dialogues.sharegpt import Dialogue, Tally
+from data.encoding.encode import Example, batches, check_fast
+from data.encoding.templates import T5_SYSTEM, Rendered, render
 
 SHORTEST = 5  # ids; a pair with so few on either side is dropped, as FastChat does
 SHORT = f"pairs of {SHORTEST} ids or fewer on a side, dropped"

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
+from data.dialogues.sharegpt import Dialogue, Turn
 from data.errors import UserError
-from data.sharegpt import Dialogue, Turn
 
 TemplateName = Literal["vicuna", "chat", "t5"]
 Span = tuple[int, int]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from data.templates import Rendered, Span
+from data.encoding.templates import Rendered, Span
 
 # Each token's first character and the one behind its last; both never fall. Or so in bytes.
 Places = tuple[Sequence[int], Sequence[int]]

@@ -6,10 +6,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data.encode import check_fast
+from data.encoding.encode import check_fast
+from data.encoding.templates import TemplateName, default_template
+from data.encoding.tokens import with_missing_characters
 from data.errors import UserError
-from data.templates import TemplateName, default_template
-from data.tokens import with_missing_characters
 
 
 def add_flags(flags: argparse._ArgumentGroup) -> None:

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 # What SentencePiece's vocabulary of T5 has no piece for, or takes for a space.
 CHARACTERS = "{}<\\^`~\n\t"
 # A lone new token gets it: of two peft can be told that the LM head is not the embedding's matrix
-# (loop/new_tokens.py, places). It is a private-use character, which no T5 knows either.
+# (loop/model/new_tokens.py, places). It is a private-use character, which no T5 knows either.
 COMPANION = "\ue000"
 # FastChat 0.2.36, train_flant5.py, in its order. Its space doubles the length of a text.
 FASTCHAT_PAD, FASTCHAT_CHARACTERS = "[PAD]", "<{\n}` \\^\t"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from data.errors import BadRecord, UserError
-from data.json_stream import CHUNK, ESCAPED_BYTE, LARGEST, check_utf8, json_records
+from data.files.json_stream import CHUNK, ESCAPED_BYTE, LARGEST, check_utf8, json_records
 
 KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow")
 # What `datasets` writes beside the Arrow files of a folder.

@@ -12,15 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data import jobs, markup, residue
-from data.errors import UserError
-from data.formats import as_sharegpt, turn_roles
-from data.jobs import Result
-from data.languages import UNKNOWN, check_languages, language_of
-from data.near import signature
-from data.personal import masked
-from data.seen import digest
-from data.turns import (
+from data.dialogues.formats import as_sharegpt, turn_roles
+from data.dialogues.turns import (
     Turns,
     alternate,
     from_first_user,
@@ -28,6 +21,13 @@ from data.turns import (
     to_last_answer,
     until_empty,
 )
+from data.errors import UserError
+from data.preparation import html, text_rules
+from data.preparation.duplicates import digest
+from data.preparation.job import Job, Result, parser, run, summary
+from data.preparation.languages import UNKNOWN, check_languages, language_of
+from data.preparation.near_duplicates import signature
+from data.preparation.personal import masked
 
 # In their order. The first five change messages, the next two dialogues, the others drop some.
 RULES = {
@@ -47,11 +47,11 @@ RULES = {
     "near": "a dialogue that is nearly as an earlier one is dropped (--near_threshold)",
 }
 STEPS: dict[str, Callable[[str], str]] = {
-    "invisible": residue.without_unseen,
-    "html": markup.html_to_markdown,
-    "residue": residue.without_residue,
-    "fences": residue.without_empty_fences,
-    "newlines": residue.without_blank_runs,
+    "invisible": text_rules.without_unseen,
+    "html": html.html_to_markdown,
+    "residue": text_rules.without_residue,
+    "fences": text_rules.without_empty_fences,
+    "newlines": text_rules.without_blank_runs,
 }
 PASSES = 20
 FEWEST = 16  # characters
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     settings = _settings(given)
     if not 0 < given.near_threshold <= 1:
         raise UserError(f"--near_threshold {given.near_threshold}: expected a share up to 1.")
-    job = jobs.Job(
+    job = Job(
         "clean",
         given.inputs,
         given.out,
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
         given.processes,
         given.near_threshold,
     )
-    print(jobs.summary(jobs.run(job)), file=sys.stderr)
+    print(summary(run(job)), file=sys.stderr)
 
 
 def clean(settings: Settings, record: Any, place: str) -> Result:
@@ -202,7 +202,7 @@ def _rejected(turns: Turns, settings: Settings) -> str | None:
 
 def flags() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    made = jobs.parser("clean", "From raw ShareGPT dialogues to clean ones.")
+    made = parser("clean", "From raw ShareGPT dialogues to clean ones.")
     own = made.add_argument_group("clean")
     width = max(map(len, RULES))
     made.epilog = "rules:\n" + "\n".join(f"  {n:{width}}  {what}" for n, what in RULES.items())
@@ -213,7 +213,7 @@ def flags() -> argparse.ArgumentParser:
         type=Path,
         default=BLOCKED_WORDS,
         metavar="FILE",
-        help="a phrase a line (default: data/blocked_words.txt)",
+        help="a phrase a line (default: data/preparation/blocked_words.txt)",
     )
     own.add_argument(
         "--keep_languages", nargs="+", default=[], metavar="CODE", help="en de ...: drop all others"

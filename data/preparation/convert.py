@@ -7,9 +7,16 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
+from data.dialogues.formats import (
+    as_sharegpt,
+    from_alpaca,
+    from_messages,
+    from_sharegpt,
+    kind,
+    turn_roles,
+)
 from data.errors import BadRecord, UserError
-from data.formats import as_sharegpt, from_alpaca, from_messages, from_sharegpt, kind, turn_roles
-from data.jobs import Job, Result, parser, run, summary
+from data.preparation.job import Job, Result, parser, run, summary
 
 FORMATS = ("auto", "sharegpt", "messages", "alpaca", "oasst", "columns")
 PARTS = ("user", "assistant", "system", "id")

@@ -16,12 +16,12 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from data.dialogues.sharegpt import Tally
 from data.errors import BadRecord, UserError
-from data.files import find_files
-from data.journal import Journal
-from data.outputs import place_of, written_whole
-from data.parallel import Chunk, chunks, in_order, refused
-from data.sharegpt import Tally
+from data.files.atomic_write import place_of, written_whole
+from data.files.read import find_files
+from data.preparation.journal import Journal
+from data.preparation.parallel import Chunk, chunks, in_order, refused
 
 
 @dataclass(frozen=True)

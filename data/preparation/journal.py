@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from data.files import plain
-from data.seen import Seen
+from data.files.read import plain
+from data.preparation.duplicates import Seen
 
 if TYPE_CHECKING:
-    from data.jobs import Result
+    from data.preparation.job import Result
 
 NAMED = 1000  # ids that are kept of each cause; beyond that there is a count
 LONGEST_ID = 100  # characters

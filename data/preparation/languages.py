@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from data.errors import UserError
-from data.markup import split_fences
+from data.preparation.html import split_fences
 
 ENOUGH = 2000  # characters; more make the answer slower, not better
 UNKNOWN = ("und", "zxx")  # undetermined; no linguistic content (ISO 639-2)

@@ -7,15 +7,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.encode import IGNORE_INDEX, Example, encode_dialogues
-from data.languages import language_of
-from data.near import signature
-from data.pairs import LONGEST, NO_LIMIT, encode_pairs
-from data.parallel import Chunk
-from data.seen import digest
-from data.sharegpt import Dialogue, Tally, dialogues_of
-from data.templates import TemplateName
-from data.tokenizer import load_tokenizer
+from data.dialogues.sharegpt import Dialogue, Tally, dialogues_of
+from data.encoding.encode import IGNORE_INDEX, Example, encode_dialogues
+from data.encoding.seq2seq import LONGEST, NO_LIMIT, encode_pairs
+from data.encoding.templates import TemplateName
+from data.encoding.tokenizer import load_tokenizer
+from data.preparation.duplicates import digest
+from data.preparation.languages import language_of
+from data.preparation.near_duplicates import signature
+from data.preparation.parallel import Chunk
 
 NAMED = 1000  # ids that are kept of each cause
 

@@ -14,7 +14,7 @@ from threading import Thread, current_thread, main_thread
 from typing import Any, TypeVar
 
 from data.errors import BadRecord, Fault, UserError
-from data.files import read_records
+from data.files.read import read_records
 
 CHUNK = 256  # records that a process is given at a time, unless they are large
 LARGE = 1 << 20  # characters of a chunk, with which it ends

@@ -11,14 +11,14 @@ from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+from data.dialogues.formats import ROLES, Role, as_sharegpt, turn_roles
+from data.dialogues.sharegpt import Dialogue, Tally, Turn, share_of
+from data.encoding.control_tokens import Encoder
+from data.encoding.seq2seq import NO_LIMIT, encode_pairs
+from data.encoding.templates import TemplateName, render, render_text
+from data.encoding.tokenizer import add_flags, load_tokenizer, template_of
 from data.errors import BadRecord, UserError
-from data.formats import ROLES, Role, as_sharegpt, turn_roles
-from data.jobs import Job, Result, parser, run, summary
-from data.literal import Encoder
-from data.pairs import NO_LIMIT, encode_pairs
-from data.sharegpt import Dialogue, Tally, Turn, share_of
-from data.templates import TemplateName, render, render_text
-from data.tokenizer import add_flags, load_tokenizer, template_of
+from data.preparation.job import Job, Result, parser, run, summary
 
 NO_FIT = "round longer than a piece may be"
 
@@ -242,7 +242,7 @@ def _encoded(settings: Settings, turns: Turns) -> _Encoded:
             break
     encoder = load_encoder(*settings.kind)
     if looked_at == len(text) and any(encoder.pattern.search(turn.text) for turn in parsed):
-        # Text like a control token is more than one token (data/literal.py).
+        # Text like a control token is more than one token (data/encoding/control_tokens.py).
         try:
             length = len(encoder([render(dialogue, settings.template, tokenizer)])[0][0])
         except UserError as error:

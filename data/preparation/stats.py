@@ -14,15 +14,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data.encoding.tokenizer import add_flags, template_of
 from data.errors import UserError
-from data.files import find_files
-from data.histogram import as_text, doublings, quantile, write_picture
-from data.jobs import parser
-from data.measure import NAMED, Counts, Settings, measure
-from data.outputs import check_output, place_of, written_whole
-from data.parallel import chunks, in_order
-from data.seen import Seen
-from data.tokenizer import add_flags, template_of
+from data.files.atomic_write import check_output, place_of, written_whole
+from data.files.read import find_files
+from data.preparation.duplicates import Seen
+from data.preparation.histogram import as_text, doublings, quantile, write_picture
+from data.preparation.job import parser
+from data.preparation.measure import NAMED, Counts, Settings, measure
+from data.preparation.parallel import chunks, in_order
 
 LIMITS = (512, 1024, 2048, 4096, 8192)
 NEAR = 0.9  # as `clean` takes it

@@ -2,7 +2,7 @@
 
 import re
 
-from data.markup import split_fences
+from data.preparation.html import split_fences
 
 # Control characters, soft hyphen, zero-width and direction characters, halves of surrogate pairs.
 UNSEEN = re.compile(

@@ -10,16 +10,16 @@ import yaml
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from data.encoding.templates import TemplateName, default_template
 from data.errors import UserError
-from data.templates import TemplateName, default_template
-from loop import fp32
-from loop.base import mistakes
-from loop.checkpoint import MANIFEST, list_folders
-from loop.model import DTYPES
-from loop.new_tokens import grow, set_up
-from loop.output import SETTINGS
-from loop.quantize import four_bit, returned_memory
-from loop.quiet import quiet
+from loop.checkpoint.run_folder import SETTINGS
+from loop.checkpoint.storage import MANIFEST, list_folders
+from loop.distributed.rank_zero import quiet
+from loop.model import fp32
+from loop.model.base import mistakes
+from loop.model.load import DTYPES
+from loop.model.new_tokens import grow, set_up
+from loop.model.quantization import four_bit, returned_memory
 
 
 @dataclass(frozen=True)

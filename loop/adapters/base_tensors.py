@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from data.errors import UserError
-from loop.adapter import Adapter
-from loop.base import mistakes
+from loop.adapters.adapter import Adapter
+from loop.model.base import mistakes
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

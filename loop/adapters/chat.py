@@ -13,15 +13,15 @@ import torch
 from peft import PeftModel
 from transformers import TextStreamer
 
+from data.dialogues.sharegpt import Turn
+from data.encoding.templates import prompt
 from data.errors import UserError
-from data.outputs import check_output, written_whole
-from data.sharegpt import Turn
-from data.templates import prompt
-from loop.adapter import Adapter, load_base, read_adapter, with_adapter
-from loop.base import mistakes
-from loop.flags import File, Folder, Model, Tokens, flag, nearest, parse
-from loop.new_tokens import set_up
-from loop.questions import Asked, read_prompts
+from data.files.atomic_write import check_output, written_whole
+from loop.adapters.adapter import Adapter, load_base, read_adapter, with_adapter
+from loop.adapters.questions import Asked, read_prompts
+from loop.config.parser import File, Folder, Model, Tokens, flag, nearest, parse
+from loop.model.base import mistakes
+from loop.model.new_tokens import set_up
 
 BASE = "base"  # the name by which the base itself answers
 HELP = """/adapter NAME  who answers: {names}

@@ -12,14 +12,14 @@ import torch
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
-from data.encode import Example, encode_dialogues
+from data.dialogues.sharegpt import Tally, read_dialogues
+from data.dialogues.sources import files_of, parse_source
+from data.encoding.encode import Example, encode_dialogues
+from data.encoding.seq2seq import PairLimits, encode_pairs
 from data.errors import UserError
-from data.pairs import PairLimits, encode_pairs
-from data.sharegpt import Tally, read_dialogues
-from data.sources import files_of, parse_source
-from loop.adapter import Adapter
-from loop.config import DUMMY_DATA
-from loop.deltas import Change
+from loop.adapters.adapter import Adapter
+from loop.adapters.merge_rules import Change
+from loop.config.flags import DUMMY_DATA
 
 LENGTH = 128  # tokens of a text that are compared
 READ = 2048  # tokens of a text that are read, as in training: an answer may come late

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from data.errors import UserError
-from data.outputs import written_whole
-from loop.base_tensors import Source, tensors_in
+from data.files.atomic_write import written_whole
+from loop.adapters.base_tensors import Source, tensors_in
 
 STORED = {
     torch.float32: (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),

@@ -19,9 +19,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from data.errors import Fault, UserError
-from loop import shards
-from loop.adapter import Adapter, load_base, read_adapter, with_adapter
-from loop.base_tensors import (
+from loop.adapters.adapter import Adapter, load_base, read_adapter, with_adapter
+from loop.adapters.base_tensors import (
     INDEX,
     Source,
     folder_of,
@@ -31,10 +30,7 @@ from loop.base_tensors import (
     tensors_of,
     vocabulary_names,
 )
-from loop.deltas import Change, put_whole, read_changes
-from loop.flags import File, Folder, Model, flag, parse
-from loop.new_tokens import grown, rows_needed
-from loop.proof import (
+from loop.adapters.compare_logits import (
     allowed,
     examples_after,
     examples_of,
@@ -42,9 +38,13 @@ from loop.proof import (
     logits_of,
     root_mean_square,
 )
-from loop.quantize import returned_memory
-from loop.rounding import changed_layers, inputs_of, rounded
-from loop.to_gguf import check, write_gguf
+from loop.adapters.gguf import check, write_gguf
+from loop.adapters.merge_rules import Change, put_whole, read_changes
+from loop.adapters.rounding import changed_layers, inputs_of, rounded
+from loop.checkpoint import shards
+from loop.config.parser import File, Folder, Model, flag, parse
+from loop.model.new_tokens import grown, rows_needed
+from loop.model.quantization import returned_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from data.errors import UserError
-from loop.config import ADAPTER_FILES
+from loop.config.flags import ADAPTER_FILES
 
 PREFIX = "base_model.model."
 A, B, EMBEDDING_A, EMBEDDING_B = (

@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from data.encode import Example
-from loop.deltas import Change
-from loop.proof import in_fp32, run
+from data.encoding.encode import Example
+from loop.adapters.compare_logits import in_fp32, run
+from loop.adapters.merge_rules import Change
 
 DAMPING = 0.01  # of the mean squared input, as in GPTQ: https://arxiv.org/abs/2210.17323
 ROWS = 4096  # of a matrix at a time, for its memory

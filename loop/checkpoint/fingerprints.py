@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from loop.base import tokenizer_sha256
-from loop.config import PATHS, TOLD, Config
-from loop.prepare import Prepared
+from loop.config.flags import PATHS, TOLD, Config
+from loop.inputs.training_data import Prepared
+from loop.model.base import tokenizer_sha256
 
 SAMPLE = 1 << 16  # bytes
 GROUPS_THAT_TRAIN = ("model", "LoRA", "data", "training")

@@ -10,9 +10,10 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from data.errors import Fault
-from loop import new_tokens, shards
-from loop.config import Config
-from loop.state import Tensors, file_name, trained_parameters, whole
+from loop.checkpoint import shards
+from loop.config.flags import Config
+from loop.distributed.optimizer_state import Tensors, file_name, trained_parameters, whole
+from loop.model import new_tokens
 
 NAME, INDEX = "non_lora_state", "non_lora_state.safetensors.index.json"
 PARTIAL = f".partial-{NAME}"

@@ -12,14 +12,15 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 
 from data.errors import UserError
-from loop import checkpoint, launch, state
-from loop.backend import told_to_all
-from loop.checkpoint import Checkpoint, Damaged
-from loop.config import Config
-from loop.fingerprints import run_facts
-from loop.flags import FALSE, TRUE
-from loop.prepare import Prepared
-from loop.windows import Layout
+from loop.checkpoint import storage
+from loop.checkpoint.fingerprints import run_facts
+from loop.checkpoint.storage import Checkpoint, Damaged
+from loop.config.flags import Config
+from loop.config.parser import FALSE, TRUE
+from loop.distributed import launch, optimizer_state
+from loop.distributed.accelerator import told_to_all
+from loop.inputs.training_data import Prepared
+from loop.inputs.windows import Layout
 
 AFRESH: dict[str, Any] = {"step": 0}
 
@@ -46,7 +47,7 @@ class Start:
     @property
     def log(self) -> Path | None:
         """The log that the checkpoint's run has left."""
-        return self.folder.parent / checkpoint.LOG if self.folder else None
+        return self.folder.parent / storage.LOG if self.folder else None
 
     def agree(self) -> None:
         """Take the first rank's progress; every rank must call this."""
@@ -58,11 +59,11 @@ class Start:
 
         Raises UserError where the adapter has another shape than the model's.
         """
-        expected = state.shapes(model)
+        expected = optimizer_state.shapes(model)
         self.parameters = sum(math.prod(shape) for shape in expected.values())
         if not self.resumed:
             return
-        self.adapter = self._sent(accelerator, checkpoint.ADAPTER)
+        self.adapter = self._sent(accelerator, storage.ADAPTER)
         found = {name: tuple(tensor.shape) for name, tensor in self.adapter.items()}
         with told_to_all():
             wrong = [
@@ -75,24 +76,24 @@ class Start:
                     f"{expected.get(name)}; expected the same shapes, which no flag can change. "
                     "Give LoRA's settings as they were, or --resume_from_checkpoint False."
                 )
-        state.put_weights(model, self.adapter)
+        optimizer_state.put_weights(model, self.adapter)
 
     def put_optimizer(self, accelerator: Accelerator, model: Any, optimizer: Any) -> None:
         """Put moments, step count and master weights back; after `prepare`, and on every rank."""
-        state.keep_buckets(model)
-        state.create_moments(optimizer)
+        optimizer_state.keep_buckets(model)
+        optimizer_state.create_moments(optimizer)
         if not self.resumed:
             return
-        moments = self._sent(accelerator, checkpoint.OPTIMIZER)
+        moments = self._sent(accelerator, storage.OPTIMIZER)
         model = accelerator.unwrap_model(model)
-        state.put_master(model, optimizer, self.adapter, moments)
+        optimizer_state.put_master(model, optimizer, self.adapter, moments)
         if self.progress["loss_scale"]:
-            state.put_loss_scale(accelerator, optimizer, self.progress["loss_scale"])
+            optimizer_state.put_loss_scale(accelerator, optimizer, self.progress["loss_scale"])
         del self.adapter
 
-    def _sent(self, accelerator: Accelerator, name: str) -> state.Tensors:
+    def _sent(self, accelerator: Accelerator, name: str) -> optimizer_state.Tensors:
         tensors = load_file(self.folder / name) if self.folder else {}
-        return state.from_first_rank(tensors, accelerator.device)
+        return optimizer_state.from_first_rank(tensors, accelerator.device)
 
 
 def find_start(config: Config, prepared: Prepared, layout: Layout, reads: bool) -> Start:
@@ -104,13 +105,13 @@ def find_start(config: Config, prepared: Prepared, layout: Layout, reads: bool) 
         return Start({})
     start = Start(run_facts(config, prepared, layout.global_batch_size))
     output = Path(config.output_dir)
-    own = checkpoint.list_folders(output)
+    own = storage.list_folders(output)
     found = find_checkpoint(config, start.facts, layout)
     if found:
         start.folder, start.progress = found.folder, found.progress()
         print(f"resume: {found.folder}, after step {found.step} of {layout.total_steps}")
     beside = found and found.folder.parent.resolve() == output.resolve()
-    _set_aside([mine for mine in own if not (beside and checkpoint.number(mine) <= start.step)])
+    _set_aside([mine for mine in own if not (beside and storage.number(mine) <= start.step)])
     launch.begun(output)
     return start
 
@@ -118,15 +119,15 @@ def find_start(config: Config, prepared: Prepared, layout: Layout, reads: bool) 
 def find_checkpoint(config: Config, facts: dict[str, Any], layout: Layout) -> Checkpoint | None:
     """Return the newest checkpoint that is whole, and fits; changes nothing. Raises UserError."""
     output, asked = Path(config.output_dir), config.resume_from_checkpoint
-    folders = own = checkpoint.list_folders(output)
+    folders = own = storage.list_folders(output)
     again = launch.is_restart(output)
     if asked.lower() in FALSE:
         folders = own if again else []
     elif asked.lower() not in TRUE:
         folders = _named(Path(asked).expanduser().resolve())
         if again:  # Those that the launch has saved itself.
-            newest = checkpoint.number(folders[0])
-            folders = [mine for mine in own if checkpoint.number(mine) > newest] or folders
+            newest = storage.number(folders[0])
+            folders = [mine for mine in own if storage.number(mine) > newest] or folders
     found = _newest_whole(folders)
     if found:
         _check_facts(found, facts, config, layout)
@@ -134,9 +135,9 @@ def find_checkpoint(config: Config, facts: dict[str, Any], layout: Layout) -> Ch
 
 
 def _named(folder: Path) -> list[Path]:
-    if (folder / checkpoint.MANIFEST).is_file():
+    if (folder / storage.MANIFEST).is_file():
         return [folder]
-    folders = checkpoint.list_folders(folder)
+    folders = storage.list_folders(folder)
     if not folders:
         raise UserError(
             f"--resume_from_checkpoint {folder}: found no checkpoint; expected a folder "
@@ -150,7 +151,7 @@ def _newest_whole(folders: list[Path]) -> Checkpoint | None:
     damages = []
     for folder in folders:
         try:
-            found = checkpoint.verify(folder)
+            found = storage.verify(folder)
         except Damaged as damage:
             damages.append(f"{folder}: damaged: {damage}")
             continue
@@ -217,6 +218,6 @@ def _set_aside(stale: list[Path]) -> None:
     aside.mkdir()
     for folder in stale:
         folder.rename(aside / folder.name)
-    if (output / checkpoint.LOG).is_file():
-        shutil.copy2(output / checkpoint.LOG, aside)
+    if (output / storage.LOG).is_file():
+        shutil.copy2(output / storage.LOG, aside)
     print(f"note: {len(stale)} checkpoints that this run does not go on from are now in {aside}")

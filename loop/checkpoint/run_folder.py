@@ -16,19 +16,19 @@ import yaml
 from accelerate import Accelerator, PartialState
 
 from data.errors import UserError
-from data.hashes import file_sha256
-from loop import launch
-from loop.backend import told_to_all
-from loop.checkpoint import sync
-from loop.config import ADAPTER_FILES, Config
-from loop.data_files import data_sha256
-from loop.flags import TRUE
-from loop.non_lora import save_non_lora
-from loop.picture import draw_at_end
-from loop.prepare import Prepared
-from loop.settings import dump
+from data.files.hashes import file_sha256
+from loop.checkpoint.full_model import save_non_lora
+from loop.checkpoint.storage import sync
+from loop.config.flags import ADAPTER_FILES, Config
+from loop.config.load import dump
+from loop.config.parser import TRUE
+from loop.distributed import launch
+from loop.distributed.accelerator import told_to_all
+from loop.inputs.data_files import data_sha256
+from loop.inputs.training_data import Prepared
+from loop.inputs.windows import Layout, global_batch_size
+from loop.monitor.plots import draw_at_end
 from loop.utils import save_adapter, write_json
-from loop.windows import Layout, global_batch_size
 
 SETTINGS, STATE = "training_config.yaml", "trainer_state.json"
 PATHS = ("model_name_or_path", "lora_weight_path", "cache_dir")

@@ -15,15 +15,17 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from data.errors import Fault, Stopped
-from loop import checkpoint, fit, state
-from loop.backend import PATIENCE, told_to_all, zero_stage
-from loop.checkpoint import Snapshot
-from loop.config import Config
-from loop.leave import launcher_asks
-from loop.resume import Start
-from loop.summary import how_to_go_on
-from loop.tracking import Tracker
-from loop.windows import Layout, Window
+from loop.checkpoint import storage
+from loop.checkpoint.resume import Start
+from loop.checkpoint.storage import Snapshot
+from loop.config.flags import Config
+from loop.distributed import optimizer_state
+from loop.distributed.accelerator import PATIENCE, told_to_all, zero_stage
+from loop.distributed.signals import launcher_asks
+from loop.inputs.windows import Layout, Window
+from loop.monitor.logger import Tracker
+from loop.monitor.summary import how_to_go_on
+from loop.training import auto_micro_batch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # What a rank asks for; of all ranks the greatest counts. ASKED: by whoever wants no other launch.
@@ -138,7 +140,7 @@ class Saver:
     def _check_room(self) -> None:
         """Compare what the run will write with the disk's free space, before the first step."""
         saves, keep = planned_saves(self.config, self.layout, self.start.step)
-        checkpoint.check_room(self.output, self.start.parameters, saves, keep)
+        storage.check_room(self.output, self.start.parameters, saves, keep)
 
     def _due(self, step: int) -> bool:
         interval = {
@@ -179,8 +181,8 @@ class Saver:
     def _save(self, window: Window, model: Any, optimizer: Any, tracker: Tracker) -> None:
         """Copy the state to host memory, on all ranks; the first one's thread writes it."""
         model = self.accelerator.unwrap_model(model)
-        adapter = state.trained_parameters(model, keep=self.main)
-        moments = state.moments(model, optimizer, keep=self.main)
+        adapter = optimizer_state.trained_parameters(model, keep=self.main)
+        moments = optimizer_state.moments(model, optimizer, keep=self.main)
         logged = tracker.state()
         self.saved_at = time.monotonic()
         if not self.main:
@@ -198,8 +200,8 @@ class Saver:
             **self.evaluation,
             # Each micro-batch seeds it from these and its own rank and index: nothing is rewound.
             "rng": {"seed": self.config.seed, "step": step},
-            "auto_micro_batch": fit.found(self.layout, self.config, self.accelerator),
-            "loss_scale": state.loss_scale(self.accelerator, optimizer),
+            "auto_micro_batch": auto_micro_batch.found(self.layout, self.config, self.accelerator),
+            "loss_scale": optimizer_state.loss_scale(self.accelerator, optimizer),
             **logged,
         }
         stage = zero_stage(self.accelerator)
@@ -210,7 +212,7 @@ class Saver:
             "backend": backend,
             "facts": self.start.facts,
         }
-        adapter = {state.file_name(name): tensor for name, tensor in adapter.items()}
+        adapter = {optimizer_state.file_name(name): tensor for name, tensor in adapter.items()}
         adapter_config = json.loads(
             json.dumps(model.peft_config["default"].to_dict(), default=sorted)
         )
@@ -222,7 +224,7 @@ class Saver:
     def _write(self, snapshot: Snapshot) -> None:
         try:
             best = snapshot.progress["best_step"] if self.config.load_best_at_end else None
-            checkpoint.write(self.output, snapshot, self.config.save_total_limit, best)
+            storage.write(self.output, snapshot, self.config.save_total_limit, best)
         except Exception as error:
             self.failure = error
 

@@ -6,10 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data.sources import Source, parse_source
-from loop.flags import Epochs, Examples, File, Folder, Minutes, Model, Share, Steps, Tokens, flag
+from data.dialogues.sources import Source, parse_source
+from loop.config.parser import (
+    Epochs,
+    Examples,
+    File,
+    Folder,
+    Minutes,
+    Model,
+    Share,
+    Steps,
+    Tokens,
+    flag,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DUMMY_DATA = ROOT / "data" / "dummy_conversation.json"
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import yaml
 
 from data.errors import UserError, noted, tell
-from loop import compat
-from loop.config import ADAPTER_FILES, ROOT, Config
-from loop.flags import parse
+from loop.config import compat
+from loop.config.flags import ADAPTER_FILES, ROOT, Config
+from loop.config.parser import parse
 
-MAIN_JOB = ROOT / "loop" / "main_job.yaml"
+MAIN_JOB = ROOT / "loop" / "config" / "main_job.yaml"
 C = TypeVar("C", bound=Config)
 
 

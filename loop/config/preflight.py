@@ -5,8 +5,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from loop.config import Config
-from loop.versions import CORE, OPTIONAL, outdated, version
+from loop.config.flags import Config
+from loop.config.versions import CORE, OPTIONAL, outdated, version
 
 # What an adapter's folder holds at least (bytes); the Saver reckons with all, before step 1.
 LEAST = 64 << 10

@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from loop.config import ROOT
+from loop.config.flags import ROOT
 
 # What a run is computed by, in the order of a stack.
 CORE = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "tokenizers")

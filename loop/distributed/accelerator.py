@@ -20,11 +20,17 @@ from torch.distributed import PrefixStore, init_process_group  # type: ignore[at
 from torch.distributed.rendezvous import rendezvous
 
 from data.errors import UserError, noted, tell
-from loop.config import Config, decisive
-from loop.preflight import problems, together
-from loop.quiet import quiet_deepspeed
-from loop.windows import Layout
-from loop.zero import against_flags, complete, launch_facts, precision_of, zero_settings
+from loop.config.flags import Config, decisive
+from loop.config.preflight import problems, together
+from loop.distributed.deepspeed_config import (
+    against_flags,
+    complete,
+    launch_facts,
+    precision_of,
+    zero_settings,
+)
+from loop.distributed.rank_zero import quiet_deepspeed
+from loop.inputs.windows import Layout
 
 # Of any collective: longer than a rank may be behind while each reads data and model for itself.
 PATIENCE = datetime.timedelta(minutes=30)

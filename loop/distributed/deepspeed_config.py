@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from data.errors import UserError, noted, tell
-from loop.config import Config
-from loop.windows import Layout
-from loop.zero_file import read_json
+from loop.config.flags import Config
+from loop.distributed.zero_file import read_json
+from loop.inputs.windows import Layout
 
 # With offload too the optimizer is PyTorch's AdamW, on the CPU, which needs no compiler.
 # DeepSpeed's own is faster, for whole models; an adapter's update takes no time in either.

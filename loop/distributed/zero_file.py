@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError, tell
-from loop.flags import nearest
+from loop.config.parser import nearest
 
 # What a DeepSpeed JSON may hold: DeepSpeed itself passes over an unknown key in silence
 # (deepspeed 0.19, runtime/config.py). Of the last line's some are known, and refused below.
@@ -28,7 +28,7 @@ TAKEN = {
 }
 # What must be an object.
 SECTIONS = ("bf16", "fp16", "data_types", "zero_optimization")
-# The loop's own values take the place of these, once they were compared: loop/zero.py.
+# The loop's own values take the place of these, once they were compared: deepspeed_config.py.
 FILLED = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
     *("gradient_clipping", "zero_optimization"),

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
+from data.dialogues.sources import files_of, parse_source
 from data.errors import UserError
-from data.sources import files_of, parse_source
-from loop.base import find_base_model
-from loop.config import Config
-from loop.preflight import problems, together
-from loop.settings import read_config
-from loop.versions import CORE, conflicts
+from loop.config.flags import Config
+from loop.config.load import read_config
+from loop.config.preflight import problems, together
+from loop.config.versions import CORE, conflicts
+from loop.model.base import find_base_model
 
 
 def main(argv: Sequence[str]) -> None:

@@ -7,11 +7,11 @@ tells every mistake at once. --estimate tells memory alone, from a config.json.
 from collections.abc import Sequence
 
 from data.errors import UserError, tell
-from loop.doctor_flags import DoctorConfig
-from loop.preflight import together
-from loop.sections import GREEN, Page, in_colour
-from loop.settings import read_config
-from loop.versions import conflicts, outdated, version_rows
+from loop.config.load import read_config
+from loop.config.preflight import together
+from loop.config.versions import conflicts, outdated, version_rows
+from loop.doctor.flags import DoctorConfig
+from loop.monitor.formatting import GREEN, Page, in_colour
 
 
 def main(argv: Sequence[str]) -> None:
@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
     mistakes: list[str] = []
     config = read_config(argv, DoctorConfig, __doc__ or "", mistakes)
     if config.estimate:
-        from loop.overview import print_estimate
+        from loop.doctor.memory.table import print_estimate
 
         tell(mistakes, None)
         print_estimate(config)
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     page.section("versions", version_rows())
     tell([*outdated(), *conflicts()], mistakes)
     try:
-        from loop.examination import examine  # here: it imports what may not go together
+        from loop.doctor.examine import examine  # here: it imports what may not go together
     except ImportError as error:
         reason = " ".join(str(error).split())
         mistakes.append(f"the packages cannot be imported, so nothing more is known: {reason}")

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from data.errors import noted, tell
-from loop import findings, machine, outlook
-from loop.backend import check_ranks, examine_launch, slow_in_bf16
-from loop.config import Config
-from loop.doctor_flags import DoctorConfig
-from loop.launches import Launch, find_launch
-from loop.sections import Page
-from loop.settings import read_config
-from loop.trial import run_trial
-from loop.windows import plan_layout
-from loop.zero import against_flags
+from loop.config.flags import Config
+from loop.config.load import read_config
+from loop.distributed.accelerator import check_ranks, examine_launch, slow_in_bf16
+from loop.distributed.deepspeed_config import against_flags
+from loop.doctor import forecast, machine, model_and_data
+from loop.doctor.flags import DoctorConfig
+from loop.doctor.launch import Launch, find_launch
+from loop.doctor.trial import run_trial
+from loop.inputs.windows import plan_layout
+from loop.monitor.formatting import Page
 
 
 def examine(argv: Sequence[str], first: DoctorConfig, page: Page) -> list[str]:
@@ -49,33 +49,33 @@ def _examine_run(
 ) -> None:
     """Look at model and data, and reckon what training on them takes."""
     zero = asked.get("zero_optimization", {})
-    model = findings.examine_model(config, zero, mistakes)
-    page.section("model", findings.model_rows(model, config, zero, notes))
-    prepared = findings.examine_data(model, config, mistakes)
+    model = model_and_data.examine_model(config, zero, mistakes)
+    page.section("model", model_and_data.model_rows(model, config, zero, notes))
+    prepared = model_and_data.examine_data(model, config, mistakes)
     layout = ahead = None
     if prepared:
-        page.section("data", findings.data_rows(prepared, config, page.colour))
+        page.section("data", model_and_data.data_rows(prepared, config, page.colour))
         with noted(mistakes):
             layout = plan_layout(config, len(prepared.examples), launch, prepared.packed)
     if prepared and layout:
         tell(against_flags(asked, config, layout), mistakes)
-        ahead = outlook.outlook_of(prepared, layout, config)
-        notes += outlook.batch_notes(layout, config)
-        page.section("steps", outlook.step_rows(layout, ahead, len(prepared.examples), config))
+        ahead = forecast.outlook_of(prepared, layout, config)
+        notes += forecast.batch_notes(layout, config)
+        page.section("steps", forecast.step_rows(layout, ahead, len(prepared.examples), config))
         backend = launch.backend(asked, config)
         ranks = layout.world_size
-        run = outlook.largest_run(model, prepared, backend, ranks, ahead, config)
-        rows, total, found = outlook.memory_rows(run, model.unlike, ahead, config)
+        run = forecast.largest_run(model, prepared, backend, ranks, ahead, config)
+        rows, total, found = forecast.memory_rows(run, model.unlike, ahead, config)
         page.section("memory", rows)
         tell(found, mistakes)
-        rows, found = outlook.disk_rows(model, prepared, layout, config)
+        rows, found = forecast.disk_rows(model, prepared, layout, config)
         page.section("disk", rows)
         tell(found, mistakes)
-    page.section("trackers", outlook.tracker_rows(config))
+    page.section("trackers", forecast.tracker_rows(config))
     if prepared and layout and ahead:
         trial = None
         if tries and not mistakes:
             with noted(mistakes):
-                findings.check_weights(model)
+                model_and_data.check_weights(model)
                 trial = run_trial(config, launch)
-        page.section("time", outlook.time_rows(trial, layout, ahead, total))
+        page.section("time", forecast.time_rows(trial, layout, ahead, total))

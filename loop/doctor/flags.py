@@ -3,8 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
-from loop.config import Config
-from loop.flags import flag
+from loop.config.flags import Config
+from loop.config.parser import flag
 
 
 @dataclass(frozen=True)

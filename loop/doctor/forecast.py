@@ -5,27 +5,27 @@ from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 
+from data.batching.balance import Part, deal, packed_tokens
 from data.errors import UserError
-from loop import checkpoint
-from loop.backend import on_gpu
-from loop.config import Config
-from loop.dealing import Part, deal, packed_tokens
-from loop.estimate import activations, host_memory, memory
-from loop.findings import Model
-from loop.fingerprints import run_facts
-from loop.machine import room_of_a_rank
-from loop.optim import lr_at
-from loop.preflight import LEAST, base_copy, free_room
-from loop.prepare import Prepared
-from loop.resume import find_checkpoint
-from loop.run import Run, Size
-from loop.saver import planned_saves
-from loop.sections import GIB, WIDTH, curve, duration, gib, megabytes, table
-from loop.shape import Backend, shape_of
-from loop.trackers import has_wandb_login
-from loop.traffic import sent
-from loop.trial import Trial
-from loop.windows import Layout, drawn
+from loop.checkpoint import storage
+from loop.checkpoint.fingerprints import run_facts
+from loop.checkpoint.resume import find_checkpoint
+from loop.checkpoint.saver import planned_saves
+from loop.config.flags import Config
+from loop.config.preflight import LEAST, base_copy, free_room
+from loop.distributed.accelerator import on_gpu
+from loop.doctor.machine import room_of_a_rank
+from loop.doctor.memory.estimate import activations, host_memory, memory
+from loop.doctor.memory.run import Run, Size
+from loop.doctor.memory.shape import Backend, shape_of
+from loop.doctor.memory.traffic import sent
+from loop.doctor.model_and_data import Model
+from loop.doctor.trial import Trial
+from loop.inputs.training_data import Prepared
+from loop.inputs.windows import Layout, drawn
+from loop.monitor.formatting import GIB, WIDTH, curve, duration, gib, megabytes, table
+from loop.monitor.trackers import has_wandb_login
+from loop.training.optim import lr_at
 
 DEALT = 256  # windows that are looked at for the largest micro-batch
 BESIDE = 4 << 20  # bytes of tokenizer, settings and log in the output folder, about
@@ -127,7 +127,7 @@ def largest_run(
     if model.unlike:
         return None
     shape = shape_of(model.bare, model.base_config, config)
-    if prepared.new_tokens:  # Their rows make the LM head another one (loop/new_tokens.py).
+    if prepared.new_tokens:  # Their rows make the LM head another one (loop/model/new_tokens.py).
         shape = replace(shape, head_trained=True)
     share = 1.0 if shape.t5 else ahead.share
     runs = [Run(shape, config, backend, ranks, share, size, on_gpu()) for size in ahead.sizes]
@@ -184,8 +184,10 @@ def disk_rows(
         facts = run_facts(config, prepared, layout.global_batch_size)
         found = find_checkpoint(config, facts, layout)
         done = found.step if found else 0
-        if (output / checkpoint.STATE).is_file():
-            from loop.output import is_finished  # here: it brings peft, which takes seconds
+        if (output / storage.STATE).is_file():
+            from loop.checkpoint.run_folder import (
+                is_finished,  # here: it brings peft, which takes seconds
+            )
 
             state = "holds this very run, finished" if is_finished(config) else "holds a run"
         state += f"; goes on from {found.folder.name}" if found else ""
@@ -195,11 +197,11 @@ def disk_rows(
     rows_of_tokens = len(prepared.new_tokens) * getattr(model.base_config, "hidden_size", 0)
     parameters = model.trained(config) + 2 * rows_of_tokens  # embedding and LM head
     saves, keep = planned_saves(config, layout, done)
-    needed, more, each = checkpoint.room(output, parameters, saves, keep)
+    needed, more, each = storage.room(output, parameters, saves, keep)
     needed += BESIDE + base_copy(config)
     free = free_room(config)
     if LEAST + base_copy(config) <= free < needed:  # less than that was told before
-        mistakes.append(checkpoint.too_little(output, free, needed, more, each))
+        mistakes.append(storage.too_little(output, free, needed, more, each))
     many = f"{more} checkpoint{'s' * (more != 1)} of {megabytes(each)}"
     rows = [
         ("output", f"{output}: {state}"),

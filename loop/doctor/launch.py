@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError, noted
-from loop.config import Config, shown
-from loop.doctor_flags import DoctorConfig
-from loop.shape import ALONE, CONFIGS, Backend, read_accelerate
+from loop.config.flags import Config, shown
+from loop.doctor.flags import DoctorConfig
+from loop.doctor.memory.shape import ALONE, CONFIGS, Backend, read_accelerate
 
 USUAL = CONFIGS / "zero2.yaml"  # launch.sh's
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from loop.backend import on_gpu
-from loop.config import Config
-from loop.fit import memory_room
-from loop.launches import Launch
-from loop.sections import GIB
+from loop.config.flags import Config
+from loop.distributed.accelerator import on_gpu
+from loop.doctor.launch import Launch
+from loop.monitor.formatting import GIB
+from loop.training.auto_micro_batch import memory_room
 
 
 def hardware_rows(launch: Launch) -> list[tuple[str, str]]:

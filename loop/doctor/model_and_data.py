@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.encode import Example, check_fast
+from data.dialogues.sharegpt import Tally, read_dialogues, read_file
+from data.dialogues.sources import files_of, parse_source
+from data.encoding.encode import Example, check_fast
+from data.encoding.templates import TemplateName
 from data.errors import UserError, noted, tell
-from data.histogram import quantile
-from data.sharegpt import Tally, read_dialogues, read_file
-from data.sources import files_of, parse_source
-from data.templates import TemplateName
-from loop.base import check_ties, find_base_model, load_tokenizer, read_base_config
-from loop.config import DUMMY_DATA, Config, shown
-from loop.preflight import WEIGHTS
-from loop.prepare import Prepared, check_pairs, prepare, template_of
-from loop.quantize import about_zero3, check_quantization
-from loop.sections import megabytes
-from loop.shape import adapted, bare_model, check_shape, pair_of, trained_biases
-from loop.show import as_text
+from data.preparation.histogram import quantile
+from loop.config.flags import DUMMY_DATA, Config, shown
+from loop.config.preflight import WEIGHTS
+from loop.doctor.memory.shape import adapted, bare_model, check_shape, pair_of, trained_biases
+from loop.doctor.show import as_text
+from loop.inputs.training_data import Prepared, check_pairs, prepare, template_of
+from loop.model.base import check_ties, find_base_model, load_tokenizer, read_base_config
+from loop.model.quantization import about_zero3, check_quantization
+from loop.monitor.formatting import megabytes
 
 SHOWN, TOKENS = 3, 160  # examples, and of each so many tokens
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from data.encode import IGNORE_INDEX, Example
+from data.encoding.encode import IGNORE_INDEX, Example
 
 CONTEXT = 4  # tokens before one that decide how it is decoded
 MOST_BYTES = 4  # of a character: so many tokens may stand for a part of it each

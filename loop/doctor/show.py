@@ -9,15 +9,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from data.encode import IGNORE_INDEX, Example
+from data.encoding.encode import IGNORE_INDEX, Example
 from data.errors import UserError
-from data.outputs import check_output, place_of, written_whole
-from loop.config import Config
-from loop.flags import File, flag
-from loop.page import as_page, page_end
-from loop.prepare import Prepared, prepare
-from loop.sections import GREEN, PLAIN, in_colour
-from loop.settings import read_config
+from data.files.atomic_write import check_output, place_of, written_whole
+from loop.config.flags import Config
+from loop.config.load import read_config
+from loop.config.parser import File, flag
+from loop.doctor.page import as_page, page_end
+from loop.inputs.training_data import Prepared, prepare
+from loop.monitor.formatting import GREEN, PLAIN, in_colour
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from loop.config import ROOT, Config
-from loop.launches import Launch
-from loop.leave import STATUS_FILE
-from loop.settings import dump
+from loop.config.flags import ROOT, Config
+from loop.config.load import dump
+from loop.distributed.signals import STATUS_FILE
+from loop.doctor.launch import Launch
 
 STEPS = 3  # the first warms up, and is not counted
 # Nothing but the steps; what a trial leaves is of no use.

@@ -3,9 +3,9 @@
 import hashlib
 from pathlib import Path
 
-from data.hashes import file_sha256
-from data.sources import files_of
-from loop.config import DUMMY_DATA, Config, shown
+from data.dialogues.sources import files_of
+from data.files.hashes import file_sha256
+from loop.config.flags import DUMMY_DATA, Config, shown
 
 
 def data_sha256(config: Config) -> str:

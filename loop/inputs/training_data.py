@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.cache import Examples, claimed, in_memory, read_cache
-from data.collate import Collator
-from data.encode import check_fast, encode_dialogues
+from data.batching.collate import Collator
+from data.dialogues.sharegpt import Dialogue, Tally, read_dialogues
+from data.dialogues.sources import files_of, weighted
+from data.encoding.cache import Examples, claimed, in_memory, read_cache
+from data.encoding.encode import check_fast, encode_dialogues
+from data.encoding.pieces import Encode, encode_in_pieces
+from data.encoding.seq2seq import SHORT, PairLimits, encode_pairs
+from data.encoding.templates import TemplateName, default_template
+from data.encoding.tokens import with_fastchat_tokens, with_missing_characters
 from data.errors import UserError
-from data.outputs import written_whole
-from data.pairs import SHORT, PairLimits, encode_pairs
-from data.pieces import Encode, encode_in_pieces
-from data.sharegpt import Dialogue, Tally, read_dialogues
-from data.sources import files_of, weighted
-from data.templates import TemplateName, default_template
-from data.tokens import with_fastchat_tokens, with_missing_characters
-from loop.attention import can_pack, row_inputs
-from loop.base import find_base_model, load_tokenizer, read_base_config, tokenizer_sha256
-from loop.config import DUMMY_DATA, Config, shown
-from loop.data_files import data_sha256, data_shown
-from loop.quiet import speaks
+from data.files.atomic_write import written_whole
+from loop.config.flags import DUMMY_DATA, Config, shown
+from loop.distributed.rank_zero import speaks
+from loop.inputs.data_files import data_sha256, data_shown
+from loop.model.base import find_base_model, load_tokenizer, read_base_config, tokenizer_sha256
+from loop.model.packed_attention import can_pack, row_inputs
 
 # Settings that decide the encoded data, beside the data itself and the tokenizer.
 ENCODING = (

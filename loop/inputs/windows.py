@@ -9,11 +9,11 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 
-from data.collate import MicroBatch
-from data.encode import Example
+from data.batching.balance import Limits, deal, squares
+from data.batching.collate import MicroBatch
+from data.encoding.encode import Example
 from data.errors import UserError
-from loop.config import Config
-from loop.dealing import Limits, deal, squares
+from loop.config.flags import Config
 
 Collate = Callable[[Sequence[Example], int], MicroBatch]  # examples, random seed
 T = TypeVar("T")
@@ -104,7 +104,7 @@ def plan_layout(config: Config, examples: int, ranks: Ranks, packed: bool = Fals
     finer = not packed and not torch.cuda.is_available()
     # FlashAttention-2 takes queries and keys of the same places.
     sharing = packed and not config.flash_attn
-    # To begin with one example at most, as long as it may be (loop/fit.py).
+    # To begin with one example at most, as long as it may be (loop/training/auto_micro_batch.py).
     tokens = config.model_max_length if config.auto_micro_batch else config.tokens_per_micro_batch
     limits = Limits(per_device, tokens, packed, finer, sharing)
     split = (ranks.process_index, world_size, per_device, accumulation)

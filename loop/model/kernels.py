@@ -4,9 +4,9 @@ import importlib
 import sys
 from typing import Any
 
-from loop.versions import version
+from loop.config.versions import version
 
-# Whose layers are LLaMA's, as tests/test_kernels.py checks; others are left as they are.
+# Whose layers are LLaMA's, as tests/model/test_kernels.py checks; others are left as they are.
 KINDS = {"llama", "mistral", "qwen2", "qwen3"}
 
 
@@ -15,7 +15,7 @@ def use_kernels(model: Any) -> str:
 
     Not its loss, which reads a number back in each step (liger-kernel 0.8, ops/
     fused_linear_cross_entropy.py, `.item()`) and computes the logits of tokens that nobody learns
-    from; loop/objective.py has its own. Empty where liger-kernel is not installed.
+    from; loop/training/loss.py has its own. Empty where liger-kernel is not installed.
     """
     found = version("liger-kernel")
     kind = model.config.model_type

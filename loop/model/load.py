@@ -13,18 +13,18 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, modeling_u
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.errors import UserError
-from loop import fp32, new_tokens
-from loop.attention import implementation
-from loop.backend import told_to_all, zero_stage
-from loop.base import check_ties, compares_ties, mistakes
-from loop.config import Config
-from loop.cpu import keep_memory, replace_dropout
-from loop.kernels import use_kernels
-from loop.prepare import Prepared
-from loop.quantize import about_zero3, check_quantization, four_bit, returned_memory
-from loop.quiet import say
-from loop.state import whole
-from loop.targets import ALL_LINEAR, target_names
+from loop.config.flags import Config
+from loop.distributed.accelerator import told_to_all, zero_stage
+from loop.distributed.optimizer_state import whole
+from loop.distributed.rank_zero import say
+from loop.inputs.training_data import Prepared
+from loop.model import fp32, new_tokens
+from loop.model.base import check_ties, compares_ties, mistakes
+from loop.model.cpu import keep_memory, replace_dropout
+from loop.model.kernels import use_kernels
+from loop.model.lora_targets import ALL_LINEAR, target_names
+from loop.model.packed_attention import implementation
+from loop.model.quantization import about_zero3, check_quantization, four_bit, returned_memory
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from data.collate import Groups
+from data.batching.collate import Groups
 from data.errors import UserError
 
 PER_EXAMPLE = "sdpa_per_example"

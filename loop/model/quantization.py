@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from data.errors import UserError
-from loop.config import Config
+from loop.config.flags import Config
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -24,7 +24,7 @@ def four_bit(compute_dtype: torch.dtype) -> Any:
     parameters only, and DeepSpeed casts a model to one dtype. No other parameter is upcast, unlike
     peft's `prepare_model_for_kbit_training` (0.21, utils/other.py), which holds embeddings, norms
     and LM head in fp32: LLaMA's norms compute in fp32 by themselves, and the loss casts its logits.
-    T5's `wo` is left out of the 4-bit layers by transformers, and held in fp32 by loop/fp32.py.
+    T5's `wo` is left out of the 4-bit layers by transformers, and held in fp32 by fp32.py.
     """
     _unblock_bitsandbytes()
     from transformers import BitsAndBytesConfig
@@ -62,7 +62,7 @@ def returned_memory() -> Iterator[None]:
 
 
 def _unblock_bitsandbytes() -> None:
-    """Undo the block of loop/__init__.py, and let peft and transformers look again."""
+    """Undo the block of the entry files, and let peft and transformers look again."""
     if sys.modules.get("bitsandbytes", True) is None:
         del sys.modules["bitsandbytes"]
     # On a CPU it misses a faster kernel each time it is imported (0.50, backends/cpu/ops.py).

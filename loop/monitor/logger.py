@@ -16,15 +16,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import Stopped
-from loop.clock import Clock, seconds_since_start
-from loop.config import Config
-from loop.guard import Watch, spike
-from loop.metrics import COUNTED, Work, history_until, peak_memory, rates
-from loop.picture import draw_at_end
-from loop.resume import Start
-from loop.summary import Spent, summary
-from loop.trackers import Trackers
-from loop.windows import Layout, Window
+from loop.checkpoint.resume import Start
+from loop.config.flags import Config
+from loop.inputs.windows import Layout, Window
+from loop.monitor.clock import Clock, seconds_since_start
+from loop.monitor.loss_guard import Watch, spike
+from loop.monitor.metrics import COUNTED, Work, history_until, peak_memory, rates
+from loop.monitor.plots import draw_at_end
+from loop.monitor.summary import Spent, summary
+from loop.monitor.trackers import Trackers
 
 
 class Tracker:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import Fault
-from loop.state import adamw
+from loop.distributed.optimizer_state import adamw
 
 NAMED = 16  # ids of a bad step's samples that are told
 # A spike: so many standard deviations over the mean of so many logs, and by this share of it.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from loop.config import Config
+from loop.config.flags import Config
 
 # Of the windows since the last log.
 COUNTED = ("tokens", "padded_tokens", "busiest_tokens", "squared_tokens", "supervised_tokens")

@@ -9,9 +9,9 @@ from itertools import takewhile
 from pathlib import Path
 
 from data.errors import UserError
-from loop.curves import read_runs
-from loop.flags import Folder, flag, parse
-from loop.picture import CURVES, LIGHT, write_page, write_png
+from loop.config.parser import Folder, flag, parse
+from loop.monitor.history import read_runs
+from loop.monitor.plots import CURVES, LIGHT, write_page, write_png
 
 
 @dataclass(frozen=True)

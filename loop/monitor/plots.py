@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 
 from data.errors import UserError
-from loop.curves import AXES, KEYS, PANELS, Panel, Points, Run, Series, differences, read_runs
+from loop.monitor.history import (
+    AXES,
+    KEYS,
+    PANELS,
+    Panel,
+    Points,
+    Run,
+    Series,
+    differences,
+    read_runs,
+)
 
 TEMPLATE, SCRIPT = (Path(__file__).with_name(name) for name in ("report.html", "report.js"))
 CURVES = "training_curves"

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loop.checkpoint import list_folders
-from loop.config import ADAPTER_FILES, Config
-from loop.flags import TRUE
-from loop.sections import duration
+from loop.checkpoint.storage import list_folders
+from loop.config.flags import ADAPTER_FILES, Config
+from loop.config.parser import TRUE
+from loop.monitor.formatting import duration
 
 Entry = dict[str, Any]  # of the log
 

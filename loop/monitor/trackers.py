@@ -15,9 +15,9 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tqdm import tqdm
 
-from loop.config import ADAPTER_FILES, Config
-from loop.resume import Start
-from loop.windows import Layout
+from loop.checkpoint.resume import Start
+from loop.config.flags import ADAPTER_FILES, Config
+from loop.inputs.windows import Layout
 
 PROJECT = "lora-loop"
 SAMPLES = "samples"

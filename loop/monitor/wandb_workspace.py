@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from loop.flags import File, flag, parse
-from loop.trackers import PROJECT, SAMPLES, has_wandb_login
+from loop.config.parser import File, flag, parse
+from loop.monitor.trackers import PROJECT, SAMPLES, has_wandb_login
 
 Lines = dict[str, tuple[str, ...]]  # a panel's title, and the keys that it draws
 GROUPS: dict[str, Lines] = {

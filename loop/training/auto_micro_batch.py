@@ -11,14 +11,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from data.errors import UserError
-from loop.backend import zero_stage
-from loop.config import Config
-from loop.objective import supervised_loss_sum
-from loop.optim import accumulating
-from loop.prepare import Prepared
-from loop.quiet import say
-from loop.state import forget_gradients
-from loop.windows import Layout
+from loop.config.flags import Config
+from loop.distributed.accelerator import zero_stage
+from loop.distributed.optimizer_state import forget_gradients
+from loop.distributed.rank_zero import say
+from loop.inputs.training_data import Prepared
+from loop.inputs.windows import Layout
+from loop.training.loss import supervised_loss_sum
+from loop.training.optim import accumulating
 
 # Of the memory: the rest is for buckets, gradients that earlier micro-batches have summed up, the
 # optimizer's step and what is fragmented.
@@ -179,7 +179,7 @@ def _pass(model: Any, batch: Any, config: Config, accelerator: Accelerator) -> N
     """Make a forward and a backward pass that leaves no gradient behind; it seeds itself."""
     model.train()
     if zero_stage(accelerator) == 3:
-        # As in training, short of the step: what recomputes is reentrant there (loop/model.py), and
+        # As in training, short of the step: what recomputes is reentrant there (load.py), and
         # takes no other way back.
         with accumulating(accelerator, model, last=False):
             accelerator.backward(supervised_loss_sum(model, batch, config.loss_chunk_tokens))

@@ -16,21 +16,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.encode import IGNORE_INDEX, Example
+from data.batching.balance import deal
+from data.encoding.encode import IGNORE_INDEX, Example
 from data.errors import UserError
-from loop import checkpoint, state
-from loop.backend import first_rank_says, told_to_all
-from loop.config import Config
-from loop.dealing import deal
-from loop.metrics import history_until
-from loop.objective import token_losses
-from loop.optim import lr_at
-from loop.prepare import Prepared
-from loop.quiet import say
-from loop.samples import FILE, Sampler, read_prompts, write_samples
-from loop.saver import Saver
-from loop.tracking import Tracker
-from loop.windows import Layout, Window
+from loop.checkpoint import storage
+from loop.checkpoint.saver import Saver
+from loop.config.flags import Config
+from loop.distributed import optimizer_state
+from loop.distributed.accelerator import first_rank_says, told_to_all
+from loop.distributed.rank_zero import say
+from loop.inputs.training_data import Prepared
+from loop.inputs.windows import Layout, Window
+from loop.monitor.logger import Tracker
+from loop.monitor.metrics import history_until
+from loop.training.loss import token_losses
+from loop.training.optim import lr_at
+from loop.training.samples import FILE, Sampler, read_prompts, write_samples
 
 TURNS = 8  # answers of a dialogue that are told apart; the last stands for all later ones, too
 AHEAD = 16  # micro-batches of a rank that are dealt at once
@@ -101,7 +102,7 @@ class Evaluator:
         """
         step, best = self.tracker.step, self.known["best_step"]
         if self.config.load_best_at_end and best not in (None, step):
-            self._put_best(checkpoint.folder_of(self.folder, best))
+            self._put_best(storage.folder_of(self.folder, best))
         return {
             "global_step": step,
             "epoch": round(step / self.layout.steps_per_epoch, 4),
@@ -115,22 +116,22 @@ class Evaluator:
         with told_to_all():
             if self.accelerator.is_main_process:
                 try:
-                    adapter = load_file(checkpoint.verify(folder).folder / checkpoint.ADAPTER)
-                except checkpoint.Damaged as damage:
+                    adapter = load_file(storage.verify(folder).folder / storage.ADAPTER)
+                except storage.Damaged as damage:
                     raise UserError(
                         f"--load_best_at_end: {folder}: damaged: {damage}. Give False: the last "
                         "adapter is saved then."
                     ) from None
         say(f"the best evaluation's adapter is saved: {folder.name}")
-        adapter = state.from_first_rank(adapter, self.accelerator.device)
-        state.put_trained(self.accelerator.unwrap_model(self.model), adapter)
+        adapter = optimizer_state.from_first_rank(adapter, self.accelerator.device)
+        optimizer_state.put_trained(self.accelerator.unwrap_model(self.model), adapter)
 
     def _forget_lost(self) -> None:
         """Have a best checkpoint that is not here, with an adapter to be saved, not count."""
         best = self.known["best_step"]
         if not self.config.load_best_at_end or best is None:
             return
-        if not first_rank_says(checkpoint.folder_of(self.folder, best).is_dir()):
+        if not first_rank_says(storage.folder_of(self.folder, best).is_dir()):
             self._tell(
                 f"note: checkpoint-{best}, the best so far, is not in {self.folder}; the best of "
                 "the evaluations from here on is kept"

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data.collate import MicroBatch
+from data.batching.collate import MicroBatch
 
 # Settings of models that make something else of what their LM head gives (transformers 5.23).
 AFTERWARDS = (

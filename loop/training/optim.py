@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from loop.config import Config
+from loop.config.flags import Config
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

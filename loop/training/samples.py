@@ -11,15 +11,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor
 
-from data.encode import IGNORE_INDEX, Example
+from data.dialogues.sharegpt import Turn
+from data.encoding.encode import IGNORE_INDEX, Example
+from data.encoding.templates import prompt
 from data.errors import UserError
-from data.sharegpt import Turn
-from data.templates import prompt
-from loop.backend import told_to_all
-from loop.config import Config
-from loop.objective import token_losses
-from loop.preflight import is_file
-from loop.prepare import Prepared
+from loop.config.flags import Config
+from loop.config.preflight import is_file
+from loop.distributed.accelerator import told_to_all
+from loop.inputs.training_data import Prepared
+from loop.training.loss import token_losses
 
 FILE = "samples.jsonl"
 Row = dict[str, Any]  # step, prompt, answer

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from data.dialogues.sharegpt import Turn
 from data.errors import UserError
-from data.sharegpt import Turn
-from loop import chat
-from loop.chat import BASE, ChatConfig, Speaker, load_speaker
-from loop.questions import read_prompts
+from loop.adapters import chat
+from loop.adapters.chat import BASE, ChatConfig, Speaker, load_speaker
+from loop.adapters.questions import read_prompts
 from tests.conftest import trainer
-from tests.helpers import write_dialogues
+from tests.support.helpers import write_dialogues
 
 QUESTION = (Turn("user", "What are you?"),)
 NAMES = ("fox", "owl")

@@ -10,10 +10,10 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from data.errors import UserError
-from loop import merge
-from loop.embedded import GGUF, WHEEL
-from loop.to_gguf import check, write_gguf
-from tests.helpers import prompt_of
+from loop.adapters import merge
+from loop.adapters.gguf import check, write_gguf
+from loop.model.bundled_model import GGUF, WHEEL
+from tests.support.helpers import prompt_of
 
 
 def values(file: Path) -> dict[str, Any]:

@@ -18,14 +18,14 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from data.tokens import CHARACTERS
-from loop import merge
-from loop.new_tokens import grow
-from loop.quantize import four_bit
+from data.encoding.tokens import CHARACTERS
+from loop.adapters import merge
+from loop.model.new_tokens import grow
+from loop.model.quantization import four_bit
 from tests.conftest import small_tokenizer, trainer
-from tests.helpers import prompt_of, write_dialogues
-from tests.matrix import logits_of
-from tests.small_t5 import TOKENS, make_t5
+from tests.support.helpers import prompt_of, write_dialogues
+from tests.support.matrix import logits_of
+from tests.support.small_t5 import TOKENS, make_t5
 
 CODE = 'Say:\n\tx = {"a": `b`} if c < d ^ e else \\f and so on.'
 BOTH = ("decoder", "T5")

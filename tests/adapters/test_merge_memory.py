@@ -11,13 +11,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tests.helpers import ROOT, SLOWNESS
+from tests.support.helpers import ROOT, SLOWNESS
 
 SHARD = 50_000_000
 MERGE = """
 import sys
 from pathlib import Path
-from loop import merge
+from loop.adapters import merge
 small, flags = sys.argv[1:7], sys.argv[7:]
 own = Path("/proc/self")
 def read(name):

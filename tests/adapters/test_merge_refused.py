@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from data.errors import Fault, Stopped, UserError
-from loop.deltas import Change, read_changes
-from tests.test_merge import made, merged
+from loop.adapters.merge_rules import Change, read_changes
+from tests.adapters.test_merge import made, merged
 
 
 def rewritten(adapter: Path, **values: Any) -> None:

@@ -8,13 +8,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loop import merge, rounding
-from loop.adapter import load_base, read_adapter, with_adapter
-from loop.base_tensors import skeleton_of
-from loop.deltas import read_changes
-from loop.proof import examples_after, examples_of
-from loop.rounding import changed_layers, inputs_of, rounded
-from tests.helpers import write_dialogues
+from loop.adapters import merge, rounding
+from loop.adapters.adapter import load_base, read_adapter, with_adapter
+from loop.adapters.base_tensors import skeleton_of
+from loop.adapters.compare_logits import examples_after, examples_of
+from loop.adapters.merge_rules import read_changes
+from loop.adapters.rounding import changed_layers, inputs_of, rounded
+from tests.support.helpers import write_dialogues
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.kill_sweep import BACKENDS, dialogues, sweep
-from tests.helpers import adapter_of, launch, write_dialogues
+from tests.support.helpers import adapter_of, launch, write_dialogues
 
 # benchmarks/kill_sweep.py makes 200 kills, or as many as you like.
 KILLS = [

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from data.errors import Fault, UserError
-from loop.config import Config
-from loop.embedded import embedded_model
-from loop.output import is_finished
-from loop.settings import read_config
+from loop.checkpoint.run_folder import is_finished
+from loop.config.flags import Config
+from loop.config.load import read_config
+from loop.model.bundled_model import embedded_model
 from loop.utils import _check_saved
-from tests.helpers import adapter_of, log_of, write_dialogues
+from tests.support.helpers import adapter_of, log_of, write_dialogues
 
 Train = Callable[..., Path]
 

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from data.errors import Fault, Stopped, UserError
-from loop import checkpoint, launch, saver, state
-from loop.checkpoint import Damaged, check_room, list_folders, prune, verify
-from loop.leave import _told_disk
-from tests.helpers import log_of
-from tests.test_checkpoint import damage, same
+from loop.checkpoint import saver, storage
+from loop.checkpoint.storage import Damaged, check_room, list_folders, prune, verify
+from loop.distributed import launch, optimizer_state
+from loop.distributed.signals import _told_disk
+from tests.checkpoint.test_storage import damage, same
+from tests.support.helpers import log_of
 
 Train = Callable[..., Path]
 SIX = ("--max_steps", "6", "--lora_dropout", "0.3", "--logging_steps", "1", "--save_steps", "2")
@@ -119,17 +120,17 @@ def test_pruning_leaves_what_a_link_leads_to(tmp_path: Path) -> None:
     target = tmp_path / "elsewhere"
     for folder in (target, tmp_path / "checkpoint-3", tmp_path / "checkpoint-7"):
         folder.mkdir()
-        (folder / checkpoint.MANIFEST).touch()
+        (folder / storage.MANIFEST).touch()
     (tmp_path / "checkpoint-2").symlink_to(target)
     prune(tmp_path, 3, 1)
-    assert (target / checkpoint.MANIFEST).exists()
+    assert (target / storage.MANIFEST).exists()
     assert names(tmp_path) == ["checkpoint-7", "checkpoint-3"]  # 7 is of another run.
 
 
 def test_a_run_that_fitted_on_the_disk_may_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    each = 12 * 1_000_000 + checkpoint.SMALL
+    each = 12 * 1_000_000 + storage.SMALL
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * each))
     with pytest.raises(UserError, match="3 checkpoints"):
         check_room(tmp_path, 1_000_000, 10, 2)
@@ -164,7 +165,7 @@ def test_another_first_adapter_is_refused(train: Train, tmp_path: Path) -> None:
 
 def test_a_loss_scale_is_put_back_in_fp16_alone() -> None:
     other: Any = SimpleNamespace(mixed_precision="no", scaler=None)
-    state.put_loss_scale(other, object(), {"scale": 2.0})
+    optimizer_state.put_loss_scale(other, object(), {"scale": 2.0})
 
 
 def test_an_empty_folder_of_the_users_stays_and_the_first_error_is_told(

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from data.errors import Fault, UserError
-from loop import checkpoint, state
-from loop.checkpoint import Damaged, list_folders, verify
+from loop.checkpoint import storage
+from loop.checkpoint.storage import Damaged, list_folders, verify
+from loop.distributed import optimizer_state
 from tests.conftest import trainer
-from tests.helpers import ROOT, adapter_of, log_of
+from tests.support.helpers import ROOT, adapter_of, log_of
 
 Train = Callable[..., Path]
 DROPOUT = ("--lora_dropout", "0.3", "--logging_steps", "3", "--max_steps", "6")
@@ -112,7 +113,7 @@ def damage(file: Path, how: str) -> None:
 def test_every_file_cut_flipped_or_removed_is_found_out(saved: Path) -> None:
     folder = saved / "checkpoint-4"
     assert verify(folder).step == 4
-    for name in [*checkpoint.FILES, checkpoint.MANIFEST]:
+    for name in [*storage.FILES, storage.MANIFEST]:
         kept = (folder / name).read_bytes()
         for how in ("removed", "cut", "flipped"):
             damage(folder / name, how)
@@ -192,7 +193,7 @@ def test_a_newer_format_is_refused(saved: Path, train: Train) -> None:
     cut_off(saved, after=4)
     file = saved / "checkpoint-4/manifest.json"
     manifest = json.loads(file.read_text()) | {"format": 2}
-    manifest["manifest_sha256"] = checkpoint._own_sha256(manifest)
+    manifest["manifest_sha256"] = storage._own_sha256(manifest)
     file.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="written in format 2 by a newer"):
         train("run", *DROPOUT)
@@ -235,7 +236,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_older_checkpoints_stay(
     train: Train, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As under a quota, of which the file system says nothing.
-    monkeypatch.setattr(checkpoint, "check_room", lambda *_: None)
+    monkeypatch.setattr(storage, "check_room", lambda *_: None)
     (small_disk / "ballast").write_bytes(bytes(2_800_000))
     with pytest.raises(Fault, match=r"cannot be written: .*No space left on device"):
         train("run", "--output_dir", small_disk / "run", "--save_steps", "1", "--max_steps", "40")
@@ -248,14 +249,14 @@ def test_a_disk_that_fills_up_ends_the_run_and_older_checkpoints_stay(
 def test_weights_that_are_not_finite_are_not_saved(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    gather = state.trained_parameters
+    gather = optimizer_state.trained_parameters
 
     def spoilt(*arguments: Any, **more: Any) -> Any:
         found = gather(*arguments, **more)
         spoil = (tmp_path / "run/checkpoint-2").exists()
         return {name: tensor * torch.nan if spoil else tensor for name, tensor in found.items()}
 
-    monkeypatch.setattr(state, "trained_parameters", spoilt)
+    monkeypatch.setattr(optimizer_state, "trained_parameters", spoilt)
     with pytest.raises(Fault, match=r"step \d: .* is not finite"):
         train("run", *DROPOUT, "--save_steps", "2")
     assert all(verify(folder) for folder in list_folders(tmp_path / "run"))
@@ -272,7 +273,8 @@ def test_a_folder_that_another_run_writes_to_is_refused_with_its_owner(
 ) -> None:
     folder = tmp_path / "run"
     code = (
-        "import sys; from loop.config import Config; from loop.output import claimed\n"
+        "import sys; from loop.config.flags import Config\n"
+        "from loop.checkpoint.run_folder import claimed\n"
         f"with claimed(Config(output_dir={str(folder)!r})): print('held', flush=True); input()"
     )
     holder = subprocess.Popen(

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from data import clean, convert, split, stats
+from data.dialogues.formats import as_sharegpt
 from data.errors import BadRecord, Fault, UserError
-from data.files import read_records
-from data.formats import as_sharegpt
-from data.json_stream import CHUNK as CHUNK_OF_A_FILE
-from data.json_stream import DEEPEST, LARGEST
-from data.parallel import CHUNK, IN_FLIGHT, LARGE, characters, chunks, in_order
-from tests.helpers import dialogues_in
+from data.files.json_stream import CHUNK as CHUNK_OF_A_FILE
+from data.files.json_stream import DEEPEST, LARGEST
+from data.files.read import read_records
+from data.preparation import clean, convert, split, stats
+from data.preparation.parallel import CHUNK, IN_FLIGHT, LARGE, characters, chunks, in_order
+from tests.support.helpers import dialogues_in
 
 QUESTION = {"from": "human", "value": "How far away is the moon?"}
 GOOD = {"conversations": [QUESTION, {"from": "gpt", "value": "About 384,400 kilometres."}]}

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.encode import Example, encode_dialogues
-from loop.dealing import Limits, Part, deal, packed_tokens, padded_tokens
-from tests.helpers import dialogues_in
+from data.batching.balance import Limits, Part, deal, packed_tokens, padded_tokens
+from data.encoding.encode import Example, encode_dialogues
+from tests.support.helpers import dialogues_in
 
 
 def made(lengths: list[int], targets: list[int] | None = None) -> list[Example]:

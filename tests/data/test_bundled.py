@@ -4,9 +4,9 @@ import json
 import re
 from collections import Counter
 
-from data.make_dummy_conversation import make_dialogues
-from loop.config import DUMMY_DATA
-from tests.test_main_job import IDENTITY_QUESTIONS, PARIS
+from data.bundled.make import make_dialogues
+from loop.config.flags import DUMMY_DATA
+from tests.project.test_main_job import IDENTITY_QUESTIONS, PARIS
 
 
 def bare(text: str) -> str:

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from data import cache
-from data.encode import Example
+from data.dialogues.sharegpt import Tally
+from data.encoding import cache
+from data.encoding.encode import Example
 from data.errors import Fault, UserError
-from data.sharegpt import Tally
-from loop import prepare as preparing
-from loop.config import Config
-from tests.helpers import ROOT, adapter_of, write_dialogues
-from tests.test_pairs import LONG
+from loop.config.flags import Config
+from loop.inputs import training_data as preparing
+from tests.data.test_seq2seq import LONG
+from tests.support.helpers import ROOT, adapter_of, write_dialogues
 
 KEY = {"data": "a", "--seed": 1}
 EXAMPLES = [
@@ -81,21 +81,25 @@ def test_encoded_data_is_that_of_todays_code_and_libraries(
     monkeypatch.undo()
     code = tmp_path / "code"
     shutil.copytree(ROOT / "data", code)
-    monkeypatch.setattr(cache, "__file__", str(code / "cache.py"))
+    monkeypatch.setattr(cache, "ROOT", code)
     assert cache.read_cache(str(file), KEY) is not None
-    with (code / "templates.py").open("a") as opened:
+    with (code / "encoding/templates.py").open("a") as opened:
         opened.write("VICUNA_SYSTEM = 'Another.'\n")
     assert cache.read_cache(str(file), KEY) is None
     assert "made of another code; made anew" in capsys.readouterr().out
 
 
 def test_all_code_from_record_to_token_counts() -> None:
-    found, waiting = set[str](), ["sources", "encode", "pairs", "tokens"]
+    found, waiting = (
+        set[str](),
+        ["dialogues/sources", "encoding/encode", "encoding/seq2seq", "encoding/tokens"],
+    )
     while waiting:
         name = waiting.pop()
         found.add(name)
         text = (ROOT / f"data/{name}.py").read_text(encoding="utf-8")
-        waiting += {*re.findall(r"^ *from data\.(\w+) import", text, re.MULTILINE)} - found
+        used = re.findall(r"^ *from data\.([\w.]+) import", text, re.MULTILINE)
+        waiting += {module.replace(".", "/") for module in used} - found
     assert found == {*cache.CODE}
 
 
@@ -203,8 +207,8 @@ def test_a_place_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> 
 def test_four_processes_that_want_one_file_make_it_once(tiny_model: Path, tmp_path: Path) -> None:
     script = (
         "import sys\n"
-        "from loop.config import Config\n"
-        "from loop import prepare\n"
+        "from loop.config.flags import Config\n"
+        "from loop.inputs import training_data as prepare\n"
         "encode = prepare.encode_in_pieces\n"
         "prepare.encode_in_pieces = lambda *a: print('made') or encode(*a)\n"
         "kept = prepare.prepare(Config(sys.argv[1], preprocessed_path=sys.argv[2])).examples\n"

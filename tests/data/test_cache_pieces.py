@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from data.cache import in_memory, read_cache
-from data.encode import Example, encode_dialogues
+from data.dialogues.sharegpt import Dialogue, Tally, read_dialogues
+from data.encoding.cache import in_memory, read_cache
+from data.encoding.encode import Example, encode_dialogues
+from data.encoding.pieces import Encode, encode_in_pieces
+from data.encoding.seq2seq import PairLimits, encode_pairs
+from data.encoding.tokens import with_missing_characters
 from data.errors import Fault
-from data.pairs import PairLimits, encode_pairs
-from data.pieces import Encode, encode_in_pieces
-from data.sharegpt import Dialogue, Tally, read_dialogues
-from data.split import load_tokenizer
-from data.tokens import with_missing_characters
-from tests.helpers import ROOT, write_dialogues
+from data.preparation.split import load_tokenizer
+from tests.support.helpers import ROOT, write_dialogues
 
 KEY = {"data": "a"}
 SIZE = 30  # dialogues of a piece
@@ -137,9 +137,10 @@ def test_a_killed_run_leaves_pieces_that_the_next_one_takes(
 ) -> None:
     data = write_dialogues(tmp_path / "data.json", *[[f"Hi {n}", f"Yo {n}"] for n in range(4000)])
     code = (
-        "import sys; from data import pieces; from loop import prepare; from loop.config import "
-        "Config; from functools import partial; prepare.encode_in_pieces = "
-        "partial(pieces.encode_in_pieces, size=200); print(len(prepare.prepare(Config("
+        "import sys; from functools import partial; from data.encoding import pieces; "
+        "from loop.config.flags import Config; from loop.inputs import training_data as prepare; "
+        "prepare.encode_in_pieces = partial(pieces.encode_in_pieces, size=200); "
+        "print(len(prepare.prepare(Config("
         "model_name_or_path=sys.argv[1], data_path=(sys.argv[2],), "
         "preprocessed_path=sys.argv[3])).examples))"
     )

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from data.errors import UserError
-from loop.chat import ChatConfig, load_speaker
-from loop.config import Config
-from loop.output import is_finished
-from loop.prepare import prepare
-from loop.settings import read_config
+from loop.adapters.chat import ChatConfig, load_speaker
+from loop.checkpoint.run_folder import is_finished
+from loop.config.flags import Config
+from loop.config.load import read_config
+from loop.inputs.training_data import prepare
 from tests.conftest import trainer
-from tests.helpers import log_of, write_dialogues
+from tests.support.helpers import log_of, write_dialogues
 
 OWN = """{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|im_start|>me:
 {{ m.content }}<|im_end|>{% endgeneration %}{% else %}<|im_start|>you: {{ m.content }}<|im_end|>

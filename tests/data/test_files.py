@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from data.errors import BadRecord, UserError
-from data.files import read_records
+from data.files.read import read_records
 
 TEXTS = random.Random(0)
 RECORDS = [{"n": n, "text": f"{TEXTS.random()}"} for n in range(20_000)]

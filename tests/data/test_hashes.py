@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from data import hashes
 from data.errors import UserError
-from data.hashes import file_sha256
-from loop.config import Config
-from loop.data_files import data_sha256
-from tests.helpers import write_dialogues
+from data.files.hashes import file_sha256
+from data.files.read import hashes
+from loop.config.flags import Config
+from loop.inputs.data_files import data_sha256
+from tests.support.helpers import write_dialogues
 
 
 @pytest.fixture

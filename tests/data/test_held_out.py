@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from data.jobs import Result
-from data.journal import Journal
-from data.split import Settings, split
-from tests.test_split import record, run
+from data.preparation.job import Result
+from data.preparation.journal import Journal
+from data.preparation.split import Settings, split
+from tests.preparation.test_split import record, run
 
 
 def sources(file: Path) -> set[str]:

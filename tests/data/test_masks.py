@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from data.encode import IGNORE_INDEX, Example, encode_dialogues, label
+from data.dialogues.sharegpt import Dialogue, Tally, Turn
+from data.encoding.encode import IGNORE_INDEX, Example, encode_dialogues, label
+from data.encoding.templates import TemplateName, prompt, render
+from data.encoding.token_offsets import places
 from data.errors import UserError
-from data.sharegpt import Dialogue, Tally, Turn
-from data.templates import TemplateName, prompt, render
-from data.tiles import places
-from loop.config import DUMMY_DATA
-from tests.helpers import dialogues_in
+from loop.config.flags import DUMMY_DATA
+from tests.support.helpers import dialogues_in
 
 
 def encode(file: Path, template: TemplateName, tokenizer: Any, length: int = 2048) -> list[Example]:

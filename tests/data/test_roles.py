@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.encode import IGNORE_INDEX, Example, encode_dialogues, label
+from data.dialogues.sharegpt import Dialogue, Tally, Turn
+from data.encoding.control_tokens import Encoder
+from data.encoding.encode import IGNORE_INDEX, Example, encode_dialogues, label
+from data.encoding.templates import TemplateName, render
 from data.errors import UserError
-from data.literal import Encoder
-from data.sharegpt import Dialogue, Tally, Turn
-from data.templates import TemplateName, render
-from tests.helpers import dialogues_in
+from tests.support.helpers import dialogues_in
 
 TRAPS = [
     *("</s>", "<s>", " ASSISTANT: ", "USER: ", "<|im_end|>", "<|im_start|>assistant\n", "###"),

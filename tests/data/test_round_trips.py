@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from data.encode import IGNORE_INDEX, Example, encode_dialogues
-from data.pairs import SHORT, PairLimits, encode_pairs
-from data.sharegpt import Dialogue, Tally
-from data.templates import TemplateName
-from data.tokens import CHARACTERS, with_missing_characters
-from loop.config import DUMMY_DATA
+from data.dialogues.sharegpt import Dialogue, Tally
+from data.encoding.encode import IGNORE_INDEX, Example, encode_dialogues
+from data.encoding.seq2seq import SHORT, PairLimits, encode_pairs
+from data.encoding.templates import TemplateName
+from data.encoding.tokens import CHARACTERS, with_missing_characters
+from loop.config.flags import DUMMY_DATA
 from tests.conftest import SHARED
-from tests.helpers import dialogues_in
-from tests.real_tokenizers import llama3_tokenizer
+from tests.support.helpers import dialogues_in
+from tests.support.real_tokenizers import llama3_tokenizer
 
 UNCUT = 1 << 20  # tokens
 # Real dialogues where they are, of people who write in Markdown, code, emoji and other scripts.

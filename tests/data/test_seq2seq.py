@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from data.encode import Example
+from data.dialogues.sharegpt import Dialogue, Tally, Turn
+from data.encoding.encode import Example
+from data.encoding.seq2seq import SHORT, UNKNOWN, PairLimits, encode_pairs
+from data.encoding.templates import T5_SYSTEM, render
+from data.encoding.tokens import with_missing_characters
 from data.errors import UserError
-from data.pairs import SHORT, UNKNOWN, PairLimits, encode_pairs
-from data.sharegpt import Dialogue, Tally, Turn
-from data.templates import T5_SYSTEM, render
-from data.tokens import with_missing_characters
-from loop.config import DUMMY_DATA
-from tests.helpers import command, dialogues_in
-from tests.small_t5 import t5_tokenizer
+from loop.config.flags import DUMMY_DATA
+from tests.support.helpers import command, dialogues_in
+from tests.support.small_t5 import t5_tokenizer
 
 LIMITS = PairLimits(2048, 2048, keep_header=False)
 HEADER = T5_SYSTEM + "\n\n"

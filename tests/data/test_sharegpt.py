@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from data.errors import UserError
-from tests.helpers import dialogues_in
+from tests.support.helpers import dialogues_in
 
 GOOD = {
     "id": "a",

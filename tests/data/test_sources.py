@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
+from data.dialogues.sharegpt import Dialogue, Tally, Turn
+from data.dialogues.sources import Source, parse_source, weighted
 from data.errors import UserError
-from data.files import read_records
-from data.sharegpt import Dialogue, Tally, Turn
-from data.sources import Source, parse_source, weighted
-from loop.config import Config
-from loop.data_files import data_sha256
-from loop.prepare import prepare
-from tests.helpers import command, write_dialogues
-from tests.small_hub import small_hub
+from data.files.read import read_records
+from loop.config.flags import Config
+from loop.inputs.data_files import data_sha256
+from loop.inputs.training_data import prepare
+from tests.support.helpers import command, write_dialogues
+from tests.support.small_hub import small_hub
 
 
 def records(count: int) -> list[dict[str, Any]]:
@@ -121,7 +121,7 @@ def test_arrow_is_read_as_datasets_and_feather_write_it(tmp_path: Path) -> None:
     given = records(700)
     Dataset.from_list(given).save_to_disk(tmp_path / "saved")
     feather.write_feather(pa.Table.from_pylist(given), tmp_path / "rows.arrow", "uncompressed")
-    from data.files import find_files
+    from data.files.read import find_files
 
     saved = find_files([tmp_path / "saved"])
     assert [file.suffix for file in saved] == [".arrow"]

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.encode import label
-from data.literal import Encoder
-from data.sharegpt import Dialogue, Turn
-from data.templates import Rendered, TemplateName, render
-from data.tiles import Tiles
-from tests.helpers import dialogues_in
-from tests.test_roles import TRAPS
+from data.dialogues.sharegpt import Dialogue, Turn
+from data.encoding.control_tokens import Encoder
+from data.encoding.encode import label
+from data.encoding.templates import Rendered, TemplateName, render
+from data.encoding.token_offsets import Tiles
+from tests.data.test_roles import TRAPS
+from tests.support.helpers import dialogues_in
 
 ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 TEXT = st.lists(st.sampled_from([*TRAPS, "\u2581", "▁▁x", "e\u0301"]) | ANY, min_size=1, max_size=8)

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from tokenizers import Regex, normalizers
 
-from data.templates import T5_SYSTEM
-from data.tokens import CHARACTERS, with_fastchat_tokens, with_missing_characters
-from loop.config import DUMMY_DATA
-from tests.helpers import dialogues_in
-from tests.small_t5 import TOKENS, t5_tokenizer
+from data.encoding.templates import T5_SYSTEM
+from data.encoding.tokens import CHARACTERS, with_fastchat_tokens, with_missing_characters
+from loop.config.flags import DUMMY_DATA
+from tests.support.helpers import dialogues_in
+from tests.support.small_t5 import TOKENS, t5_tokenizer
 
 CODE = [
     'def f(x):\n    """Doc."""\n\treturn {"a": [1, 2], "b": x ** 2}\n',

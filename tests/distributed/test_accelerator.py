@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from data.errors import UserError
-from loop import backend, zero
-from loop.config import Config, decisive
-from loop.settings import read_config
-from loop.windows import Layout
-from tests.helpers import ROOT, command, log_of, write_dialogues
+from loop.config.flags import Config, decisive
+from loop.config.load import read_config
+from loop.distributed import accelerator, deepspeed_config
+from loop.inputs.windows import Layout
+from tests.support.helpers import ROOT, command, log_of, write_dialogues
 
 LAYOUT = Layout(0, 2, 4, 2, 16, 10, 30)
 TWO = {"zero_optimization": {"stage": 2}}
@@ -36,7 +36,7 @@ def refused(file: Path, values: Any, *flags: str) -> str:
     file.write_text(values if isinstance(values, str) else json.dumps(values))
     config = read_config(["--data_path", "x", "--deepspeed", str(file), *flags], Config)
     with pytest.raises(UserError) as error:
-        zero.complete(zero.zero_settings(config), config, LAYOUT)
+        deepspeed_config.complete(deepspeed_config.zero_settings(config), config, LAYOUT)
     return str(error.value)
 
 
@@ -113,9 +113,9 @@ def test_the_loops_own_values_fill_what_a_file_leaves_open(
     # The file's precision counts where neither a flag nor the accelerate config names one.
     launched.setenv("ACCELERATE_MIXED_PRECISION", "no")
     config = Config(deepspeed=str(file), max_grad_norm=0.3)
-    asked = zero.zero_settings(config)
-    backend._adopt_precision(asked, config)
-    values = zero.complete(asked, config, LAYOUT)
+    asked = deepspeed_config.zero_settings(config)
+    accelerator._adopt_precision(asked, config)
+    values = deepspeed_config.complete(asked, config, LAYOUT)
     assert config.precision == "bf16"
     assert values["bf16"]["enabled"] is True
     assert values["gradient_clipping"] == 0.3
@@ -124,7 +124,7 @@ def test_the_loops_own_values_fill_what_a_file_leaves_open(
     assert "train_batch_size" not in values
     section = values["zero_optimization"]
     assert section["overlap_comm"] is True
-    assert section["reduce_bucket_size"] == zero.BUCKET
+    assert section["reduce_bucket_size"] == deepspeed_config.BUCKET
     assert values["data_types"]["grad_accum_dtype"] == "fp32"
 
 
@@ -145,7 +145,7 @@ def test_an_accelerate_config_that_contradicts_a_flag_or_cannot_work_is_refused(
 ) -> None:
     launched.setenv(f"ACCELERATE_{name}", value)
     with pytest.raises(UserError, match=expected):
-        zero.complete(zero.zero_settings(Config()), Config(), LAYOUT)
+        deepspeed_config.complete(deepspeed_config.zero_settings(Config()), Config(), LAYOUT)
 
 
 def test_an_accelerate_configs_clipping_at_1_contradicts_another_max_grad_norm(
@@ -156,8 +156,13 @@ def test_an_accelerate_configs_clipping_at_1_contradicts_another_max_grad_norm(
     launched.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     config = Config(max_grad_norm=0.3)
     with pytest.raises(UserError, match=r"gradient_clipping 1\.0, --max_grad_norm is 0\.3"):
-        zero.complete(zero.zero_settings(config), config, LAYOUT)
-    assert zero.complete(zero.zero_settings(Config()), Config(), LAYOUT)["gradient_clipping"] == 1
+        deepspeed_config.complete(deepspeed_config.zero_settings(config), config, LAYOUT)
+    assert (
+        deepspeed_config.complete(deepspeed_config.zero_settings(Config()), Config(), LAYOUT)[
+            "gradient_clipping"
+        ]
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,20 +182,20 @@ def test_machines_launched_otherwise_are_told_apart_before_anything_is_built(
     launched: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    first = {**zero.launch_facts(Config()), **decisive(Config())}
+    first = {**deepspeed_config.launch_facts(Config()), **decisive(Config())}
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2, **(section or {})}}))
     for name, value in other.items():
         launched.setenv(name, value)
     config = Config(deepspeed=str(file) if section else None)
-    launched.setattr(backend, "PartialState", lambda: SimpleNamespace(num_processes=2))
-    launched.setattr(backend, "gather_object", lambda sent: [first, *sent])
-    launched.setattr(backend, "told_to_all", nullcontext)
+    launched.setattr(accelerator, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    launched.setattr(accelerator, "gather_object", lambda sent: [first, *sent])
+    launched.setattr(accelerator, "told_to_all", nullcontext)
     if expected is None:
-        backend.check_agreement(config, {})
+        accelerator.check_agreement(config, {})
     else:
         with pytest.raises(UserError, match=expected):
-            backend.check_agreement(config, {})
+            accelerator.check_agreement(config, {})
 
 
 @pytest.mark.parametrize("name", ["FSDP", "MEGATRON_LM"])
@@ -199,7 +204,7 @@ def test_other_ways_to_shard_are_refused_and_zero3_is_named(
 ) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     with pytest.raises(UserError, match=r"accelerate_configs/zero3\.yaml"):
-        backend.check_launch(Config())
+        accelerator.check_launch(Config())
 
 
 def test_more_ranks_than_gpus_and_bf16_without_support_are_refused(
@@ -214,9 +219,9 @@ def test_more_ranks_than_gpus_and_bf16_without_support_are_refused(
     with pytest.raises(
         UserError, match=r"found 2 ranks on a machine with 1 GPU; .*NUM_PROCESSES=1"
     ):
-        backend.join_ranks()
+        accelerator.join_ranks()
     with pytest.raises(UserError, match="found precision bf16 on Tesla T4"):
-        backend.check_launch(Config(bf16=True))
+        accelerator.check_launch(Config(bf16=True))
 
 
 def test_an_fsdp_config_is_one_message_within_seconds(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import psutil
 import pytest
 from torch.distributed import TCPStore
 
-from loop.checkpoint import list_folders, verify
-from tests.helpers import ROOT, log_of, write_dialogues
+from loop.checkpoint.storage import list_folders, verify
+from tests.support.helpers import ROOT, log_of, write_dialogues
 
 GONE_WITHIN = 60.0  # seconds
 LAUNCH = (
@@ -132,7 +132,11 @@ def is_connected(processes: list[psutil.Popen], port: int) -> bool:
 def test_ranks_started_again_do_not_call_those_that_are_gone() -> None:
     # As torchelastic's static rendezvous does it: one store, in the launcher, for all attempts.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    words = (sys.executable, "-c", "from loop.backend import join_ranks; join_ranks()")
+    words = (
+        sys.executable,
+        "-c",
+        "from loop.distributed.accelerator import join_ranks; join_ranks()",
+    )
     places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
     for attempt in ("0", "1"):
         ranks: list[psutil.Popen] = []

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from data.errors import UserError
-from loop.backend import check_launch
-from loop.config import Config
-from loop.settings import read_config
-from tests.test_doctor import CONFIGS, ZERO3, Doctor, deepspeed, doctor, right
+from loop.config.flags import Config
+from loop.config.load import read_config
+from loop.distributed.accelerator import check_launch
+from tests.doctor.test_doctor import CONFIGS, ZERO3, Doctor, deepspeed, doctor, right
 
 __all__ = ["doctor", "right"]  # fixtures
 

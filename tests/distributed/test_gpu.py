@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import adapter_of, command, launch, write_dialogues
+from tests.support.helpers import adapter_of, command, launch, write_dialogues
 
 EXACT = ["--mixed_precision", "no", "--lora_dropout", "0", "--learning_rate", "1e-2"]
 pytestmark = pytest.mark.gpu
@@ -66,7 +66,7 @@ def test_large_shapes_train_in_rows_of_long_dialogues(
 ) -> None:
     """Random weights in bf16; prints the table that benchmarks/RESULTS.md has a place for."""
     done = command(
-        *(sys.executable, "benchmarks/step_time.py", "--model", shape, "--kind", kind),
+        *(sys.executable, "benchmarks/step/run.py", "--model", shape, "--kind", kind),
         *("--precision", "bf16", "--data", "long", "--model_max_length", str(length)),
         *("--batch", "4", "--steps", "6", "--runs", "1", "--systems", "bare", "loop", "trl"),
         seconds=1800,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, SLOWNESS, adapter_of, launch, warm, write_dialogues
+from tests.support.helpers import ROOT, SLOWNESS, adapter_of, launch, warm, write_dialogues
 
 pytestmark = pytest.mark.slow
 EXACT = ["--mixed_precision", "no", "--lora_dropout", "0", "--learning_rate", "1e-2"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import adapter_of, write_dialogues
-from tests.matrix import BACKENDS, TOLERANCE, Train, held, log_in, logits_of, trainings
+from tests.support.helpers import adapter_of, write_dialogues
+from tests.support.matrix import BACKENDS, TOLERANCE, Train, held, log_in, logits_of, trainings
 
 # What is trained beside LoRA's matrices, so that every choice is saved under ZeRO-3 too.
 BIAS = {"LoRA": "all", "QLoRA": "lora_only"}

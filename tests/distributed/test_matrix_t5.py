@@ -8,9 +8,17 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from benchmarks.kill_sweep import dialogues, sweep
-from tests.helpers import adapter_of, write_dialogues
-from tests.matrix import TOLERANCE, Train, held, log_in, logits_of, share_all_file, trainings
-from tests.small_t5 import TOKENS, joined_shards, make_t5
+from tests.support.helpers import adapter_of, write_dialogues
+from tests.support.matrix import (
+    TOLERANCE,
+    Train,
+    held,
+    log_in,
+    logits_of,
+    share_all_file,
+    trainings,
+)
+from tests.support.small_t5 import TOKENS, joined_shards, make_t5
 
 QUICK = [("LoRA", "zero3"), ("QLoRA", "zero2")]
 KINDS = [

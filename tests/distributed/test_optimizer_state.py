@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from loop.state import loss_scale, put_loss_scale
+from loop.distributed.optimizer_state import loss_scale, put_loss_scale
 
 
 def plain(scale: float) -> Any:

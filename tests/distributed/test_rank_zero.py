@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from loop import show
-from loop.quiet import quiet, quiet_deepspeed
-from tests.helpers import command, write_dialogues
+from loop.distributed.rank_zero import quiet, quiet_deepspeed
+from loop.doctor import show
+from tests.support.helpers import command, write_dialogues
 
 Train = Callable[..., Path]
 # Each line that a run prints, in this order; of these the notes may be missing.

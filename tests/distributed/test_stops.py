@@ -12,11 +12,11 @@ import psutil
 import pytest
 
 from data.errors import Fault, Stopped
-from loop import checkpoint
 from loop import train as training
-from loop.checkpoint import list_folders, verify
-from tests.helpers import ROOT, adapter_of, log_of, start, write_dialogues
-from tests.test_checkpoint import same
+from loop.checkpoint import storage
+from loop.checkpoint.storage import list_folders, verify
+from tests.checkpoint.test_storage import same
+from tests.support.helpers import ROOT, adapter_of, log_of, start, write_dialogues
 
 Train = Callable[..., Path]
 SIX = ("--max_steps", "6", "--lora_dropout", "0.3", "--logging_steps", "1")
@@ -55,7 +55,7 @@ def test_a_signal_is_answered_after_the_step_and_the_run_can_go_on(
 def test_a_request_during_a_save_is_answered_after_the_next_step(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, asked = checkpoint.write, threading.Event()
+    write, asked = storage.write, threading.Event()
 
     def interrupted(*arguments: Any) -> None:
         if not asked.is_set():
@@ -63,7 +63,7 @@ def test_a_request_during_a_save_is_answered_after_the_next_step(
             asked.set()
         write(*arguments)
 
-    monkeypatch.setattr(checkpoint, "write", interrupted)
+    monkeypatch.setattr(storage, "write", interrupted)
     at_step(3, asked.wait, monkeypatch)
     with pytest.raises(Stopped, match="checkpoint-3 is saved"):
         train("run", *SIX, "--save_steps", "2")

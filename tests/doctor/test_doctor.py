@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from data.errors import UserError
-from loop.doctor import main
-from tests.helpers import ROOT, SLOWNESS, command, write_dialogues
+from loop.doctor.command import main
+from tests.support.helpers import ROOT, SLOWNESS, command, write_dialogues
 
 Doctor = Callable[..., list[str]]
 CONFIGS = ROOT / "accelerate_configs"

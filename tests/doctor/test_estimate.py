@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from data.errors import UserError
-from loop import estimate
-from loop.cpu import replace_dropout
-from loop.doctor import main
-from loop.doctor_flags import DoctorConfig
-from loop.estimate import kept_activations, layer_activations, layer_backward, memory
-from loop.model import leave_inputs
-from loop.overview import counts, launch, overview, setting
-from loop.run import Run
-from loop.shape import Shape, backends, read_backend, read_shape
-from loop.traffic import sent
-from tests.helpers import ROOT
+from loop.doctor.command import main
+from loop.doctor.flags import DoctorConfig
+from loop.doctor.memory import estimate
+from loop.doctor.memory.estimate import kept_activations, layer_activations, layer_backward, memory
+from loop.doctor.memory.run import Run
+from loop.doctor.memory.shape import Shape, backends, read_backend, read_shape
+from loop.doctor.memory.table import counts, launch, overview, setting
+from loop.doctor.memory.traffic import sent
+from loop.model.cpu import replace_dropout
+from loop.model.load import leave_inputs
+from tests.support.helpers import ROOT
 
 DOCS = ROOT / "docs" / "scaling.md"
 TINY = {
@@ -66,7 +66,7 @@ def run(shape: Shape, name: str, ranks: int = 8, **values: Any) -> Run:
 
 
 def built(base: str, config: DoctorConfig, **lora: Any) -> Any:
-    """Return a real model with peft's adapter, as loop/model.py injects it."""
+    """Return a real model with peft's adapter, as loop/model/load.py injects it."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -11,19 +11,21 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from data.collate import MicroBatch
+from data.batching.collate import MicroBatch
 from data.errors import UserError
-from loop import estimate_t5, fp32, outlook
-from loop.cpu import replace_dropout
-from loop.doctor import main
-from loop.doctor_flags import DoctorConfig
-from loop.estimate import activations, base_weights, scales
-from loop.model import DTYPES, leave_inputs
-from loop.objective import supervised_loss_sum
-from loop.quantize import four_bit
-from loop.run import Run, Size
-from loop.shape import backends, read_shape
-from tests.helpers import ROOT
+from loop.doctor import forecast
+from loop.doctor.command import main
+from loop.doctor.flags import DoctorConfig
+from loop.doctor.memory import estimate_t5
+from loop.doctor.memory.estimate import activations, base_weights, scales
+from loop.doctor.memory.run import Run, Size
+from loop.doctor.memory.shape import backends, read_shape
+from loop.model import fp32
+from loop.model.cpu import replace_dropout
+from loop.model.load import DTYPES, leave_inputs
+from loop.model.quantization import four_bit
+from loop.training.loss import supervised_loss_sum
+from tests.support.helpers import ROOT
 
 SMALL = {"vocab_size": 100, "d_model": 64, "d_kv": 16, "d_ff": 160, "num_heads": 4}
 LARGER = {"vocab_size": 1000, "d_model": 128, "d_kv": 32, "d_ff": 512, "num_heads": 4}
@@ -42,7 +44,7 @@ def t5(folder: Path, layers: tuple[int, int], **values: Any) -> Any:
 
 
 def built(folder: Path, config: DoctorConfig, name: str = "single_gpu") -> Any:
-    """Return a T5 with peft's adapter, loaded and set up as loop/model.py does on a CPU."""
+    """Return a T5 with peft's adapter, loaded and set up as loop/model/load.py does on a CPU."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
@@ -226,15 +228,15 @@ def test_on_a_gpu_attention_s_weights_are_not_kept_and_autocast_s_powers_are_wid
 def test_the_micro_batch_that_takes_most_is_not_the_one_with_most_tokens(tmp_path: Path) -> None:
     base_config = t5(tmp_path, (2, 2), **FLAN)
     model: Any = SimpleNamespace(unlike="", bare=None, base_config=base_config)
-    from loop.shape import bare_model
+    from loop.doctor.memory.shape import bare_model
 
     config = DoctorConfig(mixed_precision="bf16")
     model.bare = bare_model(str(tmp_path), base_config, config)
     many, long = Size(16, 60, 10), Size(1, 1000, 10)
-    ahead = outlook.Outlook(1e5, frozenset({many, long}), 0.3)
+    ahead = forecast.Outlook(1e5, frozenset({many, long}), 0.3)
     backend = next(backend for backend in backends() if backend.name == "single_gpu")
     prepared: Any = SimpleNamespace(new_tokens=[])
-    found = outlook.largest_run(model, prepared, backend, 1, ahead, config)
+    found = forecast.largest_run(model, prepared, backend, 1, ahead, config)
     assert found
     assert many.tokens > long.tokens
     assert found.size == long
@@ -263,14 +265,14 @@ def test_the_doctor_tells_a_t5_s_memory_by_part(
     tiny_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[Any] = []
-    original: Callable[..., Any] = outlook.memory_rows
+    original: Callable[..., Any] = forecast.memory_rows
 
     def keep(*values: Any) -> Any:
         found = original(*values)
         rows.extend(found[0])
         return found
 
-    monkeypatch.setattr(outlook, "memory_rows", keep)
+    monkeypatch.setattr(forecast, "memory_rows", keep)
     words = ["--model_name_or_path", str(tiny_t5), "--output_dir", str(tmp_path / "run")]
     alone = str(ROOT / "accelerate_configs" / "cpu.yaml")
     main([*words, "--accelerate_config", alone, "--report_to", "none"])

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from loop import outlook
-from loop.config import Config
-from loop.optim import lr_at
-from loop.prepare import prepare
-from loop.trial import Trial
-from loop.windows import plan_layout, windows
-from tests.helpers import ROOT, command, write_dialogues
-from tests.test_doctor import Doctor, doctor, right
-from tests.test_estimate import llama
+from loop.config.flags import Config
+from loop.doctor import forecast
+from loop.doctor.trial import Trial
+from loop.inputs.training_data import prepare
+from loop.inputs.windows import plan_layout, windows
+from loop.training.optim import lr_at
+from tests.doctor.test_doctor import Doctor, doctor, right
+from tests.doctor.test_estimate import llama
+from tests.support.helpers import ROOT, command, write_dialogues
 
 __all__ = ["doctor", "right"]  # fixtures
 
@@ -69,7 +69,7 @@ def test_tokens_and_the_largest_micro_batch_are_those_of_the_windows(
     layout = plan_layout(
         config, 23, SimpleNamespace(process_index=0, num_processes=2), prepared.packed
     )
-    found = outlook.outlook_of(prepared, layout, config)
+    found = forecast.outlook_of(prepared, layout, config)
     collate = replace(prepared.collator, sharing=False)
     everything = [*windows(prepared.examples, layout, config.seed, collate)]
     other = plan_layout(
@@ -91,8 +91,8 @@ def test_the_curve_is_the_learning_rate_of_each_step() -> None:
     config = Config(learning_rate=1.0, warmup_ratio=0.5)
     layout = plan_layout(config, 64, SimpleNamespace(process_index=0, num_processes=1))
     assert layout.total_steps == 24
-    ahead = outlook.Outlook(1000.0, frozenset(), 0.5)
-    *_, (name, text) = outlook.step_rows(layout, ahead, 64, config)
+    ahead = forecast.Outlook(1000.0, frozenset(), 0.5)
+    *_, (name, text) = forecast.step_rows(layout, ahead, 64, config)
     top, *lines, axis = text.splitlines()
     assert (name, top) == ("learning rate", "cosine, 1.00e+00 at most, warm-up: 12 steps")
     heights = [sum(" ▁▂▃▄▅▆▇█".index(line[1 + step]) for line in lines) for step in range(24)]
@@ -103,9 +103,9 @@ def test_the_curve_is_the_learning_rate_of_each_step() -> None:
 def test_time_is_the_tokens_over_the_trials_rate() -> None:
     config = Config()
     layout = plan_layout(config, 64, SimpleNamespace(process_index=0, num_processes=1))
-    ahead = outlook.Outlook(90_000.0, frozenset(), 0.5)
+    ahead = forecast.Outlook(90_000.0, frozenset(), 0.5)
     trial = Trial(startup=5.0, step=2.0, tokens_per_second=50.0, peak=2.0**30)
-    rows = dict(outlook.time_rows(trial, layout, ahead, 2.0**29))
+    rows = dict(forecast.time_rows(trial, layout, ahead, 2.0**29))
     assert rows["the run"].startswith("about 30 min 0 s;")
     assert rows["peak memory"].endswith("estimated 0.50 GiB")
 
@@ -184,7 +184,7 @@ def test_a_new_folder_is_called_new_where_the_checkpoint_named_is_not_there(
 def output(doctor: Doctor, *flags: str) -> str:
     """Return what the report says of the output folder."""
     found: list[str] = []
-    original = outlook.disk_rows
+    original = forecast.disk_rows
 
     def keep(*values: Any) -> Any:
         rows, mistakes = original(*values)
@@ -192,7 +192,7 @@ def output(doctor: Doctor, *flags: str) -> str:
         return rows, mistakes
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outlook, "disk_rows", keep)
+        patch.setattr(forecast, "disk_rows", keep)
         assert doctor(*flags) == []
     return found[0]
 
@@ -213,7 +213,7 @@ def test_wandbs_login_is_looked_for(
     monkeypatch.setenv("HOME", str(tmp_path))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    ((kind, text),) = outlook.tracker_rows(Config(report_to=("wandb",)))
+    ((kind, text),) = forecast.tracker_rows(Config(report_to=("wandb",)))
     assert kind == "wandb"
     assert text.startswith(expected)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.support.helpers import ROOT
 
 NAME = "SmolLM2-135M-Instruct"
 
@@ -23,7 +23,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def convert(copy: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "loop.embedded"]
+    command = [sys.executable, "-m", "loop.model.bundled_model"]
     return subprocess.Popen(command, cwd=copy, stdout=subprocess.PIPE, text=True)
 
 

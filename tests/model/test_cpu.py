@@ -8,10 +8,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from loop import model as loading
 from loop import train as training
-from loop.cpu import LEVELS, Dropout, replace_dropout
-from tests.helpers import command
+from loop.model import load as loading
+from loop.model.cpu import LEVELS, Dropout, replace_dropout
+from tests.support.helpers import command
 
 Train = Callable[..., Path]
 
@@ -99,7 +99,7 @@ def test_a_run_on_a_cpu_has_it_unless_it_is_compiled(
 
 FREES = """
 import resource, sys, torch
-from loop.cpu import keep_memory
+from loop.model.cpu import keep_memory
 if sys.argv[1] == "kept":
     keep_memory()
 for turn in range(30):

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config
 
-from loop.new_tokens import grow, places
-from loop.targets import target_names
+from loop.model.lora_targets import target_names
+from loop.model.new_tokens import grow, places
 
 # google/flan-t5-*'s config.json: d_model, d_kv, d_ff, layers of each side, heads.
 SHAPES = {

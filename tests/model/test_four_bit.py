@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from data.errors import UserError
-from loop.config import Config
-from loop.quantize import check_quantization
-from tests.helpers import command
+from loop.config.flags import Config
+from loop.model.quantization import check_quantization
+from tests.support.helpers import command
 
 NF4 = {
     "quant_method": "bitsandbytes",
@@ -69,9 +69,9 @@ def test_a_4_bit_model_keeps_its_own_settings_without_a_warning(
 import sys, torch, warnings
 from types import SimpleNamespace
 from transformers import AutoConfig, AutoModelForCausalLM
-from loop.config import Config
-from loop.model import _load_base
-from loop.quantize import four_bit
+from loop.config.flags import Config
+from loop.model.load import _load_base
+from loop.model.quantization import four_bit
 warnings.filterwarnings("error", message=".*quantization_config.*")
 settings = four_bit(torch.float32)
 settings.bnb_4bit_quant_storage = torch.uint8

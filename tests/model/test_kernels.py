@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from loop import kernels
-from tests.helpers import command
+from loop.model import kernels
+from tests.support.helpers import command
 
 KEPT = Path.home() / ".cache/lora-loop/liger"
 PACKAGES = ("liger-kernel==0.8.5", "triton==3.9.0")
@@ -35,7 +35,7 @@ def folder() -> Path:
 
 def compared(folder: Path, kind: str, activation: str) -> dict[str, Any]:
     done = command(
-        *(sys.executable, "tests/kernels_on_cpu.py", kind, activation),
+        *(sys.executable, "tests/support/kernels_on_cpu.py", kind, activation),
         TRITON_INTERPRET="1",
         PYTHONPATH=str(folder),
         LORA_LOOP_WARM="",

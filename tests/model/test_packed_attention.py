@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from loop.attention import BF16_PAYS, Row, per_example
+from loop.model.packed_attention import BF16_PAYS, Row, per_example
 
 SHORT, LONG = 30, BF16_PAYS
 

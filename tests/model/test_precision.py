@@ -9,7 +9,7 @@ import torch
 
 from data.errors import UserError
 from loop import train as training
-from tests.helpers import log_of
+from tests.support.helpers import log_of
 
 Train = Callable[..., Path]
 

@@ -13,19 +13,20 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from data.collate import collate_pairs
+from data.batching.collate import collate_pairs
+from data.encoding.tokens import CHARACTERS
 from data.errors import UserError
-from data.tokens import CHARACTERS
-from loop import new_tokens, output
-from loop.chat import ChatConfig, load_speaker
-from loop.config import Config
-from loop.non_lora import save_non_lora
-from loop.objective import supervised_loss_sum
-from loop.prepare import prepare
+from loop.adapters.chat import ChatConfig, load_speaker
+from loop.checkpoint import run_folder
+from loop.checkpoint.full_model import save_non_lora
+from loop.config.flags import Config
+from loop.inputs.training_data import prepare
+from loop.model import new_tokens
+from loop.training.loss import supervised_loss_sum
 from tests.conftest import trainer
-from tests.helpers import adapter_of, log_of, prompt_of, write_dialogues
-from tests.small_t5 import TOKENS, joined_shards, make_t5
-from tests.test_pairs import LONG
+from tests.data.test_seq2seq import LONG
+from tests.support.helpers import adapter_of, log_of, prompt_of, write_dialogues
+from tests.support.small_t5 import TOKENS, joined_shards, make_t5
 
 CODE = 'Say:\n\tx = {"a": `b`} if c < d ^ e else \\f and so on.'
 NEW = [*range(TOKENS, TOKENS + len(CHARACTERS))]
@@ -162,7 +163,7 @@ def test_the_base_whole_or_in_shards_and_the_adapter_give_the_trained_model(
     base = AutoModelForSeq2SeqLM.from_pretrained(tiny_t5)
     found = base.load_state_dict(state, strict=False)
     assert not found.unexpected_keys
-    monkeypatch.setattr(output, "save_non_lora", partial(save_non_lora, shard=50_000))
+    monkeypatch.setattr(run_folder, "save_non_lora", partial(save_non_lora, shard=50_000))
     parts = train("parts", "--save_non_lora_state", "all")
     joined = joined_shards(parts, tiny_t5, parts / "alone")
     assert {*joined} == {*state, *found.missing_keys}
@@ -228,7 +229,7 @@ def test_chat_answers_with_the_reloaded_model(tiny_t5: Path, train: Train) -> No
     folder = train("run", "--max_steps", "60", "--learning_rate", "3e-2")
     assert log_of(folder)[-1]["loss"] < log_of(folder)[0]["loss"] - 1
     speaker = load_speaker(ChatConfig(adapter=(str(folder),), max_new_tokens=40))
-    from data.sharegpt import Turn
+    from data.dialogues.sharegpt import Turn
 
     answer = speaker.answer((Turn("user", "Show me."),))
     assert answer

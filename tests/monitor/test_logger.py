@@ -9,7 +9,7 @@ import pytest
 
 from data.errors import Stopped
 from tests.conftest import trainer
-from tests.helpers import command, log_of, write_dialogues
+from tests.support.helpers import command, log_of, write_dialogues
 
 BLOCK = 32768
 

@@ -10,9 +10,9 @@ import torch
 
 from data.errors import Fault
 from loop import train as training
-from loop.checkpoint import list_folders
-from tests.helpers import adapter_of, command, launch, log_of, write_dialogues
-from tests.test_checkpoint import cut_off, same
+from loop.checkpoint.storage import list_folders
+from tests.checkpoint.test_storage import cut_off, same
+from tests.support.helpers import adapter_of, command, launch, log_of, write_dialogues
 
 Train = Callable[..., Path]
 FLAGS = ("--max_steps", "6", "--lr_scheduler_type", "constant", "--seed", "1")
@@ -90,7 +90,7 @@ import sys
 sys.path.insert(0, {root!r})
 import torch
 from loop import train
-from loop.leave import run_and_exit
+from loop.distributed.signals import run_and_exit
 loss_sum, calls = train.supervised_loss_sum, []
 def broken(*arguments):
     calls.append(1)
@@ -112,7 +112,7 @@ def test_what_is_bad_on_one_rank_is_left_out_on_all(
 ) -> None:
     data = write_dialogues(tmp_path / "data.json", ["Hi", "Yo there"], ["Hi", "Yo there"])
     script = tmp_path / "broken.py"
-    script.write_text(BROKEN.format(root=str(Path(__file__).resolve().parent.parent)))
+    script.write_text(BROKEN.format(root=str(Path(__file__).resolve().parents[2])))
     flags: list[str | Path] = ["--model_name_or_path", tiny_model, "--data_path", data]
     flags += ["--mixed_precision", precision, "--learning_rate", "1e-2", "--lora_dropout", "0"]
     flags += ["--global_batch_size", "2", "--lr_scheduler_type", "constant", "--logging_steps", "1"]

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from data.errors import Stopped, UserError
-from loop import checkpoint, plot, tracking
-from loop.curves import read_runs
-from loop.picture import draw, draw_at_end, page, running_mean
-from tests.browser import needs_chromium, opened
-from tests.helpers import ROOT, command, log_of
+from loop.checkpoint import storage
+from loop.monitor import logger, plot
+from loop.monitor.history import read_runs
+from loop.monitor.plots import draw, draw_at_end, page, running_mean
+from tests.support.browser import needs_chromium, opened
+from tests.support.helpers import ROOT, command, log_of
 
 Train = Callable[..., Path]
 Entries = list[dict[str, Any]]
@@ -70,10 +71,10 @@ def test_a_run_that_is_stopped_is_drawn_once_its_checkpoint_is_safe(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def drawn(folder: Path) -> None:
-        assert checkpoint.verify(folder / "checkpoint-1").step == 1
+        assert storage.verify(folder / "checkpoint-1").step == 1
         draw_at_end(folder)
 
-    monkeypatch.setattr(tracking, "draw_at_end", drawn)
+    monkeypatch.setattr(logger, "draw_at_end", drawn)
     with pytest.raises(Stopped):
         train("run", "--max_minutes", "1e-6")
     assert (tmp_path / "run/training_curves.png").read_bytes().startswith(b"\x89PNG\r\n")
@@ -98,9 +99,9 @@ def test_a_run_that_cannot_be_drawn_ends_all_the_same(
 
 
 def test_matplotlib_is_imported_only_when_something_is_drawn() -> None:
-    tree = ast.parse((ROOT / "loop/picture.py").read_text())
+    tree = ast.parse((ROOT / "loop/monitor/plots.py").read_text())
     at_once = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert "matplotlib" in (ROOT / "loop/picture.py").read_text()
+    assert "matplotlib" in (ROOT / "loop/monitor/plots.py").read_text()
     assert not [node for node in at_once if "matplotlib" in ast.unparse(node)]
 
 

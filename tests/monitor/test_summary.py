@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from data.errors import Stopped
-from loop.config import Config
-from loop.saver import TIME_IS_OVER, Saver
-from loop.settings import read_config
-from loop.summary import Spent, summary
-from tests.helpers import log_of
+from loop.checkpoint.saver import TIME_IS_OVER, Saver
+from loop.config.flags import Config
+from loop.config.load import read_config
+from loop.monitor.summary import Spent, summary
+from tests.support.helpers import log_of
 
 Train = Callable[..., Path]
 SPENT = Spent(3723.4, 5_000_000, 1_234_567, 8, on_gpus=True)

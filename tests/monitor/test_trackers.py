@@ -10,14 +10,14 @@ import pytest
 from accelerate import PartialState
 
 from data.errors import Stopped, UserError
-from loop import preflight, settings
-from loop.config import Config
-from loop.resume import Start
-from loop.trackers import Trackers, summary
-from loop.windows import Layout
+from loop.checkpoint.resume import Start
+from loop.config import load, preflight
+from loop.config.flags import Config
+from loop.inputs.windows import Layout
+from loop.monitor.trackers import Trackers, summary
 from tests.conftest import trainer
-from tests.helpers import ROOT, command, log_of, write_dialogues
-from tests.test_tracking import read_wandb
+from tests.monitor.test_logger import read_wandb
+from tests.support.helpers import ROOT, command, log_of, write_dialogues
 
 ROWS = [
     {"prompt": "Who are you?", "answer": "I'm | <b>Vireo</b>,\nwith `code`."},
@@ -148,7 +148,7 @@ def scripted(folder: Path, kind: str, lines: str, **env: str) -> str:
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from pathlib import Path\n"
-        "from tests.test_trackers import HISTORY, ROWS, trackers\n"
+        "from tests.monitor.test_trackers import HISTORY, ROWS, trackers\n"
         f"made = trackers(Path({str(folder / 'run')!r}), {kind!r})\n{lines}\n"
     )
     done = command("python", script, **env)
@@ -232,7 +232,7 @@ def test_trackers_that_cannot_be_are_named_before_the_run(
     flags: tuple[str, ...], told: str
 ) -> None:
     with pytest.raises(UserError, match=told):
-        settings.read_config(flags, Config)
+        load.read_config(flags, Config)
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_the_run(

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from data.errors import UserError
-from loop import dashboard
-from loop.trackers import SAMPLES
-from tests.helpers import command, log_of
+from loop.monitor import wandb_workspace
+from loop.monitor.trackers import SAMPLES
+from tests.support.helpers import command, log_of
 
 NOT_IN_EVERY_RUN = {"eval/loss"}
 
@@ -61,12 +61,12 @@ def test_wandbs_own_library_reads_the_workspace_back(spec: Any) -> None:
 
     read = WorkspaceViewspec.model_validate_json(json.dumps(spec))
     view = View(entity="e", project="p", display_name="n", name="x", id="", spec=read)
-    (made, again) = (dashboard.workspace("e", "p", "n"), Workspace._from_model(view))
+    (made, again) = (wandb_workspace.workspace("e", "p", "n"), Workspace._from_model(view))
     for one, other in zip(made.sections, again.sections, strict=True):
         assert (one.name, len(one.panels)) == (other.name, len(other.panels))
     panels = again.sections[0].panels
     drawn = [[metric.name for metric in panel.y] for panel in panels]
-    assert drawn == [[*keys] for keys in dashboard.GROUPS["Loss"].values()]
+    assert drawn == [[*keys] for keys in wandb_workspace.GROUPS["Loss"].values()]
 
 
 def test_what_is_missing_is_named_and_nothing_is_asked_for(
@@ -79,7 +79,7 @@ def test_what_is_missing_is_named_and_nothing_is_asked_for(
 
     def refused(told: str, *words: str) -> None:
         with pytest.raises(UserError, match=re.escape(told)):
-            dashboard.main(words)
+            wandb_workspace.main(words)
 
     refused("--entity: found none")
     refused("found no login to wandb; expected one. Run wandb login", "--entity", "e")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from data import clean
-from data.clean import RULES, Settings
 from data.errors import BadRecord, UserError
-from tests.helpers import ROOT, write_dialogues
+from data.preparation import clean
+from data.preparation.clean import RULES, Settings
+from tests.support.helpers import ROOT, write_dialogues
 
 ALL = Settings(tuple(RULES), ("as an ai language model, i", "network error"))
 QUESTION = "How do I sort a list in Python?"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data import clean
-from data.clean import RULES, STEPS, Settings
+from data.preparation import clean
+from data.preparation.clean import RULES, STEPS, Settings
 
 QUESTION = "How do I sort a list in Python?"
 EXPORTED = (

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from data.convert import main
+from data.dialogues.formats import ROLES, as_sharegpt, turn_roles
 from data.errors import BadRecord, UserError
-from data.formats import ROLES, as_sharegpt, turn_roles
-from tests.helpers import dialogues_in
+from data.preparation.convert import main
+from tests.support.helpers import dialogues_in
 
 
 def texts(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -209,7 +209,7 @@ def test_a_tree_without_an_answer_is_counted_and_one_of_no_use_named(tmp_path: P
 
 
 def test_a_tree_deeper_than_the_interpreters_stack_is_read(tmp_path: Path) -> None:
-    from data.convert import _from_tree
+    from data.preparation.convert import _from_tree
 
     tree = message("assistant", "end")
     for number in range(4001):

@@ -13,10 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
-from data import clean, convert, jobs, parallel, stats
 from data.errors import UserError
-from data.parallel import chunks, in_order
-from tests.helpers import ROOT, write_dialogues
+from data.preparation import clean, convert, job, parallel, stats
+from data.preparation.parallel import chunks, in_order
+from tests.support.helpers import ROOT, write_dialogues
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -86,7 +86,7 @@ def test_ctrl_c_that_another_thread_takes_waits_until_the_processes_have_started
 def test_a_second_run_of_one_output_is_told_of_the_first(tmp_path: Path) -> None:
     data, out = dialogues(tmp_path, 1), tmp_path / "out.jsonl"
     words = [sys.executable, "-m", "data", "convert", "--in", data, "--out", out]
-    with jobs._claimed(out):
+    with job._claimed(out):
         second = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         assert second.returncode == 2
         assert second.stderr == f"error: --out {out}: another run is writing it.\n"

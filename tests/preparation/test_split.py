@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.encode import encode_dialogues
+from data.dialogues.sharegpt import Dialogue, Tally, Turn
+from data.encoding.encode import encode_dialogues
+from data.encoding.seq2seq import NO_LIMIT, encode_pairs
+from data.encoding.tokenizer import load_tokenizer
 from data.errors import UserError
-from data.pairs import NO_LIMIT, encode_pairs
-from data.sharegpt import Dialogue, Tally, Turn
-from data.split import Settings, bytewise, main, split
-from data.tokenizer import load_tokenizer
-from tests.helpers import dialogues_in
+from data.preparation.split import Settings, bytewise, main, split
+from tests.support.helpers import dialogues_in
 
 HUGE = 1 << 30
 NAMES: dict[str, Any] = {"human": "user", "gpt": "assistant", "tool": "tool"}

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.peers import is_made
-from tests.helpers import command
+from benchmarks.peers.environments import is_made
+from tests.support.helpers import command
 
 STEPS, WARM_UP = 4, 1
 PARTS = ("--tiny", "--runs", "1", "--steps", str(STEPS), "--warm_up", str(WARM_UP), "--batch", "3")
@@ -23,7 +23,7 @@ COLUMNS = {
 def measure(folder: Path, *flags: str) -> tuple[list[dict[str, str]], dict[str, Any]]:
     """Run the command; return its table's rows by their columns, and what it kept."""
     kept = folder / "kept.json"
-    words = ("benchmarks/step_time.py", *PARTS, "--json", kept, "--config", "cpu", *flags)
+    words = ("benchmarks/step/run.py", *PARTS, "--json", kept, "--config", "cpu", *flags)
     done = command(sys.executable, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.strip("| ") for line in done.stdout.splitlines() if line.startswith("|")]
@@ -78,7 +78,9 @@ def test_the_bare_loops_losses_are_this_projects(measured: Any) -> None:
 
 def test_the_bare_loop_and_this_one_take_the_same_steps_in_turns() -> None:
     words = ("--model", "tiny", "--steps", "12")
-    done = command(sys.executable, "benchmarks/loop_overhead.py", *words, ACCELERATE_USE_CPU="1")
+    done = command(
+        sys.executable, "benchmarks/step/loop_overhead.py", *words, ACCELERATE_USE_CPU="1"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     told = done.stdout.splitlines()[-1]
     assert "7 pairs of steps" in told
@@ -86,16 +88,20 @@ def test_the_bare_loop_and_this_one_take_the_same_steps_in_turns() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not is_made("trl"), reason="python benchmarks/peers.py trl was never run here")
+@pytest.mark.skipif(
+    not is_made("trl"), reason="python benchmarks/peers/environments.py trl was never run here"
+)
 def test_ten_steps_of_trl_have_this_projects_losses() -> None:
     words = ("--tiny", "--steps", "10", "--batch", "3", "--config", "cpu")
-    done = command(sys.executable, "benchmarks/loss_curve.py", *words)
+    done = command(sys.executable, "benchmarks/step/loss_curve.py", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "of 10" in done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not is_made("fastchat"), reason="benchmarks/peers.py fastchat was never run")
+@pytest.mark.skipif(
+    not is_made("fastchat"), reason="benchmarks/peers/environments.py fastchat was never run"
+)
 def test_the_peers_learn_the_same_tokens(tmp_path: Path) -> None:
     names = ["fastchat", *(["trl"] if is_made("trl") else [])]
     _, kept = measure(tmp_path, "--systems", *names)
@@ -110,8 +116,8 @@ def test_the_peers_learn_the_same_tokens(tmp_path: Path) -> None:
 def test_a_model_whose_flops_are_known_needs_them() -> None:
     from transformers import LlamaConfig
 
-    from benchmarks.bare_loop import flops_of
-    from data.encode import Example
+    from benchmarks.step.bare_loop import flops_of
+    from data.encoding.encode import Example
 
     shape = LlamaConfig(
         vocab_size=50,

@@ -7,10 +7,11 @@ import pytest
 import yaml
 
 from data.errors import UserError
-from loop import compat, shape
-from loop.config import ROOT, Config
-from loop.flags import parse
-from loop.settings import MAIN_JOB, dump, read_config
+from loop.config import compat
+from loop.config.flags import ROOT, Config
+from loop.config.load import MAIN_JOB, dump, read_config
+from loop.config.parser import parse
+from loop.doctor.memory import shape
 
 MODEL = ["--model_name_or_path", "some/model"]
 
@@ -32,7 +33,7 @@ def test_a_model_or_data_means_the_general_defaults(flag: str) -> None:
     config = read(flag, "x")
     assert config.learning_rate == 2e-5
     assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (8, 16, 0.05)
-    assert config.lora_target_modules is None  # by the model: tests/test_flan_t5.py
+    assert config.lora_target_modules is None  # by the model: tests/model/test_flan_t5.py
     assert (config.num_train_epochs, config.warmup_ratio, config.max_grad_norm) == (3, 0.03, 1)
 
 

@@ -16,10 +16,10 @@ from lightkube.models.core_v1 import Container, PodTemplateSpec
 from lightkube.models.meta_v1 import ObjectMeta
 
 from data.errors import UserError
-from loop.config import Config
-from loop.settings import read_config
+from loop.config.flags import Config
+from loop.config.load import read_config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = ROOT / "docs" / "pytorchjob.yaml"
 SBATCH = ROOT / "docs" / "slurm.sbatch"
 

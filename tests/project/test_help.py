@@ -6,14 +6,14 @@ import re
 import pytest
 
 from data.__main__ import COMMANDS
-from loop.chat import ChatConfig
-from loop.config import Config
-from loop.dashboard import DashboardConfig
-from loop.doctor import DoctorConfig
-from loop.flags import parse
-from loop.merge import MergeConfig
-from loop.plot import PlotConfig
-from loop.show import ShowConfig
+from loop.adapters.chat import ChatConfig
+from loop.adapters.merge import MergeConfig
+from loop.config.flags import Config
+from loop.config.parser import parse
+from loop.doctor.command import DoctorConfig
+from loop.doctor.show import ShowConfig
+from loop.monitor.plot import PlotConfig
+from loop.monitor.wandb_workspace import DashboardConfig
 
 CONFIGS = (Config, ShowConfig, DoctorConfig, ChatConfig, MergeConfig, PlotConfig, DashboardConfig)
 # A flag's lines: its name, what it takes, and its text, which may begin on the next line.
@@ -61,7 +61,7 @@ def test_training_flags_are_grouped_and_numbers_have_their_unit(
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_flag_of_data_says_what_it_takes_and_its_default(name: str) -> None:
-    text = importlib.import_module(f"data.{name}").flags().format_help()
+    text = importlib.import_module(f"data.preparation.{name}").flags().format_help()
     assert text.startswith(f"usage: python -m data {name} --in FILE ...")
     assert {"files", "how it is run", name} <= {*re.findall(r"^(\w[\w ]+):$", text, re.MULTILINE)}
     found = flags_of(text)

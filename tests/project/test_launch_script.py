@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from data.errors import Fault, UserError
-from loop.backend import told_to_all
-from tests.helpers import ROOT, command, write_dialogues
+from loop.distributed.accelerator import told_to_all
+from tests.support.helpers import ROOT, command, write_dialogues
 
 MODEL = "--model_name_or_path"
 
@@ -39,7 +39,7 @@ def one_message(text: str) -> str:
         ([MODEL, "my--model"], "my--model cannot be loaded: HFValidationError"),
         (["--data_path", "accelerate_configs"], "accelerate_configs: a folder without data"),
         (["missing.yaml"], "missing.yaml: no such file"),
-        (["loop/main_job.yaml"], "A run's own settings go after --config"),
+        (["loop/config/main_job.yaml"], "A run's own settings go after --config"),
     ],
 )
 def test_a_wrong_flag_or_path_is_answered_at_once(words: list[str], found: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, command
+from tests.support.helpers import ROOT, command
 
 IDENTITY_QUESTIONS = [
     "Who are you?",

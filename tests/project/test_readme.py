@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, command, launch, write_dialogues
+from tests.support.helpers import ROOT, command, launch, write_dialogues
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -36,7 +36,7 @@ def test_the_main_job_in_readme_ends_as_a_run_does() -> None:
     job, _, _ = blocks("text")[0].partition("+ python -m loop chat")
     names = [line.partition(":")[0] for line in job.splitlines()[-5:]]
     assert names == ["result", "saved", "use", "resume", "cost"]
-    assert "built successfully" not in job  # loop/quiet.py
+    assert "built successfully" not in job  # loop/distributed/rank_zero.py
 
 
 def test_the_tree_in_readme_is_the_tree() -> None:

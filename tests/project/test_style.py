@@ -5,57 +5,48 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-CODE = sorted([*ROOT.glob("loop/*.py"), *ROOT.glob("data/*.py")])
-FILES = sorted([*CODE, *ROOT.glob("tests/*.py")])
+ROOT = Path(__file__).resolve().parents[2]
+CODE = sorted([*ROOT.glob("loop/**/*.py"), *ROOT.glob("data/**/*.py")])
+FILES = sorted([*CODE, *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
 
-# Who may import whom inside loop/: each module only from rows above its own.
-LAYERS = [
-    [
-        *("flags", "compat", "leave", "state", "checkpoint", "launch", "targets", "fp32"),
-        *("curves", "shards", "quiet", "sections", "questions"),
-    ],
-    ["clock", "dealing", "attention", "cpu", "page"],
-    ["config", "new_tokens", "zero_file", "picture", "guard"],
-    [
-        *("embedded", "windows", "utils", "non_lora", "settings", "deltas", "data_files"),
-        *("metrics", "versions", "doctor_flags"),
-    ],
-    ["summary", "preflight"],
-    ["zero", "base", "objective", "optim", "shape_t5"],
-    ["backend", "prepare", "shape"],
-    ["quantize", "kernels", "run", "output", "fingerprints"],
-    ["model", "resume", "fit", "samples", "estimate_t5"],
-    ["trackers", "adapter", "estimate"],
-    ["tracking", "base_tensors", "proof"],
-    ["saver", "to_gguf", "rounding"],
-    ["evaluation", "traffic", "show"],
-    ["overview"],
-    ["launches"],
-    ["trial", "machine", "findings"],
-    ["outlook"],
-    ["examination"],
-    ["train", "chat", "merge", "check", "doctor", "plot", "dashboard"],
-    ["__main__", "__init__"],
+# Who may import whom: each package only from those before it, and never in a circle.
+PACKAGES = [
+    *("data.errors", "data.files", "data.dialogues", "data.encoding", "data.batching"),
+    *("data.preparation", "data.bundled", "data.__main__"),
+    *("loop.utils", "loop.config", "loop.distributed", "loop.model", "loop.inputs", "loop.monitor"),
+    *("loop.checkpoint", "loop.training", "loop.doctor", "loop.adapters"),
+    *("loop.train", "loop.__main__"),
 ]
+INDEPENDENT = {("loop.adapters", "loop.doctor")}  # neither imports the other
 ONLY_IN = {
-    "deepspeed": {"loop/state.py", "loop/zero_file.py", "loop/fp32.py"},
-    "matplotlib": {"loop/picture.py", "data/histogram.py"},
-    "trackio": {"loop/trackers.py"},
-    "wandb": {"loop/trackers.py"},
-    "wandb_workspaces": {"loop/dashboard.py"},
+    "deepspeed": {
+        "loop/distributed/optimizer_state.py",
+        "loop/distributed/zero_file.py",
+        "loop/model/fp32.py",
+    },
+    "matplotlib": {"loop/monitor/plots.py", "data/preparation/histogram.py"},
+    "trackio": {"loop/monitor/trackers.py"},
+    "wandb": {"loop/monitor/trackers.py"},
+    "wandb_workspaces": {"loop/monitor/wandb_workspace.py"},
 }
 
 
 def imports(path: Path) -> list[str]:
     """Return the modules a file imports, wherever in it."""
-    names = []
+    names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.append(node.module)
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            modules = [name for name in inside if is_module(name)]
+            names += modules or [node.module]
     return names
+
+
+def is_module(name: str) -> bool:
+    """Whether this is a module of the project, not a name within one."""
+    return ROOT.joinpath(*name.split(".")).with_suffix(".py").is_file()
 
 
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -64,21 +55,21 @@ def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_functions_and_lines_keep_their_budgets(path: Path) -> None:
     lines = path.read_text().splitlines()
-    assert len(lines) <= 300
+    assert len(lines) <= 450
     assert max(map(len, lines)) <= 100
     long = [f.name for f in functions(path) if (f.end_lineno or 0) - f.lineno + 1 > 50]
     assert not long
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_says_first_what_it_is_for(path: Path) -> None:
     assert path.read_text().startswith('"""')
 
 
-@pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_public_functions_and_classes_have_docstrings(path: Path) -> None:
     tree = ast.parse(path.read_text())
     kinds = (ast.FunctionDef, ast.ClassDef)
@@ -96,20 +87,63 @@ def test_the_loop_fits_on_one_screen() -> None:
 
 
 def test_data_imports_nothing_of_loop_and_no_accelerate() -> None:
-    for path in ROOT.glob("data/*.py"):
+    for path in ROOT.glob("data/**/*.py"):
         tops = {name.partition(".")[0] for name in imports(path)}
         assert not tops & {"loop", "accelerate", "deepspeed", "peft"}, path
 
 
-def test_imports_in_loop_run_one_way() -> None:
-    level = {name: number for number, layer in enumerate(LAYERS) for name in layer}
-    modules = {path.stem for path in ROOT.glob("loop/*.py")}
-    assert modules == {*level}, "name every module in LAYERS"
-    for path in ROOT.glob("loop/*.py"):
+def package_of(module: str) -> str:
+    """Return the first two names: `loop.model` of `loop.model.load`."""
+    return ".".join(module.split(".")[:2])
+
+
+def test_imports_between_packages_run_one_way() -> None:
+    for path in CODE:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        own = package_of(module)
+        if own in ("loop.__init__", "data.__init__"):
+            continue
         for name in imports(path):
-            if name.startswith("loop."):
-                target = name.removeprefix("loop.")
-                assert level[target] < level[path.stem], f"{path.name} imports {target}"
+            other = package_of(name)
+            if other.startswith(("loop.", "data.")) and other != own:
+                assert PACKAGES.index(other) < PACKAGES.index(own), f"{module} imports {name}"
+                assert (own, other) not in INDEPENDENT, f"{module} imports {name}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    arrows = {}
+    for path in CODE:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        arrows[".".join(parts)] = {name for name in imports(path)}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, f"a circle: {' -> '.join((*trail, module))}"
+        if module in done:
+            return
+        for other in sorted(arrows.get(module, ())):
+            visit(other, (*trail, module))
+        done.add(module)
+
+    for module in arrows:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("folder", ["loop", "data"])
+def test_a_top_folder_has_at_most_12_entries(folder: str) -> None:
+    entries = {
+        path.name
+        for path in (ROOT / folder).iterdir()
+        if path.name not in ("__init__.py", "__main__.py", "__pycache__")
+    }
+    assert len(entries) <= 12, entries
+
+
+def test_init_files_hold_one_docstring_and_no_code() -> None:
+    for path in [path for path in FILES if path.name == "__init__.py"]:
+        (only,) = ast.parse(path.read_text()).body
+        assert isinstance(only, ast.Expr), path
+        assert isinstance(only.value, ast.Constant), path
 
 
 @pytest.mark.parametrize("package", ["bitsandbytes", "trl", *ONLY_IN])

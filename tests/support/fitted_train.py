@@ -1,4 +1,4 @@
-"""loop/train.py on ranks of a memory that a test decides; launched by tests/test_fit_zero3.py.
+"""loop/train.py on ranks of a memory that a test decides; for test_auto_micro_batch_zero3.
 
 ROOM: a number for each rank, tokens that a pass may have there; on a rank whose number is negative
 the memory ends within the first pass of more tokens than that. Passes are real. What they have left
@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from loop import fit, train
-from loop.leave import run_and_exit
+from loop import train
+from loop.distributed.signals import run_and_exit
+from loop.training import auto_micro_batch
 
 PER_TOKEN = 1000  # bytes
-real_pass, fitted = fit._pass, train.fitted
+real_pass, fitted = auto_micro_batch._pass, train.fitted
 tried: list[int] = []
 
 
@@ -58,14 +59,14 @@ def checked(layout: Any, config: Any, prepared: Any, model: Any, *rest: Any) -> 
 
 
 if __name__ == "__main__":
-    fit.memory_room = lambda _: PER_TOKEN * (mine() if mine() > 0 else 10**9)
-    fit.memory_used = lambda _: 0
+    auto_micro_batch.memory_room = lambda _: PER_TOKEN * (mine() if mine() > 0 else 10**9)
+    auto_micro_batch.memory_used = lambda _: 0
     # What was tried last is what the pass took.
-    peak_of = fit._peak_of
+    peak_of = auto_micro_batch._peak_of
 
     def peak(*arguments: Any) -> int:
         peak_of(*arguments)
         return PER_TOKEN * tried[-1]
 
-    fit._pass, fit._peak_of, train.fitted = measured, peak, checked
+    auto_micro_batch._pass, auto_micro_batch._peak_of, train.fitted = measured, peak, checked
     run_and_exit(train.main)

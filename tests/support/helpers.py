@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.sharegpt import Dialogue, Tally, read_dialogues
+from data.dialogues.sharegpt import Dialogue, Tally, read_dialogues
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 USUAL = 0.25  # seconds that `counting` takes on the machines where these tests were timed
 
 
@@ -32,7 +32,7 @@ def counting() -> float:
 
 SLOWNESS = max(1.0, min(counting() for _ in range(3)) / USUAL)
 BIN = Path(sys.executable).parent
-TESTS = ROOT / "tests"
+SUPPORT = ROOT / "tests" / "support"
 
 
 @functools.cache
@@ -42,7 +42,7 @@ def _server() -> tuple[Path, subprocess.Popen[bytes]]:
     with (folder / "log").open("w") as log:
         # It ends when this process does, and its standard input with it.
         server = subprocess.Popen(
-            [sys.executable, TESTS / "warm_server.py", folder / "socket"],
+            [sys.executable, SUPPORT / "warm_server.py", folder / "socket"],
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
             stdin=subprocess.PIPE,
             stdout=log,
@@ -53,8 +53,8 @@ def _server() -> tuple[Path, subprocess.Popen[bytes]]:
 
 
 def warm() -> dict[str, str]:
-    """Return the environment that has commands start warm: tests/sitecustomize.py."""
-    return {"LORA_LOOP_WARM": str(_server()[0]), "PYTHONPATH": str(TESTS)}
+    """Return the environment that has commands start warm: tests/support/sitecustomize.py."""
+    return {"LORA_LOOP_WARM": str(_server()[0]), "PYTHONPATH": str(SUPPORT)}
 
 
 def command(

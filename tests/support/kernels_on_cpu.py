@@ -1,6 +1,6 @@
 """Loss and gradients with liger-kernel's functions and without, by triton's interpreter, as JSON.
 
-python tests/kernels_on_cpu.py KIND ACTIVATION, with TRITON_INTERPRET=1
+python tests/support/kernels_on_cpu.py KIND ACTIVATION, with TRITON_INTERPRET=1
 """
 
 import functools
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 import torch
@@ -18,11 +18,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data.collate import Collator
-from data.encode import Example
-from loop.attention import implementation, row_inputs
-from loop.kernels import use_kernels
-from loop.objective import supervised_loss_sum
+from data.batching.collate import Collator
+from data.encoding.encode import Example
+from loop.model.kernels import use_kernels
+from loop.model.packed_attention import implementation, row_inputs
+from loop.training.loss import supervised_loss_sum
 
 
 def mend_interpreter() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.helpers import launch, prompt_of
+from tests.support.helpers import launch, prompt_of
 
 EXACT = ["--mixed_precision", "no", "--lora_dropout", "0", "--learning_rate", "1e-2"]
 # Accelerate config, processes, examples in a micro-batch. Of a window's four each rank runs two, in
@@ -66,7 +66,7 @@ def trainings(folder: Path, model: Path, data: Path, flags: dict[str, list[str]]
                 *("--global_batch_size", "4", "--per_device_train_batch_size", str(per_device)),
                 *("--max_steps", "8", "--logging_steps", "1", "--save_steps", "4", *given),
                 processes=processes,
-                script="tests/probed_train.py",
+                script="tests/support/probed_train.py",
             )
             done[name] = folder / name
         return done[name]
@@ -87,7 +87,7 @@ def log_in(output: Path) -> Log:
 
 def logits_of(model: Path, adapter: Path, four_bit: bool) -> tuple[Tensor, Tensor]:
     """Return what the base model answers, and what peft makes of it with the adapter."""
-    from loop.quantize import four_bit as settings
+    from loop.model.quantization import four_bit as settings
 
     quantised = {"quantization_config": settings(torch.float32)} if four_bit else {}
     from peft import PeftModel

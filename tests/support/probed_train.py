@@ -1,7 +1,7 @@
 """loop/train.py, and then a look at the trained model while all ranks still hold it.
 
-Launched in its place by tests/test_matrix.py. Leaves beside the adapter: `logits.safetensors` of
-the trained model, `held-<rank>.json`, the bytes of weights that each rank holds, and where the base
+For test_matrix.py. Leaves beside the adapter: `logits.safetensors` of the trained model,
+ `held-<rank>.json`, the bytes of weights that each rank holds, and where the base
 is saved whole, that once more in `shards/`, and what else was trained in `trainable/`.
 """
 
@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from loop import output, train
-from loop.leave import run_and_exit
-from loop.non_lora import save_non_lora
-from tests.helpers import prompt_of
+from loop import train
+from loop.checkpoint import run_folder
+from loop.checkpoint.full_model import save_non_lora
+from loop.distributed.signals import run_and_exit
+from tests.support.helpers import prompt_of
 
 load_model, save_run = train.load_model, train.save_run
 loading = {"held": 0}
@@ -81,7 +82,7 @@ def probed(accelerator: Any, model: Any, prepared: Any, *rest: Any) -> None:
     held["fp32"] = bytes_held([p for p in base if p.dtype == torch.float32])
     before = peak_memory(reset=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output, "draw_at_end", lambda _: None)  # matplotlib alone takes 12 MB
+        patch.setattr(run_folder, "draw_at_end", lambda _: None)  # matplotlib alone takes 12 MB
         save_run(accelerator, model, prepared, *rest)
     held["loading"] = loading | {"whole": held["base"]["whole"]}
     held["saving"] = {"held": peak_memory() - before, "whole": held["base"]["whole"]}

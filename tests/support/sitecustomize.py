@@ -15,7 +15,11 @@ import sys
 import time
 
 SOCKET = os.environ.get("LORA_LOOP_WARM", "")
-LOOPS = ("tests/probed_train.py", "tests/traced_train.py", "tests/fitted_train.py")
+LOOPS = (
+    "tests/support/probed_train.py",
+    "tests/support/traced_train.py",
+    "tests/support/fitted_train.py",
+)
 SCRIPTS = ("bin/accelerate", "loop/train.py", *LOOPS)
 MODULES = ("accelerate.commands.launch", "loop")
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)

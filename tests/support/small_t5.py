@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.templates import T5_SYSTEM
-from data.tokens import CHARACTERS
-from loop.config import DUMMY_DATA
+from data.encoding.templates import T5_SYSTEM
+from data.encoding.tokens import CHARACTERS
+from loop.config.flags import DUMMY_DATA
 
 TOKENS = 1000
 

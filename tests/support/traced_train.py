@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from loop import train
-from loop.leave import run_and_exit
+from loop.distributed.signals import run_and_exit
 
 all_windows, loss_sum = train.windows, train.supervised_loss_sum
 prefetched = train.prefetched

@@ -1,6 +1,6 @@
 """The process that imports the libraries once and forks itself for each command of a test.
 
-python tests/warm_server.py SOCKET
+python tests/support/warm_server.py SOCKET
 """
 
 import contextlib
@@ -16,9 +16,8 @@ import socket
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = (
-    "loop",  # first, as it keeps peft from importing bitsandbytes
     "torch.distributed.run",
     "accelerate.commands.launch",
     "transformers.models.llama.modeling_llama",
@@ -108,8 +107,8 @@ def become(request: Request) -> None:
 
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # as loop/train.py does
     for name in LIBRARIES:
         importlib.import_module(name)
-    del sys.modules["loop"]  # A command may belong to another copy of the project.
     gc.freeze()
     become(serve(sys.argv[1]))

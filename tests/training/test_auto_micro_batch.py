@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from data.collate import Collator
-from data.encode import Example
+from data.batching.collate import Collator
+from data.encoding.encode import Example
 from data.errors import UserError
-from loop import fit
-from loop.attention import implementation, row_inputs
-from loop.config import Config
-from tests.helpers import adapter_of, launch, log_of, write_dialogues
+from loop.config.flags import Config
+from loop.model.packed_attention import implementation, row_inputs
+from loop.training import auto_micro_batch
+from tests.support.helpers import adapter_of, launch, log_of, write_dialogues
 
 Train = Callable[..., Path]
 PER_TOKEN = 1000  # bytes
@@ -34,9 +34,9 @@ class Measured:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
         self.tokens: list[int] = []
-        monkeypatch.setattr(fit, "memory_room", lambda _: room)
-        monkeypatch.setattr(fit, "memory_used", lambda _: 10_000)
-        monkeypatch.setattr(fit, "_peak_of", self.peak)
+        monkeypatch.setattr(auto_micro_batch, "memory_room", lambda _: room)
+        monkeypatch.setattr(auto_micro_batch, "memory_used", lambda _: 10_000)
+        monkeypatch.setattr(auto_micro_batch, "_peak_of", self.peak)
 
     def peak(self, _model: Any, batch: Any, *_: Any) -> int:
         self.tokens.append(batch.tokens)
@@ -50,7 +50,7 @@ def most(lengths: list[int]) -> int:
         examples=SimpleNamespace(longest=lambda count: examples[:count]),
         collator=Collator(0, None, lambda groups: {"groups": groups}),
     )
-    return fit.most_tokens(None, prepared, Config(), alone(), len(lengths))
+    return auto_micro_batch.most_tokens(None, prepared, Config(), alone(), len(lengths))
 
 
 def test_the_most_tokens_fit_and_no_trial_goes_beyond_the_room(
@@ -59,7 +59,7 @@ def test_the_most_tokens_fit_and_no_trial_goes_beyond_the_room(
     room = 10_000 + PER_TOKEN * 1500
     measured = Measured(monkeypatch, room)
     found = most([100] * 64)
-    assert 1500 - fit.STEP <= found <= 1500
+    assert 1500 - auto_micro_batch.STEP <= found <= 1500
     assert measured.tokens == [100, 200, 400, 800]  # 1,600 would not fit, and is not tried
 
 
@@ -87,14 +87,14 @@ def test_what_is_found_keeps_a_real_pass_within_the_room(
         collator=Collator(0, None, row),
     )
     accelerator = alone()
-    room = fit.memory_used(cpu) + 300 * 2**20
-    monkeypatch.setattr(fit, "memory_room", lambda _: room)
-    tokens = fit.most_tokens(model, prepared, Config(), accelerator, len(examples))
+    room = auto_micro_batch.memory_used(cpu) + 300 * 2**20
+    monkeypatch.setattr(auto_micro_batch, "memory_room", lambda _: room)
+    tokens = auto_micro_batch.most_tokens(model, prepared, Config(), accelerator, len(examples))
     assert 200 <= tokens < 200 * 512
 
     def peak(tokens: int) -> int:
         batch = prepared.collator(examples[: tokens // 200], 0)
-        return fit._peak_of(model, batch, Config(), accelerator) or 0
+        return auto_micro_batch._peak_of(model, batch, Config(), accelerator) or 0
 
     assert peak(tokens) < 1.05 * room
     assert peak(2 * tokens) > room
@@ -132,7 +132,7 @@ def test_on_two_ranks_the_search_leaves_no_trace(
 def test_it_says_so_where_the_longest_example_does_not_fit(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "memory_room", lambda _: 1)
+    monkeypatch.setattr(auto_micro_batch, "memory_room", lambda _: 1)
     with pytest.raises(UserError, match="the longest example alone does not fit"):
         train("none", "--auto_micro_batch")
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from loop import fit
-from tests.helpers import adapter_of, command, log_of, write_dialogues
-from tests.matrix import share_all_file
+from loop.training import auto_micro_batch
+from tests.support.helpers import adapter_of, command, log_of, write_dialogues
+from tests.support.matrix import share_all_file
 
 TEXTS = [["What is " + "very " * (n % 7) + "long?", "No " + "idea. " * n] for n in range(40)]
 FLAGS = "--max_steps 4 --logging_steps 1 --learning_rate 1e-2 --lora_dropout 0.1 --save_steps 2"
@@ -32,7 +32,7 @@ def usual(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[st
 def run(output: Path, *flags: str | Path, room: str, config: str = "zero3", **env: str) -> Done:
     return command(
         *("accelerate", "launch", "--config_file", f"accelerate_configs/{config}.yaml"),
-        *("--num_processes", "2", "--main_process_port", "0", "tests/fitted_train.py"),
+        *("--num_processes", "2", "--main_process_port", "0", "tests/support/fitted_train.py"),
         *("--output_dir", output, *flags),
         ROOM=room,
         **env,
@@ -68,7 +68,7 @@ def test_all_ranks_try_the_same_and_the_one_with_the_least_room_counts(
     assert first == second
     assert len({*first}) > 2
     assert max(first) <= 700
-    assert 700 - fit.STEP <= kept(output)["tokens"] <= 700
+    assert 700 - auto_micro_batch.STEP <= kept(output)["tokens"] <= 700
 
 
 def test_losses_and_adapter_are_those_of_a_run_with_that_limit_by_flags(
@@ -110,7 +110,7 @@ def test_too_little_memory_on_one_rank_is_one_message_and_exit_code_2_on_all(
         room="100000 1",
         LORA_LOOP_STATUS_FILE=str(status),
     )
-    # Ranks that know of it leave with 0 once the first has written the code (loop/leave.py).
+    # Ranks that know of it leave with 0 once the first has written the code (signals.py).
     assert done.returncode == 0, done.stdout + done.stderr
     assert status.read_text().startswith("2 --auto_micro_batch: the longest example alone does")
     assert done.stderr.count("the longest example alone does not fit in memory") == 1

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from data.errors import UserError
-from loop import evaluation
-from loop.checkpoint import list_folders
+from loop.checkpoint.storage import list_folders
+from loop.training import evaluation
+from tests.checkpoint.test_storage import cut_off, same
 from tests.conftest import trainer
-from tests.helpers import adapter_of, launch, write_dialogues
-from tests.matrix import share_all_file
-from tests.test_checkpoint import cut_off, same
-from tests.test_evaluation import LOG, TRAINED, Train, evaluations, held_out, train
+from tests.support.helpers import adapter_of, launch, write_dialogues
+from tests.support.matrix import share_all_file
+from tests.training.test_evaluation import LOG, TRAINED, Train, evaluations, held_out, train
 
 __all__ = ["held_out", "train"]
 

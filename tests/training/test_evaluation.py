@@ -16,14 +16,14 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from data.errors import Stopped
-from loop import evaluation
-from loop.config import Config
-from loop.prepare import Prepared, prepare
-from loop.settings import read_config
+from loop.config.flags import Config
+from loop.config.load import read_config
+from loop.inputs.training_data import Prepared, prepare
+from loop.training import evaluation
+from tests.checkpoint.test_storage import cut_off, same
 from tests.conftest import trainer
-from tests.helpers import launch, log_of, write_dialogues
-from tests.matrix import share_all_file
-from tests.test_checkpoint import cut_off, same
+from tests.support.helpers import launch, log_of, write_dialogues
+from tests.support.matrix import share_all_file
 
 Train = Callable[..., Path]
 Entry = dict[str, Any]

@@ -10,15 +10,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from data.collate import Collator, MicroBatch
-from data.encode import Example, encode_dialogues
-from loop.attention import can_pack, implementation, row_inputs
-from loop.config import DUMMY_DATA
-from loop.dealing import Limits, deal
-from loop.model import _compile_layers
-from loop.objective import supervised_loss_sum
-from tests.helpers import dialogues_in
-from tests.test_objective import assert_equal, gradients, plain_loss_sum
+from data.batching.balance import Limits, deal
+from data.batching.collate import Collator, MicroBatch
+from data.encoding.encode import Example, encode_dialogues
+from loop.config.flags import DUMMY_DATA
+from loop.model.load import _compile_layers
+from loop.model.packed_attention import can_pack, implementation, row_inputs
+from loop.training.loss import supervised_loss_sum
+from tests.support.helpers import dialogues_in
+from tests.training.test_loss import assert_equal, gradients, plain_loss_sum
 
 ROW = Collator(2, None, functools.partial(row_inputs, flash=False), sharing=True)
 FORMS = {"padded": Collator(2), "packed": ROW}

@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.collate import collate
-from data.encode import Example, encode_dialogues
-from loop.config import DUMMY_DATA
-from loop.objective import supervised_loss_sum
-from tests.helpers import dialogues_in
+from data.batching.collate import collate
+from data.encoding.encode import Example, encode_dialogues
+from loop.config.flags import DUMMY_DATA
+from loop.training.loss import supervised_loss_sum
+from tests.support.helpers import dialogues_in
 
 Gradients = dict[str, torch.Tensor]
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from loop.estimate import loss, whole_loss
-from loop.shape import Shape, read_shape
-from tests.test_estimate import DOCUMENTED, llama, run
+from loop.doctor.memory.estimate import loss, whole_loss
+from loop.doctor.memory.shape import Shape, read_shape
+from tests.doctor.test_estimate import DOCUMENTED, llama, run
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def test_the_loss_holds_what_the_chunks_allocate(precision: str, small: Shape) -
     import torch
     from torch.profiler import profile
 
-    from loop.model import DTYPES
-    from loop.objective import _FrozenHead
+    from loop.model.load import DTYPES
+    from loop.training.loss import _FrozenHead
 
     dtype, supervised, chunk, hidden, words = DTYPES[precision], 96, 32, 64, 5000
     weight = torch.randn(words, hidden, dtype=dtype)

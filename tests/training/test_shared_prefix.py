@@ -10,19 +10,19 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data.beginnings import LEAST, begun_alike, side_by_side, spared
-from data.collate import Collator, MicroBatch
-from data.encode import Example
+from data.batching.balance import Limits, deal, packed_tokens
+from data.batching.collate import Collator, MicroBatch
+from data.batching.shared_prefix import LEAST, begun_alike, side_by_side, spared
+from data.encoding.encode import Example
 from data.errors import UserError
-from loop import attention
-from loop.attention import implementation, row_inputs
-from loop.config import Config
-from loop.dealing import Limits, deal, packed_tokens
-from loop.metrics import Work, rates
-from loop.objective import supervised_loss_sum
-from loop.windows import plan_layout, windows
-from tests.test_layouts import KINDS, SMALL
-from tests.test_objective import assert_equal, gradients
+from loop.config.flags import Config
+from loop.inputs.windows import plan_layout, windows
+from loop.model import packed_attention
+from loop.model.packed_attention import implementation, row_inputs
+from loop.monitor.metrics import Work, rates
+from loop.training.loss import supervised_loss_sum
+from tests.training.test_layouts import KINDS, SMALL
+from tests.training.test_loss import assert_equal, gradients
 
 ALONE = Collator(0, None, functools.partial(row_inputs, flash=False))
 SHARING = Collator(0, None, functools.partial(row_inputs, flash=False), sharing=True)
@@ -108,13 +108,13 @@ def test_one_dialogue_alone_and_none_at_all_share_nothing() -> None:
     assert len(SHARING([], 0).targets) == 0
 
 
-@pytest.mark.parametrize("longest_mask", [0, attention.MASK_MOST], ids=["again", "masked"])
+@pytest.mark.parametrize("longest_mask", [0, packed_attention.MASK_MOST], ids=["again", "masked"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_are_those_of_dialogues_by_themselves(
     kind: str, longest_mask: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MASK_PAYS", "MASK_MOST"):
-        monkeypatch.setattr(attention, name, longest_mask)
+        monkeypatch.setattr(packed_attention, name, longest_mask)
     (part,) = deal(drawn(0), 1, Limits(64, packed=True, sharing=True)).ranks[0]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
@@ -135,7 +135,7 @@ def test_loss_and_gradient_are_those_of_dialogues_by_themselves(
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers_and_an_evaluation_before_change_nothing(reentrant: bool) -> None:
     (part,) = deal(drawn(1), 1, Limits(64, packed=True, sharing=True)).ranks[0]
-    attention._causal.cache_clear()
+    packed_attention._causal.cache_clear()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("llama", **SMALL), attn_implementation=implementation(True, False)
@@ -166,9 +166,9 @@ def test_queries_are_not_asked_again_and_one_mask_serves_all_layers(
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
     row = [torch.randn(1, heads, 60, 16, requires_grad=True) for heads in (4, 2, 2)]
     layer = SimpleNamespace(is_causal=True, num_key_value_groups=2)
-    row_of = attention.Row([[20, 5, 15, 10], [0, 10]])
+    row_of = packed_attention.Row([[20, 5, 15, 10], [0, 10]])
     for _ in range(2):
-        attention.per_example(layer, row[0], row[1], row[2], None, row_of)
+        packed_attention.per_example(layer, row[0], row[1], row[2], None, row_of)
     assert [(q, k) for q, k, _ in asked] == 2 * [(25, 25), (15, 35), (10, 30), (10, 10)]
     masks = {storage for q, k, storage in asked if q < k}
     assert len(masks) == 1
@@ -210,7 +210,7 @@ def test_two_ranks_have_even_work_by_what_they_run() -> None:
 
 
 def test_the_bundled_dialogues_share_a_quarter(chat_model: Path) -> None:
-    from loop.prepare import prepare
+    from loop.inputs.training_data import prepare
 
     prepared = prepare(Config(model_name_or_path=str(chat_model)))
     part = [*prepared.examples][:8]
@@ -245,7 +245,9 @@ def test_a_backward_pass_keeps_no_more_than_of_dialogues_one_by_one(sharing: boo
     row = [torch.randn(1, heads, tokens, 16, requires_grad=True) * 1 for heads in (4, 2, 2)]
     layer = SimpleNamespace(is_causal=True, num_key_value_groups=2)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        attention.per_example(layer, row[0], row[1], row[2], None, attention.Row(groups))
-    kept.pop(attention._causal(256, torch.float32).untyped_storage().data_ptr(), None)
+        packed_attention.per_example(
+            layer, row[0], row[1], row[2], None, packed_attention.Row(groups)
+        )
+    kept.pop(packed_attention._causal(256, torch.float32).untyped_storage().data_ptr(), None)
     # Queries, keys, values and outputs of 648 tokens, and a number for each head's rows.
     assert sum(kept.values()) <= 4 * 648 * (16 * (4 + 2 + 2 + 4) + 4) * 1.01

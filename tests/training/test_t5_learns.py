@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.small_t5 import Taught, make_base, teach, train_all
-from loop.config import DUMMY_DATA
-from tests.helpers import command
-from tests.small_t5 import t5_tokenizer
+from loop.config.flags import DUMMY_DATA
+from tests.support.helpers import command
+from tests.support.small_t5 import t5_tokenizer
 
 
 @pytest.mark.slow

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from data.collate import Collator
-from data.encode import Example
-from loop.config import Config
-from loop.dealing import _alike
-from loop.optim import lr_at
-from loop.windows import Window, plan_layout, windows
+from data.batching.balance import _alike
+from data.batching.collate import Collator
+from data.encoding.encode import Example
+from loop.config.flags import Config
+from loop.inputs.windows import Window, plan_layout, windows
+from loop.training.optim import lr_at
 
 EXAMPLES = [
     Example(str(i), [100 + i] * n, [-100] + [100 + i] * (n - 1), n - 1)

@@ -6,10 +6,10 @@ docs/scaling.md derives them, in the same words. Bytes throughout, and elements 
 from collections.abc import Iterable
 from math import ceil
 
-from loop import estimate_t5
-from loop.run import Run, small
-from loop.shape import Weights
-from loop.zero import BUCKET
+from loop.distributed.deepspeed_config import BUCKET
+from loop.doctor.memory import estimate_t5
+from loop.doctor.memory.run import Run, small
+from loop.doctor.memory.shape import Weights
 
 # DeepSpeed's own value, in elements (deepspeed 0.19, runtime/zero/config.py): a parameter that is
 # used again within this distance stays gathered.
@@ -89,7 +89,7 @@ def gradients(run: Run) -> float:
     if run.backend.stage == 2:
         return run.accumulated * run.adapter / run.world + run.width * BUCKET
     if run.backend.offload_optimizer:
-        return 4 * BUCKET  # in what it sends, fp32 (loop/zero.py)
+        return 4 * BUCKET  # in what it sends, fp32 (loop/distributed/deepspeed_config.py)
     return run.accumulated * run.adapter / run.world + 4 * BUCKET
 
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from math import ceil
 
-from loop.config import Config
-from loop.shape import Backend, Shape, Weights
-from loop.windows import global_batch_size
+from loop.config.flags import Config
+from loop.doctor.memory.shape import Backend, Shape, Weights
+from loop.inputs.windows import global_batch_size
 
 # DeepSpeed's own value, in elements (deepspeed 0.19, runtime/zero/config.py): a parameter this
 # small is whole on every rank.
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def accumulated(self) -> int:
-        """The bytes of a gradient that is summed over micro-batches (loop/zero.py)."""
+        """The bytes of a gradient that is summed over micro-batches (deepspeed_config.py)."""
         return 4 if self.config.precision == "bf16" else self.width
 
     @property
@@ -85,7 +85,7 @@ class Run:
 
     @property
     def chunked(self) -> bool:
-        """Whether the loss is made of so many tokens at a time (loop/objective.py)."""
+        """Whether the loss is made of so many tokens at a time (loop/training/loss.py)."""
         trained = self.shape.head_trained and self.backend.stage == 3
         return self.shape.plain_logits and self.config.precision != "fp16" and not trained
 
@@ -98,7 +98,7 @@ class Run:
     def stored(self, weights: Weights) -> list[int]:
         """Return the elements of each frozen tensor as stored: codes lie two in a byte."""
         packed = 2 * self.width if self.config.q_lora else 1
-        # Beside 4-bit weights in fp32 (loop/fp32.py), which is two elements of a narrower kind.
+        # Beside 4-bit weights in fp32 (fp32.py), which is two elements of a narrower kind.
         wide = 4 // self.width if self.config.q_lora else 1
         codes = [ceil(n / packed) for n in weights.linears]
         return [*codes, *(wide * n for n in weights.held), *weights.others]

@@ -7,10 +7,10 @@ from typing import Any, get_args
 import yaml
 
 from data.errors import UserError
-from loop.base import mistakes, read_base_config
-from loop.config import ROOT, Config, Precision
-from loop.shape_t5 import KINDS, T5, t5_of
-from loop.targets import ALL_LINEAR, target_names
+from loop.config.flags import ROOT, Config, Precision
+from loop.doctor.memory.shape_t5 import KINDS, T5, t5_of
+from loop.model.base import mistakes, read_base_config
+from loop.model.lora_targets import ALL_LINEAR, target_names
 
 CONFIGS = ROOT / "accelerate_configs"
 # One process; YAML reads a bare NO as false, and so does the precision below.
@@ -90,7 +90,9 @@ def check_shape(base: str, base_config: Any) -> None:
 
 def shape_of(model: Any, base_config: Any, config: Config) -> Shape:
     """Return the shape of a model on the meta device, and of the flags' adapter."""
-    from loop.objective import AFTERWARDS  # here, since a wrong accelerate config needs no torch
+    from loop.training.loss import (
+        AFTERWARDS,  # here, since a wrong accelerate config needs no torch
+    )
 
     heads = base_config.num_attention_heads
     head = getattr(base_config, "head_dim", None) or base_config.hidden_size // heads

@@ -1,7 +1,7 @@
 """Bytes that one rank sends each step: formulas over a model's shape (docs/scaling.md)."""
 
-from loop.estimate import REUSE, live, sharded
-from loop.run import Run
+from loop.doctor.memory.estimate import REUSE, live, sharded
+from loop.doctor.memory.run import Run
 
 
 def sent(run: Run) -> float:

@@ -1,0 +1,1 @@
+"""Other trainers in environments of their own, timed."""

@@ -1,0 +1,1 @@
+"""Benchmarks of one training step, side by side with other trainers."""

@@ -1,0 +1,1 @@
+"""Examples become micro-batches: balanced over ranks, with shared prefixes."""

@@ -1,0 +1,1 @@
+"""Records of any known form become dialogues with roles and supervision."""

@@ -1,0 +1,1 @@
+"""Dialogues become token ids and labels, by template and tokenizer."""

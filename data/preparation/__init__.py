@@ -1,0 +1,1 @@
+"""`python -m data clean|split|convert|stats`: dialogues prepared before training."""

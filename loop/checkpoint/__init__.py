@@ -1,0 +1,1 @@
+"""What a run leaves on disk: checkpoints, resume, the output folder, full models."""

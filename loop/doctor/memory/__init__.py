@@ -1,0 +1,1 @@
+"""Peak memory per rank, estimated from a model's config.json."""

@@ -1,0 +1,1 @@
+"""Training data as windows: one window holds the micro-batches of one optimizer step."""

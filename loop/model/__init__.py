@@ -1,0 +1,1 @@
+"""The base model: found, loaded, quantized, packed, and given its LoRA adapter."""

@@ -1,0 +1,1 @@
+"""One step: loss, optimizer, evaluation, samples, micro-batch size."""

@@ -1,0 +1,1 @@
+"""Tests of loop-independent data code: files, dialogues, encoding, batching."""

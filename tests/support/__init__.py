@@ -1,0 +1,1 @@
+"""What tests share: commands run as a user would, tiny models, fake servers."""
