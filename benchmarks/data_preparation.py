@@ -199,7 +199,8 @@ def open_encoded(kept: str) -> Facts:
     from data.batching.collate import Collator
     from data.encoding.cache import read_cache
     from loop.config.flags import Config
-    from loop.inputs.windows import plan_layout, windows
+    from loop.distributed.layout import plan_layout
+    from loop.inputs.windows import windows
 
     bare = _peak()
     read_seconds, examples = _timed(lambda: read_cache(kept, {}))

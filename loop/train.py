@@ -20,9 +20,9 @@ from accelerate import PartialState
 from loop.checkpoint.resume import find_start
 from loop.checkpoint.run_folder import claimed, is_finished, save_run, write_settings
 from loop.checkpoint.saver import Saver
-from loop.config.compat import notes
+from loop.checkpoint.storage import newest_checkpoint
 from loop.config.flags import Config, shown
-from loop.config.load import read_config
+from loop.config.load import ignored_flag_notes, read_config
 from loop.distributed.accelerator import (
     build_accelerator,
     check_agreement,
@@ -31,16 +31,16 @@ from loop.distributed.accelerator import (
     join_ranks,
     told_to_all,
 )
+from loop.distributed.layout import plan_layout
 from loop.distributed.rank_zero import quiet, say
 from loop.distributed.signals import run_and_exit
 from loop.inputs.training_data import prepare
-from loop.inputs.windows import plan_layout, prefetched, windows
+from loop.inputs.windows import prefetched, windows
 from loop.model.load import load_model
 from loop.model.quantization import describe_parameters
-from loop.monitor.clock import Clock
 from loop.monitor.logger import Tracker
 from loop.monitor.loss_guard import skip_if_bad
-from loop.monitor.metrics import work_of
+from loop.monitor.metrics import Clock, work_of
 from loop.training.auto_micro_batch import fitted
 from loop.training.evaluation import Evaluator
 from loop.training.loss import loss_scale, supervised_loss_sum
@@ -62,7 +62,7 @@ def main() -> None:
         check_launch(config)
         # The first rank alone writes, so what the other machines' disks hold does not count.
         finished = ranks.is_main_process and is_finished(config)
-    for note in notes(sys.argv[1:]):
+    for note in ignored_flag_notes(sys.argv[1:]):
         say(note)
     if first_rank_says(finished):
         say(f"{config.output_dir} already holds this run, finished; nothing was changed.")
@@ -93,7 +93,7 @@ def train(config: Config, ranks: PartialState) -> None:
     write_settings(accelerator, config)
 
     clock = Clock(accelerator.device)
-    tracker = Tracker(config, layout, accelerator, start, clock, work_of(model, config))
+    tracker = Tracker(config, layout, accelerator, start.so_far, clock, work_of(model, config))
     with tracker, Saver(config, layout, accelerator, start) as saver:
         evaluator = Evaluator(config, layout, accelerator, prepared, model, tracker, saver)
         evaluator.begin()
@@ -120,7 +120,7 @@ def train(config: Config, ranks: PartialState) -> None:
             saver.after(window, model, optimizer, tracker)
 
     save_run(accelerator, model, prepared, evaluator.finish(), layout, config)
-    tracker.end()
+    tracker.end(newest_checkpoint(Path(config.output_dir)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The adapter as peft loads it: gathered from all ranks, saved and checked by the first."""
+"""Trainable weights gathered from ZeRO on every rank, and the adapter saved by the first."""
 
 import json
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +10,93 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from loop.distributed.optimizer_state import shapes, trained_parameters
-from loop.model import new_tokens
+Tensors = dict[str, Tensor]
+
+
+def file_name(name: str) -> str:
+    """Return the name that peft gives a parameter in a file: without that of its adapter."""
+    return re.sub(r"\.default(?=\.|$)", "", name)
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return what a whole adapter holds, by peft's names, from the model's own parameters."""
+    return {
+        file_name(name): tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def trained_parameters(model: nn.Module, keep: bool = True) -> Tensors:
+    """Return the trainable parameters whole, in fp32, on the CPU; every rank must call this.
+
+    Under DeepSpeed they come from the fp32 master, gathered over the ranks one at a time. A rank
+    that does not `keep` them takes part and returns nothing: it needs memory for one of them.
+    """
+    return gather_trained(model, lambda parameter: parameter, None, keep)
+
+
+def gather_trained(model: nn.Module, plain: Any, moment: str | None, keep: bool) -> Tensors:
+    """Gather each trainable parameter, or one moment of it; every rank must call this.
+
+    plain: the tensor of a parameter that DeepSpeed does not partition.
+    """
+    state = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        value: Tensor | None = None
+        if is_partitioned(parameter):
+            from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+            value = (
+                safe_get_full_optimizer_state(parameter, moment)
+                if moment
+                else safe_get_full_fp32_param(parameter)
+            )
+        value = plain(parameter) if value is None else value
+        if keep:
+            state[name] = value.detach().to("cpu", torch.float32, copy=True)
+    return state
+
+
+def whole(parameter: nn.Parameter) -> Any:
+    """Gather a parameter that ZeRO-3 has shared out; the first rank's changes are kept."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters([parameter], modifier_rank=0)
+
+
+def use_whole(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Have ZeRO-3 gather a parameter for a module that uses it while another one holds it."""
+    from deepspeed.runtime.zero import register_external_parameter
+
+    register_external_parameter(module, parameter)
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed holds the parameter, or its fp32 master, in parts on several ranks."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 def save_adapter(
-    accelerator: Accelerator, model: PeftModel, folder: Path, safetensors: bool = True
+    accelerator: Accelerator,
+    model: PeftModel,
+    state: Tensors,
+    expected: dict[str, tuple[int, ...]],
+    folder: Path,
+    safetensors: bool = True,
 ) -> None:
-    """Write adapter_config.json and the weights that peft loads; every rank must call this.
+    """Write adapter_config.json and the weights that peft loads, on the first rank.
+
+    state: the gathered parameters, by the model's names; expected: shapes, by names in the file.
 
     The file is opened again and checked. Raises RuntimeError where it is not what was trained.
     """
-    main = accelerator.is_main_process
-    state = new_tokens.rows(model, trained_parameters(model, keep=main), keep=main)
     if not accelerator.is_main_process:
         return
     # save_embedding_layers="auto" may ask the hub (peft 0.21, utils/save_and_load.py).
@@ -36,7 +110,7 @@ def save_adapter(
         torch.save(weights, partial)
     saved = load_file(partial) if safetensors else torch.load(partial, weights_only=True)
     try:
-        _check_saved(saved, {**shapes(model), **new_tokens.row_shapes(model)}, partial)
+        _check_saved(saved, expected, partial)
     except RuntimeError:
         partial.unlink()
         raise

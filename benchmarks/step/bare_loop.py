@@ -23,8 +23,9 @@ from data.encoding.encode import Example
 from loop.config.flags import Config
 from loop.config.load import read_config
 from loop.distributed.accelerator import build_accelerator, check_launch, join_ranks
+from loop.distributed.layout import Layout, plan_layout
 from loop.inputs.training_data import Prepared, prepare
-from loop.inputs.windows import Layout, Window, plan_layout, windows
+from loop.inputs.windows import Window, windows
 from loop.model.load import load_model
 from loop.training.loss import supervised_loss_sum
 from loop.training.optim import lr_at

@@ -24,7 +24,7 @@ from data.batching.collate import Collator, MicroBatch
 from loop.config.flags import Config
 from loop.config.load import read_config
 from loop.inputs.training_data import prepare
-from loop.model.cpu import keep_memory, replace_dropout
+from loop.model.kernels import keep_memory, replace_dropout
 from loop.model.load import leave_inputs
 from loop.model.packed_attention import implementation, row_inputs
 from loop.training.loss import supervised_loss_sum

@@ -12,13 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.dialogues.formats import as_sharegpt, turn_roles
-from data.dialogues.turns import (
+from data.dialogues.formats import (
     Turns,
     alternate,
+    as_sharegpt,
     from_first_user,
     speaker,
     to_last_answer,
+    turn_roles,
     until_empty,
 )
 from data.errors import UserError
@@ -27,7 +28,7 @@ from data.preparation.duplicates import digest
 from data.preparation.job import Job, Result, parser, run, summary
 from data.preparation.languages import UNKNOWN, check_languages, language_of
 from data.preparation.near_duplicates import signature
-from data.preparation.personal import masked
+from data.preparation.text_rules import masked
 
 # In their order. The first five change messages, the next two dialogues, the others drop some.
 RULES = {

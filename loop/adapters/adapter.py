@@ -15,11 +15,10 @@ from data.errors import UserError
 from loop.checkpoint.run_folder import SETTINGS
 from loop.checkpoint.storage import MANIFEST, list_folders
 from loop.distributed.rank_zero import quiet
-from loop.model import fp32
 from loop.model.base import mistakes
 from loop.model.load import DTYPES
 from loop.model.new_tokens import grow, set_up
-from loop.model.quantization import four_bit, returned_memory
+from loop.model.quantization import four_bit, kept_in_fp32, returned_memory
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def load_base(
     with (
         mistakes(source),
         returned_memory() if quantised else nullcontext(),
-        fp32.loaded() if quantised else nullcontext(),
+        kept_in_fp32() if quantised else nullcontext(),
     ):
         model = loader.from_pretrained(source, dtype=dtype, **options, **adapter.hub)
     if adapter.pairs:

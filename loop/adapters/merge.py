@@ -41,7 +41,7 @@ from loop.adapters.compare_logits import (
 from loop.adapters.gguf import check, write_gguf
 from loop.adapters.merge_rules import Change, put_whole, read_changes
 from loop.adapters.rounding import changed_layers, inputs_of, rounded
-from loop.checkpoint import shards
+from loop.checkpoint.full_model import cut_shards, shard_index, shard_name
 from loop.config.parser import File, Folder, Model, flag, parse
 from loop.model.new_tokens import grown, rows_needed
 from loop.model.quantization import returned_memory
@@ -243,11 +243,11 @@ class Merge:
             return tensor.to(dtype).contiguous()
 
         sizes = {key: torch.Size(source.shapes[key]).numel() * dtype.itemsize for key in kept}
-        files = shards.cut(sizes, int(self.config.shard_gb * 1e9))
+        files = cut_shards(sizes, int(self.config.shard_gb * 1e9))
         where: dict[str, str] = {}
         size = 0
         for number, keys in enumerate(files, 1):
-            name = shards.name_of("model", number, len(files))
+            name = shard_name("model", number, len(files))
             tensors = {key: made(key) for key in keys}
             save_file(tensors, folder / name, metadata={"format": "pt"})
             # safetensors 0.8 makes it for its owner alone; the folder's own mode is the umask's.
@@ -255,7 +255,7 @@ class Merge:
             where |= dict.fromkeys(keys, name)
             size += sum(tensor.nbytes for tensor in tensors.values())
         if len(files) > 1:
-            (folder / INDEX).write_text(shards.index(where, size), encoding="utf-8")
+            (folder / INDEX).write_text(shard_index(where, size), encoding="utf-8")
         self._write_the_rest(folder, dtype, rows)
 
     def _by_place(self, places: dict[str, str]) -> dict[str, Change]:

@@ -1,6 +1,7 @@
 """Saves what is not LoRA: what else was trained, or the base model whole."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,36 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from data.errors import Fault
-from loop.checkpoint import shards
 from loop.config.flags import Config
-from loop.distributed.optimizer_state import Tensors, file_name, trained_parameters, whole
 from loop.model import new_tokens
+from loop.utils import Tensors, file_name, trained_parameters, whole
+
+
+def cut_shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Return the names in order, one list a file.
+
+    `sizes`: bytes of each tensor. `most`: bytes of a file, but for a single larger tensor.
+    """
+    files: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if filled and filled + size > most:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += size
+    return files
+
+
+def shard_name(stem: str, number: int, count: int) -> str:
+    """Return the name of a file, of which there are so many; they are numbered from 1."""
+    return f"{stem}-{number:05d}-of-{count:05d}.safetensors" if count > 1 else f"{stem}.safetensors"
+
+
+def shard_index(places: Mapping[str, str], size: int) -> str:
+    """Return the index as JSON: the file of each tensor, and the bytes of all."""
+    return json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=1) + "\n"
+
 
 NAME, INDEX = "non_lora_state", "non_lora_state.safetensors.index.json"
 PARTIAL = f".partial-{NAME}"
@@ -38,11 +65,11 @@ def save_non_lora(
         named = {file_name(n): t.contiguous() for n, t in state.items() if "lora_" not in n}
         _write(folder / f"{NAME}.safetensors", lambda path: save_file(named, path), keep)
         return
-    files = shards.cut(_sizes(model), shard)
+    files = cut_shards(_sizes(model), shard)
     places: dict[str, str] = {}
     size = 0
     for number, names in enumerate(files, 1):
-        file = shards.name_of(NAME, number, len(files))
+        file = shard_name(NAME, number, len(files))
         tensors: Tensors = {}
         for name in names:
             tensors |= _base_tensors(model, name, state, keep)
@@ -50,7 +77,7 @@ def save_non_lora(
         size += sum(tensor.nbytes for tensor in tensors.values())
         _write(folder / file, partial(save_file, tensors, metadata={"format": "pt"}), keep)
     if len(files) > 1:
-        text = shards.index(places, size)
+        text = shard_index(places, size)
         _write(folder / INDEX, lambda path: path.write_text(text, encoding="utf-8"), keep)
 
 

@@ -1,6 +1,9 @@
 """Where a run begins: afresh, or after a checkpoint that the first rank chooses for all."""
 
+import dataclasses
 import datetime
+import hashlib
+import json
 import math
 import shutil
 from dataclasses import dataclass, field
@@ -10,17 +13,99 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
+from transformers.utils import cached_file
 
 from data.errors import UserError
 from loop.checkpoint import storage
-from loop.checkpoint.fingerprints import run_facts
 from loop.checkpoint.storage import Checkpoint, Damaged
-from loop.config.flags import Config
+from loop.config.flags import PATHS, TOLD, Config
 from loop.config.parser import FALSE, TRUE
-from loop.distributed import launch, optimizer_state
+from loop.distributed import optimizer_state
 from loop.distributed.accelerator import told_to_all
+from loop.distributed.layout import Layout
+from loop.distributed.signals import is_restart, record_launch
 from loop.inputs.training_data import Prepared
-from loop.inputs.windows import Layout
+from loop.model.base import tokenizer_sha256
+from loop.monitor.history import Progress
+from loop.utils import Tensors, shapes
+
+SAMPLE = 1 << 16  # bytes
+GROUPS_THAT_TRAIN = ("model", "LoRA", "data", "training")
+# How the work is split: it changes the last digits only. Precision is compared as a whole.
+SPLIT = {
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"),
+    *(
+        "tokens_per_micro_batch",
+        "auto_micro_batch",
+        "torch_compile",
+        "packing",
+        "loss_chunk_tokens",
+    ),
+    *("gradient_checkpointing", "flash_attn", "tf32", "trust_remote_code"),
+    *("mixed_precision", "bf16", "fp16"),
+}
+
+
+def run_facts(config: Config, prepared: Prepared, global_batch_size: int) -> dict[str, Any]:
+    """Return the facts that decide what is trained, each with a name that a person can mend."""
+    template = prepared.tokenizer.chat_template if prepared.template == "chat" else ""
+    return {
+        "data (SHA-256)": prepared.data_sha256,
+        "base model (sampled SHA-256)": _weights(prepared.base, "config.json", config),
+        "--lora_weight_path (sampled SHA-256)": config.lora_weight_path
+        and _weights(config.lora_weight_path, "adapter_config.json", config),
+        "tokenizer (SHA-256)": tokenizer_sha256(prepared.tokenizer),
+        "template": f"{prepared.template} {_sha256(str(template))[:12]}",
+        "examples": len(prepared.examples),
+        "examples a step": global_batch_size,
+        **{f"--{name}": value for name, value in _plain(_result_settings(config)).items()},
+    }
+
+
+def _result_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that decide what is trained, however the work is split."""
+    trains = {
+        field.name
+        for field in dataclasses.fields(config)
+        if field.metadata["group"] in GROUPS_THAT_TRAIN
+    }
+    values = dataclasses.asdict(config).items()
+    # The template is known by what it is, not by how it was asked for.
+    kept = {k: v for k, v in values if k in trains - PATHS - TOLD - SPLIT - {"template"}}
+    return {"precision": config.precision, **kept}
+
+
+def _weights(base: str, settings: str, config: Config) -> str:
+    """Hash the settings' file, and of each weights file its size, beginning, middle and end.
+
+    Reading all of it would take minutes for a large model; another model of the same shape
+    differs in every sample. The hub's models are known by their commit.
+    """
+    folder, hub = Path(base), {"cache_dir": config.cache_dir}
+    if not folder.is_dir():
+        return f"{base} {Path(str(cached_file(base, settings, **hub))).parent.name}"
+    digest = hashlib.sha256((folder / settings).read_bytes())
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+    weights = [file for pattern in patterns for file in folder.glob(pattern)]
+    for file in sorted(weights):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as opened:
+            for start in (0, size // 2, max(0, size - SAMPLE)):
+                opened.seek(start)
+                digest.update(opened.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values as they come back from JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain
+
 
 AFRESH: dict[str, Any] = {"step": 0}
 
@@ -49,6 +134,11 @@ class Start:
         """The log that the checkpoint's run has left."""
         return self.folder.parent / storage.LOG if self.folder else None
 
+    @property
+    def so_far(self) -> Progress:
+        """What monitors go on from."""
+        return Progress(self.step, self.progress, self.log)
+
     def agree(self) -> None:
         """Take the first rank's progress; every rank must call this."""
         self.progress, resumed = broadcast_object_list([self.progress, self.folder is not None])
@@ -59,7 +149,7 @@ class Start:
 
         Raises UserError where the adapter has another shape than the model's.
         """
-        expected = optimizer_state.shapes(model)
+        expected = shapes(model)
         self.parameters = sum(math.prod(shape) for shape in expected.values())
         if not self.resumed:
             return
@@ -91,7 +181,7 @@ class Start:
             optimizer_state.put_loss_scale(accelerator, optimizer, self.progress["loss_scale"])
         del self.adapter
 
-    def _sent(self, accelerator: Accelerator, name: str) -> optimizer_state.Tensors:
+    def _sent(self, accelerator: Accelerator, name: str) -> Tensors:
         tensors = load_file(self.folder / name) if self.folder else {}
         return optimizer_state.from_first_rank(tensors, accelerator.device)
 
@@ -112,7 +202,7 @@ def find_start(config: Config, prepared: Prepared, layout: Layout, reads: bool) 
         print(f"resume: {found.folder}, after step {found.step} of {layout.total_steps}")
     beside = found and found.folder.parent.resolve() == output.resolve()
     _set_aside([mine for mine in own if not (beside and storage.number(mine) <= start.step)])
-    launch.begun(output)
+    record_launch(output)
     return start
 
 
@@ -120,7 +210,7 @@ def find_checkpoint(config: Config, facts: dict[str, Any], layout: Layout) -> Ch
     """Return the newest checkpoint that is whole, and fits; changes nothing. Raises UserError."""
     output, asked = Path(config.output_dir), config.resume_from_checkpoint
     folders = own = storage.list_folders(output)
-    again = launch.is_restart(output)
+    again = is_restart(output)
     if asked.lower() in FALSE:
         folders = own if again else []
     elif asked.lower() not in TRUE:

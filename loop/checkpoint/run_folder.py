@@ -22,13 +22,13 @@ from loop.checkpoint.storage import sync
 from loop.config.flags import ADAPTER_FILES, Config
 from loop.config.load import dump
 from loop.config.parser import TRUE
-from loop.distributed import launch
 from loop.distributed.accelerator import told_to_all
-from loop.inputs.data_files import data_sha256
-from loop.inputs.training_data import Prepared
-from loop.inputs.windows import Layout, global_batch_size
+from loop.distributed.layout import Layout, global_batch_size
+from loop.distributed.signals import LAUNCH_FILE, is_restart
+from loop.inputs.training_data import Prepared, data_sha256
+from loop.model import new_tokens
 from loop.monitor.plots import draw_at_end
-from loop.utils import save_adapter, write_json
+from loop.utils import save_adapter, shapes, trained_parameters, write_json
 
 SETTINGS, STATE = "training_config.yaml", "trainer_state.json"
 PATHS = ("model_name_or_path", "lora_weight_path", "cache_dir")
@@ -112,14 +112,14 @@ def claimed(config: Config) -> Iterator[None]:
                     "Give another folder."
                 ) from None
             _lock(lock, folder)
-            if not launch.is_restart(folder):
+            if not is_restart(folder):
                 _remove_stop(folder / "STOP")  # It was for the run before.
     try:
         yield
     finally:
         if lock:
             with suppress(OSError):  # What went wrong before is what the user is to hear of.
-                if made and {path.name for path in folder.iterdir()} <= {LOCK, launch.FILE}:
+                if made and {path.name for path in folder.iterdir()} <= {LOCK, LAUNCH_FILE}:
                     shutil.rmtree(folder)  # Nothing came of it, so nothing is left.
             lock.close()
 
@@ -182,9 +182,12 @@ def save_run(
     """Write adapter and tokenizer, and last trainer_state.json, by which the run is finished."""
     folder = Path(config.output_dir)
     unwrapped = accelerator.unwrap_model(model)
-    save_adapter(accelerator, unwrapped, folder, config.save_safetensors)
+    main = accelerator.is_main_process
+    adapter = new_tokens.rows(unwrapped, trained_parameters(unwrapped, keep=main), keep=main)
+    expected = {**shapes(unwrapped), **new_tokens.row_shapes(unwrapped)}
+    save_adapter(accelerator, unwrapped, adapter, expected, folder, config.save_safetensors)
     save_non_lora(accelerator, unwrapped, folder, config)
-    if not accelerator.is_main_process:
+    if not main:
         return
     prepared.tokenizer.save_pretrained(folder)
     for name in ADAPTER_FILES:  # What counts as finished must outlast a loss of power.

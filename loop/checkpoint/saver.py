@@ -21,11 +21,13 @@ from loop.checkpoint.storage import Snapshot
 from loop.config.flags import Config
 from loop.distributed import optimizer_state
 from loop.distributed.accelerator import PATIENCE, told_to_all, zero_stage
+from loop.distributed.layout import Layout
+from loop.distributed.memory import micro_batch_record
 from loop.distributed.signals import launcher_asks
-from loop.inputs.windows import Layout, Window
+from loop.inputs.windows import Window
 from loop.monitor.logger import Tracker
 from loop.monitor.summary import how_to_go_on
-from loop.training import auto_micro_batch
+from loop.utils import file_name, trained_parameters
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # What a rank asks for; of all ranks the greatest counts. ASKED: by whoever wants no other launch.
@@ -181,7 +183,7 @@ class Saver:
     def _save(self, window: Window, model: Any, optimizer: Any, tracker: Tracker) -> None:
         """Copy the state to host memory, on all ranks; the first one's thread writes it."""
         model = self.accelerator.unwrap_model(model)
-        adapter = optimizer_state.trained_parameters(model, keep=self.main)
+        adapter = trained_parameters(model, keep=self.main)
         moments = optimizer_state.moments(model, optimizer, keep=self.main)
         logged = tracker.state()
         self.saved_at = time.monotonic()
@@ -200,7 +202,7 @@ class Saver:
             **self.evaluation,
             # Each micro-batch seeds it from these and its own rank and index: nothing is rewound.
             "rng": {"seed": self.config.seed, "step": step},
-            "auto_micro_batch": auto_micro_batch.found(self.layout, self.config, self.accelerator),
+            "auto_micro_batch": micro_batch_record(self.layout, self.config, self.accelerator),
             "loss_scale": optimizer_state.loss_scale(self.accelerator, optimizer),
             **logged,
         }
@@ -212,7 +214,7 @@ class Saver:
             "backend": backend,
             "facts": self.start.facts,
         }
-        adapter = {optimizer_state.file_name(name): tensor for name, tensor in adapter.items()}
+        adapter = {file_name(name): tensor for name, tensor in adapter.items()}
         adapter_config = json.loads(
             json.dumps(model.peft_config["default"].to_dict(), default=sorted)
         )

@@ -146,6 +146,12 @@ def list_folders(output: Path) -> list[Path]:
     return sorted((path for path in named if number(path) >= 0), key=number, reverse=True)
 
 
+def newest_checkpoint(output: Path) -> str | None:
+    """Return the name of the newest checkpoint in a run's output folder, if there is one."""
+    folders = list_folders(output)
+    return folders[0].name if folders else None
+
+
 def folder_of(output: Path, step: int) -> Path:
     """Return the folder of a step's checkpoint."""
     return output / f"checkpoint-{step}"

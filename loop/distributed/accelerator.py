@@ -29,8 +29,8 @@ from loop.distributed.deepspeed_config import (
     precision_of,
     zero_settings,
 )
+from loop.distributed.layout import Layout
 from loop.distributed.rank_zero import quiet_deepspeed
-from loop.inputs.windows import Layout
 
 # Of any collective: longer than a rank may be behind while each reads data and model for itself.
 PATIENCE = datetime.timedelta(minutes=30)

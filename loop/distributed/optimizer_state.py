@@ -4,8 +4,6 @@ DeepSpeed holds fp32 master weights and AdamW's moments in flat tensors that the
 elsewhere every rank has all of both.
 """
 
-import re
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,31 +12,9 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from loop.utils import Tensors, file_name, gather_trained, is_partitioned, whole
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Tensors = dict[str, Tensor]
-
-
-def file_name(name: str) -> str:
-    """Return the name that peft gives a parameter in a file: without that of its adapter."""
-    return re.sub(r"\.default(?=\.|$)", "", name)
-
-
-def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return what a whole adapter holds, by peft's names, from the model's own parameters."""
-    return {
-        file_name(name): tuple(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def trained_parameters(model: nn.Module, keep: bool = True) -> Tensors:
-    """Return the trainable parameters whole, in fp32, on the CPU; every rank must call this.
-
-    Under DeepSpeed they come from the fp32 master, gathered over the ranks one at a time. A rank
-    that does not `keep` them takes part and returns nothing: it needs memory for one of them.
-    """
-    return _gather(model, lambda parameter: parameter, None, keep)
 
 
 def moments(model: nn.Module, optimizer: Any, keep: bool = True) -> Tensors:
@@ -49,30 +25,10 @@ def moments(model: nn.Module, optimizer: Any, keep: bool = True) -> Tensors:
     state = adamw(optimizer).state
     gathered: Tensors = {}
     for moment in MOMENTS:
-        found = _gather(model, lambda p, key=moment: state[p][key], moment, keep)
+        found = gather_trained(model, lambda p, key=moment: state[p][key], moment, keep)
         gathered |= {f"{moment}.{file_name(name)}": tensor for name, tensor in found.items()}
     steps = next(iter(state.values()))["step"]
     return {**gathered, "step": torch.as_tensor(steps).float().cpu().clone()} if keep else {}
-
-
-def _gather(model: nn.Module, plain: Any, moment: str | None, keep: bool) -> Tensors:
-    state = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        value: Tensor | None = None
-        if _is_shared_out(parameter):
-            from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-            value = (
-                safe_get_full_optimizer_state(parameter, moment)
-                if moment
-                else safe_get_full_fp32_param(parameter)
-            )
-        value = plain(parameter) if value is None else value
-        if keep:
-            state[name] = value.detach().to("cpu", torch.float32, copy=True)
-    return state
 
 
 def adamw(optimizer: Any) -> torch.optim.AdamW:
@@ -130,24 +86,8 @@ def put_trained(model: nn.Module, adapter: Tensors) -> None:
     """Put weights into a prepared model, its fp32 master too; every rank must call this."""
     put_weights(model, adapter)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and _is_shared_out(parameter):
+        if parameter.requires_grad and is_partitioned(parameter):
             _put_share(parameter, adapter[file_name(name)], None)
-
-
-def whole(parameter: nn.Parameter) -> Any:
-    """Gather a parameter that ZeRO-3 has shared out; the first rank's changes are kept."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
-
-    return GatheredParameters([parameter], modifier_rank=0)
-
-
-def use_whole(module: nn.Module, parameter: nn.Parameter) -> None:
-    """Have ZeRO-3 gather a parameter for a module that uses it while another one holds it."""
-    from deepspeed.runtime.zero import register_external_parameter
-
-    register_external_parameter(module, parameter)
 
 
 def put_master(model: nn.Module, optimizer: Any, adapter: Tensors, moments: Tensors) -> None:
@@ -156,11 +96,11 @@ def put_master(model: nn.Module, optimizer: Any, adapter: Tensors, moments: Tens
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if _is_shared_out(parameter):
+        if is_partitioned(parameter):
             _put_share(parameter, adapter[file_name(name)], None)
         for moment in MOMENTS:
             value = moments[f"{moment}.{file_name(name)}"]
-            if _is_shared_out(parameter):
+            if is_partitioned(parameter):
                 _put_share(parameter, value, moment)
             else:
                 state[parameter][moment].copy_(value)
@@ -219,10 +159,6 @@ def put_loss_scale(accelerator: Accelerator, optimizer: Any, state: dict[str, fl
         state = {"cur_scale": state["scale"]}
     for name, value in state.items():
         setattr(scaler, name, value)
-
-
-def _is_shared_out(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 def _put_share(parameter: Any, value: Tensor, moment: str | None) -> None:

@@ -116,3 +116,28 @@ def _follow(launcher: int, status: str | None) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE)
     os._exit(128 + signal.SIGTERM)
+
+
+LAUNCH_NAME = "LORA_LOOP_COMMAND"  # launch.sh's name for itself, the same in each of its launches
+LAUNCH_FILE = ".launch"
+
+
+def is_restart(output: Path) -> bool:
+    """Say whether this launch has begun in the folder before: then its flags were obeyed.
+
+    torchelastic and `launch.sh --until-done` give restarted ranks the same flags again.
+    """
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if LAUNCH_NAME not in os.environ and not restarted:
+        return False
+    file = output / LAUNCH_FILE
+    return file.is_file() and file.read_text(encoding="utf-8") == _name()
+
+
+def record_launch(output: Path) -> None:
+    """Leave the launch's name in the folder."""
+    (output / LAUNCH_FILE).write_text(_name(), encoding="utf-8")
+
+
+def _name() -> str:
+    return os.environ.get(LAUNCH_NAME) or f"launcher {os.getppid()}"

@@ -6,8 +6,7 @@ from data.dialogues.sources import files_of, parse_source
 from data.errors import UserError
 from loop.config.flags import Config
 from loop.config.load import read_config
-from loop.config.preflight import problems, together
-from loop.config.versions import CORE, conflicts
+from loop.config.preflight import CORE, conflicts, problems, together
 from loop.model.base import find_base_model
 
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 from data.errors import UserError, tell
 from loop.config.load import read_config
-from loop.config.preflight import together
-from loop.config.versions import conflicts, outdated, version_rows
+from loop.config.preflight import conflicts, outdated, together, version_rows
 from loop.doctor.flags import DoctorConfig
 from loop.monitor.formatting import GREEN, Page, in_colour
 

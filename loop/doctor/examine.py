@@ -8,11 +8,11 @@ from loop.config.flags import Config
 from loop.config.load import read_config
 from loop.distributed.accelerator import check_ranks, examine_launch, slow_in_bf16
 from loop.distributed.deepspeed_config import against_flags
-from loop.doctor import forecast, machine, model_and_data
+from loop.distributed.layout import plan_layout
+from loop.doctor import forecast, model_and_data
 from loop.doctor.flags import DoctorConfig
-from loop.doctor.launch import Launch, find_launch
+from loop.doctor.launch import Launch, find_launch, hardware_rows, launch_rows
 from loop.doctor.trial import run_trial
-from loop.inputs.windows import plan_layout
 from loop.monitor.formatting import Page
 
 
@@ -29,8 +29,8 @@ def examine(argv: Sequence[str], first: DoctorConfig, page: Page) -> list[str]:
         tell(found, mistakes)
         with noted(mistakes):
             check_ranks()
-        page.section("machine", machine.hardware_rows(launch))
-        page.section("launch", machine.launch_rows(launch, asked, config))
+        page.section("machine", hardware_rows(launch))
+        page.section("launch", launch_rows(launch, asked, config))
         notes = [note for note in [slow_in_bf16(config)] if note]
         _examine_run(config, launch, asked, page, mistakes, notes, first.trial)
     if notes:

@@ -8,21 +8,20 @@ from pathlib import Path
 from data.batching.balance import Part, deal, packed_tokens
 from data.errors import UserError
 from loop.checkpoint import storage
-from loop.checkpoint.fingerprints import run_facts
-from loop.checkpoint.resume import find_checkpoint
+from loop.checkpoint.resume import find_checkpoint, run_facts
 from loop.checkpoint.saver import planned_saves
 from loop.config.flags import Config
 from loop.config.preflight import LEAST, base_copy, free_room
 from loop.distributed.accelerator import on_gpu
-from loop.doctor.machine import room_of_a_rank
-from loop.doctor.memory.estimate import activations, host_memory, memory
+from loop.distributed.layout import Layout
+from loop.doctor.launch import room_of_a_rank
+from loop.doctor.memory.estimate import activations, host_memory, memory, sent
 from loop.doctor.memory.run import Run, Size
 from loop.doctor.memory.shape import Backend, shape_of
-from loop.doctor.memory.traffic import sent
 from loop.doctor.model_and_data import Model
 from loop.doctor.trial import Trial
 from loop.inputs.training_data import Prepared
-from loop.inputs.windows import Layout, drawn
+from loop.inputs.windows import drawn
 from loop.monitor.formatting import GIB, WIDTH, curve, duration, gib, megabytes, table
 from loop.monitor.trackers import has_wandb_login
 from loop.training.optim import lr_at

@@ -1,6 +1,7 @@
 """Finds the base model and encodes the examples: one way for training and for `show`."""
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,19 +14,39 @@ from tqdm import tqdm
 from data.batching.collate import Collator
 from data.dialogues.sharegpt import Dialogue, Tally, read_dialogues
 from data.dialogues.sources import files_of, weighted
-from data.encoding.cache import Examples, claimed, in_memory, read_cache
+from data.encoding.cache import Encode, Examples, claimed, encode_in_pieces, in_memory, read_cache
 from data.encoding.encode import check_fast, encode_dialogues
-from data.encoding.pieces import Encode, encode_in_pieces
 from data.encoding.seq2seq import SHORT, PairLimits, encode_pairs
 from data.encoding.templates import TemplateName, default_template
-from data.encoding.tokens import with_fastchat_tokens, with_missing_characters
+from data.encoding.tokenizer import with_fastchat_tokens, with_missing_characters
 from data.errors import UserError
 from data.files.atomic_write import written_whole
+from data.files.hashes import file_sha256
 from loop.config.flags import DUMMY_DATA, Config, shown
 from loop.distributed.rank_zero import speaks
-from loop.inputs.data_files import data_sha256, data_shown
 from loop.model.base import find_base_model, load_tokenizer, read_base_config, tokenizer_sha256
 from loop.model.packed_attention import can_pack, row_inputs
+
+
+def data_sha256(config: Config) -> str:
+    """Return the SHA-256 of the data's file, or of the hashes of several and of their weights.
+
+    Beside --preprocessed_path they are remembered. Raises UserError where a file cannot be read.
+    """
+    hashes, memory = [], None
+    if config.preprocessed_path:
+        kept = Path(config.preprocessed_path).expanduser()
+        memory = kept.with_name(f".{kept.name}.hashes")
+    for source in config.sources:
+        hashes += [file_sha256(file, memory) for file in files_of(source, config.cache_dir)]
+        hashes += [f"x {source.weight}"] if source.weight != 1.0 else []
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(str(hashes).encode()).hexdigest()
+
+
+def data_shown(config: Config) -> str:
+    """Return the names of the data as a person reads them."""
+    return ", ".join(map(shown, config.data_path or [DUMMY_DATA]))
+
 
 # Settings that decide the encoded data, beside the data itself and the tokenizer.
 ENCODING = (

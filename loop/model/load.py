@@ -15,16 +15,22 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from data.errors import UserError
 from loop.config.flags import Config
 from loop.distributed.accelerator import told_to_all, zero_stage
-from loop.distributed.optimizer_state import whole
 from loop.distributed.rank_zero import say
 from loop.inputs.training_data import Prepared
-from loop.model import fp32, new_tokens
+from loop.model import new_tokens
 from loop.model.base import check_ties, compares_ties, mistakes
-from loop.model.cpu import keep_memory, replace_dropout
-from loop.model.kernels import use_kernels
+from loop.model.kernels import keep_memory, replace_dropout, use_kernels
 from loop.model.lora_targets import ALL_LINEAR, target_names
 from loop.model.packed_attention import implementation
-from loop.model.quantization import about_zero3, check_quantization, four_bit, returned_memory
+from loop.model.quantization import (
+    about_zero3,
+    check_quantization,
+    compute_in_fp32,
+    four_bit,
+    kept_in_fp32,
+    returned_memory,
+)
+from loop.utils import whole
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -147,7 +153,7 @@ def _load_base(prepared: Prepared, config: Config, accelerator: Accelerator) -> 
     with (
         mistakes(base),
         returned_memory() if config.q_lora else nullcontext(),
-        fp32.loaded() if config.q_lora else nullcontext(),
+        kept_in_fp32() if config.q_lora else nullcontext(),
         _compared_whole() if zero3 else nullcontext(),
     ):
         model, loaded = loader.from_pretrained(
@@ -166,7 +172,7 @@ def _load_base(prepared: Prepared, config: Config, accelerator: Accelerator) -> 
         names = ", ".join(sorted(loaded["missing_keys"])[:5])
         raise UserError(f"{base}: the weights lack {names}, which would be random. Mend the model.")
     if config.q_lora and config.precision != "no":
-        fp32.computed(model, deepspeed=plugin is not None)
+        compute_in_fp32(model, deepspeed=plugin is not None)
     return model
 
 

@@ -15,7 +15,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from data.errors import UserError
-from loop.distributed.optimizer_state import Tensors, use_whole, whole
+from loop.utils import Tensors, use_whole, whole
 
 MULTIPLE = 8  # rows of a grown matrix, which GPUs multiply faster so
 
@@ -73,7 +73,7 @@ def places(model: Any, tokens: list[int]) -> dict[str, list[int]]:
     Where all share one matrix, peft ties them by itself. It would tie Flan-T5's LM head, too, since
     transformers says that every T5's is tied; of modules whose tokens differ in their order it
     believes that they are not (0.21, utils/other.py, `indices_mismatch`). So there are always two
-    tokens at least (data/encoding/tokens.py, COMPANION).
+    tokens at least (data/encoding/tokenizer.py, COMPANION).
     """
     embedding, head = _matrices(model)
     names = {id(module): name for name, module in model.named_modules()}

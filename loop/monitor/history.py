@@ -19,6 +19,19 @@ Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
+class Progress:
+    """Where a run begins, for its monitors.
+
+    step: optimizer steps done before; saved: the checkpoint's progress.json; log: of the run that
+    wrote the checkpoint.
+    """
+
+    step: int
+    saved: dict[str, Any]
+    log: Path | None = None
+
+
+@dataclass(frozen=True)
 class Series:
     """One kind of number in a panel; a panel's second one is dashed. Noise may be smoothed."""
 

@@ -16,12 +16,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import Stopped
-from loop.checkpoint.resume import Start
 from loop.config.flags import Config
-from loop.inputs.windows import Layout, Window
-from loop.monitor.clock import Clock, seconds_since_start
+from loop.distributed.layout import Layout
+from loop.inputs.windows import Window
+from loop.monitor.history import Progress
 from loop.monitor.loss_guard import Watch, spike
-from loop.monitor.metrics import COUNTED, Work, history_until, peak_memory, rates
+from loop.monitor.metrics import (
+    COUNTED,
+    Clock,
+    Work,
+    history_until,
+    peak_memory,
+    rates,
+    seconds_since_start,
+)
 from loop.monitor.plots import draw_at_end
 from loop.monitor.summary import Spent, summary
 from loop.monitor.trackers import Trackers
@@ -40,13 +48,13 @@ class Tracker:
         config: Config,
         layout: Layout,
         accelerator: Accelerator,
-        start: Start,
+        start: Progress,
         clock: Clock,
         work: Work | None = None,
     ) -> None:
         self.config, self.layout, self.accelerator, self.start = config, layout, accelerator, start
         self.clock, self.work = clock, work
-        self.watch = Watch(config.max_bad_steps, start.progress.get("bad_in_a_row", 0))
+        self.watch = Watch(config.max_bad_steps, start.saved.get("bad_in_a_row", 0))
         self.folder = Path(config.output_dir)
         self.trackers = Trackers(config, layout, start)
         self.history: list[dict[str, Any]] = []
@@ -54,7 +62,7 @@ class Tracker:
         self.step = start.step
         self._start_interval(torch.zeros((), device=accelerator.device))
         if start.step:
-            self._go_on(start.progress)
+            self._go_on(start.saved)
 
     def _go_on(self, progress: dict[str, Any]) -> None:
         """Take up the counts of a checkpoint, and the loss since its last log entry."""
@@ -202,14 +210,14 @@ class Tracker:
         tqdm.write(f"step {step:>{len(str(total))}}/{total}  {progress}  {_clock(left)} left")
         self.bar.set_postfix_str(progress)
 
-    def end(self) -> None:
+    def end(self, newest_checkpoint: str | None) -> None:
         """Give the saved adapter to who asked for it, tell the result, and leave the others."""
         self.trackers.store_adapter()
         if self.accelerator.is_main_process:
-            print(self._summary(stopped=False))
+            print(self._summary(False, newest_checkpoint))
         self.accelerator.end_training()
 
-    def _summary(self, stopped: bool) -> str:
+    def _summary(self, stopped: bool, newest: str | None = None) -> str:
         """Return the run's last lines; its time holds all its launches, from their very start."""
         begun = [entry for entry in self.history if entry["step"] == 1 or "resumed_from" in entry]
         before = sum(e.get("startup_seconds", 0.0) for e in begun if e["step"] <= self.start.step)
@@ -218,7 +226,7 @@ class Tracker:
         devices = ranks if on_gpus else ranks * torch.get_num_threads()
         spent = Spent(seconds, self.tokens, self.supervised_tokens, devices, on_gpus)
         total = self.layout.total_steps
-        return summary(self.config, self.history, self.step, total, spent, stopped)
+        return summary(self.config, self.history, self.step, total, spent, stopped, newest)
 
     def add_evaluation(self, entry: dict[str, Any]) -> None:
         """Log an evaluation."""

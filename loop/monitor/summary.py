@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loop.checkpoint.storage import list_folders
 from loop.config.flags import ADAPTER_FILES, Config
 from loop.config.parser import TRUE
 from loop.monitor.formatting import duration
@@ -29,9 +28,19 @@ class Spent:
 
 
 def summary(
-    config: Config, history: Sequence[Entry], step: int, total: int, spent: Spent, stopped: bool
+    config: Config,
+    history: Sequence[Entry],
+    step: int,
+    total: int,
+    spent: Spent,
+    stopped: bool,
+    newest: str | None = None,
 ) -> str:
-    """Return the five lines; `stopped`: after a checkpoint at this step, before the last one."""
+    """Return the five lines.
+
+    stopped: after a checkpoint at this step, before the last one; newest: a finished run's last
+    checkpoint that is kept.
+    """
     folder = Path(config.output_dir)
     talk = f"python -m loop chat --adapter {shlex.quote(str(folder))}"
     if stopped:
@@ -41,7 +50,7 @@ def summary(
     else:
         file = next((name for name in ADAPTER_FILES if (folder / name).is_file()), ADAPTER_FILES[0])
         place = f"{folder / file}, opened again and checked"
-        on = _how_to_train_on(config, folder, step, total)
+        on = _how_to_train_on(config, newest, step, total)
     lines = {
         "result": _result(config, history, step, total),
         "saved": place,
@@ -59,12 +68,11 @@ def how_to_go_on(config: Config) -> str:
     return f"the same command{without} goes on from there"
 
 
-def _how_to_train_on(config: Config, folder: Path, step: int, total: int) -> str:
-    kept = list_folders(folder)
-    if not kept:
+def _how_to_train_on(config: Config, newest: str | None, step: int, total: int) -> str:
+    if newest is None:
         return (
             "no checkpoint was kept; a new run begins with this adapter by --lora_weight_path "
-            f"{shlex.quote(str(folder))}"
+            f"{shlex.quote(config.output_dir)}"
         )
     if step < total:
         more = f"--early_stopping_patience {2 * (config.early_stopping_patience or 1)}"
@@ -74,7 +82,7 @@ def _how_to_train_on(config: Config, folder: Path, step: int, total: int) -> str
         more = f"--num_train_epochs {2 * config.num_train_epochs:g}"
     return (
         "the same command finds it finished; it trains on, from "
-        f"{kept[0].name}, with --resume_anyway {more}"
+        f"{newest}, with --resume_anyway {more}"
     )
 
 

@@ -15,9 +15,9 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tqdm import tqdm
 
-from loop.checkpoint.resume import Start
 from loop.config.flags import ADAPTER_FILES, Config
-from loop.inputs.windows import Layout
+from loop.distributed.layout import Layout
+from loop.monitor.history import Progress
 
 PROJECT = "lora-loop"
 SAMPLES = "samples"
@@ -35,11 +35,11 @@ class Trackers:
     On the other ranks none is ever opened, so that nothing happens there.
     """
 
-    def __init__(self, config: Config, layout: Layout, start: Start) -> None:
+    def __init__(self, config: Config, layout: Layout, start: Progress) -> None:
         self.config, self.layout, self.start = config, layout, start
         self.folder = Path(config.output_dir)
         self.name = config.run_name or self.folder.name
-        self.wandb_id: str | None = start.progress.get("wandb")
+        self.wandb_id: str | None = start.saved.get("wandb")
         self.opened: dict[str, Any] = {}
         self.shown_until = 0  # trackio's last step: what it has is not logged again
 

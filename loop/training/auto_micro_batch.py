@@ -1,8 +1,6 @@
 """Finds the largest micro-batch that fits in memory, by trying the longest examples first."""
 
 import dataclasses
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +11,14 @@ from accelerate.utils import gather_object
 from data.errors import UserError
 from loop.config.flags import Config
 from loop.distributed.accelerator import zero_stage
+from loop.distributed.layout import Layout
+from loop.distributed.memory import memory_room, memory_used, micro_batch_record, proc_bytes
 from loop.distributed.optimizer_state import forget_gradients
 from loop.distributed.rank_zero import say
 from loop.inputs.training_data import Prepared
-from loop.inputs.windows import Layout
 from loop.training.loss import supervised_loss_sum
 from loop.training.optim import accumulating
 
-# Of the memory: the rest is for buckets, gradients that earlier micro-batches have summed up, the
-# optimizer's step and what is fragmented.
-SHARE = 0.9
 STEP = 64  # tokens: so coarse is the answer
 # Under ZeRO-3 a run's first pass records in which order weights are needed; only later ones keep
 # them and fetch them ahead (DeepSpeed 0.19.8, zero/partitioned_param_coordinator.py). On a CPU what
@@ -50,7 +46,7 @@ def fitted(
     each = -(-layout.global_batch_size // layout.world_size)
     known = progress.get("auto_micro_batch") or {}
     least = known.get("tokens", 0)
-    if _any_rank(accelerator, known != found(layout, config, accelerator, least)):
+    if _any_rank(accelerator, known != micro_batch_record(layout, config, accelerator, least)):
         least = most_tokens(model, prepared, config, accelerator, each)
     if least == 0:
         error = UserError(
@@ -63,21 +59,6 @@ def fitted(
     layout = dataclasses.replace(layout, micro_batch_size=each, accumulation=1, limits=limits)
     say(f"auto_micro_batch: {layout}")
     return layout
-
-
-def found(
-    layout: Layout, config: Config, accelerator: Accelerator, tokens: int | None = None
-) -> dict[str, int] | None:
-    """Return what a checkpoint keeps of it: it holds on as many ranks with as much memory."""
-    if not config.auto_micro_batch:
-        return None
-    device = accelerator.device
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = _meminfo("/proc/meminfo", "MemTotal")
-    tokens = layout.limits.tokens if tokens is None else tokens
-    return {"tokens": tokens or 0, "ranks": layout.world_size, "memory": memory}
 
 
 def most_tokens(
@@ -119,25 +100,6 @@ def most_tokens(
     return min(_of_all_ranks(accelerator, mine))
 
 
-def memory_room(device: torch.device) -> int:
-    """Return the bytes that this rank may hold, with what it holds already."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(SHARE * (free + torch.cuda.memory_reserved(device)))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    available = _meminfo("/proc/meminfo", "MemAvailable") // ranks
-    with suppress(OSError, ValueError):  # A container may have less than its machine.
-        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()) // ranks)
-    return int(SHARE * (available + memory_used(device)))
-
-
-def memory_used(device: torch.device) -> int:
-    """Return the bytes that this process holds now."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return _meminfo("/proc/self/status", "VmRSS")
-
-
 def _slope(tried: list[int], peaks: list[int]) -> float:
     """Return the bytes that one token more takes, by the last two trials."""
     if len(tried) < 2:
@@ -172,7 +134,7 @@ def _peak_of(model: Any, batch: Any, config: Config, accelerator: Accelerator) -
         ) from error
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _meminfo("/proc/self/status", "VmHWM")
+    return proc_bytes("/proc/self/status", "VmHWM")
 
 
 def _pass(model: Any, batch: Any, config: Config, accelerator: Accelerator) -> None:
@@ -200,11 +162,3 @@ def _any_rank(accelerator: Accelerator, mine: bool) -> bool:
 
 def _of_all_ranks(accelerator: Accelerator, mine: int) -> list[int]:
     return list(gather_object([mine])) if accelerator.num_processes > 1 else [mine]
-
-
-def _meminfo(file: str, name: str) -> int:
-    """Return the bytes that a file of /proc says in kB."""
-    for line in Path(file).read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"{file}: no {name}")

@@ -24,9 +24,10 @@ from loop.checkpoint.saver import Saver
 from loop.config.flags import Config
 from loop.distributed import optimizer_state
 from loop.distributed.accelerator import first_rank_says, told_to_all
+from loop.distributed.layout import Layout
 from loop.distributed.rank_zero import say
 from loop.inputs.training_data import Prepared
-from loop.inputs.windows import Layout, Window
+from loop.inputs.windows import Window
 from loop.monitor.logger import Tracker
 from loop.monitor.metrics import history_until
 from loop.training.loss import token_losses

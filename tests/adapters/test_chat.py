@@ -10,8 +10,7 @@ import pytest
 from data.dialogues.sharegpt import Turn
 from data.errors import UserError
 from loop.adapters import chat
-from loop.adapters.chat import BASE, ChatConfig, Speaker, load_speaker
-from loop.adapters.questions import read_prompts
+from loop.adapters.chat import BASE, ChatConfig, Speaker, load_speaker, read_prompts
 from tests.conftest import trainer
 from tests.support.helpers import write_dialogues
 

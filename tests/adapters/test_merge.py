@@ -18,7 +18,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from data.encoding.tokens import CHARACTERS
+from data.encoding.tokenizer import CHARACTERS
 from loop.adapters import merge
 from loop.model.new_tokens import grow
 from loop.model.quantization import four_bit

@@ -11,8 +11,8 @@ import pytest
 from data.errors import Fault, Stopped, UserError
 from loop.checkpoint import saver, storage
 from loop.checkpoint.storage import Damaged, check_room, list_folders, prune, verify
-from loop.distributed import launch, optimizer_state
-from loop.distributed.signals import _told_disk
+from loop.distributed import optimizer_state
+from loop.distributed.signals import LAUNCH_NAME, _told_disk, is_restart, record_launch
 from tests.checkpoint.test_storage import damage, same
 from tests.support.helpers import log_of
 
@@ -37,7 +37,7 @@ def test_afresh_counts_once_for_a_launch_and_again_for_the_next(
 ) -> None:
     output = tmp_path / "run"
     stopped(train)
-    monkeypatch.setenv(launch.COMMAND, "first")
+    monkeypatch.setenv(LAUNCH_NAME, "first")
     afresh = ("--resume_from_checkpoint", "False")
     assert "command, without --resume_from_checkpoint, goes on" in stopped(train, *afresh)
     assert names(output) == ["checkpoint-1"]
@@ -45,7 +45,7 @@ def test_afresh_counts_once_for_a_launch_and_again_for_the_next(
     # As torchelastic and --until-done do: the same launch, the same flags.
     stopped(train, *afresh)
     assert names(output) == ["checkpoint-2", "checkpoint-1"]
-    monkeypatch.setenv(launch.COMMAND, "second")
+    monkeypatch.setenv(LAUNCH_NAME, "second")
     stopped(train, *afresh)
     assert names(output) == ["checkpoint-1"]
     assert len([*output.glob("discarded-*/metrics.jsonl")]) == 2
@@ -57,7 +57,7 @@ def test_a_named_checkpoint_counts_until_the_launch_has_saved_one_itself(
     whole = train("other", *SIX)
     named = ("--resume_from_checkpoint", whole / "checkpoint-4")
     stopped(train)  # Another run's, which is not to be gone on with.
-    monkeypatch.setenv(launch.COMMAND, "first")
+    monkeypatch.setenv(LAUNCH_NAME, "first")
     stopped(train, *named)
     assert names(tmp_path / "run") == ["checkpoint-5"]
     shutil.rmtree(tmp_path / "run/checkpoint-5")  # As if the launch had crashed before it.
@@ -70,21 +70,21 @@ def test_a_named_checkpoint_counts_until_the_launch_has_saved_one_itself(
 def test_a_torchelastic_restart_is_the_same_launch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launch.begun(tmp_path)
-    assert not launch.is_restart(tmp_path)
+    record_launch(tmp_path)
+    assert not is_restart(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert launch.is_restart(tmp_path)
+    assert is_restart(tmp_path)
 
 
 def test_a_stop_during_a_restart_is_not_forgotten(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(launch.COMMAND, "first")
+    monkeypatch.setenv(LAUNCH_NAME, "first")
     stopped(train)
     (tmp_path / "run/STOP").touch()
     with pytest.raises(Stopped, match="STOP; checkpoint-2"):
         train("run", *SIX)
-    monkeypatch.setenv(launch.COMMAND, "second")
+    monkeypatch.setenv(LAUNCH_NAME, "second")
     train("run", *SIX)
 
 

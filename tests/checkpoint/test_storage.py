@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from data.errors import Fault, UserError
-from loop.checkpoint import storage
+from loop.checkpoint import saver, storage
 from loop.checkpoint.storage import Damaged, list_folders, verify
-from loop.distributed import optimizer_state
 from tests.conftest import trainer
 from tests.support.helpers import ROOT, adapter_of, log_of
 
@@ -249,14 +248,14 @@ def test_a_disk_that_fills_up_ends_the_run_and_older_checkpoints_stay(
 def test_weights_that_are_not_finite_are_not_saved(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    gather = optimizer_state.trained_parameters
+    gather = saver.trained_parameters
 
     def spoilt(*arguments: Any, **more: Any) -> Any:
         found = gather(*arguments, **more)
         spoil = (tmp_path / "run/checkpoint-2").exists()
         return {name: tensor * torch.nan if spoil else tensor for name, tensor in found.items()}
 
-    monkeypatch.setattr(optimizer_state, "trained_parameters", spoilt)
+    monkeypatch.setattr(saver, "trained_parameters", spoilt)
     with pytest.raises(Fault, match=r"step \d: .* is not finite"):
         train("run", *DROPOUT, "--save_steps", "2")
     assert all(verify(folder) for folder in list_folders(tmp_path / "run"))

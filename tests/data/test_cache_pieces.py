@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 
 from data.dialogues.sharegpt import Dialogue, Tally, read_dialogues
-from data.encoding.cache import in_memory, read_cache
+from data.encoding.cache import Encode, encode_in_pieces, in_memory, read_cache
 from data.encoding.encode import Example, encode_dialogues
-from data.encoding.pieces import Encode, encode_in_pieces
 from data.encoding.seq2seq import PairLimits, encode_pairs
-from data.encoding.tokens import with_missing_characters
+from data.encoding.tokenizer import with_missing_characters
 from data.errors import Fault
 from data.preparation.split import load_tokenizer
 from tests.support.helpers import ROOT, write_dialogues
@@ -137,9 +136,9 @@ def test_a_killed_run_leaves_pieces_that_the_next_one_takes(
 ) -> None:
     data = write_dialogues(tmp_path / "data.json", *[[f"Hi {n}", f"Yo {n}"] for n in range(4000)])
     code = (
-        "import sys; from functools import partial; from data.encoding import pieces; "
+        "import sys; from functools import partial; from data.encoding import cache; "
         "from loop.config.flags import Config; from loop.inputs import training_data as prepare; "
-        "prepare.encode_in_pieces = partial(pieces.encode_in_pieces, size=200); "
+        "prepare.encode_in_pieces = partial(cache.encode_in_pieces, size=200); "
         "print(len(prepare.prepare(Config("
         "model_name_or_path=sys.argv[1], data_path=(sys.argv[2],), "
         "preprocessed_path=sys.argv[3])).examples))"

@@ -12,7 +12,7 @@ from data.errors import UserError
 from data.files.hashes import file_sha256
 from data.files.read import hashes
 from loop.config.flags import Config
-from loop.inputs.data_files import data_sha256
+from loop.inputs.training_data import data_sha256
 from tests.support.helpers import write_dialogues
 
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from data.preparation.job import Result
-from data.preparation.journal import Journal
+from data.preparation.job import Journal, Result
 from data.preparation.split import Settings, split
 from tests.preparation.test_split import record, run
 

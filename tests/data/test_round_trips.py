@@ -12,7 +12,7 @@ from data.dialogues.sharegpt import Dialogue, Tally
 from data.encoding.encode import IGNORE_INDEX, Example, encode_dialogues
 from data.encoding.seq2seq import SHORT, PairLimits, encode_pairs
 from data.encoding.templates import TemplateName
-from data.encoding.tokens import CHARACTERS, with_missing_characters
+from data.encoding.tokenizer import CHARACTERS, with_missing_characters
 from loop.config.flags import DUMMY_DATA
 from tests.conftest import SHARED
 from tests.support.helpers import dialogues_in

@@ -11,7 +11,7 @@ from data.dialogues.sharegpt import Dialogue, Tally, Turn
 from data.encoding.encode import Example
 from data.encoding.seq2seq import SHORT, UNKNOWN, PairLimits, encode_pairs
 from data.encoding.templates import T5_SYSTEM, render
-from data.encoding.tokens import with_missing_characters
+from data.encoding.tokenizer import with_missing_characters
 from data.errors import UserError
 from loop.config.flags import DUMMY_DATA
 from tests.support.helpers import command, dialogues_in

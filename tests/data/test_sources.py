@@ -12,8 +12,7 @@ from data.dialogues.sources import Source, parse_source, weighted
 from data.errors import UserError
 from data.files.read import read_records
 from loop.config.flags import Config
-from loop.inputs.data_files import data_sha256
-from loop.inputs.training_data import prepare
+from loop.inputs.training_data import data_sha256, prepare
 from tests.support.helpers import command, write_dialogues
 from tests.support.small_hub import small_hub
 

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Regex, normalizers
 
 from data.encoding.templates import T5_SYSTEM
-from data.encoding.tokens import CHARACTERS, with_fastchat_tokens, with_missing_characters
+from data.encoding.tokenizer import CHARACTERS, with_fastchat_tokens, with_missing_characters
 from loop.config.flags import DUMMY_DATA
 from tests.support.helpers import dialogues_in
 from tests.support.small_t5 import TOKENS, t5_tokenizer

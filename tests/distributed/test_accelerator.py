@@ -14,7 +14,7 @@ from data.errors import UserError
 from loop.config.flags import Config, decisive
 from loop.config.load import read_config
 from loop.distributed import accelerator, deepspeed_config
-from loop.inputs.windows import Layout
+from loop.distributed.layout import Layout
 from tests.support.helpers import ROOT, command, log_of, write_dialogues
 
 LAYOUT = Layout(0, 2, 4, 2, 16, 10, 30)

@@ -12,12 +12,17 @@ from data.errors import UserError
 from loop.doctor.command import main
 from loop.doctor.flags import DoctorConfig
 from loop.doctor.memory import estimate
-from loop.doctor.memory.estimate import kept_activations, layer_activations, layer_backward, memory
+from loop.doctor.memory.estimate import (
+    kept_activations,
+    layer_activations,
+    layer_backward,
+    memory,
+    sent,
+)
 from loop.doctor.memory.run import Run
 from loop.doctor.memory.shape import Shape, backends, read_backend, read_shape
 from loop.doctor.memory.table import counts, launch, overview, setting
-from loop.doctor.memory.traffic import sent
-from loop.model.cpu import replace_dropout
+from loop.model.kernels import replace_dropout
 from loop.model.load import leave_inputs
 from tests.support.helpers import ROOT
 

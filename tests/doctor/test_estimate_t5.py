@@ -20,10 +20,9 @@ from loop.doctor.memory import estimate_t5
 from loop.doctor.memory.estimate import activations, base_weights, scales
 from loop.doctor.memory.run import Run, Size
 from loop.doctor.memory.shape import backends, read_shape
-from loop.model import fp32
-from loop.model.cpu import replace_dropout
+from loop.model.kernels import replace_dropout
 from loop.model.load import DTYPES, leave_inputs
-from loop.model.quantization import four_bit
+from loop.model.quantization import compute_in_fp32, four_bit, kept_in_fp32
 from loop.training.loss import supervised_loss_sum
 from tests.support.helpers import ROOT
 
@@ -53,10 +52,10 @@ def built(folder: Path, config: DoctorConfig, name: str = "single_gpu") -> Any:
     T5ForConditionalGeneration(T5Config.from_pretrained(folder)).save_pretrained(folder)
     options = {"quantization_config": four_bit(dtype)} if config.q_lora else {}
     if config.q_lora:
-        with fp32.loaded():
+        with kept_in_fp32():
             base = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype, **options)
         if config.precision != "no":
-            fp32.computed(base, deepspeed=False)
+            compute_in_fp32(base, deepspeed=False)
     else:
         base = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype)
     if config.gradient_checkpointing:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from loop.config.flags import Config
+from loop.distributed.layout import plan_layout
 from loop.doctor import forecast
 from loop.doctor.trial import Trial
 from loop.inputs.training_data import prepare
-from loop.inputs.windows import plan_layout, windows
+from loop.inputs.windows import windows
 from loop.training.optim import lr_at
 from tests.doctor.test_doctor import Doctor, doctor, right
 from tests.doctor.test_estimate import llama

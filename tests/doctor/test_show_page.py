@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from data.encoding.encode import IGNORE_INDEX, Example
-from loop.doctor.page import as_page, page_end, pieces
+from loop.doctor.show import as_page, page_end, pieces
 from tests.support.helpers import command, write_dialogues
 
 TRICKY = "<script>alert('x')</script> &amp; \"q\" </pre> naïve 日本 😀👩‍👩‍👧 \tif x:\n\n    y\0z"

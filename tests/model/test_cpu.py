@@ -10,7 +10,7 @@ from torch import nn
 
 from loop import train as training
 from loop.model import load as loading
-from loop.model.cpu import LEVELS, Dropout, replace_dropout
+from loop.model.kernels import LEVELS, Dropout, replace_dropout
 from tests.support.helpers import command
 
 Train = Callable[..., Path]
@@ -99,7 +99,7 @@ def test_a_run_on_a_cpu_has_it_unless_it_is_compiled(
 
 FREES = """
 import resource, sys, torch
-from loop.model.cpu import keep_memory
+from loop.model.kernels import keep_memory
 if sys.argv[1] == "kept":
     keep_memory()
 for turn in range(30):

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from data.batching.collate import collate_pairs
-from data.encoding.tokens import CHARACTERS
+from data.encoding.tokenizer import CHARACTERS
 from data.errors import UserError
 from loop.adapters.chat import ChatConfig, load_speaker
 from loop.checkpoint import run_folder

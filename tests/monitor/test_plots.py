@@ -12,7 +12,7 @@ import pytest
 
 from data.errors import Stopped, UserError
 from loop.checkpoint import storage
-from loop.monitor import logger, plot
+from loop.monitor import logger, plots
 from loop.monitor.history import read_runs
 from loop.monitor.plots import draw, draw_at_end, page, running_mean
 from tests.support.browser import needs_chromium, opened
@@ -170,7 +170,7 @@ def test_what_cannot_be_drawn_is_named(told: str, tmp_path: Path) -> None:
     if log is not None:
         write(folder, log)
     with pytest.raises(UserError, match=re.escape(told)):
-        plot.main([str(folder)])
+        plots.main([str(folder)])
     assert not [*tmp_path.rglob("training_curves*")]
     draw_at_end(folder)  # raises nothing
 
@@ -193,10 +193,10 @@ def test_wrong_folders_and_flags_are_named(tmp_path: Path, monkeypatch: pytest.M
     }
     for words, told in wrong.items():
         with pytest.raises(UserError, match=re.escape(told)):
-            plot.main(words)
+            plots.main(words)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
-        plot.main([run])
+        plots.main([run])
 
 
 def test_the_command_says_what_it_has_written(tmp_path: Path) -> None:

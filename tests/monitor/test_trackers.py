@@ -10,10 +10,10 @@ import pytest
 from accelerate import PartialState
 
 from data.errors import Stopped, UserError
-from loop.checkpoint.resume import Start
 from loop.config import load, preflight
 from loop.config.flags import Config
-from loop.inputs.windows import Layout
+from loop.distributed.layout import Layout
+from loop.monitor.history import Progress
 from loop.monitor.trackers import Trackers, summary
 from tests.conftest import trainer
 from tests.monitor.test_logger import read_wandb
@@ -36,7 +36,7 @@ def trackers(folder: Path, *kinds: Any, **more: Any) -> Trackers:
     PartialState(cpu=True)
     folder.mkdir(exist_ok=True)
     config = Config(output_dir=str(folder), report_to=kinds, **more)
-    made = Trackers(config, Layout(0, 1, 2, 1, 2, 1, 3), Start({}))
+    made = Trackers(config, Layout(0, 1, 2, 1, 2, 1, 3), Progress(0, {}))
     made.open()
     assert {*made.opened} == {*kinds}
     return made

@@ -11,12 +11,11 @@ from data.dialogues.sharegpt import Tally
 from data.encoding.encode import encode_dialogues
 from data.encoding.seq2seq import PairLimits, encode_pairs
 from data.encoding.templates import default_template
-from data.encoding.tokenizer import load_tokenizer
-from data.encoding.tokens import with_missing_characters
+from data.encoding.tokenizer import load_tokenizer, with_missing_characters
 from data.errors import UserError
 from data.preparation.stats import LIMITS, main
 from loop.config.flags import DUMMY_DATA, Config
-from loop.inputs.windows import plan_layout
+from loop.distributed.layout import plan_layout
 from tests.support.helpers import command, dialogues_in, write_dialogues
 
 LONG = ["Why?", "Because. " * 600, "And?", "So. " * 900]

@@ -7,9 +7,8 @@ import pytest
 import yaml
 
 from data.errors import UserError
-from loop.config import compat
 from loop.config.flags import ROOT, Config
-from loop.config.load import MAIN_JOB, dump, read_config
+from loop.config.load import MAIN_JOB, dump, ignored_flag_notes, read_config
 from loop.config.parser import parse
 from loop.doctor.memory import shape
 
@@ -141,9 +140,9 @@ def test_flags_without_meaning_may_stand_in_a_yaml_file_too(tmp_path: Path) -> N
     file.write_text("lora_r: 4\nlazy_preprocess: true\nevaluation_strategy: epoch\n")
     config = read_config(["--config", str(file)], Config)
     assert (config.lora_r, config.eval_strategy) == (4, "epoch")
-    (note,) = compat.notes(["--config", str(file)])
+    (note,) = ignored_flag_notes(["--config", str(file)])
     assert note.startswith("note: --lazy_preprocess: dialogues are always encoded")
-    assert compat.notes([f"--config={file}"]) == [note]
+    assert ignored_flag_notes([f"--config={file}"]) == [note]
 
 
 def test_a_users_file_among_the_configs_is_left_out_with_a_note(

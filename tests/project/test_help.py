@@ -12,7 +12,7 @@ from loop.config.flags import Config
 from loop.config.parser import parse
 from loop.doctor.command import DoctorConfig
 from loop.doctor.show import ShowConfig
-from loop.monitor.plot import PlotConfig
+from loop.monitor.plots import PlotConfig
 from loop.monitor.wandb_workspace import DashboardConfig
 
 CONFIGS = (Config, ShowConfig, DoctorConfig, ChatConfig, MergeConfig, PlotConfig, DashboardConfig)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import UserError
-from loop.config import preflight, versions
+from loop.config import preflight
 from loop.config.flags import Config
 from loop.distributed.accelerator import check_launch
 from loop.doctor import forecast
@@ -73,10 +73,7 @@ def test_a_package_that_is_asked_for_and_not_there_is_told(
     flags: str, package: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = preflight.version
-    for module in (preflight, versions):
-        monkeypatch.setattr(
-            module, "version", lambda name: None if name == package else known(name)
-        )
+    monkeypatch.setattr(preflight, "version", lambda name: None if name == package else known(name))
     (found,) = doctor(*flags.split())
     assert f"the package {package} is not installed. Install it: pip install {package}" in found
     assert doctor() == []

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data.encoding.templates import T5_SYSTEM
-from data.encoding.tokens import CHARACTERS
+from data.encoding.tokenizer import CHARACTERS
 from loop.config.flags import DUMMY_DATA
 
 TOKENS = 1000

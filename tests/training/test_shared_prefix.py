@@ -16,7 +16,8 @@ from data.batching.shared_prefix import LEAST, begun_alike, side_by_side, spared
 from data.encoding.encode import Example
 from data.errors import UserError
 from loop.config.flags import Config
-from loop.inputs.windows import plan_layout, windows
+from loop.distributed.layout import plan_layout
+from loop.inputs.windows import windows
 from loop.model import packed_attention
 from loop.model.packed_attention import implementation, row_inputs
 from loop.monitor.metrics import Work, rates

@@ -13,7 +13,8 @@ from data.batching.balance import _alike
 from data.batching.collate import Collator
 from data.encoding.encode import Example
 from loop.config.flags import Config
-from loop.inputs.windows import Window, plan_layout, windows
+from loop.distributed.layout import plan_layout
+from loop.inputs.windows import Window, windows
 from loop.training.optim import lr_at
 
 EXAMPLES = [

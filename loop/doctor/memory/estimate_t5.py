@@ -4,7 +4,7 @@ docs/scaling.md derives them, in the same words. Bytes throughout.
 """
 
 from loop.doctor.memory.run import Run
-from loop.doctor.memory.shape_t5 import T5, Reads
+from loop.doctor.memory.shape import T5, Reads
 
 
 def kept_activations(run: Run, t5: T5) -> int:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from loop.config.flags import Config
+from loop.distributed.layout import global_batch_size
 from loop.doctor.memory.shape import Backend, Shape, Weights
-from loop.inputs.windows import global_batch_size
 
 # DeepSpeed's own value, in elements (deepspeed 0.19, runtime/zero/config.py): a parameter this
 # small is whole on every rank.

@@ -9,10 +9,9 @@ from pathlib import Path
 from data.errors import UserError
 from loop.config.flags import shown
 from loop.doctor.flags import DoctorConfig
-from loop.doctor.memory.estimate import host_memory, memory
+from loop.doctor.memory.estimate import host_memory, memory, sent
 from loop.doctor.memory.run import Run
 from loop.doctor.memory.shape import Backend, Shape, backends, read_backend, read_shape
-from loop.doctor.memory.traffic import sent
 from loop.model.base import find_base_model
 from loop.model.lora_targets import USUAL
 from loop.monitor.formatting import gib, table

@@ -1,0 +1,93 @@
+"""How a window is split: ranks x micro-batches x examples, planned before the data is read."""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Protocol
+
+import torch
+
+from data.batching.balance import Limits
+from data.errors import UserError
+from loop.config.flags import Config
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a window is split; the gradient does not depend on it."""
+
+    rank: int
+    world_size: int
+    micro_batch_size: int  # most examples a rank runs at once
+    accumulation: int  # micro-batches a rank runs in a full step, if tokens ask for no more
+    global_batch_size: int  # examples in a full window, over all ranks
+    steps_per_epoch: int
+    total_steps: int
+    limits: Limits = Limits(8)
+
+    @property
+    def divisor(self) -> int:
+        """What a backward pass divides by, which the loss scale undoes.
+
+        DeepSpeed offloads sums only where this is more than 1 (0.19.8, zero/stage_1_and_2.py).
+        """
+        varies = self.limits.tokens is not None or self.limits.finer
+        return max(self.accumulation, 2 if varies else 1)
+
+    def __str__(self) -> str:
+        tokens = f" or {self.limits.tokens} tokens" if self.limits.tokens else ""
+        how = "in one row without padding" if self.limits.packed else "padded"
+        return (
+            f"{self.total_steps} steps, {self.steps_per_epoch} an epoch, of "
+            f"{self.global_batch_size} examples: {_many(self.world_size, 'rank')} x "
+            f"{_many(self.accumulation, 'micro-batch')} of at most {self.micro_batch_size}"
+            f"{tokens}, {how}"
+        )
+
+
+class Ranks(Protocol):
+    """What of accelerate's PartialState a layout depends on."""
+
+    @property
+    def process_index(self) -> int: ...
+
+    @property
+    def num_processes(self) -> int: ...
+
+
+def plan_layout(config: Config, examples: int, ranks: Ranks, packed: bool = False) -> Layout:
+    """Split the global batch over ranks and accumulation; the last window of an epoch is short.
+
+    Raises UserError for a single step that is all warm-up.
+    """
+    world_size, per_device = ranks.num_processes, config.per_device_train_batch_size
+    # A window is never more than the epoch: no rank counts through empty micro-batches for nothing.
+    batch = min(global_batch_size(config, world_size), examples)
+    accumulation = ceil(batch / (world_size * per_device))
+    per_device = min(per_device, ceil(batch / world_size))
+    per_epoch = ceil(examples / batch)
+    steps = config.max_steps if config.max_steps > 0 else ceil(config.num_train_epochs * per_epoch)
+    if steps == 1 and config.warmup_ratio > 0 and config.lr_scheduler_type != "constant":
+        raise UserError(
+            f"found one step, which is warm-up with learning rate 0 (--warmup_ratio "
+            f"{config.warmup_ratio:g}); expected more. Give --warmup_ratio 0, or train longer."
+        )
+    # What one micro-batch more costs a GPU was not measured.
+    finer = not packed and not torch.cuda.is_available()
+    # FlashAttention-2 takes queries and keys of the same places.
+    sharing = packed and not config.flash_attn
+    # To begin with one example at most, as long as it may be (loop/training/auto_micro_batch.py).
+    tokens = config.model_max_length if config.auto_micro_batch else config.tokens_per_micro_batch
+    limits = Limits(per_device, tokens, packed, finer, sharing)
+    split = (ranks.process_index, world_size, per_device, accumulation)
+    return Layout(*split, batch, per_epoch, steps, limits)
+
+
+def global_batch_size(config: Config, world_size: int) -> int:
+    """Return the examples of a full window: as asked, or ranks x accumulation x micro-batch."""
+    accumulation = config.gradient_accumulation_steps or 1
+    per_rank = accumulation * config.per_device_train_batch_size
+    return config.global_batch_size or world_size * per_rank
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("ch") else "s")
