@@ -162,7 +162,7 @@ def prepare_once(data: str, kept: str) -> Facts:
     """Load the tokenizer, call `prepare`, then open what it kept once more."""
     from data.encoding.cache import read_cache
     from loop.config.flags import Config
-    from loop.inputs.training_data import prepare
+    from loop.inputs.training_data import read_training_data
     from loop.model.base import load_tokenizer
     from loop.model.bundled_model import embedded_model
 
@@ -170,7 +170,7 @@ def prepare_once(data: str, kept: str) -> Facts:
     load_tokenizer(str(embedded_model()), Config())
     begun = time.process_time()
     config = Config(data_path=(data,), preprocessed_path=kept)
-    prepare_seconds, prepared = _timed(lambda: prepare(config))
+    prepare_seconds, prepared = _timed(lambda: read_training_data(config))
     cpu = time.process_time() - begun
     read_seconds, again = _timed(lambda: read_cache(kept, prepared.examples.key))
     assert again is not None

@@ -23,7 +23,7 @@ import torch
 
 from data.dialogues.sharegpt import Turn
 from loop.config.flags import DUMMY_DATA, ROOT, Config
-from loop.inputs.training_data import Prepared, prepare
+from loop.inputs.training_data import TrainingData, read_training_data
 from loop.training.loss import supervised_loss_sum
 
 HELD_OUT = 10  # of so many dialogues one is held out
@@ -78,7 +78,7 @@ def train_all(folder: Path, data: Path, epochs: int, lr: float) -> list[float]:
     """Train every weight of the model in the folder, plainly; return each epoch's loss a token."""
     from transformers import AutoModelForSeq2SeqLM
 
-    prepared = prepare(Config(str(folder), data_path=(str(data),)))
+    prepared = read_training_data(Config(str(folder), data_path=(str(data),)))
     model = AutoModelForSeq2SeqLM.from_pretrained(folder).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     examples, losses = sorted(prepared.examples, key=lambda e: e.tokens), []
@@ -126,7 +126,7 @@ def teach(base: Path, folder: Path, epochs: int, flags: list[str], command: Any)
         *("loop/train.py", "--model_name_or_path", str(base), "--data_path", str(train_on)),
         *("--output_dir", str(folder / "adapter"), "--num_train_epochs", str(epochs), *flags),
     )
-    prepared = prepare(Config(str(base), data_path=(str(held_out),)))
+    prepared = read_training_data(Config(str(base), data_path=(str(held_out),)))
     speaker = load_speaker(ChatConfig(adapter=(str(folder / "adapter"),), max_new_tokens=60))
     with speaker.model.disable_adapter():
         before = loss_of(speaker.model, prepared)
@@ -139,7 +139,7 @@ def teach(base: Path, folder: Path, epochs: int, flags: list[str], command: Any)
     return Taught(before, after, answered, len(well_formed))
 
 
-def loss_of(model: Any, prepared: Prepared) -> float:
+def loss_of(model: Any, prepared: TrainingData) -> float:
     """Return the loss a token of the answers."""
     total = 0.0
     with torch.no_grad():

@@ -34,7 +34,7 @@ from loop.distributed.accelerator import (
 from loop.distributed.layout import plan_layout
 from loop.distributed.rank_zero import quiet, say
 from loop.distributed.signals import run_and_exit
-from loop.inputs.training_data import prepare
+from loop.inputs.training_data import read_training_data
 from loop.inputs.windows import prefetched, windows
 from loop.model.load import load_model
 from loop.model.quantization import describe_parameters
@@ -75,29 +75,29 @@ def train(config: Config, ranks: PartialState) -> None:
     """Fine-tune the adapter that `config` describes and save it in its output folder."""
     # Each rank reads for itself, all at the same time: none waits for another one's work.
     with told_to_all():
-        prepared = prepare(config)
-        layout = plan_layout(config, len(prepared.examples), ranks, prepared.packed)
-        start = find_start(config, prepared, layout, reads=ranks.is_main_process)
-    check_agreement(config, prepared.facts)
+        data = read_training_data(config)
+        layout = plan_layout(config, len(data.examples), ranks, data.base.packed)
+        start = find_start(config, data, layout, reads=ranks.is_main_process)
+    check_agreement(config, data.facts)
     start.agree()
 
     accelerator = build_accelerator(config, layout)
-    say(f"data: {prepared}\nplan: {layout}")
-    model = load_model(prepared, config, accelerator)
-    say(f"model: {shown(prepared.base)}: {describe_parameters(model)}")
+    say(f"data: {data}\nplan: {layout}")
+    model = load_model(data.base, config, accelerator)
+    say(f"model: {shown(data.base.name)}: {describe_parameters(model)}")
     start.put_weights(accelerator, model)
     # No scheduler is prepared: accelerate would step it once per process.
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config))
     start.put_optimizer(accelerator, model, optimizer)
-    layout = fitted(layout, config, prepared, model, accelerator, start.progress)
+    layout = fitted(layout, config, data, model, accelerator, start.progress)
     write_settings(accelerator, config)
 
     clock = Clock(accelerator.device)
     tracker = Tracker(config, layout, accelerator, start.so_far, clock, work_of(model, config))
     with tracker, Saver(config, layout, accelerator, start) as saver:
-        evaluator = Evaluator(config, layout, accelerator, prepared, model, tracker, saver)
+        evaluator = Evaluator(config, layout, accelerator, data, model, tracker, saver)
         evaluator.begin()
-        dealt = windows(prepared.examples, layout, config.seed, prepared.collator, start.step)
+        dealt = windows(data.examples, layout, config.seed, data.collator, start.step)
         for window in clock.waits(evaluator.until_enough(prefetched(dealt)), "data"):
             # Before the backward pass: in its last one DeepSpeed makes the optimizer step.
             lr = set_learning_rate(optimizer, lr_at(window.step, layout.total_steps, config))
@@ -119,7 +119,7 @@ def train(config: Config, ranks: PartialState) -> None:
             evaluator.after(window)
             saver.after(window, model, optimizer, tracker)
 
-    save_run(accelerator, model, prepared, evaluator.finish(), layout, config)
+    save_run(accelerator, model, data, evaluator.finish(), layout, config)
     tracker.end(newest_checkpoint(Path(config.output_dir)))
 
 

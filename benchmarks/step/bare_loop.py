@@ -24,7 +24,7 @@ from loop.config.flags import Config
 from loop.config.load import read_config
 from loop.distributed.accelerator import build_accelerator, check_launch, join_ranks
 from loop.distributed.layout import Layout, plan_layout
-from loop.inputs.training_data import Prepared, prepare
+from loop.inputs.training_data import TrainingData, read_training_data
 from loop.inputs.windows import Window, windows
 from loop.model.load import load_model
 from loop.training.loss import supervised_loss_sum
@@ -36,7 +36,7 @@ class Job:
     """What the flags ask for."""
 
     config: Config
-    prepared: Prepared
+    prepared: TrainingData
     layout: Layout
 
 
@@ -54,9 +54,9 @@ def job_of(flags: Sequence[str]) -> Job:
     ranks = join_ranks()
     config = read_config(flags, Config)
     check_launch(config)
-    prepared = prepare(config)
+    prepared = read_training_data(config)
     return Job(
-        config, prepared, plan_layout(config, len(prepared.examples), ranks, prepared.packed)
+        config, prepared, plan_layout(config, len(prepared.examples), ranks, prepared.base.packed)
     )
 
 
@@ -111,7 +111,7 @@ def plan(job: Job) -> dict[str, Any]:
         dealt.extend(examples)
         return collator(examples, seed)
 
-    needed = flops_of(job.prepared.base_config)
+    needed = flops_of(job.prepared.base.config)
     steps = []
     for window in windows(job.prepared.examples, job.layout, job.config.seed, recorded):
         padded = sum(

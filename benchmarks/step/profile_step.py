@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from data.batching.collate import Collator, MicroBatch
 from loop.config.flags import Config
 from loop.config.load import read_config
-from loop.inputs.training_data import prepare
+from loop.inputs.training_data import read_training_data
 from loop.model.kernels import keep_memory, replace_dropout
 from loop.model.load import leave_inputs
 from loop.model.packed_attention import implementation, row_inputs
@@ -44,12 +44,12 @@ KINDS = {
 
 def main(precision: str = "fp32", *flags: str) -> None:
     """Profile both, after a step that is not counted, and print a Markdown table."""
-    prepared = prepare(read_config(flags, Config))
+    prepared = read_training_data(read_config(flags, Config))
     order = np.random.default_rng(0).permutation(len(prepared.examples))
     chosen = [
         [prepared.examples[int(i)] for i in order[n : n + BATCH]] for n in range(0, 40, BATCH)
     ]
-    pad = prepared.tokenizer.pad_token_id
+    pad = prepared.base.tokenizer.pad_token_id
     row = Collator(pad, None, functools.partial(row_inputs, flash=False), sharing=True)
     ways = {
         "padded, all logits": (False, Collator(pad), all_logits),
@@ -57,7 +57,7 @@ def main(precision: str = "fp32", *flags: str) -> None:
     }
     found = {}
     for name, (ours, collator, loss_sum) in ways.items():
-        model = adapted(prepared.base, ours, DTYPES[precision])
+        model = adapted(prepared.base.name, ours, DTYPES[precision])
         batches = [collator(part, 0) for part in chosen]
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss_sum(model, batches[0]).backward()

@@ -24,7 +24,7 @@ from loop.distributed import optimizer_state
 from loop.distributed.accelerator import told_to_all
 from loop.distributed.layout import Layout
 from loop.distributed.signals import is_restart, record_launch
-from loop.inputs.training_data import Prepared
+from loop.inputs.training_data import TrainingData
 from loop.model.base import tokenizer_sha256
 from loop.monitor.history import Progress
 from loop.utils import Tensors, shapes
@@ -46,17 +46,17 @@ SPLIT = {
 }
 
 
-def run_facts(config: Config, prepared: Prepared, global_batch_size: int) -> dict[str, Any]:
+def run_facts(config: Config, data: TrainingData, global_batch_size: int) -> dict[str, Any]:
     """Return the facts that decide what is trained, each with a name that a person can mend."""
-    template = prepared.tokenizer.chat_template if prepared.template == "chat" else ""
+    template = data.base.tokenizer.chat_template if data.base.template == "chat" else ""
     return {
-        "data (SHA-256)": prepared.data_sha256,
-        "base model (sampled SHA-256)": _weights(prepared.base, "config.json", config),
+        "data (SHA-256)": data.sha256,
+        "base model (sampled SHA-256)": _weights(data.base.name, "config.json", config),
         "--lora_weight_path (sampled SHA-256)": config.lora_weight_path
         and _weights(config.lora_weight_path, "adapter_config.json", config),
-        "tokenizer (SHA-256)": tokenizer_sha256(prepared.tokenizer),
-        "template": f"{prepared.template} {_sha256(str(template))[:12]}",
-        "examples": len(prepared.examples),
+        "tokenizer (SHA-256)": tokenizer_sha256(data.base.tokenizer),
+        "template": f"{data.base.template} {_sha256(str(template))[:12]}",
+        "examples": len(data.examples),
         "examples a step": global_batch_size,
         **{f"--{name}": value for name, value in _plain(_result_settings(config)).items()},
     }
@@ -186,14 +186,14 @@ class Start:
         return optimizer_state.from_first_rank(tensors, accelerator.device)
 
 
-def find_start(config: Config, prepared: Prepared, layout: Layout, reads: bool) -> Start:
+def find_start(config: Config, data: TrainingData, layout: Layout, reads: bool) -> Start:
     """Choose the newest checkpoint that is whole; none: step 0. Only the first rank `reads`.
 
     Raises UserError where none is whole, or where it was made of other data or settings.
     """
     if not reads:
         return Start({})
-    start = Start(run_facts(config, prepared, layout.global_batch_size))
+    start = Start(run_facts(config, data, layout.global_batch_size))
     output = Path(config.output_dir)
     own = storage.list_folders(output)
     found = find_checkpoint(config, start.facts, layout)

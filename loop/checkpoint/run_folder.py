@@ -25,7 +25,7 @@ from loop.config.parser import TRUE
 from loop.distributed.accelerator import told_to_all
 from loop.distributed.layout import Layout, global_batch_size
 from loop.distributed.signals import LAUNCH_FILE, is_restart
-from loop.inputs.training_data import Prepared, data_sha256
+from loop.inputs.training_data import TrainingData, data_sha256
 from loop.model import new_tokens
 from loop.monitor.plots import draw_at_end
 from loop.utils import save_adapter, shapes, trained_parameters, write_json
@@ -174,7 +174,7 @@ def write_settings(accelerator: Accelerator, config: Config) -> None:
 def save_run(
     accelerator: Accelerator,
     model: Any,
-    prepared: Prepared,
+    data: TrainingData,
     result: dict[str, Any],
     layout: Layout,
     config: Config,
@@ -189,14 +189,14 @@ def save_run(
     save_non_lora(accelerator, unwrapped, folder, config)
     if not main:
         return
-    prepared.tokenizer.save_pretrained(folder)
+    data.base.tokenizer.save_pretrained(folder)
     for name in ADAPTER_FILES:  # What counts as finished must outlast a loss of power.
         if (folder / name).is_file():
             sync(folder / name)
     state = {
         "finished": True,
         "max_steps": layout.total_steps,
-        "data_sha256": prepared.data_sha256,
+        "data_sha256": data.sha256,
         "chat_template_sha256": _template(config),
         "global_batch_size": global_batch_size(config, accelerator.num_processes),
         **result,

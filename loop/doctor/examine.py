@@ -51,28 +51,28 @@ def _examine_run(
     zero = asked.get("zero_optimization", {})
     model = model_and_data.examine_model(config, zero, mistakes)
     page.section("model", model_and_data.model_rows(model, config, zero, notes))
-    prepared = model_and_data.examine_data(model, config, mistakes)
+    data = model_and_data.examine_data(model, config, mistakes)
     layout = ahead = None
-    if prepared:
-        page.section("data", model_and_data.data_rows(prepared, config, page.colour))
+    if data:
+        page.section("data", model_and_data.data_rows(data, config, page.colour))
         with noted(mistakes):
-            layout = plan_layout(config, len(prepared.examples), launch, prepared.packed)
-    if prepared and layout:
+            layout = plan_layout(config, len(data.examples), launch, data.base.packed)
+    if data and layout:
         tell(against_flags(asked, config, layout), mistakes)
-        ahead = forecast.outlook_of(prepared, layout, config)
+        ahead = forecast.outlook_of(data, layout, config)
         notes += forecast.batch_notes(layout, config)
-        page.section("steps", forecast.step_rows(layout, ahead, len(prepared.examples), config))
+        page.section("steps", forecast.step_rows(layout, ahead, len(data.examples), config))
         backend = launch.backend(asked, config)
         ranks = layout.world_size
-        run = forecast.largest_run(model, prepared, backend, ranks, ahead, config)
+        run = forecast.largest_run(model, data, backend, ranks, ahead, config)
         rows, total, found = forecast.memory_rows(run, model.unlike, ahead, config)
         page.section("memory", rows)
         tell(found, mistakes)
-        rows, found = forecast.disk_rows(model, prepared, layout, config)
+        rows, found = forecast.disk_rows(model, data, layout, config)
         page.section("disk", rows)
         tell(found, mistakes)
     page.section("trackers", forecast.tracker_rows(config))
-    if prepared and layout and ahead:
+    if data and layout and ahead:
         trial = None
         if tries and not mistakes:
             with noted(mistakes):

@@ -20,7 +20,7 @@ from loop.doctor.memory.run import Run, Size
 from loop.doctor.memory.shape import Backend, shape_of
 from loop.doctor.model_and_data import Model
 from loop.doctor.trial import Trial
-from loop.inputs.training_data import Prepared
+from loop.inputs.training_data import TrainingData
 from loop.inputs.windows import drawn
 from loop.monitor.formatting import GIB, WIDTH, curve, duration, gib, megabytes, table
 from loop.monitor.trackers import has_wandb_login
@@ -39,11 +39,11 @@ class Outlook:
     share: float
 
 
-def outlook_of(prepared: Prepared, layout: Layout, config: Config) -> Outlook:
+def outlook_of(data: TrainingData, layout: Layout, config: Config) -> Outlook:
     """Deal the first windows out as training does, and reckon the rest by them."""
     tokens = supervised = steps = 0
     sizes: set[Size] = set()
-    for _, chosen in islice(drawn(prepared.examples, layout, config.seed), DEALT):
+    for _, chosen in islice(drawn(data.examples, layout, config.seed), DEALT):
         dealt = deal(chosen, layout.world_size, layout.limits)
         tokens += sum(example.run_tokens for example in chosen)
         supervised += sum(example.supervised_tokens for example in chosen)
@@ -117,7 +117,12 @@ def batch_notes(layout: Layout, config: Config) -> list[str]:
 
 
 def largest_run(
-    model: Model, prepared: Prepared, backend: Backend, ranks: int, ahead: Outlook, config: Config
+    model: Model,
+    data: TrainingData,
+    backend: Backend,
+    ranks: int,
+    ahead: Outlook,
+    config: Config,
 ) -> Run | None:
     """Return the run with the largest of the first micro-batches, if the estimate knows its model.
 
@@ -126,7 +131,7 @@ def largest_run(
     if model.unlike:
         return None
     shape = shape_of(model.bare, model.base_config, config)
-    if prepared.new_tokens:  # Their rows make the LM head another one (loop/model/new_tokens.py).
+    if data.base.new_tokens:  # Their rows make the LM head another one (loop/model/new_tokens.py).
         shape = replace(shape, head_trained=True)
     share = 1.0 if shape.t5 else ahead.share
     runs = [Run(shape, config, backend, ranks, share, size, on_gpu()) for size in ahead.sizes]
@@ -173,14 +178,14 @@ def memory_rows(
 
 
 def disk_rows(
-    model: Model, prepared: Prepared, layout: Layout, config: Config
+    model: Model, data: TrainingData, layout: Layout, config: Config
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Return what the run leaves on the disk, what is there, and what is wrong with it."""
     output = Path(config.output_dir).expanduser()
     done, mistakes = 0, list[str]()
     state = "there already" if output.is_dir() else "new"
     try:
-        facts = run_facts(config, prepared, layout.global_batch_size)
+        facts = run_facts(config, data, layout.global_batch_size)
         found = find_checkpoint(config, facts, layout)
         done = found.step if found else 0
         if (output / storage.STATE).is_file():
@@ -193,7 +198,7 @@ def disk_rows(
     except UserError as error:
         mistakes.append(str(error))
         state += "; where to go on from: see below"
-    rows_of_tokens = len(prepared.new_tokens) * getattr(model.base_config, "hidden_size", 0)
+    rows_of_tokens = len(data.base.new_tokens) * getattr(model.base_config, "hidden_size", 0)
     parameters = model.trained(config) + 2 * rows_of_tokens  # embedding and LM head
     saves, keep = planned_saves(config, layout, done)
     needed, more, each = storage.room(output, parameters, saves, keep)

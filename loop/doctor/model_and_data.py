@@ -17,8 +17,15 @@ from loop.config.flags import DUMMY_DATA, Config, shown
 from loop.config.preflight import WEIGHTS
 from loop.doctor.memory.shape import adapted, bare_model, check_shape, pair_of, trained_biases
 from loop.doctor.show import as_text
-from loop.inputs.training_data import Prepared, check_pairs, prepare, template_of
-from loop.model.base import check_ties, find_base_model, load_tokenizer, read_base_config
+from loop.inputs.training_data import TrainingData, read_training_data
+from loop.model.base import (
+    check_pairs,
+    check_ties,
+    find_base_model,
+    load_tokenizer,
+    read_base_config,
+    template_of,
+)
 from loop.model.quantization import about_zero3, check_quantization
 from loop.monitor.formatting import megabytes
 
@@ -145,12 +152,12 @@ def combined(config: Config, zero: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def examine_data(model: Model, config: Config, mistakes: list[str]) -> Prepared | None:
+def examine_data(model: Model, config: Config, mistakes: list[str]) -> TrainingData | None:
     """Return the encoded data; where it is wrong, or the model, each source is read for itself."""
     files, complete = _files(config, mistakes)
     if model.whole and complete:
         try:
-            return prepare(config)
+            return read_training_data(config)
         except UserError as error:
             tell([str(error)], mistakes)
     pairs = model.base_config is not None and model.base_config.is_encoder_decoder
@@ -182,9 +189,9 @@ def _files(config: Config, mistakes: list[str]) -> tuple[list[list[Path]], bool]
     return found, len(found) == len(named)
 
 
-def data_rows(prepared: Prepared, config: Config, page_colour: bool) -> list[tuple[str, str]]:
+def data_rows(data: TrainingData, config: Config, page_colour: bool) -> list[tuple[str, str]]:
     """Return the account of the records, lengths, and a few examples with what is learnt."""
-    examples = prepared.examples
+    examples = data.examples
     lengths: dict[int, int] = {}
     for example in examples:
         longer = max(example.sides)  # the limit is each side's
@@ -193,7 +200,7 @@ def data_rows(prepared: Prepared, config: Config, page_colour: bool) -> list[tup
     supervised = sum(example.supervised_tokens for example in examples)
     median, most = quantile(lengths, 0.5), max(lengths)
     rows = [
-        ("data", str(prepared)),
+        ("data", str(data)),
         (
             "tokens",
             f"{tokens:,} in {len(examples):,} examples; {median:,} the median, {most:,} the "
@@ -203,7 +210,7 @@ def data_rows(prepared: Prepared, config: Config, page_colour: bool) -> list[tup
     ]
     places = dict.fromkeys(n * (len(examples) - 1) // (SHOWN - 1) for n in range(SHOWN))
     for number, place in enumerate(places, 1):
-        text = "\n".join(_lines(examples[place], prepared.tokenizer, page_colour))
+        text = "\n".join(_lines(examples[place], data.base.tokenizer, page_colour))
         rows.append((f"example {number}", text))
     return rows
 

@@ -16,7 +16,7 @@ from data.files.atomic_write import check_output, place_of, written_whole
 from loop.config.flags import Config
 from loop.config.load import read_config
 from loop.config.parser import File, flag
-from loop.inputs.training_data import Prepared, prepare
+from loop.inputs.training_data import TrainingData, read_training_data
 from loop.monitor.formatting import GREEN, PLAIN, in_colour
 
 CONTEXT = 4  # tokens before one that decide how it is decoded
@@ -120,15 +120,15 @@ def main(argv: Sequence[str]) -> None:
     """Print every example; the account of the records goes to stderr."""
     config = read_config(argv, ShowConfig, __doc__ or "")
     _check_page(config)
-    prepared = prepare(config)
-    examples = prepared.examples
+    data = read_training_data(config)
+    examples = data.examples
     if config.html:
-        account, place = _account(prepared), Path(config.html).expanduser()
+        account, place = _account(data), Path(config.html).expanduser()
         with (
             written_whole(place, "--html") as partial,
             open(partial, "w", encoding="utf-8") as page,
         ):
-            page.writelines(as_page(examples, prepared.tokenizer, prepared.source))
+            page.writelines(as_page(examples, data.base.tokenizer, data.source))
             page.write(page_end(account))
         print(account, file=sys.stderr)
         return
@@ -140,12 +140,12 @@ def main(argv: Sequence[str]) -> None:
                 print(as_json(dialogue))
                 continue
             for example in dialogue:
-                print(as_text(example, prepared.tokenizer, colour))
+                print(as_text(example, data.base.tokenizer, colour))
         sys.stdout.flush()
     except BrokenPipeError:  # `show | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    print(_account(prepared), file=sys.stderr)
+    print(_account(data), file=sys.stderr)
 
 
 def _check_page(config: ShowConfig) -> None:
@@ -158,11 +158,11 @@ def _check_page(config: ShowConfig) -> None:
     check_output("--html", Path(config.html).expanduser(), dict.fromkeys(data, "the data"))
 
 
-def _account(prepared: Prepared) -> str:
-    tokens = sum(example.tokens for example in prepared.examples)
-    supervised = sum(example.supervised_tokens for example in prepared.examples)
+def _account(data: TrainingData) -> str:
+    tokens = sum(example.tokens for example in data.examples)
+    supervised = sum(example.supervised_tokens for example in data.examples)
     share = f"{supervised:,} of {tokens:,} tokens supervised ({100 * supervised / tokens:.1f} %)"
-    return f"{prepared}; {share}"
+    return f"{data}; {share}"
 
 
 def as_json(dialogue: Sequence[Example]) -> str:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -15,17 +14,16 @@ from data.batching.collate import Collator
 from data.dialogues.sharegpt import Dialogue, Tally, read_dialogues
 from data.dialogues.sources import files_of, weighted
 from data.encoding.cache import Encode, Examples, claimed, encode_in_pieces, in_memory, read_cache
-from data.encoding.encode import check_fast, encode_dialogues
+from data.encoding.encode import encode_dialogues
 from data.encoding.seq2seq import SHORT, PairLimits, encode_pairs
-from data.encoding.templates import TemplateName, default_template
-from data.encoding.tokenizer import with_fastchat_tokens, with_missing_characters
+from data.encoding.templates import TemplateName
 from data.errors import UserError
 from data.files.atomic_write import written_whole
 from data.files.hashes import file_sha256
 from loop.config.flags import DUMMY_DATA, Config, shown
 from loop.distributed.rank_zero import speaks
-from loop.model.base import find_base_model, load_tokenizer, read_base_config, tokenizer_sha256
-from loop.model.packed_attention import can_pack, row_inputs
+from loop.model.base import BaseModel, read_base_model, tokenizer_sha256
+from loop.model.packed_attention import row_inputs
 
 
 def data_sha256(config: Config) -> str:
@@ -58,82 +56,69 @@ UNSUPERVISED = ("no supervised token", "no answer", "no pair")
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What a run trains, and on what; `base` is a folder or a hub name.
+class TrainingData:
+    """The encoded examples of one run, and the base model whose tokenizer encoded them.
 
-    new_tokens: ids that the tokenizer was given because it lacked characters.
-    packed: whether micro-batches are rows without padding; flash: whether by FlashAttention-2.
-    held_out: what is evaluated on, and eval_sources where it is from.
+    source: the data's names; sha256: of its files. held_out: the examples of the evaluation, from
+    eval_sources.
     """
 
-    base: str
-    base_config: Any
-    tokenizer: Any
-    new_tokens: list[int]
-    template: TemplateName
+    base: BaseModel
     examples: Examples
     source: str
-    data_sha256: str
-    packed: bool
-    flash: bool
+    sha256: str
     held_out: Examples | None = None
     eval_sources: tuple[str, ...] = ()
     eval_sha256: str = ""
 
     @property
     def facts(self) -> dict[str, str]:
-        """What all machines must have found alike."""
-        hashes = {"data": self.data_sha256, "evaluation data": self.eval_sha256}
+        """What must be equal on all machines."""
+        hashes = {"data": self.sha256, "evaluation data": self.eval_sha256}
         return {f"the {name}'s SHA-256": sha256 for name, sha256 in hashes.items() if sha256}
 
     @property
     def collator(self) -> Collator:
-        """How examples become micro-batches of this model."""
-        pairs = self.base_config.is_encoder_decoder
-        start = self.base_config.decoder_start_token_id if pairs else None
-        row = functools.partial(row_inputs, flash=self.flash) if self.packed else None
-        return Collator(self.tokenizer.pad_token_id, start, row, sharing=not self.flash)
+        """The function that makes micro-batches of this model's examples."""
+        base = self.base
+        start = base.config.decoder_start_token_id if base.config.is_encoder_decoder else None
+        row = functools.partial(row_inputs, flash=base.flash) if base.packed else None
+        return Collator(base.tokenizer.pad_token_id, start, row, sharing=not base.flash)
 
     def __str__(self) -> str:
-        text = f"{self.source}, template {self.template}: {self.examples.tally}"
+        text = f"{self.source}, template {self.base.template}: {self.examples.tally}"
         if self.held_out is None or self.held_out.tally is self.examples.tally:
             return text
         return f"{text}\nevaluation data: {', '.join(self.eval_sources)}: {self.held_out.tally}"
 
 
-def prepare(config: Config) -> Prepared:
-    """Return tokenizer and examples; raises UserError for a model or data that cannot be used."""
-    base = find_base_model(config)
-    base_config = read_base_config(base, config)
-    tokenizer = load_tokenizer(base, config)
-    check_fast(tokenizer)
-    new_tokens: list[int] = []
-    template = template_of(base, base_config, tokenizer, config)
-    check_pairs(base, base_config, config)
-    if template == "t5":
-        added = with_fastchat_tokens if config.t5_compat else with_missing_characters
-        tokenizer, new_tokens = added(tokenizer)
-    data_hash = data_sha256(config)
-    examples = _examples(config, data_hash, template, tokenizer)
-    trained, held_out, eval_hash = examples, None, ""
+def read_training_data(config: Config) -> TrainingData:
+    """Return the examples to train on and to evaluate on; raises UserError for unusable data."""
+    base = read_base_model(config)
+    sha256 = data_sha256(config)
+    examples = _encoded(config, base, sha256)
+    trained, held_out, eval_sha256 = examples, None, ""
     if config.eval_fraction:
         trained, held_out = _parted(examples, config.eval_fraction)
     if config.report:
-        _write_report(Path(config.report).expanduser(), examples.tally, data_hash)
+        _write_report(Path(config.report).expanduser(), examples.tally, sha256)
     _check_account(examples.tally, config)
     if config.eval_data_path:
-        kept = config.preprocessed_path and f"{config.preprocessed_path}.eval"
-        path = config.eval_data_path
-        other = replace(config, data_path=path, num_data=-1, preprocessed_path=kept)
-        eval_hash = data_sha256(other)
-        held_out = _examples(other, eval_hash, template, tokenizer)
-        _check_account(held_out.tally, other)
+        held_out, eval_sha256 = _evaluation_data(config, base)
+    names = tuple(map(shown, config.eval_data_path or config.data_path or (DUMMY_DATA,)))
     source = data_shown(config)
-    packed = config.packing and can_pack(base_config)
-    return Prepared(
-        *(base, base_config, tokenizer, new_tokens, template, trained, source, data_hash),
-        *(packed, config.flash_attn, held_out, _source_names(config), eval_hash),
-    )
+    return TrainingData(base, trained, source, sha256, held_out, names, eval_sha256)
+
+
+def _evaluation_data(config: Config, base: BaseModel) -> tuple[Examples, str]:
+    """Return the examples of --eval_data_path, and the hash of its files."""
+    cache = config.preprocessed_path and f"{config.preprocessed_path}.eval"
+    path = config.eval_data_path
+    config = replace(config, data_path=path, num_data=-1, preprocessed_path=cache)
+    sha256 = data_sha256(config)
+    examples = _encoded(config, base, sha256)
+    _check_account(examples.tally, config)
+    return examples, sha256
 
 
 def _parted(examples: Examples, fraction: float) -> tuple[Examples, Examples]:
@@ -148,55 +133,51 @@ def _parted(examples: Examples, fraction: float) -> tuple[Examples, Examples]:
     return trained, held_out
 
 
-def _source_names(config: Config) -> tuple[str, ...]:
-    """Return the names of what is evaluated on."""
-    return tuple(map(shown, config.eval_data_path or config.data_path or (DUMMY_DATA,)))
-
-
-def _examples(config: Config, data_hash: str, template: TemplateName, tokenizer: Any) -> Examples:
+def _encoded(config: Config, base: BaseModel, sha256: str) -> Examples:
     """Return the encoded data; one rank a machine makes the file that the others then open.
 
     They wait for a lock, in no collective, so no time-out counts.
     """
+    template, tokenizer = base.template, base.tokenizer
     key = {
-        "data": data_hash,
+        "data": sha256,
         "tokenizer": tokenizer_sha256(tokenizer),
         "template": f"{template} {tokenizer.chat_template if template == 'chat' else ''}",
         **{f"--{name}": getattr(config, name) for name in ENCODING},
     }
     path, tally = config.preprocessed_path, Tally()
-    encode = _encoder(config, template, tokenizer)
+    encode = _encoder(config, base)
     if path is None:
         return in_memory(encode(_shown(config, template, tally), tally), tally)
-    kept = read_cache(path, key, silent=not speaks())
-    if kept is not None:
-        return kept
+    cached = read_cache(path, key, silent=not speaks())
+    if cached is not None:
+        return cached
     with claimed(path):
-        kept = read_cache(path, key, silent=True)
-        if kept is None:
+        cached = read_cache(path, key, silent=True)
+        if cached is None:
             encode_in_pieces(path, key, _shown(config, template, tally), encode, tally)
-            kept = read_cache(path, key)
-    if kept is None:
+            cached = read_cache(path, key)
+    if cached is None:
         raise UserError(f"--preprocessed_path {path}: it changes while it is used. Run again.")
-    return kept
+    return cached
+
+
+def _encoder(config: Config, base: BaseModel) -> Encode:
+    if base.template != "t5":
+        return lambda dialogues, tally: encode_dialogues(
+            dialogues, base.template, base.tokenizer, config.model_max_length, tally
+        )
+    target = config.max_target_length or config.model_max_length
+    limits = PairLimits(config.model_max_length, target, config.keep_header)
+    return lambda dialogues, tally: encode_pairs(
+        dialogues, base.tokenizer, limits, config.t5_compat, tally
+    )
 
 
 def _shown(config: Config, template: TemplateName, tally: Tally) -> Iterator[Dialogue]:
     """Yield the dialogues, with a bar for one rank's work: very much data takes an hour."""
     chosen = _chosen(config, template == "t5", tally)
     return iter(tqdm(chosen, "encoding", unit=" dialogues", disable=None if speaks() else True))
-
-
-def _encoder(config: Config, template: TemplateName, tokenizer: Any) -> Encode:
-    if template != "t5":
-        return lambda dialogues, tally: encode_dialogues(
-            dialogues, template, tokenizer, config.model_max_length, tally
-        )
-    target = config.max_target_length or config.model_max_length
-    limits = PairLimits(config.model_max_length, target, config.keep_header)
-    return lambda dialogues, tally: encode_pairs(
-        dialogues, tokenizer, limits, config.t5_compat, tally
-    )
 
 
 def _chosen(config: Config, empty_answers: bool, tally: Tally) -> Iterator[Dialogue]:
@@ -251,56 +232,3 @@ def _check_account(tally: Tally, config: Config) -> None:
             f"data ({SHORT} of a T5's), give a larger --model_max_length, or allow more by "
             "--max_dropped."
         )
-
-
-def check_pairs(base: str, base_config: Any, config: Config) -> None:
-    """Refuse a precision and limits that the model does not have, or that nothing would heed.
-
-    Raises UserError.
-    """
-    pairs, kind = base_config.is_encoder_decoder, base_config.model_type
-    if "t5" in kind and config.precision == "fp16":
-        raise UserError(
-            f"{base}: found precision fp16 with {kind}, whose activations overflow it; expected "
-            "bf16. Give --mixed_precision bf16, or no."
-        )
-    given = {"max_target_length": config.max_target_length, "keep_header": config.keep_header}
-    unheeded = [f"--{name}" for name, value in given.items() if value]
-    if unheeded and (config.t5_compat or not pairs):
-        why = "--t5_compat True, FastChat's one limit" if pairs else f"{base}, a decoder ({kind})"
-        raise UserError(f"found {' and '.join(unheeded)} with {why}. Leave it out.")
-    positions = getattr(base_config, "max_position_embeddings", None)
-    longest = max(config.model_max_length, config.max_target_length or 0)
-    if pairs and positions and longest > positions:
-        raise UserError(
-            f"{base}: found --model_max_length or --max_target_length {longest} with {kind}, which "
-            f"has {positions} positions; expected no more. Give --model_max_length {positions}."
-        )
-
-
-def template_of(base: str, base_config: Any, tokenizer: Any, config: Config) -> TemplateName:
-    """Return the template's name, as asked for or as fits the model; raises UserError."""
-    pairs = base_config.is_encoder_decoder
-    template = config.template or ("t5" if pairs else default_template(tokenizer))
-    if pairs != (template == "t5"):
-        kind = "an encoder-decoder" if pairs else "a decoder"
-        fitting = "t5" if pairs else default_template(tokenizer)
-        raise UserError(
-            f"--template: found {template} with {base}, {kind} ({base_config.model_type}); "
-            f"expected {fitting}. Give --template {fitting}, or leave it out."
-        )
-    if pairs and base_config.decoder_start_token_id is None:
-        raise UserError(
-            f"{base}: its config.json has no decoder_start_token_id, with which every answer "
-            "begins; expected one. Write it there (T5's is that of the pad token, 0)."
-        )
-    if config.chat_template and template != "chat":
-        raise UserError(
-            f"--chat_template {config.chat_template}: found --template {template}, which does "
-            "not use it. Leave one of the two out."
-        )
-    if config.t5_compat and not pairs:
-        raise UserError(
-            f"--t5_compat: {base} is a decoder ({base_config.model_type}); expected a T5."
-        )
-    return template

@@ -5,21 +5,60 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from data.encoding.encode import check_fast
+from data.encoding.templates import TemplateName, default_template
+from data.encoding.tokenizer import with_fastchat_tokens, with_missing_characters
 from data.errors import UserError
 from loop.config.flags import Config
 from loop.model.bundled_model import embedded_model
+from loop.model.packed_attention import can_pack
 
 # What transformers, peft and safetensors raise about files they cannot load.
 LIBRARY_ERRORS = (
     *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, UserWarning),
     *(ArithmeticError, AssertionError, IndexError, SafetensorError, StrictDataclassError),
 )
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model of a run, without its weights; `name` is a folder or a hub name.
+
+    new_tokens: ids added to the tokenizer for characters that it lacked. packed: micro-batches are
+    rows without padding. flash: attention is FlashAttention-2.
+    """
+
+    name: str
+    config: Any
+    tokenizer: Any
+    new_tokens: list[int]
+    template: TemplateName
+    packed: bool
+    flash: bool
+
+
+def read_base_model(config: Config) -> BaseModel:
+    """Return what the base model's files say, without its weights; raises UserError."""
+    name = find_base_model(config)
+    base_config = read_base_config(name, config)
+    tokenizer = load_tokenizer(name, config)
+    check_fast(tokenizer)
+    template = template_of(name, base_config, tokenizer, config)
+    check_pairs(name, base_config, config)
+    new_tokens: list[int] = []
+    if template == "t5":
+        added = with_fastchat_tokens if config.t5_compat else with_missing_characters
+        tokenizer, new_tokens = added(tokenizer)
+    packed = config.packing and can_pack(base_config)
+    flash = config.flash_attn
+    return BaseModel(name, base_config, tokenizer, new_tokens, template, packed, flash)
 
 
 def find_base_model(config: Config) -> str:
@@ -157,3 +196,56 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     # Templates end answers with its EOS token, which is not in the backend.
     special = json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)
     return hashlib.sha256((backend.to_str() + special).encode()).hexdigest()
+
+
+def check_pairs(base: str, base_config: Any, config: Config) -> None:
+    """Refuse a precision and limits that the model does not have, or that nothing would heed.
+
+    Raises UserError.
+    """
+    pairs, kind = base_config.is_encoder_decoder, base_config.model_type
+    if "t5" in kind and config.precision == "fp16":
+        raise UserError(
+            f"{base}: found precision fp16 with {kind}, whose activations overflow it; expected "
+            "bf16. Give --mixed_precision bf16, or no."
+        )
+    given = {"max_target_length": config.max_target_length, "keep_header": config.keep_header}
+    unheeded = [f"--{name}" for name, value in given.items() if value]
+    if unheeded and (config.t5_compat or not pairs):
+        why = "--t5_compat True, FastChat's one limit" if pairs else f"{base}, a decoder ({kind})"
+        raise UserError(f"found {' and '.join(unheeded)} with {why}. Leave it out.")
+    positions = getattr(base_config, "max_position_embeddings", None)
+    longest = max(config.model_max_length, config.max_target_length or 0)
+    if pairs and positions and longest > positions:
+        raise UserError(
+            f"{base}: found --model_max_length or --max_target_length {longest} with {kind}, which "
+            f"has {positions} positions; expected no more. Give --model_max_length {positions}."
+        )
+
+
+def template_of(base: str, base_config: Any, tokenizer: Any, config: Config) -> TemplateName:
+    """Return the template's name, as asked for or as fits the model; raises UserError."""
+    pairs = base_config.is_encoder_decoder
+    template = config.template or ("t5" if pairs else default_template(tokenizer))
+    if pairs != (template == "t5"):
+        kind = "an encoder-decoder" if pairs else "a decoder"
+        fitting = "t5" if pairs else default_template(tokenizer)
+        raise UserError(
+            f"--template: found {template} with {base}, {kind} ({base_config.model_type}); "
+            f"expected {fitting}. Give --template {fitting}, or leave it out."
+        )
+    if pairs and base_config.decoder_start_token_id is None:
+        raise UserError(
+            f"{base}: its config.json has no decoder_start_token_id, with which every answer "
+            "begins; expected one. Write it there (T5's is that of the pad token, 0)."
+        )
+    if config.chat_template and template != "chat":
+        raise UserError(
+            f"--chat_template {config.chat_template}: found --template {template}, which does "
+            "not use it. Leave one of the two out."
+        )
+    if config.t5_compat and not pairs:
+        raise UserError(
+            f"--t5_compat: {base} is a decoder ({base_config.model_type}); expected a T5."
+        )
+    return template

@@ -16,9 +16,8 @@ from data.errors import UserError
 from loop.config.flags import Config
 from loop.distributed.accelerator import told_to_all, zero_stage
 from loop.distributed.rank_zero import say
-from loop.inputs.training_data import Prepared
 from loop.model import new_tokens
-from loop.model.base import check_ties, compares_ties, mistakes
+from loop.model.base import BaseModel, check_ties, compares_ties, mistakes
 from loop.model.kernels import keep_memory, replace_dropout, use_kernels
 from loop.model.lora_targets import ALL_LINEAR, target_names
 from loop.model.packed_attention import implementation
@@ -35,7 +34,7 @@ from loop.utils import whole
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_model(prepared: Prepared, config: Config, accelerator: Accelerator) -> PeftModel:
+def load_model(base_model: BaseModel, config: Config, accelerator: Accelerator) -> PeftModel:
     """Return the base model in the run's precision with a LoRA adapter to train.
 
     Raises UserError for targets that the model does not have.
@@ -43,7 +42,7 @@ def load_model(prepared: Prepared, config: Config, accelerator: Accelerator) -> 
     # Under ZeRO-3 loading is made of collectives, which a rank that fails alone must not add to.
     sharded = zero_stage(accelerator) == 3
     with nullcontext() if sharded else told_to_all():
-        model = _load_base(prepared, config, accelerator)
+        model = _load_base(base_model, config, accelerator)
     model.config.use_cache = False
     # torch.compile fuses by itself.
     on_gpu = accelerator.device.type == "cuda" and not config.torch_compile
@@ -56,16 +55,16 @@ def load_model(prepared: Prepared, config: Config, accelerator: Accelerator) -> 
         model.gradient_checkpointing_enable({"use_reentrant": sharded})
         if sharded:
             model.enable_input_require_grads()
-    tokens, values = prepared.new_tokens, None
+    tokens, values = base_model.new_tokens, None
     if tokens:
-        new_tokens.grow(model, len(prepared.tokenizer))
+        new_tokens.grow(model, len(base_model.tokenizer))
         values = new_tokens.first_values(model, tokens)
     torch.manual_seed(config.seed)  # lora_A's initial values
     # DeepSpeed casts all parameters to one precision and keeps an fp32 master of the trained
     # ones; elsewhere what is trained is fp32 itself and runs under autocast.
     autocast = accelerator.state.deepspeed_plugin is None
     with told_to_all(), new_tokens.without_collectives():
-        with_adapter = _add_adapter(model, prepared, config, autocast)
+        with_adapter = _add_adapter(model, base_model, config, autocast)
     values = None if config.lora_weight_path else values
     new_tokens.set_up(with_adapter, values, config.train_new_tokens, sharded)
     if autocast:
@@ -98,7 +97,7 @@ def _compile_layers(model: Any) -> None:
             layer.compile(dynamic=True)
 
 
-def _add_adapter(model: Any, prepared: Prepared, config: Config, autocast: bool) -> PeftModel:
+def _add_adapter(model: Any, base_model: BaseModel, config: Config, autocast: bool) -> PeftModel:
     if config.lora_weight_path:
         saved = PeftConfig.from_pretrained(config.lora_weight_path)
         saved.lora_dropout = config.lora_dropout
@@ -112,9 +111,9 @@ def _add_adapter(model: Any, prepared: Prepared, config: Config, autocast: bool)
                 is_trainable=True,
                 autocast_adapter_dtype=autocast,
             )
-        new_tokens.check_rows(loaded, prepared.new_tokens, config.lora_weight_path)
+        new_tokens.check_rows(loaded, base_model.new_tokens, config.lora_weight_path)
         return loaded
-    pairs, tokens = model.config.is_encoder_decoder, prepared.new_tokens
+    pairs, tokens = model.config.is_encoder_decoder, base_model.new_tokens
     targets = target_names(model, config.lora_target_modules)
     rows = new_tokens.places(model, tokens) if tokens else None
     new_tokens.check_targets(rows or {}, targets)
@@ -126,13 +125,13 @@ def _add_adapter(model: Any, prepared: Prepared, config: Config, autocast: bool)
         target_modules=targets[0] if targets == ALL_LINEAR else list(targets),
         bias=config.lora_bias,
         trainable_token_indices=rows,
-        base_model_name_or_path=prepared.base,
+        base_model_name_or_path=base_model.name,
     )
     return get_peft_model(model, adapter, autocast_adapter_dtype=autocast)
 
 
-def _load_base(prepared: Prepared, config: Config, accelerator: Accelerator) -> Any:
-    base, base_config = prepared.base, prepared.base_config
+def _load_base(base_model: BaseModel, config: Config, accelerator: Accelerator) -> Any:
+    base, base_config = base_model.name, base_model.config
     zero3 = zero_stage(accelerator) == 3
     plugin = accelerator.state.deepspeed_plugin
     zero = plugin.deepspeed_config["zero_optimization"] if plugin else {}
@@ -161,7 +160,7 @@ def _load_base(prepared: Prepared, config: Config, accelerator: Accelerator) -> 
             config=base_config,
             dtype=DTYPES[config.precision],
             attn_implementation=implementation(
-                prepared.packed, config.flash_attn, config.torch_compile
+                base_model.packed, config.flash_attn, config.torch_compile
             ),
             output_loading_info=True,
             cache_dir=config.cache_dir,

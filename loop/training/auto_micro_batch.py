@@ -15,7 +15,7 @@ from loop.distributed.layout import Layout
 from loop.distributed.memory import memory_room, memory_used, micro_batch_record, proc_bytes
 from loop.distributed.optimizer_state import forget_gradients
 from loop.distributed.rank_zero import say
-from loop.inputs.training_data import Prepared
+from loop.inputs.training_data import TrainingData
 from loop.training.loss import supervised_loss_sum
 from loop.training.optim import accumulating
 
@@ -30,7 +30,7 @@ REPEATED = 3
 def fitted(
     layout: Layout,
     config: Config,
-    prepared: Prepared,
+    data: TrainingData,
     model: Any,
     accelerator: Accelerator,
     progress: dict[str, Any],
@@ -47,7 +47,7 @@ def fitted(
     known = progress.get("auto_micro_batch") or {}
     least = known.get("tokens", 0)
     if _any_rank(accelerator, known != micro_batch_record(layout, config, accelerator, least)):
-        least = most_tokens(model, prepared, config, accelerator, each)
+        least = most_tokens(model, data, config, accelerator, each)
     if least == 0:
         error = UserError(
             "--auto_micro_batch: the longest example alone does not fit in memory. Give a smaller "
@@ -62,7 +62,7 @@ def fitted(
 
 
 def most_tokens(
-    model: Any, prepared: Prepared, config: Config, accelerator: Accelerator, most: int
+    model: Any, data: TrainingData, config: Config, accelerator: Accelerator, most: int
 ) -> int:
     """Return how many tokens, padding counted, fit in a micro-batch; 0 where no example does.
 
@@ -70,9 +70,9 @@ def most_tokens(
     will fit by what was seen so far, and what is left is reckoned from the last two. All ranks try
     the same, and none goes on where it would not fit on another.
     """
-    examples = prepared.examples.longest(most)
+    examples = data.examples.longest(most)
     # What the longest begin with alike, others may not.
-    collate = dataclasses.replace(prepared.collator, sharing=False)
+    collate = dataclasses.replace(data.collator, sharing=False)
     if zero_stage(accelerator) == 3:
         # What all sizes take alike is taken before the room is looked at.
         shortest = collate(examples[-1:], 0).to(accelerator.device)

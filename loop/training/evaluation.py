@@ -26,7 +26,7 @@ from loop.distributed import optimizer_state
 from loop.distributed.accelerator import first_rank_says, told_to_all
 from loop.distributed.layout import Layout
 from loop.distributed.rank_zero import say
-from loop.inputs.training_data import Prepared
+from loop.inputs.training_data import TrainingData
 from loop.inputs.windows import Window
 from loop.monitor.logger import Tracker
 from loop.monitor.metrics import history_until
@@ -49,22 +49,22 @@ class Evaluator:
         config: Config,
         layout: Layout,
         accelerator: Accelerator,
-        prepared: Prepared,
+        data: TrainingData,
         model: Any,
         tracker: Tracker,
         saver: Saver,
     ) -> None:
         self.config, self.layout, self.accelerator = config, layout, accelerator
-        self.prepared, self.model, self.tracker, self.saver = prepared, model, tracker, saver
+        self.data, self.model, self.tracker, self.saver = data, model, tracker, saver
         self.folder, self.known = Path(config.output_dir), saver.evaluation
         size = config.per_device_eval_batch_size or layout.limits.examples
         self.limits = replace(layout.limits, examples=size, finer=False)
         # The places, among the dialogues read, behind the last one of each source.
-        held_out = prepared.held_out
+        held_out = data.held_out
         self.sources = [*accumulate(held_out.tally.sources)] if held_out else []
         prompts = read_prompts(config, accelerator)
-        self.sampler = Sampler(prepared, config, accelerator, prompts, size)
-        self.evaluates = config.eval_strategy != "no" and bool(prepared.held_out or prompts)
+        self.sampler = Sampler(data, config, accelerator, prompts, size)
+        self.evaluates = config.eval_strategy != "no" and bool(data.held_out or prompts)
 
     def begin(self) -> None:
         """Put the model into training mode; first make up for what a stop has cut off."""
@@ -76,7 +76,7 @@ class Evaluator:
         self._forget_lost()
         owed = start.step and self._due(start.step)
         if owed and self.known["evaluated_step"] != start.step:
-            done = self._evaluate(start.step, start.progress["epoch"])
+            done = self._evaluate(start.step, start.saved["epoch"])
             if not done:
                 self.saver.stop(start.step)
 
@@ -164,7 +164,7 @@ class Evaluator:
         if sums is None or rows is None:
             return False
         self.known["evaluated_step"] = step
-        if self.prepared.held_out:
+        if self.data.held_out:
             entry = {"step": step, "epoch": round(epoch, 4), **self._figures(sums)}
             entry["eval_seconds"] = time.perf_counter() - begun
             self.tracker.add_evaluation(entry)
@@ -176,12 +176,12 @@ class Evaluator:
 
     def _sums(self) -> Tensor | None:
         """Return sums over all ranks [sources, TURNS, 3] float64: loss, right tokens, tokens."""
-        device, count = self.accelerator.device, len(self.prepared.eval_sources)
+        device, count = self.accelerator.device, len(self.data.eval_sources)
         sums = torch.zeros(count * TURNS, 3, dtype=torch.float64, device=device)
         for examples, groups in self._parts():
             if self.saver.is_asked():
                 return None
-            batch = self.prepared.collator(examples, 0).to(device)
+            batch = self.data.collator(examples, 0).to(device)
             losses, predicted = token_losses(self.model, batch, self.config.loss_chunk_tokens)
             right = predicted == batch.targets
             values = torch.stack([losses, right, torch.ones_like(losses)], 1).double()
@@ -195,7 +195,7 @@ class Evaluator:
         As many on each rank, some perhaps empty, so that no rank waits for another one.
         """
         ranks = self.accelerator.num_processes
-        held_out: Any = self.prepared.held_out or []
+        held_out: Any = self.data.held_out or []
         size = AHEAD * self.limits.examples * ranks
         turn, record = 0, -1
         for begin in range(0, len(held_out), size):
@@ -228,7 +228,7 @@ class Evaluator:
         }
         names = [str(turn + 1) for turn in range(TURNS - 1)] + [f"{TURNS} and later"]
         for what, parts, labels in (
-            ("source", sums.sum(1), self.prepared.eval_sources),
+            ("source", sums.sum(1), self.data.eval_sources),
             ("turn", sums.sum(0), names),
         ):
             rows = zip(labels, parts.tolist(), strict=True)

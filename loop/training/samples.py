@@ -18,7 +18,7 @@ from data.errors import UserError
 from loop.config.flags import Config
 from loop.config.preflight import is_file
 from loop.distributed.accelerator import told_to_all
-from loop.inputs.training_data import Prepared
+from loop.inputs.training_data import TrainingData
 from loop.training.loss import token_losses
 
 FILE = "samples.jsonl"
@@ -56,7 +56,7 @@ class Sampler:
     very attention and layout of training, which is what all backends have.
     """
 
-    prepared: Prepared
+    data: TrainingData
     config: Config
     accelerator: Accelerator
     prompts: Sequence[str]
@@ -64,7 +64,7 @@ class Sampler:
 
     def rows(self, model: Any, step: int, asked: Callable[[], bool]) -> list[Row] | None:
         """Return an answer to each prompt; None where a stop was asked for. Every rank calls it."""
-        tokenizer, rows = self.prepared.tokenizer, list[Row]()
+        tokenizer, rows = self.data.base.tokenizer, list[Row]()
         for begin in range(0, len(self.prompts), self.size):
             prompts = self.prompts[begin : begin + self.size]
             answers = self._answers(model, [*map(self._ids, prompts)], asked)
@@ -78,9 +78,9 @@ class Sampler:
         return rows
 
     def _ids(self, text: str) -> list[int]:
-        template = self.prepared.template
-        rendered = prompt((Turn("user", text),), template, self.prepared.tokenizer)
-        ids: list[int] = self.prepared.tokenizer(
+        template = self.data.base.template
+        rendered = prompt((Turn("user", text),), template, self.data.base.tokenizer)
+        ids: list[int] = self.data.base.tokenizer(
             rendered.text,
             add_special_tokens=rendered.add_special_tokens,
             split_special_tokens=template == "t5",  # as in training, which adds its own
@@ -107,14 +107,14 @@ class Sampler:
 
     def _example(self, asked: list[int], answer: list[int]) -> Example:
         """Return an example whose last supervised token, whatever it is, is the one to be found."""
-        if self.prepared.base_config.is_encoder_decoder:
+        if self.data.base.config.is_encoder_decoder:
             return Example("", asked, [*answer, 0], len(answer) + 1, is_pair=True)
         ids = [*asked, *answer]
         return Example("", [*ids, 0], [*[IGNORE_INDEX] * len(ids), 0], 1)
 
     def _next(self, model: Any, examples: list[Example]) -> list[int]:
         """Return each one's likeliest next token: the first rank's, so that all ranks go on."""
-        batch = self.prepared.collator(examples, 0).to(self.accelerator.device)
+        batch = self.data.collator(examples, 0).to(self.accelerator.device)
         _, predicted = token_losses(model, batch, self.config.loss_chunk_tokens)
         counts = torch.tensor([example.supervised_tokens for example in examples])
         last = (counts.cumsum(0) - 1).to(predicted.device)
@@ -124,7 +124,10 @@ class Sampler:
     def _ends(self, model: Any) -> set[int]:
         generation = getattr(self.accelerator.unwrap_model(model), "generation_config", None)
         ends = getattr(generation, "eos_token_id", None) or []
-        return {*(ends if isinstance(ends, list) else [ends]), self.prepared.tokenizer.eos_token_id}
+        return {
+            *(ends if isinstance(ends, list) else [ends]),
+            self.data.base.tokenizer.eos_token_id,
+        }
 
 
 def write_samples(folder: Path, rows: list[Row], afresh: bool = False) -> None:

@@ -208,10 +208,11 @@ def test_four_processes_that_want_one_file_make_it_once(tiny_model: Path, tmp_pa
     script = (
         "import sys\n"
         "from loop.config.flags import Config\n"
-        "from loop.inputs import training_data as prepare\n"
-        "encode = prepare.encode_in_pieces\n"
-        "prepare.encode_in_pieces = lambda *a: print('made') or encode(*a)\n"
-        "kept = prepare.prepare(Config(sys.argv[1], preprocessed_path=sys.argv[2])).examples\n"
+        "from loop.inputs import training_data as reading\n"
+        "encode = reading.encode_in_pieces\n"
+        "reading.encode_in_pieces = lambda *a: print('made') or encode(*a)\n"
+        "config = Config(sys.argv[1], preprocessed_path=sys.argv[2])\n"
+        "kept = reading.read_training_data(config).examples\n"
         "print(len(kept), kept[499].supervised_tokens)\n"
     )
     words = [sys.executable, "-c", script, str(tiny_model), str(tmp_path / "new" / "kept")]
@@ -249,7 +250,7 @@ def test_the_first_rank_alone_says_why_the_file_is_made_anew(
     for rank, length, notes in (("0", 512, 0), ("0", 500, 1), ("1", 490, 0)):
         monkeypatch.setenv("RANK", rank)
         config = Config(str(tiny_model), data_path=(str(data),), preprocessed_path=kept)
-        preparing.prepare(replace(config, model_max_length=length))
+        preparing.read_training_data(replace(config, model_max_length=length))
         assert capsys.readouterr().out.count("made anew") == notes
 
 
@@ -259,7 +260,7 @@ def test_num_data_takes_dialogues_by_the_seed(tiny_t5: Path, tmp_path: Path) -> 
 
     def chosen(seed: int) -> list[str]:
         config = Config(str(tiny_t5), data_path=(str(data),), num_data=5, seed=seed)
-        prepared = preparing.prepare(config)
+        prepared = preparing.read_training_data(config)
         assert prepared.examples.tally.dropped == {"beyond num_data": 15}
         return [example.id for example in prepared.examples]
 

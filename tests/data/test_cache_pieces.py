@@ -137,9 +137,9 @@ def test_a_killed_run_leaves_pieces_that_the_next_one_takes(
     data = write_dialogues(tmp_path / "data.json", *[[f"Hi {n}", f"Yo {n}"] for n in range(4000)])
     code = (
         "import sys; from functools import partial; from data.encoding import cache; "
-        "from loop.config.flags import Config; from loop.inputs import training_data as prepare; "
-        "prepare.encode_in_pieces = partial(cache.encode_in_pieces, size=200); "
-        "print(len(prepare.prepare(Config("
+        "from loop.config.flags import Config; from loop.inputs import training_data as reading; "
+        "reading.encode_in_pieces = partial(cache.encode_in_pieces, size=200); "
+        "print(len(reading.read_training_data(Config("
         "model_name_or_path=sys.argv[1], data_path=(sys.argv[2],), "
         "preprocessed_path=sys.argv[3])).examples))"
     )

@@ -10,7 +10,7 @@ from loop.adapters.chat import ChatConfig, load_speaker
 from loop.checkpoint.run_folder import is_finished
 from loop.config.flags import Config
 from loop.config.load import read_config
-from loop.inputs.training_data import prepare
+from loop.inputs.training_data import read_training_data
 from tests.conftest import trainer
 from tests.support.helpers import log_of, write_dialogues
 
@@ -35,14 +35,16 @@ def own(tmp_path: Path) -> Path:
 
 
 def texts(model: Path, data: Path, template: Path) -> list[str]:
-    prepared = prepare(Config(str(model), data_path=(str(data),), chat_template=str(template)))
+    prepared = read_training_data(
+        Config(str(model), data_path=(str(data),), chat_template=str(template))
+    )
     supervised = [[i for i in one.labels if i >= 0] for one in prepared.examples]
     for ids in supervised:
         assert ids
-    decoded: list[str] = prepared.tokenizer.batch_decode(
+    decoded: list[str] = prepared.base.tokenizer.batch_decode(
         [one.input_ids for one in prepared.examples]
     )
-    answers = prepared.tokenizer.batch_decode(supervised)
+    answers = prepared.base.tokenizer.batch_decode(supervised)
     assert answers == ["Hi.<|im_end|>", "Well.<|im_end|>"]
     return decoded
 
@@ -114,4 +116,4 @@ def test_a_template_file_that_nothing_uses_is_refused(
         str(tiny_model), data_path=(str(data),), template="vicuna", chat_template=str(own)
     )
     with pytest.raises(UserError, match=r"found --template vicuna, which does not use it"):
-        prepare(config)
+        read_training_data(config)

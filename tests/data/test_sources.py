@@ -12,7 +12,7 @@ from data.dialogues.sources import Source, parse_source, weighted
 from data.errors import UserError
 from data.files.read import read_records
 from loop.config.flags import Config
-from loop.inputs.training_data import data_sha256, prepare
+from loop.inputs.training_data import data_sha256, read_training_data
 from tests.support.helpers import command, write_dialogues
 from tests.support.small_hub import small_hub
 
@@ -87,13 +87,13 @@ def test_several_paths_are_read_in_their_order_and_accounted_together(
     paths = (f"{first}:0.5", str(tmp_path / "two.jsonl"))
     report = tmp_path / "made" / "report.json"
     config = Config(str(tiny_model), data_path=paths, report=str(report))
-    prepared = prepare(config)
+    prepared = read_training_data(config)
     assert [one.id for one in prepared.examples][5:] == ["r0", "r1", "r2", "r3"]
     account = json.loads(report.read_text())
     assert (account["read"], account["kept"]) == (14, 9)
     dropped = account["dropped"]["beyond its source's weight"]
     assert dropped["count"] == 5 == len(dropped["first"])
-    assert account["data_sha256"] == prepared.data_sha256
+    assert account["data_sha256"] == prepared.sha256
     others = [paths[::-1], (str(first), paths[1]), (paths[0],)]
     hashes = {data_sha256(Config(data_path=other)) for other in (paths, *others)}
     assert len(hashes) == 4
@@ -103,7 +103,7 @@ def test_an_account_that_is_refused_is_written_too(tiny_model: Path, tmp_path: P
     file = write_dialogues(tmp_path / "one.json", ["Hi", "Yes."], ["Long " * 50, "Yes."])
     report = tmp_path / "report.json"
     with pytest.raises(UserError, match="have nothing to learn"):
-        prepare(
+        read_training_data(
             Config(str(tiny_model), data_path=(str(file),), report=str(report), model_max_length=20)
         )
     account = json.loads(report.read_text())

@@ -12,7 +12,7 @@ from loop.config.flags import Config
 from loop.distributed.layout import plan_layout
 from loop.doctor import forecast
 from loop.doctor.trial import Trial
-from loop.inputs.training_data import prepare
+from loop.inputs.training_data import read_training_data
 from loop.inputs.windows import windows
 from loop.training.optim import lr_at
 from tests.doctor.test_doctor import Doctor, doctor, right
@@ -66,15 +66,15 @@ def test_tokens_and_the_largest_micro_batch_are_those_of_the_windows(
         global_batch_size=8,
         packing=packed,
     )
-    prepared = prepare(config)
+    prepared = read_training_data(config)
     layout = plan_layout(
-        config, 23, SimpleNamespace(process_index=0, num_processes=2), prepared.packed
+        config, 23, SimpleNamespace(process_index=0, num_processes=2), prepared.base.packed
     )
     found = forecast.outlook_of(prepared, layout, config)
     collate = replace(prepared.collator, sharing=False)
     everything = [*windows(prepared.examples, layout, config.seed, collate)]
     other = plan_layout(
-        config, 23, SimpleNamespace(process_index=1, num_processes=2), prepared.packed
+        config, 23, SimpleNamespace(process_index=1, num_processes=2), prepared.base.packed
     )
     theirs = [*windows(prepared.examples, other, config.seed, collate)]
     sizes = [

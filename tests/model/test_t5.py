@@ -20,7 +20,7 @@ from loop.adapters.chat import ChatConfig, load_speaker
 from loop.checkpoint import run_folder
 from loop.checkpoint.full_model import save_non_lora
 from loop.config.flags import Config
-from loop.inputs.training_data import prepare
+from loop.inputs.training_data import read_training_data
 from loop.model import new_tokens
 from loop.training.loss import supervised_loss_sum
 from tests.conftest import trainer
@@ -182,7 +182,7 @@ def test_the_base_whole_or_in_shards_and_the_adapter_give_the_trained_model(
 
 def test_the_loss_is_the_plain_one_of_each_targets_ids(tiny_t5: Path, tmp_path: Path) -> None:
     data = write_dialogues(tmp_path / "data.json", ["Hello.", LONG], ["And?", f"{LONG} {LONG}"])
-    prepared = prepare(Config(str(tiny_t5), data_path=(str(data),)))
+    prepared = read_training_data(Config(str(tiny_t5), data_path=(str(data),)))
     model = AutoModelForSeq2SeqLM.from_pretrained(tiny_t5).eval()
     alone = 0.0
     for example in prepared.examples:
@@ -256,26 +256,26 @@ def test_more_tokens_than_a_model_has_positions_are_refused(tmp_path: Path, tiny
     config.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_t5).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"length 2048 with bart, which has 1024 positions"):
-        prepare(Config(str(tmp_path)))
+        read_training_data(Config(str(tmp_path)))
 
 
 def test_fp16_with_t5_is_refused_before_the_data_is_read(tiny_t5: Path) -> None:
     with pytest.raises(UserError, match="found precision fp16 with t5"):
-        prepare(Config(str(tiny_t5), fp16=True, data_path=("none.json",)))
+        read_training_data(Config(str(tiny_t5), fp16=True, data_path=("none.json",)))
 
 
 def test_limits_that_nothing_heeds_are_refused(tiny_t5: Path, tiny_model: Path) -> None:
     with pytest.raises(UserError, match=r"found --max_target_length .*one limit"):
-        prepare(Config(str(tiny_t5), t5_compat=True, max_target_length=8))
+        read_training_data(Config(str(tiny_t5), t5_compat=True, max_target_length=8))
     with pytest.raises(UserError, match=r"found --keep_header .*a decoder"):
-        prepare(Config(str(tiny_model), keep_header=True))
+        read_training_data(Config(str(tiny_model), keep_header=True))
 
 
 def test_what_is_t5s_does_not_fit_a_decoder(tiny_model: Path) -> None:
     with pytest.raises(UserError, match=r"found t5 .*a decoder"):
-        prepare(Config(str(tiny_model), template="t5"))
+        read_training_data(Config(str(tiny_model), template="t5"))
     with pytest.raises(UserError, match=r"--t5_compat: .* is a decoder"):
-        prepare(Config(str(tiny_model), t5_compat=True))
+        read_training_data(Config(str(tiny_model), t5_compat=True))
 
 
 @pytest.mark.parametrize("kind", ["mt5", "umt5", "bart"])

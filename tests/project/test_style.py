@@ -23,6 +23,7 @@ ONLY_IN = {
         "loop/distributed/optimizer_state.py",
         "loop/distributed/deepspeed_config.py",
         "loop/model/quantization.py",
+        "loop/utils.py",
     },
     "matplotlib": {"loop/monitor/plots.py", "data/preparation/histogram.py"},
     "trackio": {"loop/monitor/trackers.py"},

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from data.errors import Stopped
 from loop.config.flags import Config
 from loop.config.load import read_config
-from loop.inputs.training_data import Prepared, prepare
+from loop.inputs.training_data import TrainingData, read_training_data
 from loop.training import evaluation
 from tests.checkpoint.test_storage import cut_off, same
 from tests.conftest import trainer
@@ -55,19 +55,19 @@ def samples(output: Path) -> list[Entry]:
     return [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
 
 
-def prepared_for(model: Path, data: Path, *flags: str) -> Prepared:
+def prepared_for(model: Path, data: Path, *flags: str) -> TrainingData:
     words = ["--model_name_or_path", str(model), "--data_path", str(data), *flags]
-    return prepare(read_config(words, Config))
+    return read_training_data(read_config(words, Config))
 
 
-def plain_figures(model: Any, prepared: Prepared) -> tuple[float, float]:
+def plain_figures(model: Any, prepared: TrainingData) -> tuple[float, float]:
     """Return loss and accuracy, dialogue by dialogue, each whole."""
     loss, right, count = 0.0, 0, 0
     for example in prepared.held_out or []:
         ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels)
         inputs = {"input_ids": ids}
         if example.is_pair:
-            start = prepared.base_config.decoder_start_token_id
+            start = prepared.base.config.decoder_start_token_id
             inputs["decoder_input_ids"] = torch.tensor([[start, *example.labels[:-1]]])
         with torch.no_grad():
             logits = model(**inputs).logits[0]
@@ -247,7 +247,7 @@ def test_the_held_out_part_is_whole_dialogues_not_trained_on_and_stays_when_data
     model = request.getfixturevalue("tiny_t5" if kind == "T5" else "tiny_model")
     many = [[f"Number {n}?", "It is very much so.", "And?", "It is so."] for n in range(60)]
 
-    def parts(*dialogues: list[str]) -> tuple[set[str], set[str], Prepared]:
+    def parts(*dialogues: list[str]) -> tuple[set[str], set[str], TrainingData]:
         data = write_dialogues(tmp_path / "many.json", *dialogues)
         found = prepared_for(model, data, "--eval_fraction", "0.25")
         known = {f"d{number}": turns[0] for number, turns in enumerate(dialogues)}

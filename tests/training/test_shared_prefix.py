@@ -211,9 +211,9 @@ def test_two_ranks_have_even_work_by_what_they_run() -> None:
 
 
 def test_the_bundled_dialogues_share_a_quarter(chat_model: Path) -> None:
-    from loop.inputs.training_data import prepare
+    from loop.inputs.training_data import read_training_data
 
-    prepared = prepare(Config(model_name_or_path=str(chat_model)))
+    prepared = read_training_data(Config(model_name_or_path=str(chat_model)))
     part = [*prepared.examples][:8]
     batch = prepared.collator(part, 0)
     assert 0.15 < 1 - batch.tokens / packed_tokens(part) < 0.4
