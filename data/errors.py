@@ -14,7 +14,7 @@ class UserError(Exception):
     known_to_all = False
 
 
-class Fault(UserError):
+class RunError(UserError):
     """What befell the run from outside, a full disk for one: exit code 1."""
 
     exit_code = 1
@@ -27,23 +27,23 @@ class Stopped(UserError):
 
 
 @contextmanager
-def noted(mistakes: list[str] | None) -> Iterator[None]:
+def collect_errors(errors: list[str] | None) -> Iterator[None]:
     """Add the block's mistake to the list, for `doctor`, which tells all; without a list: raise."""
     try:
         yield
     except UserError as error:
-        if mistakes is None:
+        if errors is None:
             raise
-        tell([str(error)], mistakes)
+        add_errors([str(error)], errors)
 
 
-def tell(found: Iterable[str], mistakes: list[str] | None) -> None:
+def add_errors(found: Iterable[str], errors: list[str] | None) -> None:
     """Add the mistakes to the list, each once; without a list raise UserError for the first."""
     for mistake in found:
-        if mistakes is None:
+        if errors is None:
             raise UserError(mistake)
-        if mistake not in mistakes:
-            mistakes.append(mistake)
+        if mistake not in errors:
+            errors.append(mistake)
 
 
 class BadRecord(Exception):

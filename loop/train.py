@@ -17,22 +17,22 @@ sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 import torch
 from accelerate import PartialState
 
-from loop.checkpoint.resume import find_start
-from loop.checkpoint.run_folder import claimed, is_finished, save_run, write_settings
+from loop.checkpoint.resume import find_resume_point
+from loop.checkpoint.run_folder import is_finished, locked_output_dir, save_run, write_settings
 from loop.checkpoint.saver import Saver
 from loop.checkpoint.storage import newest_checkpoint
-from loop.config.flags import Config, shown
+from loop.config.flags import Config, display_path
 from loop.config.load import ignored_flag_notes, read_config
 from loop.distributed.accelerator import (
+    broadcast_flag,
     build_accelerator,
     check_agreement,
     check_launch,
-    first_rank_says,
-    join_ranks,
-    told_to_all,
+    init_process_group_once,
+    raise_on_all_ranks,
 )
 from loop.distributed.layout import plan_layout
-from loop.distributed.rank_zero import quiet, say
+from loop.distributed.rank_zero import print_rank0, quiet
 from loop.distributed.signals import run_and_exit
 from loop.inputs.training_data import read_training_data
 from loop.inputs.windows import prefetched, windows
@@ -41,7 +41,7 @@ from loop.model.quantization import describe_parameters
 from loop.monitor.logger import Tracker
 from loop.monitor.loss_guard import skip_if_bad
 from loop.monitor.metrics import Clock, work_of
-from loop.training.auto_micro_batch import fitted
+from loop.training.auto_micro_batch import fit_micro_batch
 from loop.training.evaluation import Evaluator
 from loop.training.loss import loss_scale, supervised_loss_sum
 from loop.training.optim import (
@@ -56,40 +56,40 @@ from loop.training.optim import (
 def main() -> None:
     """Read the settings; a run that its output folder already holds is not trained again."""
     quiet()
-    ranks = join_ranks()
-    with told_to_all():
+    ranks = init_process_group_once()
+    with raise_on_all_ranks():
         config = read_config(sys.argv[1:], Config, __doc__ or "")
         check_launch(config)
         # The first rank alone writes, so what the other machines' disks hold does not count.
         finished = ranks.is_main_process and is_finished(config)
     for note in ignored_flag_notes(sys.argv[1:]):
-        say(note)
-    if first_rank_says(finished):
-        say(f"{config.output_dir} already holds this run, finished; nothing was changed.")
+        print_rank0(note)
+    if broadcast_flag(finished):
+        print_rank0(f"{config.output_dir} already holds this run, finished; nothing was changed.")
     else:
-        with claimed(config):
+        with locked_output_dir(config):
             train(config, ranks)
 
 
 def train(config: Config, ranks: PartialState) -> None:
     """Fine-tune the adapter that `config` describes and save it in its output folder."""
     # Each rank reads for itself, all at the same time: none waits for another one's work.
-    with told_to_all():
+    with raise_on_all_ranks():
         data = read_training_data(config)
         layout = plan_layout(config, len(data.examples), ranks, data.base.packed)
-        start = find_start(config, data, layout, reads=ranks.is_main_process)
+        start = find_resume_point(config, data, layout, reads=ranks.is_main_process)
     check_agreement(config, data.facts)
     start.agree()
 
     accelerator = build_accelerator(config, layout)
-    say(f"data: {data}\nplan: {layout}")
+    print_rank0(f"data: {data}\nplan: {layout}")
     model = load_model(data.base, config, accelerator)
-    say(f"model: {shown(data.base.name)}: {describe_parameters(model)}")
+    print_rank0(f"model: {display_path(data.base.name)}: {describe_parameters(model)}")
     start.put_weights(accelerator, model)
     # No scheduler is prepared: accelerate would step it once per process.
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config))
     start.put_optimizer(accelerator, model, optimizer)
-    layout = fitted(layout, config, data, model, accelerator, start.progress)
+    layout = fit_micro_batch(layout, config, data, model, accelerator, start.progress)
     write_settings(accelerator, config)
 
     clock = Clock(accelerator.device)
@@ -97,13 +97,13 @@ def train(config: Config, ranks: PartialState) -> None:
     with tracker, Saver(config, layout, accelerator, start) as saver:
         evaluator = Evaluator(config, layout, accelerator, data, model, tracker, saver)
         evaluator.begin()
-        dealt = windows(data.examples, layout, config.seed, data.collator, start.step)
-        for window in clock.waits(evaluator.until_enough(prefetched(dealt)), "data"):
+        left = windows(data.examples, layout, config.seed, data.collator, start.step)
+        for window in clock.timed_iter(evaluator.until_early_stop(prefetched(left)), "data"):
             # Before the backward pass: in its last one DeepSpeed makes the optimizer step.
             lr = set_learning_rate(optimizer, lr_at(window.step, layout.total_steps, config))
             scale = loss_scale(accelerator, window.supervised_tokens)
             loss_sum = torch.zeros((), device=accelerator.device)
-            for batch, last in window.on(accelerator.device):
+            for batch, last in window.micro_batches_on(accelerator.device):
                 with accumulating(accelerator, model, last):
                     with clock("forward"):
                         micro_loss_sum = supervised_loss_sum(model, batch, config.loss_chunk_tokens)
@@ -116,8 +116,8 @@ def train(config: Config, ranks: PartialState) -> None:
                         optimizer.step()
                         optimizer.zero_grad()
             tracker.observe(window, loss_sum, lr, grad_norm, bad)
-            evaluator.after(window)
-            saver.after(window, model, optimizer, tracker)
+            evaluator.maybe_evaluate(window)
+            saver.maybe_save(window, model, optimizer, tracker)
 
     save_run(accelerator, model, data, evaluator.finish(), layout, config)
     tracker.end(newest_checkpoint(Path(config.output_dir)))

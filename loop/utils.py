@@ -62,7 +62,7 @@ def gather_trained(model: nn.Module, plain: Any, moment: str | None, keep: bool)
     return state
 
 
-def whole(parameter: nn.Parameter) -> Any:
+def gathered(parameter: nn.Parameter) -> Any:
     """Gather a parameter that ZeRO-3 has shared out; the first rank's changes are kept."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()

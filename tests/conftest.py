@@ -153,10 +153,10 @@ def trainer(tiny_model: Path, folder: Path) -> Callable[..., Path]:
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     from loop import train as training
-    from loop.checkpoint.run_folder import claimed
+    from loop.checkpoint.run_folder import locked_output_dir
     from loop.config.flags import Config
     from loop.config.load import read_config
-    from loop.distributed.accelerator import check_launch, join_ranks
+    from loop.distributed.accelerator import check_launch, init_process_group_once
     from loop.distributed.rank_zero import quiet
 
     data = write_dialogues(folder / "data.json", ["Hi", "Hello there."], ["And?", "So."])
@@ -168,9 +168,9 @@ def trainer(tiny_model: Path, folder: Path) -> Callable[..., Path]:
         argv += ["--output_dir", folder / name, "--learning_rate", "1e-2", *flags]
         config = read_config([str(word) for word in argv], Config)
         quiet()
-        ranks = join_ranks()
+        ranks = init_process_group_once()
         check_launch(config)
-        with claimed(config):
+        with locked_output_dir(config):
             training.train(config, ranks)
         return folder / name
 

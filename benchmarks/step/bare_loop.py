@@ -22,7 +22,7 @@ import torch
 from data.encoding.encode import Example
 from loop.config.flags import Config
 from loop.config.load import read_config
-from loop.distributed.accelerator import build_accelerator, check_launch, join_ranks
+from loop.distributed.accelerator import build_accelerator, check_launch, init_process_group_once
 from loop.distributed.layout import Layout, plan_layout
 from loop.inputs.training_data import TrainingData, read_training_data
 from loop.inputs.windows import Window, windows
@@ -51,7 +51,7 @@ def main(what: str, out: str, *flags: str) -> None:
 
 def job_of(flags: Sequence[str]) -> Job:
     """Read the flags and the data, as loop/train.py does."""
-    ranks = join_ranks()
+    ranks = init_process_group_once()
     config = read_config(flags, Config)
     check_launch(config)
     prepared = read_training_data(config)

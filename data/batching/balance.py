@@ -7,10 +7,10 @@ from heapq import heappop, heappush
 from math import ceil
 from operator import itemgetter
 
-from data.batching.shared_prefix import side_by_side, spared
+from data.batching.shared_prefix import sort_by_prefix, tokens_saved
 from data.encoding.encode import Example
 
-Part = list[Example]  # of one micro-batch; may be empty
+Examples = list[Example]  # of one micro-batch; may be empty
 
 # What a micro-batch more costs, in padded tokens: as often the weights are read from memory.
 # Measured on a CPU (benchmarks/RESULTS.md, Padding of pairs).
@@ -34,25 +34,25 @@ class Limits:
     finer: bool = False
     sharing: bool = False
 
-    def cost(self, part: Part) -> int:
+    def cost(self, part: Examples) -> int:
         """Return the tokens that one micro-batch runs, padding counted."""
         if not self.packed:
             return padded_tokens(part)
-        return packed_tokens(part) - (spared(part)[0] if self.sharing else 0)
+        return packed_tokens(part) - (tokens_saved(part)[0] if self.sharing else 0)
 
 
 @dataclass(frozen=True)
-class Dealt:
+class Assignment:
     """A window's micro-batches by rank and slot, as many for each rank.
 
     tokens: what each rank runs, padding counted, and what a row shares once.
     """
 
-    ranks: list[list[Part]]
+    ranks: list[list[Examples]]
     tokens: list[int]
 
 
-def deal(chosen: list[Example], world_size: int, limits: Limits) -> Dealt:
+def assign_micro_batches(chosen: list[Example], world_size: int, limits: Limits) -> Assignment:
     """Deal a window's examples out; the same on every rank, and the gradient depends on none of it.
 
     Micro-batches of like work run at the same time on all ranks, and each rank's sum is about even.
@@ -75,44 +75,44 @@ def deal(chosen: list[Example], world_size: int, limits: Limits) -> Dealt:
     return _evened(dealt, limits) if limits.packed and world_size > 1 else dealt
 
 
-def packed_tokens(part: Part) -> int:
+def packed_tokens(part: Examples) -> int:
     """Return the tokens of one micro-batch in one row, each example by itself."""
     return sum(example.run_tokens for example in part)
 
 
-def padded_tokens(part: Part) -> int:
+def padded_tokens(part: Examples) -> int:
     """Return the tokens of one micro-batch, padded to the longest on each side."""
     return len(part) * sum(
         max((example.lengths[side] for example in part), default=0) for side in range(2)
     )
 
 
-def squares(chosen: list[Example], dealt: Dealt, limits: Limits) -> int:
+def squares(chosen: list[Example], dealt: Assignment, limits: Limits) -> int:
     """Return the sum of the examples' squared lengths, by which attention's work grows."""
     parts = [part for rank in dealt.ranks for part in rank] if limits.sharing else []
-    return sum(e.run_tokens**2 for e in chosen) - sum(spared(part)[1] for part in parts)
+    return sum(e.run_tokens**2 for e in chosen) - sum(tokens_saved(part)[1] for part in parts)
 
 
-def _parts(chosen: list[Example], count: int, limits: Limits) -> list[Part]:
+def _parts(chosen: list[Example], count: int, limits: Limits) -> list[Examples]:
     return _even(chosen, count, limits) if limits.packed else _alike(chosen, count)
 
 
-def _even(chosen: list[Example], count: int, limits: Limits) -> list[Part]:
+def _even(chosen: list[Example], count: int, limits: Limits) -> list[Examples]:
     """Split examples into parts of even tokens: the longest first, each to the emptiest part.
 
     In a part those that begin alike lie side by side.
     """
-    parts: list[Part] = [[] for _ in range(count)]
+    parts: list[Examples] = [[] for _ in range(count)]
     open_parts = [(0, number) for number in range(count)]
     for example in sorted(chosen, key=lambda e: -e.run_tokens):
         tokens, number = heappop(open_parts)
         parts[number].append(example)
         if len(parts[number]) < limits.examples:
             heappush(open_parts, (tokens + example.run_tokens, number))
-    return [side_by_side(part) for part in parts]
+    return [sort_by_prefix(part) for part in parts]
 
 
-def _alike(chosen: list[Example], count: int) -> list[Part]:
+def _alike(chosen: list[Example], count: int) -> list[Examples]:
     """Split examples into parts of like size and like lengths, the longest first.
 
     Each half of them is sorted anew, by the side of the pairs whose padding it cuts most. Of
@@ -131,12 +131,12 @@ def _alike(chosen: list[Example], count: int) -> list[Part]:
     return _alike(halves[0], half) + _alike(halves[1], count - half)
 
 
-def _busiest(dealt: Dealt) -> int:
+def _busiest(dealt: Assignment) -> int:
     """Return what the busiest rank takes, in padded tokens."""
     return max(dealt.tokens) + OVERHEAD * len(dealt.ranks[0])
 
 
-def _evened(dealt: Dealt, limits: Limits) -> Dealt:
+def _evened(dealt: Assignment, limits: Limits) -> Assignment:
     """Swap examples between the busiest and the idlest rank for as long as that helps.
 
     No slot's largest micro-batch grows: under ZeRO-2 and -3 the ranks wait for it, slot by slot.
@@ -153,7 +153,7 @@ def _evened(dealt: Dealt, limits: Limits) -> Dealt:
         (slot, n), (other, m) = places
         mine, theirs = [*ranks[busy][slot]], [*ranks[idle][other]]
         mine[n], theirs[m] = theirs[m], mine[n]
-        moved = [(busy, slot, side_by_side(mine)), (idle, other, side_by_side(theirs))]
+        moved = [(busy, slot, sort_by_prefix(mine)), (idle, other, sort_by_prefix(theirs))]
         found = [limits.cost(part) for _, _, part in moved]
         after = [loads[r] - costs[r][at] + c for (r, at, _), c in zip(moved, found, strict=True)]
         if (
@@ -164,11 +164,11 @@ def _evened(dealt: Dealt, limits: Limits) -> Dealt:
             break
         for (rank, at, part), cost, load in zip(moved, found, after, strict=True):
             ranks[rank][at], costs[rank][at], loads[rank] = part, cost, load
-    return Dealt(ranks, loads)
+    return Assignment(ranks, loads)
 
 
 def _best_swap(
-    busy: list[Part], idle: list[Part], wanted: float, rooms: list[int]
+    busy: list[Examples], idle: list[Examples], wanted: float, rooms: list[int]
 ) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Return the places of two examples whose lengths differ by what is wanted, as nearly as any.
 
@@ -191,9 +191,11 @@ def _best_swap(
     return min(swaps)[1:] if swaps else None
 
 
-def _to_ranks(parts: list[Part], world_size: int, cost: Callable[[Part], int]) -> Dealt:
+def _to_ranks(
+    parts: list[Examples], world_size: int, cost: Callable[[Examples], int]
+) -> Assignment:
     """Give each slot's parts to the ranks, the largest to the one with the least so far."""
-    ranks: list[list[Part]] = [[] for _ in range(world_size)]
+    ranks: list[list[Examples]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
     sized = sorted(((cost(part), part) for part in parts), key=itemgetter(0), reverse=True)
     for begin in range(0, len(sized), world_size):
@@ -201,4 +203,4 @@ def _to_ranks(parts: list[Part], world_size: int, cost: Callable[[Part], int]) -
         for rank, (tokens, part) in zip(waiting, sized[begin : begin + world_size], strict=True):
             ranks[rank].append(part)
             loads[rank] += tokens
-    return Dealt(ranks, loads)
+    return Assignment(ranks, loads)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.batching.shared_prefix import begun_alike
+from data.batching.shared_prefix import prefix_groups
 from data.encoding.encode import IGNORE_INDEX, Example
 
 
@@ -111,7 +111,7 @@ def collate_row(
     >>> batch.positions.tolist(), batch.targets.tolist()  # 7 begins the row's second example
     ([0, 1, 2], [6, 8, 2])
     """
-    alike = begun_alike(examples) if sharing else [(0, [example]) for example in examples]
+    alike = prefix_groups(examples) if sharing else [(0, [example]) for example in examples]
     ids, labels, groups = [], [], []
     for shared, group in alike:
         rows = [_run(example) for example in group]

@@ -6,15 +6,15 @@ from itertools import pairwise
 from data.encoding.encode import Example
 
 # Tokens; fewer are not worth the cut.
-LEAST = 16
+MIN_PREFIX_TOKENS = 16
 
 
-def side_by_side(examples: Sequence[Example]) -> list[Example]:
+def sort_by_prefix(examples: Sequence[Example]) -> list[Example]:
     """Return the examples in an order in which those that begin alike are neighbours."""
     return sorted(examples, key=lambda example: example.input_ids)
 
 
-def begun_alike(examples: Sequence[Example]) -> list[tuple[int, list[Example]]]:
+def prefix_groups(examples: Sequence[Example]) -> list[tuple[int, list[Example]]]:
     """Return neighbours that begin alike as groups, each with how many tokens all of it share.
 
     None of a group learns from these: the state of a token that predicts a supervised one is each
@@ -26,11 +26,15 @@ def begun_alike(examples: Sequence[Example]) -> list[tuple[int, list[Example]]]:
     ...     for name, token in (("a", 20), ("b", 30), ("c", 40))
     ... ]
     >>> c.input_ids[0] = 7
-    >>> [(shared, len(group)) for shared, group in begun_alike([a, b, c])]
+    >>> [(shared, len(group)) for shared, group in prefix_groups([a, b, c])]
     [(19, 2), (0, 1)]
     """
     links = [
-        min(_common(one.input_ids, other.input_ids), one.unlearnt, other.unlearnt)
+        min(
+            _common(one.input_ids, other.input_ids),
+            one.unsupervised_prefix,
+            other.unsupervised_prefix,
+        )
         for one, other in pairwise(examples)
     ]
     # Of a group: where the one that ends here begins, where the one that begins here ends.
@@ -40,7 +44,7 @@ def begun_alike(examples: Sequence[Example]) -> list[tuple[int, list[Example]]]:
         left, right, link = first[last], last + 1, links[last]
         end = behind[right]
         apart = shared[left] * (last - left) + shared[right] * (end - right - 1)
-        if link >= LEAST and link * (end - left - 1) >= apart:
+        if link >= MIN_PREFIX_TOKENS and link * (end - left - 1) >= apart:
             shared[left], behind[left], first[end - 1] = link, end, left
     groups, begin = [], 0
     while begin < len(examples):
@@ -49,9 +53,9 @@ def begun_alike(examples: Sequence[Example]) -> list[tuple[int, list[Example]]]:
     return groups
 
 
-def spared(examples: Sequence[Example]) -> tuple[int, int]:
+def tokens_saved(examples: Sequence[Example]) -> tuple[int, int]:
     """Return how many tokens of a row are not run once more, and the sum of their squares."""
-    groups = [(shared, len(group) - 1) for shared, group in begun_alike(examples)]
+    groups = [(shared, len(group) - 1) for shared, group in prefix_groups(examples)]
     return sum(n * more for n, more in groups), sum(n * n * more for n, more in groups)
 
 

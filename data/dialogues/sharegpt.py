@@ -96,7 +96,7 @@ def read_dialogues(
     tally: Tally,
     on_bad_record: Literal["fail", "skip"] = "fail",
     empty_answers: bool = False,
-    supervise: Literal["all", "last"] = "all",
+    train_on: Literal["all", "last"] = "all",
 ) -> Iterator[Dialogue]:
     """Yield the dialogues of files and folders one at a time, and count every record.
 
@@ -105,7 +105,7 @@ def read_dialogues(
     """
     found = 0
     for path in find_files(paths):
-        for dialogue in read_file(path, tally, on_bad_record, empty_answers, supervise):
+        for dialogue in read_file(path, tally, on_bad_record, empty_answers, train_on):
             found += 1
             yield dialogue
     if not found:
@@ -119,11 +119,11 @@ def read_file(
     tally: Tally,
     on_bad_record: Literal["fail", "skip"] = "fail",
     empty_answers: bool = False,
-    supervise: Literal["all", "last"] = "all",
+    train_on: Literal["all", "last"] = "all",
 ) -> Iterator[Dialogue]:
     """Yield the dialogues of one file, of which there may be none; else as `read_dialogues`."""
     placed = ((record, f"{path}: record {index}") for index, record in read_records(path))
-    return dialogues_of(placed, tally, on_bad_record, empty_answers, supervise)
+    return dialogues_of(placed, tally, on_bad_record, empty_answers, train_on)
 
 
 def dialogues_of(
@@ -131,7 +131,7 @@ def dialogues_of(
     tally: Tally,
     on_bad_record: Literal["fail", "skip"] = "fail",
     empty_answers: bool = False,
-    supervise: Literal["all", "last"] = "all",
+    train_on: Literal["all", "last"] = "all",
 ) -> Iterator[Dialogue]:
     """Yield the dialogues of parsed values, each with its place ("file: record 7"); count all.
 
@@ -151,7 +151,7 @@ def dialogues_of(
             tally.drop(bad.cause, _id(record, number))
             continue
         tally.noted.update(["first turn not human, skipped"] if skipped_first else [])
-        yield _last_only(dialogue) if supervise == "last" else dialogue
+        yield _last_only(dialogue) if train_on == "last" else dialogue
 
 
 def share_of(content: Sequence[Sequence[str]]) -> float:

@@ -19,7 +19,7 @@ MOST = 1000.0  # times that a dialogue may be taken
 BLOCK = 1024  # dialogues of which a share is drawn at once
 # owner/name, then perhaps /configuration and @split.
 HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(/(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
-PATIENCE = 5.0  # seconds that the hub may take to answer
+COLLECTIVE_TIMEOUT = 5.0  # seconds that the hub may take to answer
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _downloaded(name: str, cache_dir: str | None) -> list[Path]:
     reason = ""
     try:
         try:
-            HfApi().dataset_info(found["name"], timeout=PATIENCE)
+            HfApi().dataset_info(found["name"], timeout=COLLECTIVE_TIMEOUT)
         except HfHubHTTPError:
             raise
         except Exception as error:  # No route, no name server, offline mode: each its own class.

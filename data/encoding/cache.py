@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 
 from data.dialogues.sharegpt import Dialogue, Tally
 from data.encoding.encode import Example
-from data.errors import Fault, UserError
+from data.errors import RunError, UserError
 
 FORMAT = "lora-loop encoded data 4"  # to be raised when what a file holds is laid out anew
 OURS = FORMAT[:22].encode()
@@ -54,14 +54,14 @@ SIDES = ("input_ids", "labels")
 PLACE, CHECKSUM = 8, 4  # bytes at a file's end: where its last part begins, and that part's sum
 
 
-class Damaged(Exception):
+class CorruptCache(Exception):
     """Bytes that are not those that were written."""
 
 
 class Examples(Sequence[Example]):
     """Examples in Arrow's record batches, read where they lie; `tally` is the account of all.
 
-    Raises Damaged where the account is not as it was written.
+    Raises CorruptCache where the account is not as it was written.
     """
 
     def __init__(self, source: Any, file: Path | None = None) -> None:
@@ -70,7 +70,7 @@ class Examples(Sequence[Example]):
         place, checksum = source[end : end + PLACE], source[end + PLACE :]
         begin, expected = (int.from_bytes(bytes(word), "little") for word in (place, checksum))
         if begin > end or zlib.crc32(source[begin : end + PLACE]) != expected:
-            raise Damaged
+            raise CorruptCache
         self.reader = pa.ipc.open_file(source[:end])
         last = self.reader.num_record_batches - 1
         found = self.reader.get_batch_with_custom_metadata(last)[1]
@@ -134,14 +134,14 @@ class Examples(Sequence[Example]):
             self.batches[number] = self.reader.get_batch(number)
         return self.batches[number]
 
-    def _fault(self, number: int) -> Fault:
+    def _fault(self, number: int) -> RunError:
         first = number * BATCH
         found = f"examples {first} to {min(first + BATCH, self.total) - 1} are damaged"
         if self.file is None:
-            return Fault(f"{found} in memory.")
+            return RunError(f"{found} in memory.")
         with suppress(OSError):
             self.file.unlink()
-        return Fault(f"--preprocessed_path {self.file}: {found}. It is removed: run again.")
+        return RunError(f"--preprocessed_path {self.file}: {found}. It is removed: run again.")
 
 
 def in_memory(examples: Iterable[Example], tally: Tally) -> Examples:
@@ -171,7 +171,7 @@ def read_cache(path: str, key: dict[str, Any], silent: bool = False) -> Examples
         if FORMAT.encode() in head:
             examples = Examples(pa.memory_map(str(file)).read_buffer(), file)
             why = _difference(examples.key, _plain(key))
-    except (pa.ArrowException, Damaged):
+    except (pa.ArrowException, CorruptCache):
         why = "damaged"
     except OSError as error:
         raise UserError(f"--preprocessed_path {path}: cannot be read: {error.strerror}.") from None
@@ -208,7 +208,7 @@ def write_batches(path: str, key: dict[str, Any], batches: Iterable[Any], tally:
 
 
 @contextmanager
-def claimed(path: str) -> Iterator[None]:
+def locked_cache(path: str) -> Iterator[None]:
     """Wait until no other process makes the file; the kernel ends the claim of one that dies.
 
     Raises UserError where nothing can be written.

@@ -48,7 +48,7 @@ class Example:
         return max(1, last), 0
 
     @cached_property
-    def unlearnt(self) -> int:
+    def unsupervised_prefix(self) -> int:
         """Tokens that a dialogue begins with and that predict no supervised one, of those run."""
         supervised = map(IGNORE_INDEX.__ne__, islice(self.labels, 1, None))
         return min(next(compress(count(), supervised), len(self.labels)), self.run_tokens - 1)

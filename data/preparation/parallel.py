@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Thread, current_thread, main_thread
 from typing import Any, TypeVar
 
-from data.errors import BadRecord, Fault, UserError
+from data.errors import BadRecord, RunError, UserError
 from data.files.read import read_records
 
 CHUNK = 256  # records that a process is given at a time, unless they are large
@@ -81,7 +81,7 @@ def in_order(
             while waiting:
                 yield waiting.popleft()[0].result()
         except BrokenProcessPool:
-            raise Fault(
+            raise RunError(
                 "a process that prepares data was killed, as the system does when memory runs "
                 "out. Run again, or with fewer --processes."
             ) from None

@@ -15,7 +15,7 @@ from data.errors import UserError
 from loop.checkpoint.run_folder import SETTINGS
 from loop.checkpoint.storage import MANIFEST, list_folders
 from loop.distributed.rank_zero import quiet
-from loop.model.base import mistakes
+from loop.model.base import as_user_error
 from loop.model.load import DTYPES
 from loop.model.new_tokens import grow, set_up
 from loop.model.quantization import four_bit, kept_in_fp32, returned_memory
@@ -70,7 +70,7 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
     file = folder / SETTINGS  # An adapter made elsewhere has none.
     trained = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     hub = {key: trained[key] for key in ("cache_dir", "trust_remote_code") if key in trained}
-    with mistakes(f"--adapter {folder}"):
+    with as_user_error(f"--adapter {folder}"):
         name = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
         base_config = AutoConfig.from_pretrained(name, **hub)
         has_tokenizer = (folder / "tokenizer_config.json").is_file()
@@ -95,7 +95,7 @@ def load_base(
             options["quantization_config"] = settings
     loader = AutoModelForSeq2SeqLM if adapter.pairs else AutoModelForCausalLM
     with (
-        mistakes(source),
+        as_user_error(source),
         returned_memory() if quantised else nullcontext(),
         kept_in_fp32() if quantised else nullcontext(),
     ):
@@ -107,7 +107,7 @@ def load_base(
 
 def with_adapter(model: Any, adapter: Adapter) -> PeftModel:
     """Return the model with the adapter, as peft loads it, ready to answer."""
-    with mistakes(f"--adapter {adapter.folder}"):
+    with as_user_error(f"--adapter {adapter.folder}"):
         loaded = PeftModel.from_pretrained(model, str(adapter.folder)).eval()
     set_up(loaded, None, train=False)
     return loaded

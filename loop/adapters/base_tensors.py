@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from data.errors import UserError
 from loop.adapters.adapter import Adapter
-from loop.model.base import mistakes
+from loop.model.base import as_user_error
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -38,7 +38,7 @@ def skeleton_of(adapter: Adapter) -> nn.Module:
     """Return the base model without weights."""
     loader = AutoModelForSeq2SeqLM if adapter.pairs else AutoModelForCausalLM
     code = adapter.hub.get("trust_remote_code", False)
-    with mistakes(adapter.base), torch.device("meta"):
+    with as_user_error(adapter.base), torch.device("meta"):
         model: nn.Module = loader.from_config(adapter.base_config, trust_remote_code=code)
     return model
 
@@ -47,7 +47,7 @@ def folder_of(adapter: Adapter) -> Path:
     """Return where the base's files lie, fetched from the hub if need be; raises UserError."""
     folder = Path(adapter.base)
     if not folder.is_dir():
-        with mistakes(adapter.base):
+        with as_user_error(adapter.base):
             wanted = ["*.safetensors", "*.json", "*.py"]
             cache = adapter.hub.get("cache_dir")
             folder = Path(snapshot_download(adapter.base, allow_patterns=wanted, cache_dir=cache))
@@ -73,7 +73,7 @@ def tensors_in(folder: Path) -> Source:
     shapes: dict[str, tuple[int, ...]] = {}
     elements: dict[torch.dtype, int] = defaultdict(int)
     for name in sorted({*places.values()}):
-        with mistakes(str(folder / name)), safe_open(folder / name, "pt") as file:
+        with as_user_error(str(folder / name)), safe_open(folder / name, "pt") as file:
             for key in file.keys():  # noqa: SIM118 - it is no dict
                 found = file.get_slice(key)
                 shapes[key] = tuple(found.get_shape())

@@ -20,7 +20,7 @@ from data.errors import UserError
 from data.files.atomic_write import check_output, written_whole
 from loop.adapters.adapter import Adapter, load_base, read_adapter, with_adapter
 from loop.config.parser import File, Folder, Model, Tokens, flag, nearest, parse
-from loop.model.base import mistakes
+from loop.model.base import as_user_error
 from loop.model.new_tokens import set_up
 
 
@@ -209,7 +209,7 @@ def load_speaker(config: ChatConfig) -> Speaker:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = with_adapter(load_base(first, first.base, first.dtype).to(device), first)
     for name, adapter in [*adapters.items()][1:]:
-        with mistakes(f"--adapter {adapter.folder}"):
+        with as_user_error(f"--adapter {adapter.folder}"):
             model.load_adapter(str(adapter.folder), _inner(adapters, name))
     set_up(model, None, train=False)
     return Speaker(model.eval(), adapters, config)
@@ -226,11 +226,11 @@ def tell(speaker: Speaker, turns: tuple[Turn, ...], name: str, system: str | Non
     if not speaker.config.compare:
         return speaker.answer(turns, name, system, speaker.streamer(name))
     answers = {who: speaker.answer(turns, who, system) for who in speaker.names}
-    print(side_by_side(answers))
+    print(sort_by_prefix(answers))
     return answers[name]
 
 
-def side_by_side(answers: dict[str, str]) -> str:
+def sort_by_prefix(answers: dict[str, str]) -> str:
     """Return a table with a column for each answer."""
     apart = " | "
     columns = shutil.get_terminal_size((100, 24)).columns - len(apart) * (len(answers) - 1)

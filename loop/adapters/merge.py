@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
-from data.errors import Fault, UserError
+from data.errors import RunError, UserError
 from loop.adapters.adapter import Adapter, load_base, read_adapter, with_adapter
 from loop.adapters.base_tensors import (
     INDEX,
@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
             merge.run(unfinished)
         unfinished.replace(target)
     except OSError as error:
-        raise Fault(
+        raise RunError(
             f"--output_dir {target}: cannot be written: {error.strerror or error}. Make room, or "
             "give another folder."
         ) from error
@@ -183,7 +183,7 @@ class Merge:
             f"itself changes them by {effect:.1e}"
         )
         if not difference <= limit:
-            raise Fault(
+            raise RunError(
                 f"{told}. So this is not the trained model, and nothing was kept."
                 + " Changes that are lost in rounding are kept by --dtype fp32."
                 * (dtype != torch.float32)

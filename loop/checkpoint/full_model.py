@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from data.errors import Fault
+from data.errors import RunError
 from loop.config.flags import Config
 from loop.model import new_tokens
-from loop.utils import Tensors, file_name, trained_parameters, whole
+from loop.utils import Tensors, file_name, gathered, trained_parameters
 
 
 def cut_shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
@@ -89,7 +89,7 @@ def _write(path: Path, write: Callable[[Path], Any], keep: bool) -> None:
             write(unfinished)
             unfinished.replace(path)
     except Exception as error:
-        raise Fault(
+        raise RunError(
             f"--save_non_lora_state: {error}. The adapter itself is saved; make room and run the "
             "command again."
         ) from error
@@ -115,7 +115,7 @@ def _named(model: PeftModel) -> dict[str, Any]:
 def _base_tensors(model: PeftModel, name: str, state: Tensors, keep: bool) -> Tensors:
     """Return a tensor under the name that the base model has for it, and its 4-bit scales."""
     tensor = _named(model)[name]
-    with whole(tensor):
+    with gathered(tensor):
         value = tensor.detach().to("cpu", copy=True).contiguous() if keep else None
     if value is None:
         return {}

@@ -17,11 +17,12 @@ from transformers.utils import cached_file
 
 from data.errors import UserError
 from loop.checkpoint import storage
-from loop.checkpoint.storage import Checkpoint, Damaged
+from loop.checkpoint.storage import Checkpoint, CorruptCheckpoint
 from loop.config.flags import PATHS, TOLD, Config
+from loop.config.load import with_current_names
 from loop.config.parser import FALSE, TRUE
 from loop.distributed import optimizer_state
-from loop.distributed.accelerator import told_to_all
+from loop.distributed.accelerator import raise_on_all_ranks
 from loop.distributed.layout import Layout
 from loop.distributed.signals import is_restart, record_launch
 from loop.inputs.training_data import TrainingData
@@ -107,11 +108,11 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-AFRESH: dict[str, Any] = {"step": 0}
+FRESH: dict[str, Any] = {"step": 0}
 
 
 @dataclass
-class Start:
+class ResumePoint:
     """A run's beginning, the same on every rank.
 
     progress: what a checkpoint's progress.json holds; of a fresh run, step 0 alone.
@@ -120,7 +121,7 @@ class Start:
 
     facts: dict[str, Any]
     folder: Path | None = None
-    progress: dict[str, Any] = field(default_factory=lambda: dict(AFRESH))
+    progress: dict[str, Any] = field(default_factory=lambda: dict(FRESH))
     resumed: bool = False
     parameters: int = 0  # trained ones
 
@@ -155,7 +156,7 @@ class Start:
             return
         self.adapter = self._sent(accelerator, storage.ADAPTER)
         found = {name: tuple(tensor.shape) for name, tensor in self.adapter.items()}
-        with told_to_all():
+        with raise_on_all_ranks():
             wrong = [
                 name for name in {**expected, **found} if expected.get(name) != found.get(name)
             ]
@@ -170,30 +171,32 @@ class Start:
 
     def put_optimizer(self, accelerator: Accelerator, model: Any, optimizer: Any) -> None:
         """Put moments, step count and master weights back; after `prepare`, and on every rank."""
-        optimizer_state.keep_buckets(model)
+        optimizer_state.freeze_ddp_buckets(model)
         optimizer_state.create_moments(optimizer)
         if not self.resumed:
             return
         moments = self._sent(accelerator, storage.OPTIMIZER)
         model = accelerator.unwrap_model(model)
-        optimizer_state.put_master(model, optimizer, self.adapter, moments)
+        optimizer_state.load_optimizer_state(model, optimizer, self.adapter, moments)
         if self.progress["loss_scale"]:
             optimizer_state.put_loss_scale(accelerator, optimizer, self.progress["loss_scale"])
         del self.adapter
 
     def _sent(self, accelerator: Accelerator, name: str) -> Tensors:
         tensors = load_file(self.folder / name) if self.folder else {}
-        return optimizer_state.from_first_rank(tensors, accelerator.device)
+        return optimizer_state.broadcast_tensors(tensors, accelerator.device)
 
 
-def find_start(config: Config, data: TrainingData, layout: Layout, reads: bool) -> Start:
+def find_resume_point(
+    config: Config, data: TrainingData, layout: Layout, reads: bool
+) -> ResumePoint:
     """Choose the newest checkpoint that is whole; none: step 0. Only the first rank `reads`.
 
     Raises UserError where none is whole, or where it was made of other data or settings.
     """
     if not reads:
-        return Start({})
-    start = Start(run_facts(config, data, layout.global_batch_size))
+        return ResumePoint({})
+    start = ResumePoint(run_facts(config, data, layout.global_batch_size))
     output = Path(config.output_dir)
     own = storage.list_folders(output)
     found = find_checkpoint(config, start.facts, layout)
@@ -242,7 +245,7 @@ def _newest_whole(folders: list[Path]) -> Checkpoint | None:
     for folder in folders:
         try:
             found = storage.verify(folder)
-        except Damaged as damage:
+        except CorruptCheckpoint as damage:
             damages.append(f"{folder}: damaged: {damage}")
             continue
         for told in damages:
@@ -257,7 +260,7 @@ def _newest_whole(folders: list[Path]) -> Checkpoint | None:
 
 
 def _check_facts(found: Checkpoint, facts: dict[str, Any], config: Config, layout: Layout) -> None:
-    old = found.manifest["facts"]
+    old = with_current_names(found.manifest["facts"])
     if found.step > layout.total_steps:
         raise UserError(
             f"{found.folder}: found {found.step} steps done; expected at most the "
@@ -268,16 +271,16 @@ def _check_facts(found: Checkpoint, facts: dict[str, Any], config: Config, layou
         for name in {**old, **facts}
         if old.get(name) != facts.get(name)
     ]
-    if changed and config.resume_anyway:
+    if changed and config.allow_resume_mismatch:
         for line in changed:
-            print(f"note: {line}; going on at step {found.step}, as --resume_anyway says")
+            print(f"note: {line}; going on at step {found.step}, as --allow_resume_mismatch says")
     elif changed:
         batch = old.get("examples a step")
         split = _splits(batch, layout) if batch != layout.global_batch_size else ""
         raise UserError(
             f"{found.folder}: made of something else: {'; '.join(changed)}. {split}Give it as it "
-            "was; or --resume_anyway to go on with the new; or --resume_from_checkpoint False to "
-            "start afresh; or another --output_dir."
+            "was; or --allow_resume_mismatch to go on with the new; or "
+            "--resume_from_checkpoint False to start afresh; or another --output_dir."
         )
 
 

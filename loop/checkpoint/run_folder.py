@@ -20,9 +20,9 @@ from data.files.hashes import file_sha256
 from loop.checkpoint.full_model import save_non_lora
 from loop.checkpoint.storage import sync
 from loop.config.flags import ADAPTER_FILES, Config
-from loop.config.load import dump
+from loop.config.load import dump, with_current_names
 from loop.config.parser import TRUE
-from loop.distributed.accelerator import told_to_all
+from loop.distributed.accelerator import raise_on_all_ranks
 from loop.distributed.layout import Layout, global_batch_size
 from loop.distributed.signals import LAUNCH_FILE, is_restart
 from loop.inputs.training_data import TrainingData, data_sha256
@@ -36,10 +36,13 @@ PATHS = ("model_name_or_path", "lora_weight_path", "cache_dir")
 # what lies there.
 NOT_COMPARED = (
     *("output_dir", "save_strategy", "save_steps", "save_minutes", "save_total_limit"),
-    *("resume_from_checkpoint", "resume_anyway", "max_minutes", "preprocessed_path"),
-    *("data_path", "chat_template", "report", "cost_per_hour"),
+    *("resume_from_checkpoint", "allow_resume_mismatch", "max_minutes", "preprocessed_path"),
+    *("data_path", "chat_template", "data_report", "cost_per_hour"),
 )
-LOCK, PATIENCE = ".lock", 5.0  # seconds that a run which was just killed may take to be gone
+LOCK, LOCK_TIMEOUT = (
+    ".lock",
+    5.0,
+)  # seconds that a run which was just killed may take to be gone
 
 
 def is_finished(config: Config) -> bool:
@@ -48,7 +51,7 @@ def is_finished(config: Config) -> bool:
     Raises UserError where it holds a finished run with other settings or other data.
     """
     folder = Path(config.output_dir)
-    if config.resume_anyway or config.resume_from_checkpoint.lower() not in TRUE:
+    if config.allow_resume_mismatch or config.resume_from_checkpoint.lower() not in TRUE:
         return False  # Asked to train on, anew, or from elsewhere.
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -59,7 +62,7 @@ def is_finished(config: Config) -> bool:
         return False
     if not any((folder / name).is_file() for name in ADAPTER_FILES):
         return False
-    now = yaml.safe_load(dump(config))
+    settings, now = with_current_names(settings), yaml.safe_load(dump(config))
     for values in (settings, now):
         for name in NOT_COMPARED:
             values.pop(name, None)
@@ -76,8 +79,8 @@ def is_finished(config: Config) -> bool:
     if changed:
         raise UserError(
             f"--output_dir {folder}: found a finished run with other settings "
-            f"({'; '.join(changed)}). Give another --output_dir; or --resume_anyway to go on from "
-            "its last checkpoint with the new ones."
+            f"({'; '.join(changed)}). Give another --output_dir; or "
+            "--allow_resume_mismatch to go on from its last checkpoint with the new ones."
         )
     return True
 
@@ -93,7 +96,7 @@ def _resolved(path: str | None) -> str | None:
 
 
 @contextmanager
-def claimed(config: Config) -> Iterator[None]:
+def locked_output_dir(config: Config) -> Iterator[None]:
     """Make the folder and hold its lock, on the first rank, for as long as the block runs.
 
     The kernel releases the lock however the run ends. Every rank must enter this. Raises UserError
@@ -101,7 +104,7 @@ def claimed(config: Config) -> Iterator[None]:
     """
     folder, lock = Path(config.output_dir), None
     made = not folder.exists()
-    with told_to_all():
+    with raise_on_all_ranks():
         if PartialState().is_main_process:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +135,7 @@ def _remove_stop(file: Path) -> None:
 
 
 def _lock(lock: TextIO, folder: Path) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

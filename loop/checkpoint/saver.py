@@ -14,13 +14,13 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from data.errors import Fault, Stopped
+from data.errors import RunError, Stopped
 from loop.checkpoint import storage
-from loop.checkpoint.resume import Start
+from loop.checkpoint.resume import ResumePoint
 from loop.checkpoint.storage import Snapshot
 from loop.config.flags import Config
 from loop.distributed import optimizer_state
-from loop.distributed.accelerator import PATIENCE, told_to_all, zero_stage
+from loop.distributed.accelerator import COLLECTIVE_TIMEOUT, raise_on_all_ranks, zero_stage
 from loop.distributed.layout import Layout
 from loop.distributed.memory import micro_batch_record
 from loop.distributed.signals import launcher_asks
@@ -48,7 +48,7 @@ class Saver:
     """
 
     def __init__(
-        self, config: Config, layout: Layout, accelerator: Accelerator, start: Start
+        self, config: Config, layout: Layout, accelerator: Accelerator, start: ResumePoint
     ) -> None:
         self.config, self.layout, self.accelerator, self.start = config, layout, accelerator, start
         self.output, self.main = Path(config.output_dir), accelerator.is_main_process
@@ -68,8 +68,8 @@ class Saver:
         self.group = None
         if self.accelerator.num_processes > 1:
             # On the CPU, so that asking does not wait for the GPU.
-            self.group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
-        with told_to_all():
+            self.group = torch.distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        with raise_on_all_ranks():
             if self.main:
                 self._check_room()
         self.entered = time.monotonic()
@@ -92,15 +92,15 @@ class Saver:
                 f"({share:.2%} of its time)"
             )
 
-    def after(self, window: Window, model: Any, optimizer: Any, tracker: Tracker) -> None:
+    def maybe_save(self, window: Window, model: Any, optimizer: Any, tracker: Tracker) -> None:
         """Save where it is due; every rank must call this after each step.
 
         Raises Stopped once a request is met, Fault where the last checkpoint was not written.
         """
         with tracker.clock("save"):
-            self._after(window, model, optimizer, tracker)
+            self._maybe_save(window, model, optimizer, tracker)
 
-    def _after(self, window: Window, model: Any, optimizer: Any, tracker: Tracker) -> None:
+    def _maybe_save(self, window: Window, model: Any, optimizer: Any, tracker: Tracker) -> None:
         step = window.step + 1
         last = step == self.last_step
         wanted = self._greatest(self._wanted())
@@ -112,8 +112,8 @@ class Saver:
                 self._wait()
                 wanted = max(wanted, self._greatest(FAILED if self.failure else GO_ON))
         if wanted == FAILED:
-            failure = self.failure or Fault("the first rank could not write a checkpoint")
-            if isinstance(failure, Fault):
+            failure = self.failure or RunError("the first rank could not write a checkpoint")
+            if isinstance(failure, RunError):
                 failure.known_to_all = True
             raise failure
         if wanted > SAVE and not last:
@@ -155,7 +155,7 @@ class Saver:
     def _ask(self, number: int, _: FrameType | None) -> None:
         self.interrupts += number == signal.SIGINT
         if self.interrupts > 1:
-            raise Fault("interrupted twice: stopped at once, without a checkpoint")
+            raise RunError("interrupted twice: stopped at once, without a checkpoint")
         self.asked = ASKED if launcher_asks() else SIGNAL
         self.reason = f"{signal.Signals(number).name} was received"
 
@@ -225,7 +225,7 @@ class Saver:
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            best = snapshot.progress["best_step"] if self.config.load_best_at_end else None
+            best = snapshot.progress["best_step"] if self.config.load_best_model_at_end else None
             storage.write(self.output, snapshot, self.config.save_total_limit, best)
         except Exception as error:
             self.failure = error
@@ -241,7 +241,7 @@ def planned_saves(config: Config, layout: Layout, done: int = 0) -> tuple[int, i
     interval = {"steps": config.save_steps, "epoch": epoch, "no": steps + 1}[config.save_strategy]
     saves = ceil(steps / interval) if config.save_strategy != "no" else 0
     keep = config.save_total_limit
-    if config.load_best_at_end:  # Each evaluation may be the best until then.
+    if config.load_best_model_at_end:  # Each evaluation may be the best until then.
         saves += ceil(steps / (config.eval_steps if config.eval_strategy == "steps" else epoch))
         keep = keep and keep + 1
     if config.save_minutes:  # How many these will be is not known.

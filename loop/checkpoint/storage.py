@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.errors import Fault, UserError
+from data.errors import RunError, UserError
 
 FORMAT = 1
 MANIFEST, PROGRESS, STATE = "manifest.json", "progress.json", "trainer_state.json"
@@ -27,7 +27,7 @@ LOG = "metrics.jsonl"
 SMALL = 1 << 20  # bytes: what a checkpoint holds beside tensors is less
 
 
-class Damaged(Exception):
+class CorruptCheckpoint(Exception):
     """A checkpoint that is not what was written."""
 
 
@@ -73,7 +73,7 @@ def write(output: Path, snapshot: Snapshot, keep: int | None, best: int | None =
     step = snapshot.progress["step"]
     infinite = [name for name, tensor in snapshot.adapter.items() if not tensor.isfinite().all()]
     if infinite:
-        raise Fault(
+        raise RunError(
             f"step {step}: {infinite[0]} is not finite: not saved. Older checkpoints are "
             "whole. Lower the learning rate, or train in bf16 or fp32."
         )
@@ -105,7 +105,7 @@ def write(output: Path, snapshot: Snapshot, keep: int | None, best: int | None =
         sync(output)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise Fault(
+        raise RunError(
             f"{final}: cannot be written: {getattr(error, 'strerror', None) or error}. Older "
             "checkpoints are whole. Make room (--save_total_limit keeps fewer), then run the same "
             "command again."
@@ -124,7 +124,7 @@ def prune(output: Path, step: int, keep: int | None, best: int | None = None) ->
             if number(folder) != best:
                 remove(folder)
     except OSError as error:
-        raise Fault(
+        raise RunError(
             f"{error.filename}: cannot be removed: {error.strerror}. checkpoint-{step} is whole."
         ) from error
     for partial in output.glob(".checkpoint-*.partial"):
@@ -166,32 +166,34 @@ def number(folder: Path) -> int:
 def verify(folder: Path) -> Checkpoint:
     """Return the checkpoint after hashing every file of it.
 
-    Raises Damaged where a file is missing or altered, UserError for a newer format.
+    Raises CorruptCheckpoint where a file is missing or altered, UserError for a newer format.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         claimed, version = manifest["manifest_sha256"], manifest["format"]
         files = manifest["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{MANIFEST} is missing or unreadable ({type(error).__name__})") from None
+        raise CorruptCheckpoint(
+            f"{MANIFEST} is missing or unreadable ({type(error).__name__})"
+        ) from None
     if isinstance(version, int) and version > FORMAT and claimed == _own_sha256(manifest):
         raise UserError(
             f"{folder}: written in format {version} by a newer LoRA Loop; this one reads up to "
             f"{FORMAT}. Update, or give --resume_from_checkpoint False."
         )
     if claimed != _own_sha256(manifest):
-        raise Damaged(f"{MANIFEST} was altered")
+        raise CorruptCheckpoint(f"{MANIFEST} was altered")
     if number(folder) not in (-1, manifest["step"]):
-        raise Damaged(f"renamed, it is checkpoint-{manifest['step']}")
+        raise CorruptCheckpoint(f"renamed, it is checkpoint-{manifest['step']}")
     if lacking := FILES - {*files}:
-        raise Damaged(f"{MANIFEST} does not name {', '.join(sorted(lacking))}")
+        raise CorruptCheckpoint(f"{MANIFEST} does not name {', '.join(sorted(lacking))}")
     for name, expected in files.items():
         try:
             found = _described(folder / name)
         except OSError as error:
-            raise Damaged(f"{name}: {error.strerror}") from None
+            raise CorruptCheckpoint(f"{name}: {error.strerror}") from None
         if found != expected:
-            raise Damaged(
+            raise CorruptCheckpoint(
                 f"{name}: found {found['bytes']} bytes, SHA-256 {found['sha256'][:12]}; expected "
                 f"{expected['bytes']}, {expected['sha256'][:12]}"
             )

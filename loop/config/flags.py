@@ -114,7 +114,7 @@ class Config:
         "fail", "stop at a record that is wrong, or drop and count it", "data"
     )
 
-    supervise: Literal["all", "last"] = flag(
+    train_on: Literal["all", "last"] = flag(
         "all", "learn every answer of a dialogue, or its last one", "data"
     )
     max_dropped: Share = flag(
@@ -137,7 +137,7 @@ class Config:
     preprocessed_path: File | None = flag(
         None, "file that keeps the encoded data, to be used again while it fits", "data"
     )
-    report: File | None = flag(
+    data_report: File | None = flag(
         None, "JSON file for the account of the data: read = kept + dropped, by cause", "data"
     )
 
@@ -186,7 +186,7 @@ class Config:
         at_most=2**63 - 1,
     )
 
-    max_bad_steps: Steps = flag(
+    max_nonfinite_steps: Steps = flag(
         3, "stop after so many steps in a row without a finite gradient", "training", at_least=1
     )
     deepspeed: File | None = flag(
@@ -222,7 +222,7 @@ class Config:
     resume_from_checkpoint: str = flag(
         "True", "True: go on from the newest checkpoint; a folder; False: afresh", "checkpoints"
     )
-    resume_anyway: bool = flag(
+    allow_resume_mismatch: bool = flag(
         False, "go on although settings or data differ from the checkpoint's", "checkpoints"
     )
     max_minutes: Minutes | None = flag(
@@ -246,7 +246,7 @@ class Config:
         None, "questions to answer at every evaluation, or a file with one a line", "evaluation"
     )
     sample_tokens: Tokens = flag(64, "tokens a sample at most", "evaluation", at_least=1)
-    load_best_at_end: bool = flag(
+    load_best_model_at_end: bool = flag(
         False, "keep the checkpoint of the least eval_loss, and save its adapter", "evaluation"
     )
     early_stopping_patience: int | None = flag(
@@ -275,23 +275,29 @@ class Config:
 # Paths, compared by what lies there; what changes no number; flags of which `precision` is made.
 PATHS = {
     *("model_name_or_path", "cache_dir", "lora_weight_path", "data_path", "preprocessed_path"),
-    *("output_dir", "chat_template", "report", "eval_data_path", "sample_prompts"),
+    *("output_dir", "chat_template", "data_report", "eval_data_path", "sample_prompts"),
 }
 TOLD = {
     *("deepspeed", "run_name", "report_to", "tags", "wandb_artifact"),
-    *("resume_from_checkpoint", "max_dropped", "max_bad_steps", "peak_tflops", "cost_per_hour"),
+    *(
+        "resume_from_checkpoint",
+        "max_dropped",
+        "max_nonfinite_steps",
+        "peak_tflops",
+        "cost_per_hour",
+    ),
 }
 PRECISION = {"mixed_precision", "bf16", "fp16"}
 
 
-def decisive(config: Config) -> dict[str, Any]:
+def rank_shared_settings(config: Config) -> dict[str, Any]:
     """Return the settings that all ranks must share; paths may differ from machine to machine."""
     values = dataclasses.asdict(config).items()
     told = {f"--{name}": value for name, value in values if name not in PATHS | TOLD | PRECISION}
     return {"the precision": config.precision, **told}
 
 
-def shown(path: str | Path) -> str:
+def display_path(path: str | Path) -> str:
     """Return a path as a person reads it: from the working directory where it lies below."""
     path = Path(path)
     here = Path.cwd()

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from data.errors import UserError, noted, tell
+from data.errors import UserError, add_errors, collect_errors
 from loop.config.flags import ADAPTER_FILES, ROOT, Config
 from loop.config.parser import parse
 
@@ -25,24 +25,41 @@ WITHOUT_MEANING = {
 EVALUATION = ("eval_steps", "per_device_eval_batch_size")
 NOTHING_HELD_OUT = "there is nothing to evaluate on; --eval_data_path or --eval_fraction gives it"
 # Other names of flags that are understood.
-ALIASES = {"evaluation_strategy": "eval_strategy", "load_best_model_at_end": "load_best_at_end"}
+ALIASES = {
+    "evaluation_strategy": "eval_strategy",
+    "load_best_at_end": "load_best_model_at_end",
+    "max_bad_steps": "max_nonfinite_steps",
+    "report": "data_report",
+    "resume_anyway": "allow_resume_mismatch",
+    "supervise": "train_on",
+}
 
 
-def without_ignored_flags(argv: Sequence[str], mistakes: list[str] | None = None) -> list[str]:
+def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that an older version wrote, under today's names of the flags.
+
+    >>> with_current_names({"supervise": "all", "--resume_anyway": True, "seed": 1})
+    {'train_on': 'all', '--allow_resume_mismatch': True, 'seed': 1}
+    """
+    old = {f"{dashes}{a}": f"{dashes}{b}" for dashes in ("", "--") for a, b in ALIASES.items()}
+    return {old.get(name, name): value for name, value in settings.items()}
+
+
+def without_ignored_flags(argv: Sequence[str], errors: list[str] | None = None) -> list[str]:
     """Return the command line without these flags and their values, others by our names.
 
     Raises UserError for an optimizer that is not AdamW, or adds it to `mistakes`.
 
-    >>> without(["--lora_r", "4", "--lazy-preprocess", "True", "--fsdp", "full_shard", "auto_wrap"])
+    >>> without_ignored_flags(["--lora_r", "4", "--lazy-preprocess", "True", "--fsdp", "full_shard", "auto_wrap"])
     ['--lora_r', '4']
-    >>> without(["--evaluation-strategy=epoch"])
+    >>> without_ignored_flags(["--evaluation-strategy=epoch"])
     ['--eval_strategy=epoch']
     """
     kept: list[str] = []
     for name, words in _groups(argv):
         value = words[0].partition("=")[2] or " ".join(words[1:])
         if name == "optim" and not value.startswith("adamw"):
-            with noted(mistakes):
+            with collect_errors(errors):
                 raise UserError(f"--optim: found {value}; expected adamw_torch, or leave it out.")
         if name in ALIASES:
             _, equals, value = words[0].partition("=")
@@ -54,7 +71,7 @@ def without_ignored_flags(argv: Sequence[str], mistakes: list[str] | None = None
 def ignored_flag_notes(argv: Sequence[str]) -> list[str]:
     """Return one line for each of these flags that was given, on the line or in a YAML file.
 
-    >>> notes(["--optim", "adamw_torch"])
+    >>> ignored_flag_notes(["--optim", "adamw_torch"])
     ['note: --optim: the optimizer is always AdamW']
     """
     given = dict(_groups(argv))
@@ -85,25 +102,25 @@ def read_config(
     argv: Sequence[str],
     config_type: type[C],
     description: str = "",
-    mistakes: list[str] | None = None,
+    errors: list[str] | None = None,
 ) -> C:
     """Return the run's settings from flags and YAML; no flag at all means the main job.
 
     Raises UserError for anything that is wrong by itself or contradicts something else; or adds it
     to `mistakes`, and goes on with the default.
     """
-    known = WITHOUT_MEANING, ALIASES, mistakes
-    values = parse(config_type, without_ignored_flags(argv, mistakes), description, *known)
+    known = WITHOUT_MEANING, ALIASES, errors
+    values = parse(config_type, without_ignored_flags(argv, errors), description, *known)
     if values.pop("config", None) is None and not {"model_name_or_path", "data_path"} & {*values}:
         values = parse(config_type, ["--config", str(MAIN_JOB)], description) | values
         values.pop("config")
     adapter = values.pop("lora_weight_path", None)
     if adapter:
-        with noted(mistakes):
+        with collect_errors(errors):
             values |= _adapter_settings(Path(adapter).expanduser(), values)
             values["lora_weight_path"] = adapter
     config = config_type(**values)
-    tell(_contradictions(config), mistakes)
+    add_errors(_contradictions(config), errors)
     return config
 
 
@@ -159,7 +176,7 @@ def _about_evaluation(config: Config) -> Iterator[str]:
             "--sample_prompts: found --eval_strategy no; expected an evaluation, at which they are "
             "answered. Give --eval_strategy steps or epoch, or leave the prompts out."
         )
-    for name in ("load_best_at_end", "early_stopping_patience"):
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
         if getattr(config, name) and not evaluates:
             yield (
                 f"--{name}: found no evaluation; expected one. Give --eval_data_path or "

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_
 
 import yaml
 
-from data.errors import UserError, noted
+from data.errors import UserError, collect_errors
 
 TRUE, FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
 
@@ -50,7 +50,7 @@ def parse(
     description: str,
     ignored: Container[str] = (),
     aliases: Mapping[str, str] | None = None,
-    mistakes: list[str] | None = None,
+    errors: list[str] | None = None,
 ) -> dict[str, Any]:
     """Return the values that were given, converted and range-checked; flags beat `--config`.
 
@@ -65,17 +65,17 @@ def parse(
     for place, word in enumerate(unknown):
         if word.startswith("--") or place == 0:  # what follows one are its values
             name = word.partition("=")[0]
-            with noted(mistakes):
+            with collect_errors(errors):
                 raise UserError(f"{name}: unknown flag.{nearest(name, flags)} See --help.")
     raw, values = vars(known), dict[str, Any]()
     if "config" in raw:
         values["config"] = file = raw.pop("config")[-1]
-        with noted(mistakes):
-            values |= _read_yaml(config_type, Path(file), ignored, aliases or {}, mistakes)
+        with collect_errors(errors):
+            values |= _read_yaml(config_type, Path(file), ignored, aliases or {}, errors)
     fields = {field.name: field for field in dataclasses.fields(config_type)}
     hints = get_type_hints(config_type)
     for name, words in raw.items():
-        with noted(mistakes):
+        with collect_errors(errors):
             values[name] = convert(fields[name], hints[name], words, f"--{name}")
     return values
 
@@ -141,7 +141,7 @@ def _read_yaml(
     path: Path,
     ignored: Container[str],
     aliases: Mapping[str, str],
-    mistakes: list[str] | None,
+    errors: list[str] | None,
 ) -> dict[str, Any]:
     try:
         # All words, no types: YAML 1.1 would read 1e-3 as text and no as a boolean.
@@ -161,7 +161,7 @@ def _read_yaml(
             continue
         key = aliases.get(key, key)
         where = f"--config {path}: {key}"
-        with noted(mistakes):
+        with collect_errors(errors):
             if key not in fields:
                 raise UserError(f"{where}: unknown key.{nearest(str(key), list(fields))}")
             if isinstance(value, dict):

@@ -119,7 +119,7 @@ def problems(config: Config, stage: int | None = None) -> Iterator[str]:
     """Yield what is wrong; stage: of ZeRO, 0 without DeepSpeed, None where it is not known."""
     yield from outdated(CORE)
     yield from missing(config, stage)
-    yield from crossed(config, stage)
+    yield from backend_conflicts(config, stage)
     # The first rank alone reads prompts, and writes.
     if os.environ.get("RANK", "0") == "0":
         yield from lost_prompts(config)
@@ -147,7 +147,7 @@ def missing(config: Config, stage: int | None) -> Iterator[str]:
             )
 
 
-def crossed(config: Config, stage: int | None) -> Iterator[str]:
+def backend_conflicts(config: Config, stage: int | None) -> Iterator[str]:
     """Yield the flags that cannot work under this backend."""
     if config.torch_compile and stage == 3:
         yield (

@@ -19,8 +19,8 @@ from accelerate.utils import (
 from torch.distributed import PrefixStore, init_process_group  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from data.errors import UserError, noted, tell
-from loop.config.flags import Config, decisive
+from data.errors import UserError, add_errors, collect_errors
+from loop.config.flags import Config, rank_shared_settings
 from loop.config.preflight import problems, together
 from loop.distributed.deepspeed_config import (
     against_flags,
@@ -33,22 +33,22 @@ from loop.distributed.layout import Layout
 from loop.distributed.rank_zero import quiet_deepspeed
 
 # Of any collective: longer than a rank may be behind while each reads data and model for itself.
-PATIENCE = datetime.timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
-def join_ranks() -> PartialState:
+def init_process_group_once() -> PartialState:
     """Meet the other ranks in a process group.
 
     Raises UserError for more ranks than GPUs, which could not even meet.
     """
     if not on_gpu():
         _prepare_cpu()
-        _meet_again("gloo")
+        _init_after_restart("gloo")
         # Without `cpu`, accelerate 1.15 sees one process under a DeepSpeed config (state.py).
-        return PartialState(cpu=True, timeout=PATIENCE)
+        return PartialState(cpu=True, timeout=COLLECTIVE_TIMEOUT)
     check_ranks()
-    _meet_again("nccl")
-    return PartialState(timeout=PATIENCE)
+    _init_after_restart("nccl")
+    return PartialState(timeout=COLLECTIVE_TIMEOUT)
 
 
 def check_ranks() -> None:
@@ -63,7 +63,7 @@ def check_ranks() -> None:
         raise error
 
 
-def _meet_again(backend: str) -> None:
+def _init_after_restart(backend: str) -> None:
     """Where torchelastic has started the ranks again, let them meet under keys of their own.
 
     The static rendezvous keeps its store (torch 2.13, static_tcp_rendezvous.py), and in it the
@@ -73,9 +73,11 @@ def _meet_again(backend: str) -> None:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0":
         return
-    found, rank, ranks = next(rendezvous("env://", timeout=PATIENCE))
+    found, rank, ranks = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     store = PrefixStore(f"attempt {attempt}", found)
-    init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)
+    init_process_group(
+        backend, store=store, rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT
+    )
 
 
 def check_launch(config: Config) -> None:
@@ -83,9 +85,9 @@ def check_launch(config: Config) -> None:
 
     Raises UserError with all that cannot work, naming what does.
     """
-    _, mistakes = examine_launch(config)
-    if mistakes:
-        raise UserError(together(mistakes))
+    _, errors = examine_launch(config)
+    if errors:
+        raise UserError(together(errors))
     if on_gpu():
         torch.backends.cuda.matmul.allow_tf32 = config.tf32
     elif slow_in_bf16(config) and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -94,22 +96,22 @@ def check_launch(config: Config) -> None:
 
 def examine_launch(config: Config) -> tuple[dict[str, Any], list[str]]:
     """Return what is asked of DeepSpeed, empty without it, and all that cannot work."""
-    mistakes: list[str] = []
+    errors: list[str] = []
     for name in ("FSDP", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            mistakes.append(
+            errors.append(
                 f"found an accelerate config with {name}; expected DeepSpeed, DDP or one process. "
                 "To share the base model out over the ranks: accelerate_configs/zero3.yaml."
             )
     asked, stage = dict[str, Any](), None
-    with noted(mistakes):
-        asked = zero_settings(config, mistakes)
+    with collect_errors(errors):
+        asked = zero_settings(config, errors)
         _adopt_precision(asked, config)
         stage = _stage(asked) if asked else 0
-        tell(against_flags(asked, config), mistakes)
-    tell(problems(config, stage), mistakes)
-    tell(_not_on_this_gpu(config) if on_gpu() else _not_on_a_cpu(config), mistakes)
-    return asked, mistakes
+        add_errors(against_flags(asked, config), errors)
+    add_errors(problems(config, stage), errors)
+    add_errors(_not_on_this_gpu(config) if on_gpu() else _not_on_a_cpu(config), errors)
+    return asked, errors
 
 
 def build_accelerator(config: Config, layout: Layout) -> Accelerator:
@@ -121,7 +123,7 @@ def build_accelerator(config: Config, layout: Layout) -> Accelerator:
     plugin = None
     if asked:
         quiet_deepspeed(config.precision == "fp16")
-        with told_to_all():
+        with raise_on_all_ranks():
             values = complete(asked, config, layout)
         # It would look for contradictions of its own, and tell them with a trace.
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
@@ -137,7 +139,7 @@ def build_accelerator(config: Config, layout: Layout) -> Accelerator:
 
 
 @contextmanager
-def told_to_all() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Turn a mistake that any rank meets into one that all ranks raise, so that none waits.
 
     A machine may lack a file that the others have. Nothing in the block may be a collective.
@@ -165,9 +167,9 @@ def check_agreement(config: Config, facts: dict[str, Any]) -> None:
     Raises UserError: with other data or settings on one machine the gradient would be wrong, and
     with another backend the ranks would wait for each other in different collectives.
     """
-    facts = {**facts, **launch_facts(config), **decisive(config)}
+    facts = {**facts, **launch_facts(config), **rank_shared_settings(config)}
     everyone = gather_object([facts]) if PartialState().num_processes > 1 else [facts]
-    with told_to_all():
+    with raise_on_all_ranks():
         for rank, theirs in enumerate(everyone):
             for key in {**everyone[0], **theirs}:
                 # Of DeepSpeed's values one machine may have what the other leaves open.
@@ -179,7 +181,7 @@ def check_agreement(config: Config, facts: dict[str, Any]) -> None:
                     )
 
 
-def first_rank_says(answer: bool) -> bool:
+def broadcast_flag(answer: bool) -> bool:
     """Return the first rank's answer on every rank."""
     return bool(broadcast_object_list([answer])[0])
 

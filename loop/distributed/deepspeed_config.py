@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError, noted, tell
+from data.errors import UserError, add_errors, collect_errors
 from loop.config.flags import Config
 from loop.config.parser import nearest
 from loop.distributed.layout import Layout
@@ -38,7 +38,7 @@ FILLED = {
 }
 
 
-def read_json(name: str, where: str, mistakes: list[str] | None = None) -> dict[str, Any]:
+def read_json(name: str, where: str, errors: list[str] | None = None) -> dict[str, Any]:
     """Return the JSON's values; raises UserError for what DeepSpeed would not take.
 
     Or adds it to `mistakes`, where given, of each key and section: keys that may not be there are
@@ -57,12 +57,12 @@ def read_json(name: str, where: str, mistakes: list[str] | None = None) -> dict[
     for key, value in values.items():
         if key not in KEYS:
             near = nearest(key, list(KEYS))
-            tell([f"{where}: {key}: no key that is known here.{near}"], mistakes)
+            add_errors([f"{where}: {key}: no key that is known here.{near}"], errors)
         if key in TAKEN:
-            tell([f"{where}: found {key}; {TAKEN[key]}. Remove it from the file."], mistakes)
+            add_errors([f"{where}: found {key}; {TAKEN[key]}. Remove it from the file."], errors)
         if key in SECTIONS and not isinstance(value, dict):
             found = json.dumps(value)
-            tell([f"{where}: {key}: found {found}; expected an object."], mistakes)
+            add_errors([f"{where}: {key}: found {found}; expected an object."], errors)
             values[key] = {}
     values = {key: values[key] for key in values if key in KEYS and key not in TAKEN}
     zero = values.setdefault("zero_optimization", {})
@@ -70,13 +70,13 @@ def read_json(name: str, where: str, mistakes: list[str] | None = None) -> dict[
         found = json.dumps(zero.get("stage"))
         text = f"{where}: zero_optimization.stage: found {found}; expected 1, 2 or 3. Without ZeRO,"
         if is_object:
-            tell([f"{text} launch with accelerate_configs/ddp.yaml."], mistakes)
+            add_errors([f"{text} launch with accelerate_configs/ddp.yaml."], errors)
         zero["stage"] = "auto"
-    _check_sections(values, where, mistakes)
+    _check_sections(values, where, errors)
     return values
 
 
-def _check_sections(values: dict[str, Any], where: str, mistakes: list[str] | None) -> None:
+def _check_sections(values: dict[str, Any], where: str, errors: list[str] | None) -> None:
     """Build each section by itself, so that a message can name what is wrong in it."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -89,7 +89,7 @@ def _check_sections(values: dict[str, Any], where: str, mistakes: list[str] | No
         DeepSpeedZeroConfig(**given(section))
 
     known = [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
-    tell(_wrong(values, "zero_optimization", build_zero, known, where), mistakes)
+    add_errors(_wrong(values, "zero_optimization", build_zero, known, where), errors)
     zero = given(values["zero_optimization"])
 
     for key in [key for key in values if key not in FILLED]:
@@ -99,11 +99,11 @@ def _check_sections(values: dict[str, Any], where: str, mistakes: list[str] | No
             mended = {**section, "enabled": False} if key in ("bf16", "fp16") else section
             DeepSpeedConfig({"train_batch_size": 1, "zero_optimization": dict(zero), key: mended})
 
-        tell(_wrong(values, key, build, [], where), mistakes)
+        add_errors(_wrong(values, key, build, [], where), errors)
     found = values.get("data_types", {}).get("grad_accum_dtype")
     if found not in (None, "fp32", "bf16", "fp16"):  # Looked up by the engine only.
         text = f"{where}: data_types.grad_accum_dtype: found {json.dumps(found)}; expected fp32,"
-        tell([f"{text} bf16 or fp16. Mend or remove it."], mistakes)
+        add_errors([f"{text} bf16 or fp16. Mend or remove it."], errors)
 
 
 def _wrong(
@@ -155,7 +155,7 @@ ENV = "ACCELERATE_DEEPSPEED_"
 DECISIVE = ("stage", "offload_optimizer", "offload_param")  # also the accelerate config's to say
 
 
-def zero_settings(config: Config, mistakes: list[str] | None = None) -> dict[str, Any]:
+def zero_settings(config: Config, errors: list[str] | None = None) -> dict[str, Any]:
     """Return what was asked of DeepSpeed, empty where the launch is not DeepSpeed's.
 
     Raises UserError for a JSON file that is wrong by itself or contradicts the accelerate config;
@@ -176,15 +176,15 @@ def zero_settings(config: Config, mistakes: list[str] | None = None) -> dict[str
             f"found --deepspeed {config.deepspeed} and the accelerate config's "
             f"deepspeed_config_file {theirs}; expected one of them."
         )
-    with noted(mistakes):
+    with collect_errors(errors):
         if config.deepspeed and theirs == "none":
-            values = read_json(config.deepspeed, "--deepspeed", mistakes)
+            values = read_json(config.deepspeed, "--deepspeed", errors)
             zero = values["zero_optimization"]
-            tell(_against_accelerate(zero, config.deepspeed), mistakes)
+            add_errors(_against_accelerate(zero, config.deepspeed), errors)
             return _filled(values)
         if theirs != "none":
             where = "--deepspeed" if config.deepspeed else "deepspeed_config_file"
-            return _filled(read_json(theirs, where, mistakes))
+            return _filled(read_json(theirs, where, errors))
     return _read_environment()
 
 
@@ -236,7 +236,7 @@ def complete(asked: dict[str, Any], config: Config, layout: Layout) -> dict[str,
 
     Raises UserError for a value in the file that says otherwise than the flags.
     """
-    tell(against_flags(asked, config, layout), None)
+    add_errors(against_flags(asked, config, layout), None)
     values = {key: value for key, value in asked.items() if key != "train_batch_size"}
     zero = {key: value for key, value in asked["zero_optimization"].items() if value != "auto"}
     buckets = {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}

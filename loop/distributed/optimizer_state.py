@@ -12,7 +12,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from loop.utils import Tensors, file_name, gather_trained, is_partitioned, whole
+from loop.utils import Tensors, file_name, gather_trained, gathered, is_partitioned
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -59,7 +59,7 @@ def create_moments(optimizer: Any) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def from_first_rank(tensors: Tensors, device: torch.device) -> Tensors:
+def broadcast_tensors(tensors: Tensors, device: torch.device) -> Tensors:
     """Return the first rank's tensors on every rank, on the CPU; every rank must call this."""
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     (shapes,) = broadcast_object_list([shapes])
@@ -78,11 +78,11 @@ def put_weights(model: nn.Module, adapter: Tensors) -> None:
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            with whole(parameter), torch.no_grad():
+            with gathered(parameter), torch.no_grad():
                 parameter.copy_(adapter[file_name(name)])
 
 
-def put_trained(model: nn.Module, adapter: Tensors) -> None:
+def load_trainable(model: nn.Module, adapter: Tensors) -> None:
     """Put weights into a prepared model, its fp32 master too; every rank must call this."""
     put_weights(model, adapter)
     for name, parameter in model.named_parameters():
@@ -90,7 +90,9 @@ def put_trained(model: nn.Module, adapter: Tensors) -> None:
             _put_share(parameter, adapter[file_name(name)], None)
 
 
-def put_master(model: nn.Module, optimizer: Any, adapter: Tensors, moments: Tensors) -> None:
+def load_optimizer_state(
+    model: nn.Module, optimizer: Any, adapter: Tensors, moments: Tensors
+) -> None:
     """Fill the prepared optimizer: fp32 weights where it has its own, moments, count of steps."""
     state = adamw(optimizer).state
     for name, parameter in model.named_parameters():
@@ -108,7 +110,7 @@ def put_master(model: nn.Module, optimizer: Any, adapter: Tensors, moments: Tens
         held["step"].copy_(moments["step"])
 
 
-def keep_buckets(model: Any) -> None:
+def freeze_ddp_buckets(model: Any) -> None:
     """Have DDP lay its buckets out before the first step, once and for all; after `prepare`.
 
     By itself it does so after a run's first step (torch 2.13, reducer.hpp, should_rebuild_buckets),
@@ -145,7 +147,7 @@ def loss_scale(accelerator: Accelerator, optimizer: Any) -> dict[str, float] | N
 
 def put_loss_scale(accelerator: Accelerator, optimizer: Any, state: dict[str, float]) -> None:
     """Restore it; from another backend the scale alone, since each counts in its own way."""
-    if accelerator.mixed_precision != "fp16":  # --resume_anyway
+    if accelerator.mixed_precision != "fp16":  # --allow_resume_mismatch
         return
     if accelerator.scaler is not None:
         mine = accelerator.scaler.state_dict()

@@ -16,7 +16,7 @@ def quiet() -> None:
 
     What goes wrong is raised, never only warned of, and so is told all the same.
     """
-    first = speaks()
+    first = is_rank0()
     if not (first and sys.stderr.isatty()):
         transformers_logging.disable_progress_bar()  # It would be redrawn into a file, too.
     if not first:
@@ -35,14 +35,14 @@ def quiet() -> None:
     logging.getLogger("transformers.modeling_utils").addFilter(_is_meant)
 
 
-def speaks() -> bool:
+def is_rank0() -> bool:
     """Whether this is the first rank, which alone says what all find."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text: str) -> None:
+def print_rank0(text: str) -> None:
     """Print on the first rank alone; accelerate's own print speaks once a machine (1.15)."""
-    if speaks():
+    if is_rank0():
         print(text, flush=True)
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from data.errors import Fault, Stopped, UserError
+from data.errors import RunError, Stopped, UserError
 
 STATUS_FILE = "LORA_LOOP_STATUS_FILE"
 STOP = ".stop"  # what launch.sh adds to that name for the file by which it asks for a stop
@@ -69,7 +69,7 @@ def _told_disk() -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK:
             raise
-        raise Fault(
+        raise RunError(
             f"{error.filename or 'a file'}: cannot be written: {error.strerror}."
         ) from error
 

@@ -6,7 +6,7 @@ tells every mistake at once. --estimate tells memory alone, from a config.json.
 
 from collections.abc import Sequence
 
-from data.errors import UserError, tell
+from data.errors import UserError, add_errors
 from loop.config.load import read_config
 from loop.config.preflight import conflicts, outdated, together, version_rows
 from loop.doctor.flags import DoctorConfig
@@ -15,24 +15,24 @@ from loop.monitor.formatting import GREEN, Page, in_colour
 
 def main(argv: Sequence[str]) -> None:
     """Print the report; raises UserError with all that is wrong."""
-    mistakes: list[str] = []
-    config = read_config(argv, DoctorConfig, __doc__ or "", mistakes)
+    errors: list[str] = []
+    config = read_config(argv, DoctorConfig, __doc__ or "", errors)
     if config.estimate:
         from loop.doctor.memory.table import print_estimate
 
-        tell(mistakes, None)
+        add_errors(errors, None)
         print_estimate(config)
         return
     page = Page(in_colour())
     page.section("versions", version_rows())
-    tell([*outdated(), *conflicts()], mistakes)
+    add_errors([*outdated(), *conflicts()], errors)
     try:
         from loop.doctor.examine import examine  # here: it imports what may not go together
     except ImportError as error:
         reason = " ".join(str(error).split())
-        mistakes.append(f"the packages cannot be imported, so nothing more is known: {reason}")
+        errors.append(f"the packages cannot be imported, so nothing more is known: {reason}")
     else:
-        tell(examine(argv, config, page), mistakes)
-    if mistakes:
-        raise UserError(together(mistakes))
+        add_errors(examine(argv, config, page), errors)
+    if errors:
+        raise UserError(together(errors))
     print(f"\n{page.marked('ready', GREEN)}")

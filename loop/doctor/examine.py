@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from data.errors import noted, tell
+from data.errors import add_errors, collect_errors
 from loop.config.flags import Config
 from loop.config.load import read_config
 from loop.distributed.accelerator import check_ranks, examine_launch, slow_in_bf16
@@ -21,21 +21,21 @@ def examine(argv: Sequence[str], first: DoctorConfig, page: Page) -> list[str]:
 
     The flags are read again in the launch's environment, which decides what they mean.
     """
-    mistakes: list[str] = []
-    launch = find_launch(first, mistakes)
+    errors: list[str] = []
+    launch = find_launch(first, errors)
     with launch.environment():
-        config = read_config(argv, DoctorConfig, "", mistakes).training
+        config = read_config(argv, DoctorConfig, "", errors).training
         asked, found = examine_launch(config)
-        tell(found, mistakes)
-        with noted(mistakes):
+        add_errors(found, errors)
+        with collect_errors(errors):
             check_ranks()
         page.section("machine", hardware_rows(launch))
         page.section("launch", launch_rows(launch, asked, config))
         notes = [note for note in [slow_in_bf16(config)] if note]
-        _examine_run(config, launch, asked, page, mistakes, notes, first.trial)
+        _examine_run(config, launch, asked, page, errors, notes, first.trial)
     if notes:
         page.section("notes", [("note", note) for note in notes])
-    return mistakes
+    return errors
 
 
 def _examine_run(
@@ -43,22 +43,22 @@ def _examine_run(
     launch: Launch,
     asked: dict[str, Any],
     page: Page,
-    mistakes: list[str],
+    errors: list[str],
     notes: list[str],
     tries: bool,
 ) -> None:
     """Look at model and data, and reckon what training on them takes."""
     zero = asked.get("zero_optimization", {})
-    model = model_and_data.examine_model(config, zero, mistakes)
+    model = model_and_data.examine_model(config, zero, errors)
     page.section("model", model_and_data.model_rows(model, config, zero, notes))
-    data = model_and_data.examine_data(model, config, mistakes)
+    data = model_and_data.examine_data(model, config, errors)
     layout = ahead = None
     if data:
         page.section("data", model_and_data.data_rows(data, config, page.colour))
-        with noted(mistakes):
+        with collect_errors(errors):
             layout = plan_layout(config, len(data.examples), launch, data.base.packed)
     if data and layout:
-        tell(against_flags(asked, config, layout), mistakes)
+        add_errors(against_flags(asked, config, layout), errors)
         ahead = forecast.outlook_of(data, layout, config)
         notes += forecast.batch_notes(layout, config)
         page.section("steps", forecast.step_rows(layout, ahead, len(data.examples), config))
@@ -67,15 +67,15 @@ def _examine_run(
         run = forecast.largest_run(model, data, backend, ranks, ahead, config)
         rows, total, found = forecast.memory_rows(run, model.unlike, ahead, config)
         page.section("memory", rows)
-        tell(found, mistakes)
+        add_errors(found, errors)
         rows, found = forecast.disk_rows(model, data, layout, config)
         page.section("disk", rows)
-        tell(found, mistakes)
+        add_errors(found, errors)
     page.section("trackers", forecast.tracker_rows(config))
     if data and layout and ahead:
         trial = None
-        if tries and not mistakes:
-            with noted(mistakes):
+        if tries and not errors:
+            with collect_errors(errors):
                 model_and_data.check_weights(model)
                 trial = run_trial(config, launch)
         page.section("time", forecast.time_rows(trial, layout, ahead, total))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 
-from data.batching.balance import Part, deal, packed_tokens
+from data.batching.balance import Examples, assign_micro_batches, packed_tokens
 from data.errors import UserError
 from loop.checkpoint import storage
 from loop.checkpoint.resume import find_checkpoint, run_facts
@@ -44,7 +44,7 @@ def outlook_of(data: TrainingData, layout: Layout, config: Config) -> Outlook:
     tokens = supervised = steps = 0
     sizes: set[Size] = set()
     for _, chosen in islice(drawn(data.examples, layout, config.seed), DEALT):
-        dealt = deal(chosen, layout.world_size, layout.limits)
+        dealt = assign_micro_batches(chosen, layout.world_size, layout.limits)
         tokens += sum(example.run_tokens for example in chosen)
         supervised += sum(example.supervised_tokens for example in chosen)
         sizes |= {_size(part, layout.limits.packed) for rank in dealt.ranks for part in rank}
@@ -52,7 +52,7 @@ def outlook_of(data: TrainingData, layout: Layout, config: Config) -> Outlook:
     return Outlook(tokens / steps * layout.total_steps, frozenset(sizes), supervised / tokens)
 
 
-def _size(part: Part, packed: bool) -> Size:
+def _size(part: Examples, packed: bool) -> Size:
     """Return a micro-batch's size, as if its dialogues shared nothing.
 
     Keys and values of what they share are kept for each of them, and their supervised tokens are
@@ -182,7 +182,7 @@ def disk_rows(
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Return what the run leaves on the disk, what is there, and what is wrong with it."""
     output = Path(config.output_dir).expanduser()
-    done, mistakes = 0, list[str]()
+    done, errors = 0, list[str]()
     state = "there already" if output.is_dir() else "new"
     try:
         facts = run_facts(config, data, layout.global_batch_size)
@@ -196,7 +196,7 @@ def disk_rows(
             state = "holds this very run, finished" if is_finished(config) else "holds a run"
         state += f"; goes on from {found.folder.name}" if found else ""
     except UserError as error:
-        mistakes.append(str(error))
+        errors.append(str(error))
         state += "; where to go on from: see below"
     rows_of_tokens = len(data.base.new_tokens) * getattr(model.base_config, "hidden_size", 0)
     parameters = model.trained(config) + 2 * rows_of_tokens  # embedding and LM head
@@ -205,13 +205,13 @@ def disk_rows(
     needed += BESIDE + base_copy(config)
     free = free_room(config)
     if LEAST + base_copy(config) <= free < needed:  # less than that was told before
-        mistakes.append(storage.too_little(output, free, needed, more, each))
+        errors.append(storage.too_little(output, free, needed, more, each))
     many = f"{more} checkpoint{'s' * (more != 1)} of {megabytes(each)}"
     rows = [
         ("output", f"{output}: {state}"),
         ("needed", f"{megabytes(needed)}: {many}, the adapter; free: {megabytes(free)}"),
     ]
-    return rows, mistakes
+    return rows, errors
 
 
 def tracker_rows(config: Config) -> list[tuple[str, str]]:

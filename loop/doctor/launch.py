@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from data.errors import UserError, noted
-from loop.config.flags import Config, shown
+from data.errors import UserError, collect_errors
+from loop.config.flags import Config, display_path
 from loop.distributed.accelerator import on_gpu
 from loop.distributed.memory import memory_room
 from loop.doctor.flags import DoctorConfig
@@ -44,7 +44,7 @@ class Launch:
     @property
     def name(self) -> str:
         """The config as a person reads it."""
-        return shown(self.file)
+        return display_path(self.file)
 
     @contextmanager
     def environment(self) -> Iterator[None]:
@@ -74,7 +74,7 @@ class Launch:
         )
 
 
-def find_launch(config: DoctorConfig, mistakes: list[str]) -> Launch:
+def find_launch(config: DoctorConfig, errors: list[str]) -> Launch:
     """Return the launch that flags and environment ask for, counted as launch.sh counts.
 
     What is wrong with its config is added to `mistakes`; one process without DeepSpeed stands in
@@ -84,14 +84,14 @@ def find_launch(config: DoctorConfig, mistakes: list[str]) -> Launch:
 
     file = Path(config.accelerate_config or USUAL).expanduser()
     values: dict[str, Any] = {}
-    with noted(mistakes):
+    with collect_errors(errors):
         values = read_accelerate(file)
     several = values.get("distributed_type", "NO") not in ALONE
-    machines = _whole("NNODES", mistakes) or int(values.get("num_machines") or 1)
-    here = _whole("NUM_PROCESSES", mistakes) or torch.cuda.device_count() or 1
+    machines = _whole("NNODES", errors) or int(values.get("num_machines") or 1)
+    here = _whole("NUM_PROCESSES", errors) or torch.cuda.device_count() or 1
     ranks = config.num_processes or here * machines if several else 1
     if ranks % machines:
-        mistakes.append(
+        errors.append(
             f"--num_processes: found {ranks} on {machines} machines; expected as many on each. "
             f"Give a multiple of {machines}."
         )
@@ -99,16 +99,16 @@ def find_launch(config: DoctorConfig, mistakes: list[str]) -> Launch:
     told = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": local, "RANK": 0, "LOCAL_RANK": 0}
     exported: dict[str, str] = {}
     if values:
-        with noted(mistakes):
+        with collect_errors(errors):
             exported = _exported(file, ranks, machines)
     words = {name: str(value) for name, value in told.items()}
     return Launch(file, ranks, machines, several, exported | words)
 
 
-def _whole(name: str, mistakes: list[str]) -> int | None:
+def _whole(name: str, errors: list[str]) -> int | None:
     given = os.environ.get(name)
     if given and not given.isdigit():
-        mistakes.append(f"{name}: found {given}; expected a whole number.")
+        errors.append(f"{name}: found {given}; expected a whole number.")
     return int(given) if given and given.isdigit() else None
 
 

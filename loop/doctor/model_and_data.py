@@ -11,9 +11,9 @@ from data.dialogues.sharegpt import Tally, read_dialogues, read_file
 from data.dialogues.sources import files_of, parse_source
 from data.encoding.encode import Example, check_fast
 from data.encoding.templates import TemplateName
-from data.errors import UserError, noted, tell
+from data.errors import UserError, add_errors, collect_errors
 from data.preparation.histogram import quantile
-from loop.config.flags import DUMMY_DATA, Config, shown
+from loop.config.flags import DUMMY_DATA, Config, display_path
 from loop.config.preflight import WEIGHTS
 from loop.doctor.memory.shape import adapted, bare_model, check_shape, pair_of, trained_biases
 from loop.doctor.show import as_text
@@ -59,29 +59,29 @@ class Model:
         return pairs + sum(trained_biases(self.bare, targets, config).values())
 
 
-def examine_model(config: Config, zero: dict[str, Any], mistakes: list[str]) -> Model:
+def examine_model(config: Config, zero: dict[str, Any], errors: list[str]) -> Model:
     """Return what the model's folder holds; its weights are not needed. Mistakes are added."""
     found = Model()
-    with noted(mistakes):
+    with collect_errors(errors):
         found.base = find_base_model(config)
         found.base_config = read_base_config(found.base, config)
     if found.base is None or found.base_config is None:
         return found
     base, base_config = found.base, found.base_config
-    with noted(mistakes):
+    with collect_errors(errors):
         tokenizer = load_tokenizer(base, config)
         check_fast(tokenizer)
         found.tokenizer = tokenizer
     if found.tokenizer:
-        with noted(mistakes):
+        with collect_errors(errors):
             found.template = template_of(base, base_config, found.tokenizer, config)
-    with noted(mistakes):
+    with collect_errors(errors):
         check_pairs(base, base_config, config)
-    with noted(mistakes):
+    with collect_errors(errors):
         check_quantization(base, base_config, config, zero)
-    with noted(mistakes):
+    with collect_errors(errors):
         check_ties(base, base_config, zero.get("stage") == 3)
-    with noted(mistakes):
+    with collect_errors(errors):
         found.bare = bare_model(base, base_config, config)
         found.targets = adapted(found.bare, config)
     try:
@@ -115,7 +115,7 @@ def model_rows(
     if model.base is None or model.base_config is None:
         return [("base", "not found: see below")]
     kind = "an encoder-decoder" if model.base_config.is_encoder_decoder else "a decoder"
-    rows = [("base", f"{shown(model.base)}: {model.base_config.model_type}, {kind}")]
+    rows = [("base", f"{display_path(model.base)}: {model.base_config.model_type}, {kind}")]
     size = weights_of(model)
     if size is not None:
         absent = "not here: only training and --trial need them"
@@ -152,35 +152,35 @@ def combined(config: Config, zero: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def examine_data(model: Model, config: Config, mistakes: list[str]) -> TrainingData | None:
+def examine_data(model: Model, config: Config, errors: list[str]) -> TrainingData | None:
     """Return the encoded data; where it is wrong, or the model, each source is read for itself."""
-    files, complete = _files(config, mistakes)
+    files, complete = _files(config, errors)
     if model.whole and complete:
         try:
             return read_training_data(config)
         except UserError as error:
-            tell([str(error)], mistakes)
+            add_errors([str(error)], errors)
     pairs = model.base_config is not None and model.base_config.is_encoder_decoder
-    how = (config.on_bad_record, pairs, config.supervise)
+    how = (config.on_bad_record, pairs, config.train_on)
     for found in files:
         wrong: list[str] = []
-        with noted(wrong):
+        with collect_errors(wrong):
             deque(read_dialogues(found, Tally(), *how), maxlen=0)
         # Of a folder that tells the first bad file, and the others are wanted, too.
         for file in found if wrong else ():
-            with noted(wrong):
+            with collect_errors(wrong):
                 deque(read_file(file, Tally(), *how), maxlen=0)
-        tell(wrong, mistakes)
+        add_errors(wrong, errors)
     return None
 
 
-def _files(config: Config, mistakes: list[str]) -> tuple[list[list[Path]], bool]:
+def _files(config: Config, errors: list[str]) -> tuple[list[list[Path]], bool]:
     """Return the files of each source that has any, and whether all have."""
     named = [("--data_path", word) for word in config.data_path or [str(DUMMY_DATA)]]
     named += [("--eval_data_path", word) for word in config.eval_data_path or ()]
     found = []
     for flag, word in named:
-        with noted(mistakes):
+        with collect_errors(errors):
             files = files_of(parse_source(word), config.cache_dir)
             for file in files:
                 if not file.is_file():

@@ -59,8 +59,8 @@ def as_page(examples: Iterable[Example], tokenizer: Any, title: str) -> Iterator
         yield f"<h2>{_escaped(dialogue[0].id)}</h2>\n"
         for example in dialogue:
             if example.is_pair:
-                unlearnt = [IGNORE_INDEX] * len(example.input_ids)
-                yield _block(example.input_ids, unlearnt, tokenizer)
+                unsupervised_prefix = [IGNORE_INDEX] * len(example.input_ids)
+                yield _block(example.input_ids, unsupervised_prefix, tokenizer)
                 yield _block(example.labels, example.labels, tokenizer)
             else:
                 yield _block(example.input_ids, example.labels, tokenizer)

@@ -25,7 +25,7 @@ ALONE: dict[str, Any] = {
     "logging_strategy": "steps",
     "report_to": ("none",),
     "wandb_artifact": False,
-    "report": None,
+    "data_report": None,
     "save_strategy": "no",
     "save_minutes": None,
     "save_non_lora_state": "none",
@@ -34,7 +34,7 @@ ALONE: dict[str, Any] = {
     "eval_data_path": None,
     "eval_strategy": "no",
     "sample_prompts": None,
-    "load_best_at_end": False,
+    "load_best_model_at_end": False,
     "early_stopping_patience": None,
 }
 

@@ -13,15 +13,22 @@ from tqdm import tqdm
 from data.batching.collate import Collator
 from data.dialogues.sharegpt import Dialogue, Tally, read_dialogues
 from data.dialogues.sources import files_of, weighted
-from data.encoding.cache import Encode, Examples, claimed, encode_in_pieces, in_memory, read_cache
+from data.encoding.cache import (
+    Encode,
+    Examples,
+    encode_in_pieces,
+    in_memory,
+    locked_cache,
+    read_cache,
+)
 from data.encoding.encode import encode_dialogues
 from data.encoding.seq2seq import SHORT, PairLimits, encode_pairs
 from data.encoding.templates import TemplateName
 from data.errors import UserError
 from data.files.atomic_write import written_whole
 from data.files.hashes import file_sha256
-from loop.config.flags import DUMMY_DATA, Config, shown
-from loop.distributed.rank_zero import speaks
+from loop.config.flags import DUMMY_DATA, Config, display_path
+from loop.distributed.rank_zero import is_rank0
 from loop.model.base import BaseModel, read_base_model, tokenizer_sha256
 from loop.model.packed_attention import row_inputs
 
@@ -43,13 +50,13 @@ def data_sha256(config: Config) -> str:
 
 def data_shown(config: Config) -> str:
     """Return the names of the data as a person reads them."""
-    return ", ".join(map(shown, config.data_path or [DUMMY_DATA]))
+    return ", ".join(map(display_path, config.data_path or [DUMMY_DATA]))
 
 
 # Settings that decide the encoded data, beside the data itself and the tokenizer.
 ENCODING = (
     *("t5_compat", "model_max_length", "max_target_length", "keep_header", "on_bad_record"),
-    *("num_data", "seed", "supervise"),
+    *("num_data", "seed", "train_on"),
 )
 # How the causes of dialogues that teach nothing begin.
 UNSUPERVISED = ("no supervised token", "no answer", "no pair")
@@ -100,12 +107,12 @@ def read_training_data(config: Config) -> TrainingData:
     trained, held_out, eval_sha256 = examples, None, ""
     if config.eval_fraction:
         trained, held_out = _parted(examples, config.eval_fraction)
-    if config.report:
-        _write_report(Path(config.report).expanduser(), examples.tally, sha256)
+    if config.data_report:
+        _write_report(Path(config.data_report).expanduser(), examples.tally, sha256)
     _check_account(examples.tally, config)
     if config.eval_data_path:
         held_out, eval_sha256 = _evaluation_data(config, base)
-    names = tuple(map(shown, config.eval_data_path or config.data_path or (DUMMY_DATA,)))
+    names = tuple(map(display_path, config.eval_data_path or config.data_path or (DUMMY_DATA,)))
     source = data_shown(config)
     return TrainingData(base, trained, source, sha256, held_out, names, eval_sha256)
 
@@ -149,10 +156,10 @@ def _encoded(config: Config, base: BaseModel, sha256: str) -> Examples:
     encode = _encoder(config, base)
     if path is None:
         return in_memory(encode(_shown(config, template, tally), tally), tally)
-    cached = read_cache(path, key, silent=not speaks())
+    cached = read_cache(path, key, silent=not is_rank0())
     if cached is not None:
         return cached
-    with claimed(path):
+    with locked_cache(path):
         cached = read_cache(path, key, silent=True)
         if cached is None:
             encode_in_pieces(path, key, _shown(config, template, tally), encode, tally)
@@ -177,14 +184,14 @@ def _encoder(config: Config, base: BaseModel) -> Encode:
 def _shown(config: Config, template: TemplateName, tally: Tally) -> Iterator[Dialogue]:
     """Yield the dialogues, with a bar for one rank's work: very much data takes an hour."""
     chosen = _chosen(config, template == "t5", tally)
-    return iter(tqdm(chosen, "encoding", unit=" dialogues", disable=None if speaks() else True))
+    return iter(tqdm(chosen, "encoding", unit=" dialogues", disable=None if is_rank0() else True))
 
 
 def _chosen(config: Config, empty_answers: bool, tally: Tally) -> Iterator[Dialogue]:
     """Yield the dialogues that are asked for, one at a time, however many there are."""
 
     def read(into: Tally) -> Iterator[tuple[int, Dialogue]]:
-        how = (config.on_bad_record, empty_answers, config.supervise)
+        how = (config.on_bad_record, empty_answers, config.train_on)
         for number, source in enumerate(config.sources):
             found = read_dialogues(files_of(source, config.cache_dir), into, *how)
             weighs = source.weight != 1.0
@@ -214,7 +221,7 @@ def _write_report(file: Path, tally: Tally, data_hash: str) -> None:
     }
     account = {**vars(tally), "dropped": dropped, "data_sha256": data_hash}
     del account["named"], account["sources"]
-    with written_whole(file, "--report") as partial:
+    with written_whole(file, "--data_report") as partial:
         text = json.dumps(account, indent=1, ensure_ascii=False)
         partial.write_text(text + "\n", encoding="utf-8")
 

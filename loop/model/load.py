@@ -14,10 +14,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.errors import UserError
 from loop.config.flags import Config
-from loop.distributed.accelerator import told_to_all, zero_stage
-from loop.distributed.rank_zero import say
+from loop.distributed.accelerator import raise_on_all_ranks, zero_stage
+from loop.distributed.rank_zero import print_rank0
 from loop.model import new_tokens
-from loop.model.base import BaseModel, check_ties, compares_ties, mistakes
+from loop.model.base import BaseModel, as_user_error, check_ties, compares_ties
 from loop.model.kernels import keep_memory, replace_dropout, use_kernels
 from loop.model.lora_targets import ALL_LINEAR, target_names
 from loop.model.packed_attention import implementation
@@ -29,7 +29,7 @@ from loop.model.quantization import (
     kept_in_fp32,
     returned_memory,
 )
-from loop.utils import whole
+from loop.utils import gathered
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,13 +41,13 @@ def load_model(base_model: BaseModel, config: Config, accelerator: Accelerator) 
     """
     # Under ZeRO-3 loading is made of collectives, which a rank that fails alone must not add to.
     sharded = zero_stage(accelerator) == 3
-    with nullcontext() if sharded else told_to_all():
+    with nullcontext() if sharded else raise_on_all_ranks():
         model = _load_base(base_model, config, accelerator)
     model.config.use_cache = False
     # torch.compile fuses by itself.
     on_gpu = accelerator.device.type == "cuda" and not config.torch_compile
     if on_gpu and (told := use_kernels(model)):
-        say(f"kernels: {told}")
+        print_rank0(f"kernels: {told}")
     if config.gradient_checkpointing:
         # Before DeepSpeed's pull request 8148, which 0.19.8 has, recomputed layers found their
         # parameters shared out again; only the reentrant kind gets by (transformers#47254). It
@@ -63,7 +63,7 @@ def load_model(base_model: BaseModel, config: Config, accelerator: Accelerator) 
     # DeepSpeed casts all parameters to one precision and keeps an fp32 master of the trained
     # ones; elsewhere what is trained is fp32 itself and runs under autocast.
     autocast = accelerator.state.deepspeed_plugin is None
-    with told_to_all(), new_tokens.without_collectives():
+    with raise_on_all_ranks(), new_tokens.without_collectives():
         with_adapter = _add_adapter(model, base_model, config, autocast)
     values = None if config.lora_weight_path else values
     new_tokens.set_up(with_adapter, values, config.train_new_tokens, sharded)
@@ -101,7 +101,7 @@ def _add_adapter(model: Any, base_model: BaseModel, config: Config, autocast: bo
     if config.lora_weight_path:
         saved = PeftConfig.from_pretrained(config.lora_weight_path)
         saved.lora_dropout = config.lora_dropout
-        with mistakes(f"--lora_weight_path {config.lora_weight_path}"):
+        with as_user_error(f"--lora_weight_path {config.lora_weight_path}"):
             # peft only warns, and would train on from random values.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             loaded = PeftModel.from_pretrained(
@@ -138,7 +138,7 @@ def _load_base(base_model: BaseModel, config: Config, accelerator: Accelerator) 
     check_quantization(base, base_config, config, zero)
     check_ties(base, base_config, zero3)
     if zero3 and config.q_lora:
-        say(f"note: {about_zero3(config)}")
+        print_rank0(f"note: {about_zero3(config)}")
     options: dict[str, Any] = {}
     if config.q_lora:
         settings = four_bit(DTYPES[config.precision])  # makes bitsandbytes ready, too
@@ -150,7 +150,7 @@ def _load_base(base_model: BaseModel, config: Config, accelerator: Accelerator) 
         options["device_map"] = {"": accelerator.device}
     loader = AutoModelForSeq2SeqLM if base_config.is_encoder_decoder else AutoModelForCausalLM
     with (
-        mistakes(base),
+        as_user_error(base),
         returned_memory() if config.q_lora else nullcontext(),
         kept_in_fp32() if config.q_lora else nullcontext(),
         _compared_whole() if zero3 else nullcontext(),
@@ -188,7 +188,7 @@ def _compared_whole() -> Iterator[None]:
     are_equal = modeling_utils._tied_params_are_equal
 
     def whole_are_equal(one: Any, other: Any) -> bool:
-        with whole(one), whole(other):
+        with gathered(one), gathered(other):
             return bool(are_equal(one, other))
 
     modeling_utils._tied_params_are_equal = whole_are_equal

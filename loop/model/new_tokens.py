@@ -15,7 +15,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from data.errors import UserError
-from loop.utils import Tensors, use_whole, whole
+from loop.utils import Tensors, gathered, use_whole
 
 MULTIPLE = 8  # rows of a grown matrix, which GPUs multiply faster so
 
@@ -29,7 +29,7 @@ def grow(model: Any, tokens: int) -> None:
     for old in {id(m.weight): m.weight for m in _matrices(model)}.values():
         if getattr(old, "ds_shape", old.shape)[0] >= tokens:
             continue
-        with whole(old), torch.no_grad():
+        with gathered(old), torch.no_grad():
             new = nn.Parameter(grown(old, tokens), requires_grad=False)
         for module in model.modules():
             if getattr(module, "weight", None) is old:
@@ -62,7 +62,7 @@ def first_values(model: Any, tokens: list[int]) -> dict[str, Tensor]:
     """
     means = {}
     for name, matrix in zip(("input", "output"), _matrices(model), strict=True):
-        with whole(matrix.weight), torch.no_grad():
+        with gathered(matrix.weight), torch.no_grad():
             means[name] = matrix.weight[: tokens[0]].float().mean(0)
     return means
 
@@ -180,7 +180,7 @@ def rows(model: nn.Module, trained: Tensors, keep: bool) -> Tensors:
         for adapter, parameter in layer.trainable_tokens_delta.items():
             value = trained.get(names[id(parameter)])
             if not parameter.requires_grad:
-                with whole(parameter):
+                with gathered(parameter):
                     value = parameter.detach().to("cpu", torch.float32, copy=True)
             if keep and value is not None:
                 as_run = value.to(layer.get_base_layer().weight.dtype)

@@ -54,7 +54,7 @@ class Tracker:
     ) -> None:
         self.config, self.layout, self.accelerator, self.start = config, layout, accelerator, start
         self.clock, self.work = clock, work
-        self.watch = Watch(config.max_bad_steps, start.saved.get("bad_in_a_row", 0))
+        self.watch = Watch(config.max_nonfinite_steps, start.saved.get("bad_in_a_row", 0))
         self.folder = Path(config.output_dir)
         self.trackers = Trackers(config, layout, start)
         self.history: list[dict[str, Any]] = []

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from data.errors import Fault
+from data.errors import RunError
 from loop.distributed.optimizer_state import adamw
 
 NAMED = 16  # ids of a bad step's samples that are told
@@ -71,11 +71,11 @@ class Watch:
                     f"Samples: {', '.join(ids[:NAMED])}{more}"
                 )
             if self.in_a_row >= self.most:
-                fault = Fault(
+                fault = RunError(
                     f"step {step}: {self.in_a_row} steps in a row had a loss or a gradient that is "
-                    "not finite, --max_bad_steps allows no more. Their updates were left out, and "
-                    "checkpoints are whole. Look at the samples named above; lower the learning "
-                    "rate, or train in bf16 or fp32 if this is fp16."
+                    "not finite, --max_nonfinite_steps allows no more. Their updates were "
+                    "left out, and checkpoints are whole. Look at the samples named above; lower "
+                    "the learning rate, or train in bf16 or fp32 if this is fp16."
                 )
                 fault.known_to_all = True
                 raise fault

@@ -48,7 +48,7 @@ class Clock:
         finally:
             self._count(name, begun)
 
-    def waits(self, items: Iterator[T], name: str) -> Iterator[T]:
+    def timed_iter(self, items: Iterator[T], name: str) -> Iterator[T]:
         """Yield the items, and count what they are waited for."""
         while True:
             with self(name):

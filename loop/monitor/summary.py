@@ -82,7 +82,7 @@ def _how_to_train_on(config: Config, newest: str | None, step: int, total: int) 
         more = f"--num_train_epochs {2 * config.num_train_epochs:g}"
     return (
         "the same command finds it finished; it trains on, from "
-        f"{newest}, with --resume_anyway {more}"
+        f"{newest}, with --allow_resume_mismatch {more}"
     )
 
 
@@ -103,7 +103,7 @@ def _result(config: Config, history: Sequence[Entry], step: int, total: int) -> 
         text += f"; eval loss {_shown(last['eval_loss'])}"
         if best["step"] != last["step"]:
             text += f", least {_shown(best['eval_loss'])} (step {best['step']})"
-            text += ", which is saved" if config.load_best_at_end else ""
+            text += ", which is saved" if config.load_best_model_at_end else ""
     return text
 
 

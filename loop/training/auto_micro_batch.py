@@ -14,7 +14,7 @@ from loop.distributed.accelerator import zero_stage
 from loop.distributed.layout import Layout
 from loop.distributed.memory import memory_room, memory_used, micro_batch_record, proc_bytes
 from loop.distributed.optimizer_state import forget_gradients
-from loop.distributed.rank_zero import say
+from loop.distributed.rank_zero import print_rank0
 from loop.inputs.training_data import TrainingData
 from loop.training.loss import supervised_loss_sum
 from loop.training.optim import accumulating
@@ -27,7 +27,7 @@ STEP = 64  # tokens: so coarse is the answer
 REPEATED = 3
 
 
-def fitted(
+def fit_micro_batch(
     layout: Layout,
     config: Config,
     data: TrainingData,
@@ -57,7 +57,7 @@ def fitted(
         raise error
     limits = dataclasses.replace(layout.limits, examples=each, tokens=least)
     layout = dataclasses.replace(layout, micro_batch_size=each, accumulation=1, limits=limits)
-    say(f"auto_micro_batch: {layout}")
+    print_rank0(f"auto_micro_batch: {layout}")
     return layout
 
 

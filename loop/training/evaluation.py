@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.batching.balance import deal
+from data.batching.balance import assign_micro_batches
 from data.encoding.encode import IGNORE_INDEX, Example
 from data.errors import UserError
 from loop.checkpoint import storage
 from loop.checkpoint.saver import Saver
 from loop.config.flags import Config
 from loop.distributed import optimizer_state
-from loop.distributed.accelerator import first_rank_says, told_to_all
+from loop.distributed.accelerator import broadcast_flag, raise_on_all_ranks
 from loop.distributed.layout import Layout
-from loop.distributed.rank_zero import say
+from loop.distributed.rank_zero import print_rank0
 from loop.inputs.training_data import TrainingData
 from loop.inputs.windows import Window
 from loop.monitor.logger import Tracker
@@ -80,12 +80,12 @@ class Evaluator:
             if not done:
                 self.saver.stop(start.step)
 
-    def until_enough(self, dealt: Iterator[Window]) -> Iterator[Window]:
+    def until_early_stop(self, dealt: Iterator[Window]) -> Iterator[Window]:
         """Yield the windows, up to where patience is over."""
         while not self._is_enough() and (window := next(dealt, None)) is not None:
             yield window
 
-    def after(self, window: Window) -> None:
+    def maybe_evaluate(self, window: Window) -> None:
         """Evaluate where it is due; a stop that is asked for meanwhile is met by the saver."""
         step = window.step + 1
         if self._due(step):
@@ -102,7 +102,7 @@ class Evaluator:
         Raises UserError where the best checkpoint is not as it was written.
         """
         step, best = self.tracker.step, self.known["best_step"]
-        if self.config.load_best_at_end and best not in (None, step):
+        if self.config.load_best_model_at_end and best not in (None, step):
             self._put_best(storage.folder_of(self.folder, best))
         return {
             "global_step": step,
@@ -114,25 +114,25 @@ class Evaluator:
 
     def _put_best(self, folder: Path) -> None:
         adapter = {}
-        with told_to_all():
+        with raise_on_all_ranks():
             if self.accelerator.is_main_process:
                 try:
                     adapter = load_file(storage.verify(folder).folder / storage.ADAPTER)
-                except storage.Damaged as damage:
+                except storage.CorruptCheckpoint as damage:
                     raise UserError(
-                        f"--load_best_at_end: {folder}: damaged: {damage}. Give False: the last "
-                        "adapter is saved then."
+                        f"--load_best_model_at_end: {folder}: damaged: {damage}. Give "
+                        "False: the last adapter is saved then."
                     ) from None
-        say(f"the best evaluation's adapter is saved: {folder.name}")
-        adapter = optimizer_state.from_first_rank(adapter, self.accelerator.device)
-        optimizer_state.put_trained(self.accelerator.unwrap_model(self.model), adapter)
+        print_rank0(f"the best evaluation's adapter is saved: {folder.name}")
+        adapter = optimizer_state.broadcast_tensors(adapter, self.accelerator.device)
+        optimizer_state.load_trainable(self.accelerator.unwrap_model(self.model), adapter)
 
     def _forget_lost(self) -> None:
         """Have a best checkpoint that is not here, with an adapter to be saved, not count."""
         best = self.known["best_step"]
-        if not self.config.load_best_at_end or best is None:
+        if not self.config.load_best_model_at_end or best is None:
             return
-        if not first_rank_says(storage.folder_of(self.folder, best).is_dir()):
+        if not broadcast_flag(storage.folder_of(self.folder, best).is_dir()):
             self._tell(
                 f"note: checkpoint-{best}, the best so far, is not in {self.folder}; the best of "
                 "the evaluations from here on is kept"
@@ -204,7 +204,9 @@ class Evaluator:
                 turn = turn + 1 if example.record == record else 0
                 record = example.record
                 groups[id(example)] = self._groups(example, turn)
-            for part in deal(chosen, ranks, self.limits).ranks[self.accelerator.process_index]:
+            for part in assign_micro_batches(chosen, ranks, self.limits).ranks[
+                self.accelerator.process_index
+            ]:
                 yield part, [group for example in part for group in groups[id(example)]]
 
     def _groups(self, example: Example, pair: int) -> list[int]:
@@ -244,7 +246,7 @@ class Evaluator:
             return  # The warm-up's first step: nothing was learnt yet that could be saved.
         if loss is not None and (known["best_metric"] is None or loss < known["best_metric"]):
             known.update(best_metric=loss, best_step=step, stale=0)
-            if self.config.load_best_at_end:
+            if self.config.load_best_model_at_end:
                 self.saver.due_at = step
             return
         known["stale"] += 1

@@ -17,7 +17,7 @@ from data.encoding.templates import prompt
 from data.errors import UserError
 from loop.config.flags import Config
 from loop.config.preflight import is_file
-from loop.distributed.accelerator import told_to_all
+from loop.distributed.accelerator import raise_on_all_ranks
 from loop.inputs.training_data import TrainingData
 from loop.training.loss import token_losses
 
@@ -31,7 +31,7 @@ def read_prompts(config: Config, accelerator: Accelerator) -> list[str]:
     The first rank reads them for all. Raises UserError for a file that cannot be read or is empty.
     """
     found: list[str] = []
-    with told_to_all():
+    with raise_on_all_ranks():
         for word in config.sample_prompts or () if accelerator.is_main_process else ():
             found += _lines(Path(word).expanduser()) if is_file(word) else [word]
     (found,) = broadcast_object_list([found])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from data.errors import Fault, Stopped, UserError
+from data.errors import RunError, Stopped, UserError
 from loop.adapters.merge_rules import Change, read_changes
 from tests.adapters.test_merge import made, merged
 
@@ -75,7 +75,7 @@ def test_a_merge_that_is_wrong_is_told_and_leaves_nothing(
     wrong = {"fp32": lambda change, tensor: right(change, tensor) * 1.001, "bf16": lambda _, t: t}
     for dtype, change in wrong.items():
         monkeypatch.setattr(Change, "of", change)
-        with pytest.raises(Fault, match="not the trained model, and nothing was kept"):
+        with pytest.raises(RunError, match="not the trained model, and nothing was kept"):
             merged(adapter, "--dtype", dtype)
         assert not [*adapter.parent.glob("*merged*")]
 

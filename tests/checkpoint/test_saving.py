@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from data.errors import Fault, UserError
+from data.errors import RunError, UserError
 from loop.checkpoint.run_folder import is_finished
 from loop.config.flags import Config
 from loop.config.load import read_config
@@ -244,6 +244,6 @@ def test_a_finished_run_is_recognised_and_other_settings_are_refused(train: Trai
 def test_losses_that_are_never_finite_stop_the_run(
     train: Train, broken_model: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(Fault, match="step 3: 3 steps in a row"):
+    with pytest.raises(RunError, match="step 3: 3 steps in a row"):
         train("run", "--model_name_or_path", broken_model)
     assert not (tmp_path / "run/trainer_state.json").exists()

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from data.errors import Fault, Stopped, UserError
+from data.errors import RunError, Stopped, UserError
 from loop.checkpoint import saver, storage
-from loop.checkpoint.storage import Damaged, check_room, list_folders, prune, verify
+from loop.checkpoint.storage import CorruptCheckpoint, check_room, list_folders, prune, verify
 from loop.distributed import optimizer_state
 from loop.distributed.signals import LAUNCH_NAME, _told_disk, is_restart, record_launch
 from tests.checkpoint.test_storage import damage, same
@@ -110,7 +110,7 @@ def test_damaged_ones_are_set_aside_and_do_not_crowd_out_whole_ones(
 def test_a_checkpoint_under_another_number_is_not_taken(train: Train, tmp_path: Path) -> None:
     output = train("run", *SIX)
     (output / "checkpoint-4").rename(output / "checkpoint-99")
-    with pytest.raises(Damaged, match="renamed, it is checkpoint-4"):
+    with pytest.raises(CorruptCheckpoint, match="renamed, it is checkpoint-4"):
         verify(output / "checkpoint-99")
     (output / "checkpoint-99").rename(output / "best")
     assert verify(output / "best").step == 4
@@ -153,7 +153,7 @@ def test_a_finished_run_without_its_log_can_be_gone_on_with(train: Train, tmp_pa
 def test_fewer_steps_than_are_done_are_refused(train: Train) -> None:
     train("run", *SIX)
     with pytest.raises(UserError, match="found 6 steps done; expected at most the 3"):
-        train("run", *SIX, "--max_steps", "3", "--resume_anyway")
+        train("run", *SIX, "--max_steps", "3", "--allow_resume_mismatch")
 
 
 def test_another_first_adapter_is_refused(train: Train, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_an_empty_folder_of_the_users_stays_and_the_first_error_is_told(
 
 def test_a_full_disk_is_one_message_wherever_it_is_met(tmp_path: Path) -> None:
     full = Path("/dev/full")
-    with pytest.raises(Fault, match="No space left"), _told_disk():
+    with pytest.raises(RunError, match="No space left"), _told_disk():
         full.write_text("x")
     with pytest.raises(FileNotFoundError), _told_disk():
         (tmp_path / "missing").read_text()

@@ -15,9 +15,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from data.errors import Fault, UserError
+from data.errors import RunError, UserError
 from loop.checkpoint import saver, storage
-from loop.checkpoint.storage import Damaged, list_folders, verify
+from loop.checkpoint.storage import CorruptCheckpoint, list_folders, verify
 from tests.conftest import trainer
 from tests.support.helpers import ROOT, adapter_of, log_of
 
@@ -116,7 +116,7 @@ def test_every_file_cut_flipped_or_removed_is_found_out(saved: Path) -> None:
         kept = (folder / name).read_bytes()
         for how in ("removed", "cut", "flipped"):
             damage(folder / name, how)
-            with pytest.raises(Damaged, match=name):
+            with pytest.raises(CorruptCheckpoint, match=name):
                 verify(folder)
             (folder / name).write_bytes(kept)
     assert verify(folder).step == 4
@@ -159,8 +159,8 @@ def test_other_settings_are_refused_with_the_difference(saved: Path, train: Trai
     with pytest.raises(UserError, match=r"step was 2, is 1\. On 1 rank.*--global_batch_size 2, or"):
         train("run", *DROPOUT, "--per_device_train_batch_size", "1")
     with pytest.raises(UserError, match=r"has .*lora_A.* \(8, 64\), the model \(4, 64\)"):
-        train("run", *DROPOUT, "--lora_r", "4", "--resume_anyway")
-    train("run", *DROPOUT, "--seed", "7", "--resume_anyway")
+        train("run", *DROPOUT, "--lora_r", "4", "--allow_resume_mismatch")
+    train("run", *DROPOUT, "--seed", "7", "--allow_resume_mismatch")
     # One example at a time twice is the same global batch.
     cut_off(saved, after=4)
     split = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2")
@@ -237,7 +237,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_older_checkpoints_stay(
     # As under a quota, of which the file system says nothing.
     monkeypatch.setattr(storage, "check_room", lambda *_: None)
     (small_disk / "ballast").write_bytes(bytes(2_800_000))
-    with pytest.raises(Fault, match=r"cannot be written: .*No space left on device"):
+    with pytest.raises(RunError, match=r"cannot be written: .*No space left on device"):
         train("run", "--output_dir", small_disk / "run", "--save_steps", "1", "--max_steps", "40")
     folders = list_folders(small_disk / "run")
     assert folders
@@ -256,7 +256,7 @@ def test_weights_that_are_not_finite_are_not_saved(
         return {name: tensor * torch.nan if spoil else tensor for name, tensor in found.items()}
 
     monkeypatch.setattr(saver, "trained_parameters", spoilt)
-    with pytest.raises(Fault, match=r"step \d: .* is not finite"):
+    with pytest.raises(RunError, match=r"step \d: .* is not finite"):
         train("run", *DROPOUT, "--save_steps", "2")
     assert all(verify(folder) for folder in list_folders(tmp_path / "run"))
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data.dialogues.formats import as_sharegpt
-from data.errors import BadRecord, Fault, UserError
+from data.errors import BadRecord, RunError, UserError
 from data.files.json_stream import CHUNK as CHUNK_OF_A_FILE
 from data.files.json_stream import DEEPEST, LARGEST
 from data.files.read import read_records
@@ -237,5 +237,5 @@ def die(chunk: Any) -> None:
 
 def test_a_process_that_is_killed_is_told_in_one_message() -> None:
     given = [([(number, "f: record 0")], 1) for number in range(3)]
-    with pytest.raises(Fault, match="was killed, as the system does when memory runs out"):
+    with pytest.raises(RunError, match="was killed, as the system does when memory runs out"):
         list(in_order(die, given, 2))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.batching.balance import Limits, Part, deal, packed_tokens, padded_tokens
+from data.batching.balance import Limits, Part, assign_micro_batches, packed_tokens, padded_tokens
 from data.encoding.encode import Example, encode_dialogues
 from tests.support.helpers import dialogues_in
 
@@ -25,7 +25,7 @@ RANDOM = made(np.random.default_rng(0).integers(10, 2000, 64).tolist())
 
 def parts_of(chosen: list[Example], ranks: int, limits: Limits) -> list[Part]:
     """Return all micro-batches, after making sure that each example is in just one of them."""
-    dealt = deal(chosen, ranks, limits)
+    dealt = assign_micro_batches(chosen, ranks, limits)
     parts = [part for rank in dealt.ranks for part in rank]
     assert Counter(e.id for part in parts for e in part) == Counter(e.id for e in chosen)
     assert len({len(rank) for rank in dealt.ranks}) == 1
@@ -60,7 +60,7 @@ def test_eight_ranks_have_even_work_on_real_dialogues(sharing: bool, shared: Pat
     busiest = total = 0
     for begin in range(0, len(order), 128):
         chosen = [examples[i] for i in order[begin : begin + 128]]
-        tokens = deal(chosen, 8, Limits(4, packed=True, sharing=sharing)).tokens
+        tokens = assign_micro_batches(chosen, 8, Limits(4, packed=True, sharing=sharing)).tokens
         busiest, total = busiest + max(tokens), total + sum(tokens)
     assert 1 - total / (8 * busiest) < 0.01
 
@@ -85,7 +85,9 @@ def test_pairs_are_split_further_where_that_saves_padding() -> None:
     assert sum(map(padded_tokens, fine)) < 0.7 * sum(map(padded_tokens, coarse))
     idle = [
         1 - sum(dealt.tokens) / (2 * max(dealt.tokens))
-        for dealt in (deal(uneven, 2, Limits(16, finer=finer)) for finer in (False, True))
+        for dealt in (
+            assign_micro_batches(uneven, 2, Limits(16, finer=finer)) for finer in (False, True)
+        )
     ]
     assert idle[1] < 0.5 * idle[0]
     even = made([20] * 64, [20] * 64)

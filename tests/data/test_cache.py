@@ -16,7 +16,7 @@ import torch
 from data.dialogues.sharegpt import Tally
 from data.encoding import cache
 from data.encoding.encode import Example
-from data.errors import Fault, UserError
+from data.errors import RunError, UserError
 from loop.config.flags import Config
 from loop.inputs import training_data as preparing
 from tests.data.test_seq2seq import LONG
@@ -152,7 +152,9 @@ def test_a_damaged_batch_is_named_when_it_is_read_and_the_file_removed(tmp_path:
     assert kept is not None
     assert kept[1023] == many[1023]
     assert kept[2048] == many[2048]
-    with pytest.raises(Fault, match=r"examples 1024 to 2047 are damaged. It is removed: run again"):
+    with pytest.raises(
+        RunError, match=r"examples 1024 to 2047 are damaged. It is removed: run again"
+    ):
         kept[1500]
     assert cache.read_cache(str(file), KEY) is None
 
@@ -198,7 +200,7 @@ def test_a_file_of_another_kind_is_never_overwritten(content: bytes, tmp_path: P
 def test_a_place_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     place = str(tmp_path / "file" / "x")
-    with pytest.raises(UserError, match="cannot be written"), cache.claimed(place):
+    with pytest.raises(UserError, match="cannot be written"), cache.locked_cache(place):
         pass
     with pytest.raises(UserError, match="cannot be written"):
         cache.write_cache(place, KEY, EXAMPLES, Tally())

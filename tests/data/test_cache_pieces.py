@@ -17,7 +17,7 @@ from data.encoding.cache import Encode, encode_in_pieces, in_memory, read_cache
 from data.encoding.encode import Example, encode_dialogues
 from data.encoding.seq2seq import PairLimits, encode_pairs
 from data.encoding.tokenizer import with_missing_characters
-from data.errors import Fault
+from data.errors import RunError
 from data.preparation.split import load_tokenizer
 from tests.support.helpers import ROOT, write_dialogues
 
@@ -121,7 +121,7 @@ def test_a_piece_that_was_damaged_is_named_and_made_anew(
     raw = bytearray(piece.read_bytes())
     raw[len(raw) // 3] ^= 1  # within the examples
     piece.write_bytes(raw)
-    with pytest.raises(Fault, match="are damaged"):
+    with pytest.raises(RunError, match="are damaged"):
         encode_in_pieces(path, KEY, dialogues_in(file, Tally()), encode, Tally(), SIZE)
     again: list[str] = []
     encode_in_pieces(path, KEY, dialogues_in(file, Tally()), counted(encode, again), Tally(), SIZE)

@@ -103,7 +103,7 @@ def test_a_marked_turn_is_not_learnt(
 
 def test_supervise_last_learns_the_last_answer(tmp_path: Path, chat_tokenizer: Any) -> None:
     turns = [turn("human", "Hi"), turn("gpt", "A"), turn("human", "So"), turn("gpt", "B")]
-    (dialogue,), _ = read(tmp_path / "data.json", *turns, supervise="last")
+    (dialogue,), _ = read(tmp_path / "data.json", *turns, train_on="last")
     assert learnt(encode(dialogue, "chat", chat_tokenizer), chat_tokenizer) == "B<|im_end|>"
 
 

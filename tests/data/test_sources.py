@@ -143,18 +143,18 @@ def test_a_data_set_of_the_hub_is_trained_on_and_then_without_the_hub(
     online = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     online["LORA_LOOP_WARM"] = ""  # its imports were done offline
 
-    def shown(address: str, *names: str) -> Any:
+    def display_path(address: str, *names: str) -> Any:
         return command(*show, "--data_path", *names, HF_ENDPOINT=address, **online)
 
     with small_hub("someone/talks", served) as address:
-        both = shown(address, "someone/talks:0.5", "someone/talks@test")
+        both = display_path(address, "someone/talks:0.5", "someone/talks@test")
         assert len(both.stdout.splitlines()) == 5, both.stderr
-        wrong = shown(address, "someone/talks@nope")
+        wrong = display_path(address, "someone/talks@nope")
         assert (wrong.returncode, wrong.stdout) == (2, "")
         assert "someone/talks@nope: no such file or folder" in wrong.stderr
-    again = shown(address, "someone/talks")
+    again = display_path(address, "someone/talks")
     assert len(again.stdout.splitlines()) == 6, again.stderr
-    other = shown(address, "someone/other")
+    other = display_path(address, "someone/other")
     assert other.returncode == 2
     assert "which cannot be asked" in other.stderr
     assert "Traceback" not in other.stderr

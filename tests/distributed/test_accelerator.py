@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data.errors import UserError
-from loop.config.flags import Config, decisive
+from loop.config.flags import Config, rank_shared_settings
 from loop.config.load import read_config
 from loop.distributed import accelerator, deepspeed_config
 from loop.distributed.layout import Layout
@@ -182,7 +182,7 @@ def test_machines_launched_otherwise_are_told_apart_before_anything_is_built(
     launched: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    first = {**deepspeed_config.launch_facts(Config()), **decisive(Config())}
+    first = {**deepspeed_config.launch_facts(Config()), **rank_shared_settings(Config())}
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2, **(section or {})}}))
     for name, value in other.items():
@@ -190,7 +190,7 @@ def test_machines_launched_otherwise_are_told_apart_before_anything_is_built(
     config = Config(deepspeed=str(file) if section else None)
     launched.setattr(accelerator, "PartialState", lambda: SimpleNamespace(num_processes=2))
     launched.setattr(accelerator, "gather_object", lambda sent: [first, *sent])
-    launched.setattr(accelerator, "told_to_all", nullcontext)
+    launched.setattr(accelerator, "raise_on_all_ranks", nullcontext)
     if expected is None:
         accelerator.check_agreement(config, {})
     else:
@@ -219,7 +219,7 @@ def test_more_ranks_than_gpus_and_bf16_without_support_are_refused(
     with pytest.raises(
         UserError, match=r"found 2 ranks on a machine with 1 GPU; .*NUM_PROCESSES=1"
     ):
-        accelerator.join_ranks()
+        accelerator.init_process_group_once()
     with pytest.raises(UserError, match="found precision bf16 on Tesla T4"):
         accelerator.check_launch(Config(bf16=True))
 

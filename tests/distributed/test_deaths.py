@@ -135,7 +135,7 @@ def test_ranks_started_again_do_not_call_those_that_are_gone() -> None:
     words = (
         sys.executable,
         "-c",
-        "from loop.distributed.accelerator import join_ranks; join_ranks()",
+        "from loop.distributed import accelerator; accelerator.init_process_group_once()",
     )
     places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
     for attempt in ("0", "1"):

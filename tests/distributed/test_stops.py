@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from data.errors import Fault, Stopped
+from data.errors import RunError, Stopped
 from loop import train as training
 from loop.checkpoint import storage
 from loop.checkpoint.storage import list_folders, verify
@@ -76,7 +76,7 @@ def test_a_second_interrupt_stops_at_once(train: Train, monkeypatch: pytest.Monk
         os.kill(os.getpid(), signal.SIGINT)
 
     at_step(2, twice, monkeypatch)
-    with pytest.raises(Fault, match="interrupted twice"):
+    with pytest.raises(RunError, match="interrupted twice"):
         train("run", *SIX)
 
 
@@ -142,7 +142,7 @@ def test_launch_sh_passes_a_request_on_and_goes_on_when_run_again(
     assert "Traceback" not in text
     (folder,) = list_folders(tmp_path / "run")
     step = verify(folder).step
-    second = launched("--max_steps", "100000", "--max_minutes", "1e-6", "--resume_anyway")
+    second = launched("--max_steps", "100000", "--max_minutes", "1e-6", "--allow_resume_mismatch")
     assert second.wait() == 75, log.read_text()
     assert verify(list_folders(tmp_path / "run")[0]).step == step + 1
     assert [entry["step"] for entry in entries(tmp_path / "run")] == [*range(1, step + 2)]

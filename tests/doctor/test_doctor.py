@@ -113,7 +113,10 @@ SEEDED = {
     "a JSON against the launch": ("--deepspeed {here}/ds.json", "under an accelerate config witho"),
     "4-bit weights without QLoRA": ("--model_name_or_path {here}/four", "Give --q_lora True"),
     "a single step of warm-up": ("--max_steps 1", "found one step, which is warm-up"),
-    "best of no evaluation": ("--load_best_at_end", "--load_best_at_end: found no evaluation"),
+    "best of no evaluation": (
+        "--load_best_model_at_end",
+        "--load_best_model_at_end: found no evaluation",
+    ),
     "prompts that are not there": ("--sample_prompts {here}/no.txt", "no.txt: no such file; expe"),
     "prompts that nothing answers": ("--sample_prompts Hi --eval_strategy no", "found --eval_str"),
     "two trackers, one of them none": ("--report_to none wandb", "found none beside a tracker"),
@@ -174,7 +177,7 @@ ALL = """
     --global_batch_size 8 --gradient_accumulation_steps 2 --bf16 --mixed_precision fp16
     --flash_attn --torch_compile --auto_micro_batch --tokens_per_micro_batch 64
     --report_to none wandb --data_path {here}/nowhere.json {here}/bad.json
-    --eval_data_path {here}/no.json --eval_fraction 0.1 --eval_strategy no --load_best_at_end
+    --eval_data_path {here}/no.json --eval_fraction 0.1 --eval_strategy no --load_best_model_at_end
     --lora_target_modules query --template t5 --lora_weight_path {here}/no
     --output_dir {here}/bad.json {zero3}
 """
@@ -197,7 +200,7 @@ TOLD = (
     'bad.json: record 1 (id "b")',
     "no.json: no such file",
     "found --eval_data_path and --eval_fraction 0.1",
-    "--load_best_at_end: found no evaluation",
+    "--load_best_model_at_end: found no evaluation",
     "nothing in the model is named query",
     "--template: found t5 with",
     "adapter_config.json: cannot be read",

@@ -118,7 +118,7 @@ def test_a_trial_runs_the_launch_and_leaves_nothing(
     temporary.mkdir()
     done = command(
         *(sys.executable, "-m", "loop", "doctor", *right, "--trial"),
-        *("--report_to", "tensorboard", "--load_best_at_end", "--eval_fraction", "0.3"),
+        *("--report_to", "tensorboard", "--load_best_model_at_end", "--eval_fraction", "0.3"),
         TMPDIR=str(temporary),
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -188,9 +188,9 @@ def output(doctor: Doctor, *flags: str) -> str:
     original = forecast.disk_rows
 
     def keep(*values: Any) -> Any:
-        rows, mistakes = original(*values)
+        rows, errors = original(*values)
         found.extend(text for _, text in rows)
-        return rows, mistakes
+        return rows, errors
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forecast, "disk_rows", keep)

@@ -43,7 +43,7 @@ class Read(HTMLParser):
         self.inside = False
 
 
-def shown(page: Path) -> Read:
+def display_path(page: Path) -> Read:
     return Read(page.read_text(encoding="utf-8"))
 
 
@@ -67,7 +67,7 @@ def test_the_page_shows_every_token_and_marks_what_is_learnt(
     done = command(*show, "--html", page)
     assert done.returncode == 0, done.stderr
     row = json.loads(command(*show, "--jsonl").stdout)
-    read = shown(page)
+    read = display_path(page)
     check(read, row, chat_tokenizer)
     account = done.stderr.strip().splitlines()[-1]
     assert account in read.text
@@ -90,7 +90,7 @@ def test_of_a_pair_the_source_is_plain_and_the_target_marked(tiny_t5: Path, tmp_
     page = tmp_path / "page.html"
     assert command(*show, "--html", page).returncode == 0
     (pair,) = json.loads(command(*show, "--jsonl").stdout)["pairs"]
-    source, target = shown(page).blocks
+    source, target = display_path(page).blocks
     assert [n for ids, learnt, _ in source for n in ids if not learnt] == pair["input_ids"]
     assert [n for ids, learnt, _ in target for n in ids if learnt] == pair["labels"]
 

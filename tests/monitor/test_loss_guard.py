@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from data.errors import Fault
+from data.errors import RunError
 from loop import train as training
 from loop.checkpoint.storage import list_folders
 from tests.checkpoint.test_storage import cut_off, same
@@ -59,13 +59,13 @@ def test_a_bad_step_makes_no_update_and_is_named_with_its_samples(
 def test_after_too_many_bad_steps_in_a_row_the_run_ends(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    flags = (*FLAGS, "--max_bad_steps", "2", "--save_steps", "1")
+    flags = (*FLAGS, "--max_nonfinite_steps", "2", "--save_steps", "1")
     with monkeypatch.context() as patch:
         broken_at(2, 4, monkeypatch=patch)
         train("apart", *flags)
         assert len(log_of(tmp_path / "apart")) == 2
     broken_at(4, 5, monkeypatch=monkeypatch)
-    with pytest.raises(Fault, match="step 5: 2 steps in a row"):
+    with pytest.raises(RunError, match="step 5: 2 steps in a row"):
         train("run", *flags)
     assert list_folders(tmp_path / "run")[0].name == "checkpoint-4"
 
@@ -81,8 +81,8 @@ def test_bad_steps_are_counted_on_over_a_kill(
     progress = json.loads((tmp_path / "run/checkpoint-2/progress.json").read_text())
     assert (progress["bad_in_a_row"], progress["interval"]["counts"]["bad_steps"]) == (1, 1)
     broken_at(1, monkeypatch=monkeypatch)  # of this run: the third step
-    with pytest.raises(Fault, match="step 3: 2 steps in a row"):
-        train("run", *flags, "--max_bad_steps", "2")
+    with pytest.raises(RunError, match="step 3: 2 steps in a row"):
+        train("run", *flags, "--max_nonfinite_steps", "2")
 
 
 BROKEN = """

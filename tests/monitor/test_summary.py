@@ -54,7 +54,7 @@ def test_a_finished_run_trains_on_with_the_flags_that_it_names(
 ) -> None:
     train("run")
     line = lines_of(capsys.readouterr().out)["resume"]
-    assert "from checkpoint-4, with --resume_anyway --max_steps 8" in line
+    assert "from checkpoint-4, with --allow_resume_mismatch --max_steps 8" in line
     train("run", *line.partition(" with ")[2].split())
     text = capsys.readouterr().out
     assert "checkpoint-4, after step 4 of 8" in text
@@ -96,7 +96,7 @@ def test_evaluations_are_told_and_which_of_them_is_saved(tmp_path: Path) -> None
     result = told(tmp_path, history=history, step=40)["result"]
     losses = "40 of 40 steps; loss 3.0000 (step 1) -> 1.2500 (steps 21 to 40)"
     assert result == f"{losses}; eval loss 1.6250, least 1.5000 (step 20)"
-    flags = ("--load_best_at_end", "--eval_fraction", "0.1")
+    flags = ("--load_best_model_at_end", "--eval_fraction", "0.1")
     result = told(tmp_path, *flags, history=history, step=40)["result"]
     assert result.endswith("least 1.5000 (step 20), which is saved")
     result = told(tmp_path, history=history[:2], step=20)["result"]
@@ -117,9 +117,9 @@ def test_what_ends_early_or_was_named_is_gone_on_with_other_flags(tmp_path: Path
     history = [{"step": 1, "loss": 3.0}]
     flags = ("--early_stopping_patience", "2", "--eval_fraction", "0.1")
     line = told(tmp_path, *flags, history=history, step=20)["resume"]
-    assert line.endswith("with --resume_anyway --early_stopping_patience 4")
+    assert line.endswith("with --allow_resume_mismatch --early_stopping_patience 4")
     line = told(tmp_path, history=history, step=40)["resume"]
-    assert line.endswith("from checkpoint-20, with --resume_anyway --num_train_epochs 6")
+    assert line.endswith("from checkpoint-20, with --allow_resume_mismatch --num_train_epochs 6")
     flags = ("--resume_from_checkpoint", "False")
     line = told(tmp_path, *flags, history=history, step=20, stopped=True)["resume"]
     assert line == "the same command, without --resume_from_checkpoint, goes on from there"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import Fault, UserError
-from loop.distributed.accelerator import told_to_all
+from data.errors import RunError, UserError
+from loop.distributed.accelerator import raise_on_all_ranks
 from tests.support.helpers import ROOT, command, write_dialogues
 
 MODEL = "--model_name_or_path"
@@ -238,9 +238,9 @@ def test_an_unknown_command_names_the_nearest() -> None:
     assert "no adapter_config.json there" in one_message(done.stderr)
 
 
-@pytest.mark.parametrize("kind", [UserError, Fault])
+@pytest.mark.parametrize("kind", [UserError, RunError])
 def test_what_is_told_to_all_ranks_keeps_its_exit_code(kind: type[UserError]) -> None:
-    with pytest.raises(UserError, match="the disk is full") as raised, told_to_all():
+    with pytest.raises(UserError, match="the disk is full") as raised, raise_on_all_ranks():
         raise kind("the disk is full")
     assert raised.value.exit_code == kind.exit_code
     assert raised.value.known_to_all

@@ -20,7 +20,7 @@ from loop.distributed.signals import run_and_exit
 from loop.training import auto_micro_batch
 
 PER_TOKEN = 1000  # bytes
-real_pass, fitted = auto_micro_batch._pass, train.fitted
+real_pass, fit_once = auto_micro_batch._pass, train.fit_micro_batch
 tried: list[int] = []
 
 
@@ -48,7 +48,7 @@ def measured(model: Any, batch: Any, *rest: Any) -> None:
 
 def checked(layout: Any, config: Any, prepared: Any, model: Any, *rest: Any) -> Any:
     """Fit as ever; then nothing of it may be left in DeepSpeed's engine."""
-    found = fitted(layout, config, prepared, model, *rest)
+    found = fit_once(layout, config, prepared, model, *rest)
     print(f"tried on rank {os.environ['RANK']}: {tried}", flush=True)
     zero = model.optimizer
     assert not zero.grad_partitions_flat_buffer.any()
@@ -68,5 +68,9 @@ if __name__ == "__main__":
         peak_of(*arguments)
         return PER_TOKEN * tried[-1]
 
-    auto_micro_batch._pass, auto_micro_batch._peak_of, train.fitted = measured, peak, checked
+    auto_micro_batch._pass, auto_micro_batch._peak_of, train.fit_micro_batch = (
+        measured,
+        peak,
+        checked,
+    )
     run_and_exit(train.main)

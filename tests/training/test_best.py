@@ -28,7 +28,7 @@ def test_the_best_checkpoint_outlives_the_limit_and_its_adapter_is_saved(
     data = write_dialogues(tmp_path / "trained.json", *TRAINED)
     flags = (*LOG, "--eval_data_path", held_out, "--eval_steps", "1", "--data_path", data)
     flags += ("--warmup_ratio", "0.4", "--save_steps", "1", "--save_total_limit", "1")
-    flags += ("--load_best_at_end", "True")
+    flags += ("--load_best_model_at_end", "True")
     # Rates at which what is held out is soon worse; at which one it is depends on the CPU.
     for rate in ("1", "30", "3", "5", "2", "8"):
         output = trainer(model, tmp_path)(f"run-{rate}", *flags, "--learning_rate", rate)
@@ -62,7 +62,7 @@ def test_under_zero3_the_best_checkpoints_adapter_is_saved(
     data = write_dialogues(tmp_path / "data.json", ["Hi", "Yo"], ["And?", "So."])
     flags: list[str | Path] = ["--model_name_or_path", tiny_model, "--data_path", data]
     flags += ["--max_steps", "5", "--learning_rate", "3", "--warmup_ratio", "0.4"]
-    flags += ["--eval_data_path", held_out, "--eval_steps", "1", "--load_best_at_end", "True"]
+    flags += ["--eval_data_path", held_out, "--eval_steps", "1", "--load_best_model_at_end", "True"]
     flags += ["--deepspeed", share_all_file(tmp_path)]
     launch("zero3", tmp_path / "run", *flags, processes=2)
     losses = [entry["eval_loss"] for entry in evaluations(tmp_path / "run")]
@@ -99,5 +99,5 @@ def test_a_damaged_best_checkpoint_is_named(
 
     monkeypatch.setattr(evaluation.Evaluator, "finish", damaged)
     flags = ("--learning_rate", "15", "--eval_steps", "1", "--warmup_ratio", "0.4")
-    with pytest.raises(UserError, match=r"--load_best_at_end: .*checkpoint-\d: damaged"):
-        train("run", *flags, "--load_best_at_end", "True")
+    with pytest.raises(UserError, match=r"--load_best_model_at_end: .*checkpoint-\d: damaged"):
+        train("run", *flags, "--load_best_model_at_end", "True")

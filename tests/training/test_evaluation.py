@@ -224,7 +224,7 @@ def test_a_stop_during_an_evaluation_is_met_at_once_and_made_up_for(
 def test_a_killed_run_evaluates_at_the_same_steps_and_knows_the_best(
     train: Train, tmp_path: Path
 ) -> None:
-    flags = ("--eval_steps", "2", "--save_steps", "2", "--load_best_at_end", "True")
+    flags = ("--eval_steps", "2", "--save_steps", "2", "--load_best_model_at_end", "True")
     flags += ("--sample_prompts", "Hi", "--sample_tokens", "3")
     reference = train("reference", *flags)
     run = shutil.copytree(reference, tmp_path / "run")

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from data.batching.balance import Limits, deal
+from data.batching.balance import Limits, assign_micro_batches
 from data.batching.collate import Collator, MicroBatch
 from data.encoding.encode import Example, encode_dialogues
 from loop.config.flags import DUMMY_DATA
@@ -59,7 +59,9 @@ def split(window: list[Example], order: str, count: int, ranks: int, form: str) 
     """Return the micro-batches of all ranks."""
     if order == "dealt":
         limits = Limits(-(-8 // (count * ranks)), packed=form == "packed")
-        parts = [part for rank in deal(window, ranks, limits).ranks for part in rank]
+        parts = [
+            part for rank in assign_micro_batches(window, ranks, limits).ranks for part in rank
+        ]
     else:
         size = 8 // (count * ranks)
         parts = [window[i : i + size] for i in range(0, 8, size)]

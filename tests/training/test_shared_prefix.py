@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data.batching.balance import Limits, deal, packed_tokens
+from data.batching.balance import Limits, assign_micro_batches, packed_tokens
 from data.batching.collate import Collator, MicroBatch
-from data.batching.shared_prefix import LEAST, begun_alike, side_by_side, spared
+from data.batching.shared_prefix import LEAST, prefix_groups, sort_by_prefix, tokens_saved
 from data.encoding.encode import Example
 from data.errors import UserError
 from loop.config.flags import Config
@@ -66,7 +66,7 @@ def unfolded(batch: MicroBatch) -> list[tuple[list[int], list[int], dict[int, in
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_row_holds_each_dialogue_whole_and_nothing_twice(seed: int) -> None:
-    (part,) = deal(drawn(seed), 1, Limits(64, packed=True, sharing=True)).ranks[0]
+    (part,) = assign_micro_batches(drawn(seed), 1, Limits(64, packed=True, sharing=True)).ranks[0]
     batch = SHARING(part, 0)
     for example, (ids, places, learnt) in zip(part, unfolded(batch), strict=True):
         length = example.run_tokens
@@ -74,7 +74,7 @@ def test_a_row_holds_each_dialogue_whole_and_nothing_twice(seed: int) -> None:
         assert places == [*range(length)]
         following = enumerate(example.labels[1 : length + 1])
         assert learnt == {n: label for n, label in following if label != -100}
-    more, _ = spared(part)
+    more, _ = tokens_saved(part)
     assert batch.tokens == packed_tokens(part) - more
     alike = sum(example.input_ids[0] == 1 for example in part)
     assert more >= 30 * (alike - 1)
@@ -84,9 +84,9 @@ def test_a_row_holds_each_dialogue_whole_and_nothing_twice(seed: int) -> None:
 def test_a_token_that_predicts_a_supervised_one_is_each_dialogues_own() -> None:
     beginning = [*range(10, 40)]
     late, early = (dialogue(name, beginning, [5, 6, 7], n) for name, n in (("a", 2), ("b", 13)))
-    assert begun_alike([late, late]) == [(30, [late, late])]  # 5 predicts 6
-    assert begun_alike([late, early]) == [(19, [late, early])]
-    assert begun_alike([early, late]) == [(19, [early, late])]
+    assert prefix_groups([late, late]) == [(30, [late, late])]  # 5 predicts 6
+    assert prefix_groups([late, early]) == [(19, [late, early])]
+    assert prefix_groups([early, late]) == [(19, [early, late])]
 
 
 def test_who_would_take_more_than_they_bring_begin_a_group_of_their_own() -> None:
@@ -94,16 +94,16 @@ def test_who_would_take_more_than_they_bring_begin_a_group_of_their_own() -> Non
     first = [dialogue(f"a{n}", [*range(100)], [n] * 5) for n in range(200, 208)]
     second = [dialogue(f"b{n}", [*range(20), *range(300, 380)], [n] * 5) for n in range(200, 208)]
     short = dialogue("c", [*range(25)], [900] * 5)
-    part = side_by_side([*first, *second, short])
-    groups = begun_alike(part)
+    part = sort_by_prefix([*first, *second, short])
+    groups = prefix_groups(part)
     assert [(shared, len(group)) for shared, group in groups] == [(100, 8), (0, 1), (100, 8)]
-    assert spared(part) == (14 * 100, 14 * 100**2)
-    assert begun_alike(side_by_side([first[0], short])) == [(25, [first[0], short])]
+    assert tokens_saved(part) == (14 * 100, 14 * 100**2)
+    assert prefix_groups(sort_by_prefix([first[0], short])) == [(25, [first[0], short])]
 
 
 def test_one_dialogue_alone_and_none_at_all_share_nothing() -> None:
     one = dialogue("a", [*range(10, 30)], [5, 6, 7])
-    assert spared([one]) == spared([]) == (0, 0)
+    assert tokens_saved([one]) == tokens_saved([]) == (0, 0)
     assert SHARING([one], 0).model_inputs["row"].groups == [[0, 22]]
     assert SHARING([], 0).tokens == 1
     assert len(SHARING([], 0).targets) == 0
@@ -116,7 +116,7 @@ def test_loss_and_gradient_are_those_of_dialogues_by_themselves(
 ) -> None:
     for name in ("MASK_PAYS", "MASK_MOST"):
         monkeypatch.setattr(packed_attention, name, longest_mask)
-    (part,) = deal(drawn(0), 1, Limits(64, packed=True, sharing=True)).ranks[0]
+    (part,) = assign_micro_batches(drawn(0), 1, Limits(64, packed=True, sharing=True)).ranks[0]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(kind, **SMALL | KINDS[kind]),
@@ -135,7 +135,7 @@ def test_loss_and_gradient_are_those_of_dialogues_by_themselves(
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers_and_an_evaluation_before_change_nothing(reentrant: bool) -> None:
-    (part,) = deal(drawn(1), 1, Limits(64, packed=True, sharing=True)).ranks[0]
+    (part,) = assign_micro_batches(drawn(1), 1, Limits(64, packed=True, sharing=True)).ranks[0]
     packed_attention._causal.cache_clear()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
@@ -205,7 +205,7 @@ def test_two_ranks_have_even_work_by_what_they_run() -> None:
     alike = [dialogue(f"a{n}", [1] * 200, [n] * 20) for n in range(10, 18)]
     other = [dialogue(f"b{n}", [n] * 110, [n] * 110) for n in range(30, 38)]
     limits = Limits(4, packed=True, sharing=True)
-    dealt = deal(alike + other, 2, limits)
+    dealt = assign_micro_batches(alike + other, 2, limits)
     assert dealt.tokens == [sum(map(limits.cost, rank)) for rank in dealt.ranks]
     assert sum(dealt.tokens) < sum(packed_tokens(part) for rank in dealt.ranks for part in rank)
 

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from data.errors import UserError
-from loop.config.flags import shown
+from loop.config.flags import display_path
 from loop.doctor.flags import DoctorConfig
 from loop.doctor.memory.estimate import host_memory, memory, sent
 from loop.doctor.memory.run import Run
@@ -31,7 +31,7 @@ def print_estimate(config: DoctorConfig) -> None:
     backend = read_backend(Path(named)) if named else None
     base = find_base_model(config)
     shape = read_shape(base, config)
-    print(f"{shown(base)}: {counts(shape)}\n{setting(shape, config)}\n")
+    print(f"{display_path(base)}: {counts(shape)}\n{setting(shape, config)}\n")
     if backend:
         print(parts(launch(shape, config, backend)))
     else:
