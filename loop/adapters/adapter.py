@@ -26,7 +26,7 @@ class Adapter:
     """What lies in a folder; `base` is the folder or hub name of what it was trained on.
 
     trained: the run's training_config.yaml; empty for an adapter that was made elsewhere.
-    hub: where the hub's files are kept, and whether code that comes with them is run.
+    hub: cache_dir, where the hub's files are kept, and trust_remote_code.
     """
 
     folder: Path
@@ -58,10 +58,12 @@ class Adapter:
         return DTYPES[self.trained["mixed_precision"]] if self.trained else "auto"
 
 
-def read_adapter(folder: Path, base: str | None = None) -> Adapter:
+def read_adapter(folder: Path, base: str | None = None, trust_remote_code: bool = False) -> Adapter:
     """Return what lies in an adapter's folder, on another base where one is given.
 
-    Raises UserError where the folder holds no adapter.
+    trust_remote_code: of the command line. The folder's own training_config.yaml is not asked: it
+    comes from whoever made the adapter.
+    Raises UserError where the folder holds no adapter, or code that is not trusted.
     """
     if not (folder / "adapter_config.json").is_file():
         whole = [path for path in list_folders(folder) if (path / MANIFEST).is_file()]
@@ -69,7 +71,8 @@ def read_adapter(folder: Path, base: str | None = None) -> Adapter:
         raise UserError(f"--adapter {folder}: no adapter_config.json there. {what}")
     file = folder / SETTINGS  # An adapter made elsewhere has none.
     trained = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    hub = {key: trained[key] for key in ("cache_dir", "trust_remote_code") if key in trained}
+    # Never None: transformers would ask on the terminal (5.23, dynamic_module_utils.py).
+    hub = {"cache_dir": trained.get("cache_dir"), "trust_remote_code": trust_remote_code}
     with as_user_error(f"--adapter {folder}"):
         name = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
         base_config = AutoConfig.from_pretrained(name, **hub)

@@ -37,7 +37,7 @@ class Source:
 def skeleton_of(adapter: Adapter) -> nn.Module:
     """Return the base model without weights."""
     loader = AutoModelForSeq2SeqLM if adapter.pairs else AutoModelForCausalLM
-    code = adapter.hub.get("trust_remote_code", False)
+    code = adapter.hub["trust_remote_code"]
     with as_user_error(adapter.base), torch.device("meta"):
         model: nn.Module = loader.from_config(adapter.base_config, trust_remote_code=code)
     return model
@@ -49,7 +49,7 @@ def folder_of(adapter: Adapter) -> Path:
     if not folder.is_dir():
         with as_user_error(adapter.base):
             wanted = ["*.safetensors", "*.json", "*.py"]
-            cache = adapter.hub.get("cache_dir")
+            cache = adapter.hub["cache_dir"]
             folder = Path(snapshot_download(adapter.base, allow_patterns=wanted, cache_dir=cache))
     return folder
 

@@ -78,6 +78,9 @@ class ChatConfig:
         ("runs/main_job",), "output folders of runs on one base; the first answers", "chat"
     )
     base: Model | None = flag(None, "base model; none: the one in adapter_config.json", "chat")
+    trust_remote_code: bool = flag(
+        False, "run Python code that comes with base or adapter", "chat", flag_only=True
+    )
     prompt: tuple[str, ...] = flag((), "questions to answer and leave; none: a dialogue", "chat")
     prompts: File | None = flag(
         None,
@@ -195,7 +198,7 @@ def load_speaker(config: ChatConfig) -> Speaker:
     """
     adapters: dict[str, Adapter] = {}
     for word in config.adapter:
-        adapter = read_adapter(Path(word), config.base)
+        adapter = read_adapter(Path(word), config.base, config.trust_remote_code)
         name = adapter.folder.resolve().name
         adapters[word if name in adapters or name == BASE else name] = adapter
     first = adapters[next(iter(adapters))]

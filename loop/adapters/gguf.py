@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoTokenizer
 from data.errors import UserError
 from data.files.atomic_write import written_whole
 from loop.adapters.base_tensors import Source, tensors_in
+from loop.model.base import as_user_error
 
 STORED = {
     torch.float32: (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -76,9 +77,13 @@ def _splitting(found: dict[str, Any]) -> str | None:
     return "llama-bpe" if pattern == LLAMA_3 and not last.get("use_regex") else None
 
 
-def write_gguf(folder: Path, file: Path) -> None:
+def write_gguf(folder: Path, file: Path, trust_remote_code: bool = False) -> None:
     """Write the folder's model, in the precision it has, one tensor at a time; raises UserError."""
-    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with as_user_error(str(folder)):
+        config, tokenizer = (
+            kind.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            for kind in (AutoConfig, AutoTokenizer)
+        )
     how = check(config, tokenizer)
     source = tensors_in(folder)
     with written_whole(file, "--gguf") as unfinished:

@@ -55,6 +55,9 @@ class MergeConfig:
 
     adapter: Folder = flag("runs/main_job", "the output folder of a run, or a checkpoint", "merge")
     base: Model | None = flag(None, "base model; none: the one in adapter_config.json", "merge")
+    trust_remote_code: bool = flag(
+        False, "run Python code that comes with base or adapter", "merge", flag_only=True
+    )
     output_dir: Folder | None = flag(None, "a new one; none: the adapter's, with -merged", "merge")
     base_weights: Literal["auto", "original", "dequantised"] = flag(
         "auto",
@@ -91,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
     values = parse(MergeConfig, argv, __doc__ or "")
     values.pop("config", None)
     config = MergeConfig(**values)
-    adapter = read_adapter(Path(config.adapter), config.base)
+    adapter = read_adapter(Path(config.adapter), config.base, config.trust_remote_code)
     target = Path(config.output_dir or f"{adapter.folder}-merged")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--output_dir {target}: it is there already. Give a new folder.")
@@ -114,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
     print(f"Merged: {target}. It loads as any model does, without peft.")
     if config.gguf:
-        write_gguf(target, Path(config.gguf))
+        write_gguf(target, Path(config.gguf), config.trust_remote_code)
 
 
 class Merge:
@@ -289,8 +292,9 @@ class Merge:
         config.save_pretrained(folder)
         adapter.tokenizer.save_pretrained(folder)
         with suppress(OSError):  # not every model has one
-            generation = GenerationConfig.from_pretrained(adapter.base, **adapter.hub)
+            cache = adapter.hub["cache_dir"]
+            generation = GenerationConfig.from_pretrained(adapter.base, cache_dir=cache)
             generation.save_pretrained(folder)
-        if adapter.hub.get("trust_remote_code"):
+        if adapter.hub["trust_remote_code"]:
             for file in folder_of(adapter).glob("*.py"):
                 shutil.copy(file, folder)

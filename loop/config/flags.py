@@ -38,7 +38,9 @@ class Config:
     cache_dir: Folder | None = flag(
         None, "where the hub's files are kept; none: its own place", "model"
     )
-    trust_remote_code: bool = flag(False, "run code that comes with the model", "model")
+    trust_remote_code: bool = flag(
+        False, "run Python code that comes with the model", "model", flag_only=True
+    )
     flash_attn: bool = flag(False, "FlashAttention-2 in place of PyTorch's SDPA", "model")
     packing: bool = flag(
         True,

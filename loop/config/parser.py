@@ -35,13 +35,16 @@ def flag(
     above: float | None = None,
     below: float | None = None,
     at_most: float | None = None,
+    flag_only: bool = False,
 ) -> Any:
-    """Declare one field of a config dataclass as a flag, with its meaning, unit and range."""
+    """Declare one field of a config dataclass as a flag, with its meaning, unit and range.
+
+    flag_only: a boolean that a `--config` file cannot switch on.
+    """
     bounds = {"at least": at_least, "above": above, "below": below, "at most": at_most}
     bounds = {name: bound for name, bound in bounds.items() if bound is not None}
-    return dataclasses.field(
-        default=default, metadata={"help": help, "group": group, "bounds": bounds}
-    )
+    metadata = {"help": help, "group": group, "bounds": bounds, "flag_only": flag_only}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def parse(
@@ -73,6 +76,14 @@ def parse(
         with collect_errors(errors):
             values |= _read_yaml(config_type, Path(file), ignored, aliases or {}, errors)
     fields = {field.name: field for field in dataclasses.fields(config_type)}
+    for name, field in fields.items():
+        if field.metadata["flag_only"] and values.get(name) and name not in raw:
+            with collect_errors(errors):
+                raise UserError(
+                    f"--config {values['config']}: found {name}: True, which only the command line "
+                    f"may switch on. If you want it, give --{name} True beside --config."
+                )
+            del values[name]
     hints = get_type_hints(config_type)
     for name, words in raw.items():
         with collect_errors(errors):

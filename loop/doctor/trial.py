@@ -69,6 +69,7 @@ def run_trial(config: Config, launch: Launch) -> Trial:
                 *("--config_file", str(launch.file), "--num_processes", str(launch.ranks)),
                 *("--main_process_port", "0", str(ROOT / "loop" / "train.py")),
                 *("--config", str(settings)),
+                *("--trust_remote_code", str(config.trust_remote_code)),
             ],
             env={**outside, STATUS_FILE: str(status)},
             stdout=subprocess.PIPE,

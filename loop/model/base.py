@@ -109,6 +109,14 @@ def as_user_error(what: str) -> Iterator[None]:
     except LIBRARY_ERRORS as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which `check` does not import
             raise
+        # transformers 5.23, dynamic_module_utils.py, resolve_trust_remote_code.
+        code = re.search(r"repository (.+?) (?:contains|references) custom code", str(error))
+        if code and "trust_remote_code=True" in str(error):
+            raise UserError(
+                f"{what}: found Python code that comes with {code[1]} (auto_map in its JSON "
+                "files), and did not run it; expected a class that transformers has. Read the "
+                "code; if you trust it, give --trust_remote_code True on the command line."
+            ) from None
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UserError(
             f"{what} cannot be loaded: {type(error).__name__}: {reason}. Expected a folder or hub "

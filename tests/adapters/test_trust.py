@@ -1,0 +1,136 @@
+"""Only the command line lets Python code that comes with a model or an adapter run."""
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from data.errors import UserError
+from loop.config.flags import Config
+from loop.config.load import read_config
+from loop.config.parser import parse
+from tests.support.helpers import command
+
+CODE = """from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path(MARKER).touch()
+
+
+class MarkedConfig(LlamaConfig):
+    model_type = "marked"
+
+
+class MarkedForCausalLM(LlamaForCausalLM):
+    config_class = MarkedConfig
+"""
+AUTO_MAP = {
+    "AutoConfig": "modeling_marked.MarkedConfig",
+    "AutoModelForCausalLM": "modeling_marked.MarkedForCausalLM",
+}
+
+
+def add_code(folder: Path, marker: Path) -> None:
+    """Turn a model's folder into one of a class of its own, whose code leaves a marker."""
+    file = folder / "config.json"
+    values = json.loads(file.read_text()) | {"model_type": "marked", "auto_map": AUTO_MAP}
+    file.write_text(json.dumps(values))
+    (folder / "modeling_marked.py").write_text(CODE.replace("MARKER", repr(str(marker))))
+
+
+@pytest.fixture
+def adapter(tiny_model: Path, train: Callable[..., Path], tmp_path: Path) -> Path:
+    """An adapter of a base with code, whose training_config.yaml asks for trust."""
+    folder, base = train("run"), tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    add_code(base, tmp_path / "marker")
+    file = folder / "adapter_config.json"
+    values = json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}
+    file.write_text(json.dumps(values))
+    settings = folder / "training_config.yaml"
+    text = settings.read_text()
+    assert "trust_remote_code: false" in text
+    settings.write_text(text.replace("trust_remote_code: false", "trust_remote_code: true"))
+    return folder
+
+
+def asked(adapter: Path, name: str, *flags: str) -> CompletedProcess[str]:
+    """Run chat or merge on an adapter, answering yes to every question on the terminal."""
+    words = [sys.executable, "-m", "loop", name, "--adapter", str(adapter), *flags]
+    words += ["--prompt", "Hi", "--max_new_tokens", "4"] if name == "chat" else []
+    modules = {"HF_MODULES_CACHE": str(adapter.parent / "modules")}
+    return command("bash", "-c", f"yes | {shlex.join(words)}", **modules)
+
+
+def assert_refused(done: CompletedProcess[str], marker: Path) -> None:
+    said = done.stdout + done.stderr
+    assert done.returncode == 2, said
+    assert "found Python code that comes with" in said
+    assert "--trust_remote_code True" in said
+    assert "Traceback" not in said
+    assert "[y/N]" not in said
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["chat", "merge"])
+def test_a_folders_settings_do_not_let_code_run_and_the_flag_does(
+    name: str, adapter: Path, tmp_path: Path
+) -> None:
+    marker = tmp_path / "marker"
+    assert_refused(asked(adapter, name), marker)
+    assert not (tmp_path / "run-merged").exists()
+    done = asked(adapter, name, "--trust_remote_code", "True")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert marker.exists()
+    # The merged model needs the code, and has it.
+    assert (tmp_path / "run-merged" / "modeling_marked.py").exists() == (name == "merge")
+
+
+@pytest.mark.parametrize("name", ["chat", "merge"])
+def test_an_adapter_that_is_its_own_base_runs_no_code(
+    name: str, adapter: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_model / file, adapter)
+    add_code(adapter, tmp_path / "marker")
+    file = adapter / "adapter_config.json"
+    values = json.loads(file.read_text()) | {"base_model_name_or_path": str(adapter)}
+    file.write_text(json.dumps(values))
+    assert_refused(asked(adapter, name), tmp_path / "marker")
+
+
+@pytest.mark.parametrize("name", ["chat", "merge"])
+def test_an_adapters_tokenizer_runs_no_code(name: str, adapter: Path, tmp_path: Path) -> None:
+    shutil.copy(tmp_path / "base" / "modeling_marked.py", adapter)
+    file = adapter / "tokenizer_config.json"
+    own = {"tokenizer_class": "Marked", "auto_map": {"AutoTokenizer": ["modeling_marked.M", None]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    values = json.loads((tmp_path / "base" / "config.json").read_text())
+    del values["auto_map"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(values | {"model_type": "llama"}))
+    assert_refused(asked(adapter, name), tmp_path / "marker")
+
+
+def test_training_runs_no_code_of_its_base(
+    adapter: Path, train: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"Python code that comes with .*--trust_remote_code True"):
+        train("other", "--model_name_or_path", tmp_path / "base")
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_file_of_settings_cannot_switch_trust_on(adapter: Path) -> None:
+    file = str(adapter / "training_config.yaml")
+    with pytest.raises(UserError, match=r"found trust_remote_code: True, which only .* --trust"):
+        read_config(["--config", file], Config)
+    assert read_config(["--config", file, "--trust_remote_code", "True"], Config).trust_remote_code
+    assert not read_config(["--config", file, "--no_trust_remote_code"], Config).trust_remote_code
+    errors: list[str] = []
+    values = parse(Config, ["--config", file], "", errors=errors)
+    assert "trust_remote_code" not in values
+    assert len(errors) == 1
