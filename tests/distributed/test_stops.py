@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,15 @@ from loop.checkpoint import storage
 from loop.checkpoint.saver import ASKED, GO_ON, SIGNAL, Request, agreed_reason
 from loop.checkpoint.storage import list_folders, verify
 from tests.checkpoint.test_storage import same
-from tests.support.helpers import ROOT, adapter_of, command, log_of, start, write_dialogues
+from tests.support.helpers import (
+    ROOT,
+    adapter_of,
+    command,
+    log_of,
+    start,
+    wait_until,
+    write_dialogues,
+)
 
 Train = Callable[..., Path]
 SIX = ("--max_steps", "6", "--lora_dropout", "0.3", "--logging_steps", "1")
@@ -125,9 +132,7 @@ def launched(flags: list[str | Path], tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def wait_for(text: str, log: Path, launched: Any) -> None:
-    while text not in (log.read_text() if log.exists() else ""):
-        assert launched.poll() is None, log.read_text()
-        time.sleep(0.05)
+    wait_until(lambda: log.exists() and text in log.read_text(), lambda: launched.poll() is None)
 
 
 def test_launch_sh_passes_a_request_on_and_goes_on_when_run_again(
@@ -168,9 +173,9 @@ def test_a_request_while_data_is_prepared_ends_it_at_once(launched: Any, tmp_pat
 @pytest.mark.slow
 def test_until_done_goes_on_after_crashes_and_stops(launched: Any, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    steps = ("--max_steps", "300", "--save_steps", "20")
+    steps = ("--max_steps", "100000", "--save_steps", "20")
     run = launched(*steps, "--until-done")
-    wait_for("step  30/", log, run)
+    wait_for("step     30/", log, run)
     for process in psutil.process_iter(["cmdline"]):
         # A rank, by the file it is run from and the folder it writes to.
         words = process.info["cmdline"] or []
@@ -179,7 +184,7 @@ def test_until_done_goes_on_after_crashes_and_stops(launched: Any, tmp_path: Pat
             break
     wait_for("going on", log, run)
     wait_for("resume: ", log, run)
-    wait_for("step  60/", log, run)  # Farther than the launch that was killed.
+    wait_for("step     60/", log, run)  # Farther than the launch that was killed.
     (tmp_path / "run/STOP").touch()
     assert run.wait() == 75, log.read_text()
     assert len(entries(tmp_path / "run")) > 30
