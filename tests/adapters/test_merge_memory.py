@@ -43,7 +43,7 @@ def peak(adapter: Path, *flags: str, shard: float = SHARD) -> int:
     target = adapter.parent / "-".join(["merged", *flags])
     words = ["--adapter", str(adapter), "--base", str(adapter.parent / "base")]
     words += ["--output_dir", str(target), "--shard_gb", str(shard / 1e9), *flags]
-    with allocated() as held:
+    with allocated(mapped=adapter.parent) as held:
         merge.main(words)
     return held.most
 
@@ -59,9 +59,9 @@ def test_a_merge_takes_the_memory_of_a_file_and_its_proof_that_of_the_base(
     written = peak(large, "--prompts", "0")
     proven = peak(large)
     print(f"base {base / 1e6:.0f} MB: written {written / 1e6:.0f}, proven {proven / 1e6:.0f} MB")
-    # A file's tensors as they are written, and of what they are made of as much as is mapped.
-    assert written < 3 * SHARD
-    assert SHARD < proven < base + SHARD
+    # Less than the tensors of one file: the base is mapped, also while logits are compared.
+    assert 0 < written < SHARD
+    assert 0 < proven < SHARD
 
 
 @pytest.mark.slow
@@ -74,4 +74,4 @@ def test_a_merge_that_rounds_for_inputs_takes_the_memory_of_base_and_a_file(
     shard = 3 * SHARD  # of which a layer in fp32 takes 42 MB, and layers' inputs a quarter
     found = peak(large, shard=shard)
     print(f"base {base / 1e6:.0f} MB in 16 bits: rounded and proven {found / 1e6:.0f} MB")
-    assert SHARD < found < base + shard
+    assert 0 < found < base + shard

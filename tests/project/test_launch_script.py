@@ -45,17 +45,21 @@ def one_message(text: str) -> str:
         (["loop/config/main_job.yaml"], "A run's own settings go after --config"),
     ],
 )
-def test_a_wrong_flag_or_path_is_named_and_the_hub_asked_once_at_most(
+def test_a_wrong_flag_or_path_is_named_without_retries_of_the_hub(
     words: list[str], found: str
 ) -> None:
+    asks = "someone/missing" in words
     # A hub that takes calls and answers none.
     with socket.create_server(("127.0.0.1", 0), backlog=64) as hub:
         address = f"http://127.0.0.1:{hub.getsockname()[1]}"
-        done = command("./launch.sh", *words, HF_HUB_OFFLINE="0", HF_ENDPOINT=address)
+        # Cold where the hub is asked: the warm process has read its address and mode already.
+        cold = {"LORA_LOOP_WARM": ""} if asks else {}
+        done = command("./launch.sh", *words, HF_HUB_OFFLINE="0", HF_ENDPOINT=address, **cold)
         calls = calls_of(hub)
     assert done.returncode == 2
     assert found in one_message(done.stderr)
-    assert calls == ("someone/missing" in words)
+    # transformers alone would ask five times and wait in between.
+    assert calls in ((1, 2) if asks else (0,))
 
 
 def calls_of(server: socket.socket) -> int:
