@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from data.batching.collate import Collator
 from data.encoding.encode import Example
 from data.errors import UserError
-from loop import fit
 from loop.config.flags import Config
 from loop.model.packed_attention import implementation, row_inputs
 from loop.monitor.logger import Tracker
@@ -96,13 +95,13 @@ def test_what_is_found_keeps_a_real_pass_within_the_room(
 
     def peak_of(*arguments: Any) -> int:
         with allocated() as held:
-            fit._pass(*arguments)
+            auto_micro_batch._pass(*arguments)
         return held.most
 
-    monkeypatch.setattr(fit, "memory_room", lambda _: room)
-    monkeypatch.setattr(fit, "memory_used", lambda _: 0)
-    monkeypatch.setattr(fit, "_peak_of", peak_of)
-    tokens = fit.most_tokens(model, prepared, Config(), accelerator, len(examples))
+    monkeypatch.setattr(auto_micro_batch, "memory_room", lambda _: room)
+    monkeypatch.setattr(auto_micro_batch, "memory_used", lambda _: 0)
+    monkeypatch.setattr(auto_micro_batch, "_peak_of", peak_of)
+    tokens = auto_micro_batch.most_tokens(model, prepared, Config(), accelerator, len(examples))
     assert 200 <= tokens < 200 * 512
 
     def peak(tokens: int) -> int:
@@ -123,10 +122,10 @@ def test_the_peak_of_a_pass_counts_memory_that_is_given_back_before_it_ends(
             for place in range(0, size, mmap.PAGESIZE):
                 pages[place] = 1
 
-    monkeypatch.setattr(fit, "_pass", touch)
-    before = fit.memory_used(torch.device("cpu"))
+    monkeypatch.setattr(auto_micro_batch, "_pass", touch)
+    before = auto_micro_batch.memory_used(torch.device("cpu"))
     # Half: a system short of memory may take other pages of this process meanwhile.
-    assert (fit._peak_of(None, None, Config(), alone()) or 0) > before + size // 2
+    assert (auto_micro_batch._peak_of(None, None, Config(), alone()) or 0) > before + size // 2
 
 
 def test_the_run_is_the_same_with_and_without(train: Train) -> None:
