@@ -15,7 +15,7 @@ import sys
 import time
 
 SOCKET = os.environ.get("LORA_LOOP_WARM", "")
-NAMES = ("asked", "fitted", "probed", "traced")
+NAMES = ("asked", "fitted", "probed", "traced", "unchecked")
 LOOPS = tuple(f"tests/support/{name}_train.py" for name in NAMES)
 SCRIPTS = ("bin/accelerate", "loop/train.py", *LOOPS)
 MODULES = ("accelerate.commands.launch", "loop")
