@@ -33,8 +33,9 @@ def check_loss(
 ) -> None:
     """Compare the losses of a short example; every rank must call this, after `prepare`.
 
-    The run gives the LM head supervised positions alone, and puts examples into rows. A model that
-    changes its logits by a setting unknown to loss.py would be trained on a wrong loss. The model's mode, its weights and the random state stay as they are.
+    The run gives the LM head supervised positions only, and puts examples into rows. A model that
+    changes its logits by a setting unknown to loss.py would be trained on a wrong loss. The
+    model's mode, its weights and the random state do not change.
     Raises UserError on all ranks; the first one's losses decide.
     """
     with raise_on_all_ranks():
