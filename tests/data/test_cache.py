@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from data import cache
 from data.dialogues.sharegpt import Tally
+from data.encoding import cache
 from data.encoding.encode import Example
 from data.errors import RunError, UserError
-from loop import prepare as preparing
 from loop.config.flags import Config
+from loop.inputs import training_data as preparing
 from tests.data.test_seq2seq import LONG
 from tests.support.helpers import HANG, ROOT, adapter_of, write_dialogues
 
