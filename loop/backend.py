@@ -1,5 +1,6 @@
 """Builds the Accelerator: device, precision, accumulation, DeepSpeed; meets the other ranks."""
 
+import dataclasses
 import datetime
 import os
 import platform
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 from accelerate.utils import (
     GradientAccumulationPlugin,
@@ -21,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from data.errors import UserError, noted, tell
 from loop.config import Config, decisive
+from loop.cpu import bf16_speedup
 from loop.preflight import problems, together
 from loop.quiet import quiet_deepspeed
 from loop.windows import Layout
@@ -28,6 +31,8 @@ from loop.zero import against_flags, complete, launch_facts, precision_of, zero_
 
 # Of any collective: longer than a rank may be behind while each reads data and model for itself.
 PATIENCE = datetime.timedelta(minutes=30)
+# Of matrix products: below it, the casts of bf16 cost what its products save.
+MIN_BF16_SPEEDUP = 1.3
 
 
 def join_ranks() -> PartialState:
@@ -235,6 +240,45 @@ def _prepare_cpu() -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+
+
+def resolve_precision(config: Config) -> Config:
+    """Return the settings with `mixed_precision: auto` resolved by rank 0; every rank must call it.
+
+    The value recorded in the output folder wins, so that a resumed run keeps its precision.
+    """
+    if config.mixed_precision != "auto":
+        return config
+    found = ("", "")
+    if PartialState().is_main_process:
+        recorded = _recorded_precision(Path(config.output_dir) / "training_config.yaml")
+        found = (recorded, "as recorded in the output folder") if recorded else _faster_precision()
+        print(f"precision: {found[0].replace('no', 'fp32')}, {found[1]}")
+    precision = broadcast_object_list([found[0]])[0]
+    return dataclasses.replace(config, mixed_precision=precision)
+
+
+def _recorded_precision(file: Path) -> str:
+    """Return the precision of the run in this folder, empty where there is none."""
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return ""
+    found = settings.get("mixed_precision") if isinstance(settings, dict) else None
+    return found if found in ("no", "bf16", "fp16") else ""
+
+
+def _faster_precision() -> tuple[str, str]:
+    """Return bf16 or no, and the reason."""
+    if on_gpu():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "which this GPU supports"
+        return "no", "as this GPU has no bf16 instructions"
+    ratio = bf16_speedup() if _multiplies_bf16() else 0.0
+    if not ratio:
+        return "no", "as this CPU has no bf16 instructions"
+    reason = f"as bf16 matrix products are {ratio:.1f} x as fast here as fp32's"
+    return ("bf16" if ratio >= MIN_BF16_SPEEDUP else "no"), reason
 
 
 def slow_in_bf16(config: Config) -> str:

@@ -1,7 +1,8 @@
-"""What makes a CPU train quicker: dropout from few random bits, and memory that is kept."""
+"""What makes a CPU train quicker: cheap dropout, memory that is kept, bf16 where it is faster."""
 
 import ctypes
 import sys
+import time
 from typing import Any
 
 import torch
@@ -60,3 +61,23 @@ def keep_memory() -> None:
         # glibc 2.33 takes 32 MiB at most, and the line above has ended its own choice.
         if not libc.mallopt(mmap_threshold, 1 << 30):
             libc.mallopt(mmap_threshold, 32 << 20)
+
+
+def bf16_speedup(tokens: int = 256, width: int = 576, inner: int = 1536) -> float:
+    """Return how many times as fast one core's bf16 matrix products are as its fp32 ones.
+
+    The shapes are those of an MLP layer of SmolLM2-135M. One thread's CPU time is compared, which
+    other processes hardly change. It takes about 0.1 s.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    for attempt in range(8):
+        for dtype in seconds:
+            left, right = torch.ones(tokens, width).to(dtype), torch.ones(width, inner).to(dtype)
+            start = time.thread_time()
+            torch.mm(left, right)
+            if attempt:  # The first product builds its kernel.
+                seconds[dtype] = min(seconds[dtype], time.thread_time() - start)
+    torch.set_num_threads(threads)
+    return seconds[torch.float32] / seconds[torch.bfloat16]

@@ -19,6 +19,7 @@ from loop.backend import (
     check_launch,
     first_rank_says,
     join_ranks,
+    resolve_precision,
     told_to_all,
 )
 from loop.clock import Clock
@@ -49,6 +50,8 @@ def main() -> None:
     ranks = join_ranks()
     with told_to_all():
         config = read_config(sys.argv[1:], Config, __doc__ or "")
+    config = resolve_precision(config)
+    with told_to_all():
         check_launch(config)
         # The first rank alone writes, so what the other machines' disks hold does not count.
         finished = ranks.is_main_process and is_finished(config)

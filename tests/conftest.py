@@ -150,7 +150,7 @@ def trainer(tiny_model: Path, folder: Path) -> Callable[..., Path]:
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     from loop import train as training
-    from loop.backend import check_launch, join_ranks
+    from loop.backend import check_launch, join_ranks, resolve_precision
     from loop.config import Config
     from loop.output import claimed
     from loop.quiet import quiet
@@ -166,6 +166,7 @@ def trainer(tiny_model: Path, folder: Path) -> Callable[..., Path]:
         config = read_config([str(word) for word in argv], Config)
         quiet()
         ranks = join_ranks()
+        config = resolve_precision(config)
         check_launch(config)
         with claimed(config):
             training.train(config, ranks)
