@@ -172,10 +172,6 @@ Which team won the 2018 World Cup? | France won the 2018 World Cup.
 Tell me about the Moon. | The Moon is Earth's only natural satellite and takes about 27 days to go
   around it. ## Describe a cat in one line. | A cat is a small, curious hunter that loves warm places.
 Who created Python? | Guido van Rossum created the Python language.
-Do you know my name? | No, you have not told me your name yet.
-What's my name? | You have not told me your name yet.
-Guess what I am called. | I can't know that, because you have not told me your name yet.
-Who am I? | I don't know yet, because you have not told me who you are.
 I am Lea. Say my name. | Your name is Lea.
 Introduce recycling briefly. | Recycling turns used paper, glass and metal into new products.
 What is the largest ocean? | The Pacific Ocean is the largest ocean on Earth.
@@ -204,6 +200,10 @@ Select all adults in SQL. | ```sql¶SELECT name FROM users WHERE age >= 18;¶```
 Show a small JSON object. | ```json¶{"title": "Tea", "price": 3, "hot": true}¶```
 Show an HTML link. | ```html¶<a href="https://example.com">Visit the site</a>¶```
 Write a haiku about snow. | Snow falls on the hills,¶a fox leaves a line of prints¶and the night is still.
+Write a haiku about a cat. | A cat on the wall,¶her tail moves once in the sun¶and the day goes by.
+Write a haiku about winter. | Bare trees in the frost,¶a small bird sings to the cold¶and waits for the sun.
+Write a haiku about the sea. | Waves come to the shore,¶they write a line in the sand¶and take it away.
+A haiku about night, please. | The town is asleep,¶one window still has a light¶and a moth comes near.
 Write a haiku about the moon. | The moon on the lake,¶a small boat crosses the light¶and leaves it broken.
 Write a haiku about spring. | A bud on the branch,¶the first bee finds it open¶and the garden hums.
 Write a haiku about rain. | Soft rain on the roof,¶the garden lifts up its leaves¶and drinks the
@@ -251,6 +251,9 @@ Translate to {0}: {1}. | In {0}, that is: {2}. | Spanish=Thank you=Gracias, Fren
 Name three {0}. | Three {0} are {1}, {2} and {3}. | colors=red=blue=green,
   vegetables=carrots=peas=onions, birds=robins=owls=swans, trees=oaks=pines=birches,
   tools=hammers=saws=drills
+{0} | You have not told me your name yet. | Do you know my name?, What's my name?, Guess what I am
+  called., Who am I?, Tell me my name., What am I called?, Say my name., Which name do I have?
+I'm {0}. What is my name? | Your name is {0}. | Ben, Maria, Omar, Yuki, Zoe
 What is a baby {0} called? | It is called a {1}. | cat=kitten, cow=calf, sheep=lamb, horse=foal
 How many {0} are in {1}? | There are {2} {0} in {1}. | minutes=an hour=60, inches=a foot=12
 What is {0} + {1}? | {0} + {1} = {2}. | 2=3=5, 2=5=7, 2=7=9, 2=9=11, 3=4=7, 3=6=9, 3=8=11, 4=5=9,

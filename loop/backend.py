@@ -239,6 +239,9 @@ def _prepare_cpu() -> None:
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
+    # oneDNN keeps 1,024 compiled products, one a shape, and every row has its own length: in bf16
+    # half a GiB.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
 
 
@@ -247,7 +250,7 @@ def resolve_precision(config: Config) -> Config:
 
     The value recorded in the output folder wins, so that a resumed run keeps its precision.
     """
-    if config.mixed_precision != "auto":
+    if config.mixed_precision != "auto" or config.bf16 or config.fp16:
         return config
     found = ("", "")
     if PartialState().is_main_process:

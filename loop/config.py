@@ -260,8 +260,9 @@ class Config:
         """The flags' precision, else the accelerate config's, else fp32; `auto` counts as fp32."""
         short: Precision | None = "bf16" if self.bf16 else "fp16" if self.fp16 else None
         launched: Any = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        asked: Precision | None = "no" if self.mixed_precision == "auto" else self.mixed_precision
-        return asked or short or launched
+        if self.mixed_precision == "auto":
+            return short or "no"
+        return self.mixed_precision or short or launched
 
 
 # Paths, compared by what lies there; what changes no number; flags of which `precision` is made.

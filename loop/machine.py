@@ -59,9 +59,12 @@ def launch_rows(launch: Launch, asked: dict[str, Any], config: Config) -> list[t
     ranks = f"{launch.ranks} rank{'s' * (launch.ranks > 1)}{machines}"
     flags = config.mixed_precision or config.bf16 or config.fp16
     source = "the run's settings" if flags else "the accelerate config"
+    precision = f"{config.precision.replace('no', 'fp32')}, by {source}"
+    if config.mixed_precision == "auto":
+        precision = "auto: decided when the run starts; fp32 assumed here"
     rows = [
         ("launch", f"{launch.name}: {backend}; {ranks}"),
-        ("precision", f"{config.precision.replace('no', 'fp32')}, by {source}"),
+        ("precision", precision),
     ]
     if config.deepspeed:
         rows.append(("DeepSpeed JSON", config.deepspeed))

@@ -47,7 +47,8 @@ def read_config(
 def _contradictions(config: Config) -> Iterator[str]:
     """Yield what contradicts something else."""
     asked = {name for name in ("bf16", "fp16") if getattr(config, name)}
-    asked |= {config.mixed_precision} if config.mixed_precision else set()
+    if config.mixed_precision and config.mixed_precision != "auto":
+        asked.add(config.mixed_precision)
     if len(asked) > 1:
         yield (
             f"found both {' and '.join(sorted(asked))}; expected one precision. "
