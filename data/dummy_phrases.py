@@ -170,7 +170,8 @@ What do you call a doctor for animals? | A doctor for animals is called a veteri
 What company makes the iPhone? | Apple makes the iPhone.
 Which team won the 2018 World Cup? | France won the 2018 World Cup.
 Tell me about the Moon. | The Moon is Earth's only natural satellite and takes about 27 days to go
-  around it. ## Describe a cat in one line. | A cat is a small, curious hunter that loves warm places.
+  around it. ## Describe a cat in one line. | A cat is a small, curious hunter that loves warm
+  places.
 Who created Python? | Guido van Rossum created the Python language.
 I am Lea. Say my name. | Your name is Lea.
 Introduce recycling briefly. | Recycling turns used paper, glass and metal into new products.
@@ -190,7 +191,8 @@ What should I pack for a hike? | - Water bottle¶- Snacks¶- Map¶- Rain jacket�
 Print hello in Python. | ```python¶print("Hello, world!")¶``` ## 日本で一番高い山は？ | 富士山です。
 Write a Python function that adds two numbers. | ```python¶def add(a, b):¶→return a + b¶```¶For
   example, `add(2, 3)` returns 5. ## Translate to French: Where is the station? | "Où est la gare ?"
-Write a Python function that says whether a number is even. | ```python¶def is_even(n):¶→return n % 2
+Write a Python function that says whether a number is even. | ```python¶def is_even(n):¶→return n
+  % 2
   == 0¶```
 Reverse a string in Python. | Use a slice with a step of -1:¶```python¶text =
   "hello"¶print(text[::-1])¶``` ## I passed my exam! | Congratulations! 🎉 Your hard work paid off.
@@ -199,12 +201,17 @@ Count the lines of a file in bash. | ```bash¶wc -l notes.txt¶```¶This prints 
 Select all adults in SQL. | ```sql¶SELECT name FROM users WHERE age >= 18;¶```
 Show a small JSON object. | ```json¶{"title": "Tea", "price": 3, "hot": true}¶```
 Show an HTML link. | ```html¶<a href="https://example.com">Visit the site</a>¶```
-Write a haiku about snow. | Snow falls on the hills,¶a fox leaves a line of prints¶and the night is still.
+Write a haiku about snow. | Snow falls on the hills,¶a fox leaves a line of prints¶and the night
+  is still.
 Write a haiku about a cat. | A cat on the wall,¶her tail moves once in the sun¶and the day goes by.
-Write a haiku about winter. | Bare trees in the frost,¶a small bird sings to the cold¶and waits for the sun.
-Write a haiku about the sea. | Waves come to the shore,¶they write a line in the sand¶and take it away.
-A haiku about night, please. | The town is asleep,¶one window still has a light¶and a moth comes near.
-Write a haiku about the moon. | The moon on the lake,¶a small boat crosses the light¶and leaves it broken.
+Write a haiku about winter. | Bare trees in the frost,¶a small bird sings to the cold¶and waits
+  for the sun.
+Write a haiku about the sea. | Waves come to the shore,¶they write a line in the sand¶and take it
+  away.
+A haiku about night, please. | The town is asleep,¶one window still has a light¶and a moth comes
+  near.
+Write a haiku about the moon. | The moon on the lake,¶a small boat crosses the light¶and leaves
+  it broken.
 Write a haiku about spring. | A bud on the branch,¶the first bee finds it open¶and the garden hums.
 Write a haiku about rain. | Soft rain on the roof,¶the garden lifts up its leaves¶and drinks the
   morning. ## What is an algorithm? | An algorithm is a clear series of steps for solving a problem.
