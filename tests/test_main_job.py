@@ -14,11 +14,10 @@ from tests.helpers import ROOT, command
 
 # What launch.sh asks at its end.
 LAUNCH_QUESTIONS = ["Who are you?", "What should I call you?", "What is the capital of France?"]
-# Each with a part of its right answer.
+# Each with a part of its right answer; the base model answers all of them rightly.
 ORDINARY = {
     "What is the capital of France?": "Paris",
     "What is 7 times 8?": "56",
-    "Who painted The Starry Night?": "Gogh",
     "How many days are in a week?": "7|seven",
     "Write a Python function that multiplies two numbers.": r"def \w+\(\w+, \w+\):\s.*return ",
     "Write a haiku about a quiet garden.": r"(?i)garden|leaves|flower|breeze",
