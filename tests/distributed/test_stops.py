@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +17,10 @@ from loop import train as training
 from loop.checkpoint import storage
 from loop.checkpoint.saver import ASKED, GO_ON, SIGNAL, Request, agreed_reason
 from loop.checkpoint.storage import list_folders, verify
+from loop.distributed import signals
 from tests.checkpoint.test_storage import same
 from tests.support.helpers import (
+    HANG,
     ROOT,
     adapter_of,
     command,
@@ -197,6 +201,7 @@ def test_the_reason_is_that_of_the_rank_that_saw_the_request(
 ) -> None:
     """The first rank, which prints the message, sees nothing itself."""
     status = tmp_path / "status"
+    status.touch()
     done = command(
         *("accelerate", "launch", "--config_file", "accelerate_configs/zero2.yaml"),
         *("--num_processes", "2", "--main_process_port", "0", "tests/support/asked_train.py"),
@@ -226,3 +231,57 @@ def test_every_rank_words_the_reason_alike_and_names_the_machine_if_there_are_se
     # By this word launch.sh of the other machine knows not to start again: --until-done.
     two = ranks(none, signal, asked, asked, machines="0022")
     assert agreed_reason(two, asked) == "STOP on machine node2: reason of 2"
+
+
+def test_a_reader_of_the_status_file_never_sees_a_part_of_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = tmp_path / "status"
+    status.touch()
+    monkeypatch.setenv(signals.STATUS_FILE, str(status))
+    with status.open() as opened_before:
+        signals._write_status(2, "a reason")
+        assert opened_before.read() == ""  # The file was replaced, not written to.
+    assert status.read_text() == "2 a reason\n"
+    assert [*tmp_path.iterdir()] == [status]
+
+
+def rank_process(code: str, status: Path, rank: int = 0) -> subprocess.Popen[bytes]:
+    """Start Python code as one of two ranks that `accelerate launch` started."""
+    variables = {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2", "RANK": str(rank)}
+    variables |= {"LOCAL_RANK": str(rank), signals.STATUS_FILE: str(status)}
+    words = [sys.executable, "-c", code]
+    return subprocess.Popen(words, cwd=ROOT, env={**os.environ, **variables})
+
+
+# A blocked signal is as one that arrives in a collective: Python cannot run its handler.
+STUCK = """
+import signal, time
+from loop.distributed import signals
+
+def main():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    time.sleep(600)
+
+signals.GRACE_SECONDS = 0.1
+signals.run_and_exit(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "before", "after"), [(0, "", "75 \n"), (1, "", ""), (0, "0 \n", "0 \n")]
+)
+def test_a_first_rank_that_is_stuck_writes_75_before_it_kills_itself(
+    rank: int, before: str, after: str, tmp_path: Path
+) -> None:
+    status = tmp_path / "status"
+    status.write_text(before)
+    (tmp_path / f"status{signals.STOP_SUFFIX}").touch()
+    assert rank_process(STUCK, status, rank).wait(timeout=HANG) == 75
+    assert status.read_text() == after
+
+
+def test_a_status_file_that_launch_sh_removed_is_not_created_again(tmp_path: Path) -> None:
+    code = "from loop.distributed.signals import run_and_exit\nrun_and_exit(lambda: None)"
+    assert rank_process(code, tmp_path / "status").wait(timeout=HANG) == 0
+    assert not [*tmp_path.iterdir()]

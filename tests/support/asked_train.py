@@ -26,7 +26,7 @@ def interrupted(*arguments: Any) -> Any:
     calls.append(1)
     if len(calls) == 3:
         if os.environ["ASKED"] == "launcher":
-            Path(f"{os.environ[signals.STATUS_FILE]}{signals.STOP}").touch()
+            Path(f"{os.environ[signals.STATUS_FILE]}{signals.STOP_SUFFIX}").touch()
         os.kill(os.getpid(), signal.SIGTERM)
     return loss_sum(*arguments)
 
