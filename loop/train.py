@@ -74,7 +74,6 @@ def main() -> None:
 
 def train(config: Config, ranks: PartialState) -> None:
     """Fine-tune the adapter that `config` describes and save it in its output folder."""
-    # All ranks read at the same time: no rank waits for another.
     with raise_on_all_ranks():
         data = read_training_data(config)
         layout = plan_layout(config, len(data.examples), ranks, data.base.packed)

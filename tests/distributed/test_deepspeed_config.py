@@ -28,11 +28,11 @@ def test_all_that_is_wrong_in_one_deepspeed_file_is_told_at_once(
         "zero_optimization.overlap_com: unknown key. Did you mean overlap_comm?",
         "zero_optimization.reduce_bucket_size: found -1",
         "bf16.enabld: unknown key",
-        "comms_logger: found 3, which DeepSpeed does not take",
+        "comms_logger: found 3, which DeepSpeed does not accept",
         "has zero_stage 3, the accelerate config has 2",
         "has offload_optimizer_device cpu, the accelerate config has none",
-        "says gradient_clipping 0.5, --max_grad_norm is 1.0",
-        'says bf16 {"enabled": true}, --mixed_precision is no',
+        "has gradient_clipping 0.5, --max_grad_norm is 1.0",
+        'has bf16 {"enabled": true}, --mixed_precision is no',
     )
     found = doctor(*zero2, *flags)
     assert not [text for text in expected if not any(text in problem for problem in found)], found
@@ -48,7 +48,7 @@ def test_a_wrong_stage_hides_nothing_and_contradicts_nothing(
         "zero_optimization.stage: found null; expected",
         "zero_optimization.stagee: unknown key. Did yo",
     ]
-    assert "says gradient_clipping 0.5" in found[2]
+    assert "has gradient_clipping 0.5" in found[2]
     assert "--torch_compile: found ZeRO-3" in found[3]  # as the accelerate config says
     assert len(found) == 4, found
 
@@ -60,7 +60,7 @@ def test_a_wrong_stage_hides_nothing_and_contradicts_nothing(
         ({"stage": 3, "compute_grad_norm": False}, "compute_grad_norm"),
         (
             {"stage": 2, "cpu_offload": True, "offload_optimizer": {"device": "cpu"}},
-            "which DeepSpeed does not take",
+            "which DeepSpeed does not accept",
         ),
         (3, "found 3; expected an object"),
     ],
@@ -74,7 +74,7 @@ def test_a_section_that_is_wrong_as_a_whole_hides_nothing_else(
     found = doctor("--accelerate_config", config, "--deepspeed", file, "--max_grad_norm", "1")
     assert "zero_optimization" in found[0]
     assert told in found[0]
-    assert "says gradient_clipping 0.5, --max_grad_norm is 1.0" in found[1]
+    assert "has gradient_clipping 0.5, --max_grad_norm is 1.0" in found[1]
     assert len(found) == 2, found
 
 
@@ -89,6 +89,6 @@ def test_training_tells_all_of_it_too(monkeypatch: pytest.MonkeyPatch, tmp_path:
     for text in (
         "zero_optimization.stagee: unknown key. Did you mean stage?",
         "has zero_stage 3, the accelerate config has 2",
-        "says gradient_clipping 0.5, --max_grad_norm is 1.0",
+        "has gradient_clipping 0.5, --max_grad_norm is 1.0",
     ):
         assert text in str(error.value)
