@@ -1,4 +1,4 @@
-"""Loss and gradients with liger-kernel's functions and without, by triton's interpreter, as JSON.
+"""Compares loss and gradients with and without liger-kernel, in triton's interpreter; prints JSON.
 
 python tests/support/kernels_on_cpu.py KIND ACTIVATION, with TRITON_INTERPRET=1
 """
@@ -26,8 +26,8 @@ from loop.training.loss import supervised_loss_sum
 
 
 def mend_interpreter() -> None:
-    """Have triton 3.9's interpreter take floats as numbers, and know the GPU's rsqrt."""
-    # Here, since pytest imports every module of tests/, where neither is installed.
+    """Make triton 3.9's interpreter accept Python floats and the GPU's rsqrt."""
+    # Imported here: pytest imports every module of tests/, even if neither is installed.
     import liger_kernel.ops.rms_norm as norm
     import triton.language as tl
     from triton.runtime import interpreter
@@ -45,7 +45,7 @@ def mend_interpreter() -> None:
 
 
 def tiny(kind: str, activation: str) -> Any:
-    """Return a random model of two layers, whose norms are not all ones."""
+    """Return a random model of two layers, with norm weights other than 1."""
     torch.manual_seed(0)
     shape = AutoConfig.for_model(
         kind,
@@ -66,7 +66,7 @@ def tiny(kind: str, activation: str) -> Any:
 
 
 def learnt(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return loss sum and the adapter's gradients of a row of two dialogues."""
+    """Return the loss sum of a row of two dialogues, and the adapter's gradients."""
     examples = [
         Example("a", [*range(5, 22)], [-100] * 6 + [*range(11, 22)], 3),
         Example("b", [*range(30, 41)], [-100] * 3 + [*range(33, 41)], 3),
@@ -80,7 +80,7 @@ def learnt(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def main(kind: str, activation: str) -> None:
-    """Print what differs, and whose functions the layers run."""
+    """Print the differences, and the modules whose functions the layers run."""
     mend_interpreter()
     base = tiny(kind, activation)
     targets = ["q_proj", "v_proj", "gate_proj", "down_proj"]
