@@ -36,7 +36,7 @@ COMPARED_KEYS = {
     *("gradient_clipping", "zero_optimization"),
 }
 # The optimizer is PyTorch's AdamW, on the CPU with offload: it needs no compiler. DeepSpeed's own
-# is faster for full models; the update of an adapter takes no measurable time in either.
+# is faster for full models; the update of an adapter is cheap with either.
 REQUIRED_VALUES = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 # Elements of a gradient bucket. DeepSpeed's default, 5e8, is for training full models and allocates
 # gigabytes; the gradients of an adapter fit in a few of these.

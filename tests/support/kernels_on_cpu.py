@@ -65,7 +65,7 @@ def tiny(kind: str, activation: str) -> Any:
     return model
 
 
-def learnt(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_and_gradients(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss sum of a row of two dialogues, and the adapter's gradients."""
     examples = [
         Example("a", [*range(5, 22)], [-100] * 6 + [*range(11, 22)], 3),
@@ -75,8 +75,8 @@ def learnt(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     loss = supervised_loss_sum(model, batch)
     loss.backward()  # type: ignore[no-untyped-call]
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), found
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients
 
 
 def main(kind: str, activation: str) -> None:
@@ -88,15 +88,15 @@ def main(kind: str, activation: str) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, 0, 0.3)
-    loss, gradients = learnt(model)
-    told = use_kernels(base)
-    theirs, their_gradients = learnt(model)
+    loss, gradients = loss_and_gradients(model)
+    note = use_kernels(base)
+    theirs, their_gradients = loss_and_gradients(model)
     layer = base.model.layers[0]
     rotation = sys.modules[type(base).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
     print(
         json.dumps(
             {
-                "told": told,
+                "told": note,
                 "loss": abs(loss - theirs).item() / loss.item(),
                 "gradients": max(
                     ((g - their_gradients[n]).abs().max() / g.abs().max()).item()
