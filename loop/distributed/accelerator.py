@@ -5,7 +5,6 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from loop.distributed.deepspeed_config import (
     zero_settings,
 )
 from loop.distributed.layout import Layout
+from loop.distributed.precision import on_gpu, slow_in_bf16
 from loop.distributed.rank_zero import quiet_deepspeed
 
 # For every collective: longer than any rank needs to read data and model before it joins.
@@ -88,6 +88,9 @@ def _prepare_cpu() -> None:
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
+    # oneDNN caches 1,024 compiled products, one per shape, and every row has its own length: half
+    # a GiB in bf16.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Else DeepSpeed warns that it found no GPU.
 
 
@@ -227,28 +230,6 @@ def raise_on_all_ranks() -> Iterator[None]:
 def broadcast_flag(answer: bool) -> bool:
     """Return rank 0's answer on every rank."""
     return bool(broadcast_object_list([answer])[0])
-
-
-def slow_in_bf16(config: Config) -> str:
-    """Return a note if this CPU is slow in the run's precision, else an empty string."""
-    if config.precision != "bf16" or on_gpu() or _multiplies_bf16():
-        return ""
-    return "this CPU has no bf16 instructions: --mixed_precision no is faster here"
-
-
-def _multiplies_bf16() -> bool:
-    """Return whether the CPU has bf16 instructions; True if unknown (not x86, not Linux)."""
-    try:
-        features = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return True
-    return "sse2" not in features or "avx512_bf16" in features or "amx_bf16" in features
-
-
-def on_gpu() -> bool:
-    """Return whether the ranks run on GPUs."""
-    # With cpu.yaml on a machine with a GPU, the launcher sets the variable; CUDA stays visible.
-    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def zero_stage(accelerator: Accelerator) -> int:
