@@ -60,6 +60,7 @@ def run_trial(config: Config, launch: Launch) -> Trial:
         )
     with tempfile.TemporaryDirectory(prefix="lora-loop-trial-") as folder:
         output, settings, status = (Path(folder) / name for name in ("run", "run.yaml", "status"))
+        status.touch()  # The ranks replace it, and never create it (signals.py).
         values: dict[str, Any] = {**ALONE, "output_dir": str(output)}
         settings.write_text(dump(dataclasses.replace(config, **values)), "utf-8")
         outside = {name: v for name, v in os.environ.items() if name not in launch.told}

@@ -217,7 +217,7 @@ def test_a_wrong_save_is_an_error(train: Train) -> None:
         ({**good, "other": good[name].clone()}, "unknown"),
         ({**good, name: torch.zeros(0)}, "misshapen"),
         ({**good, name: good[name] * torch.inf}, "not finite"),
-        (zeros, "learnt nothing"),
+        (zeros, "is not trained"),
     ):
         save_file(wrong, file)
         with pytest.raises(RuntimeError, match=complaint):

@@ -12,7 +12,7 @@ from data.errors import RunError, Stopped, UserError
 from loop.checkpoint import saver, storage
 from loop.checkpoint.storage import CorruptCheckpoint, check_room, list_folders, prune, verify
 from loop.distributed import optimizer_state
-from loop.distributed.signals import LAUNCH_NAME, _told_disk, is_restart, record_launch
+from loop.distributed.signals import LAUNCH_NAME, _convert_disk_errors, is_restart, record_launch
 from tests.checkpoint.test_storage import damage, same
 from tests.support.helpers import log_of
 
@@ -182,7 +182,7 @@ def test_an_empty_folder_of_the_users_stays_and_the_first_error_is_told(
 
 def test_a_full_disk_is_one_message_wherever_it_is_met(tmp_path: Path) -> None:
     full = Path("/dev/full")
-    with pytest.raises(RunError, match="No space left"), _told_disk():
+    with pytest.raises(RunError, match="No space left"), _convert_disk_errors():
         full.write_text("x")
-    with pytest.raises(FileNotFoundError), _told_disk():
+    with pytest.raises(FileNotFoundError), _convert_disk_errors():
         (tmp_path / "missing").read_text()

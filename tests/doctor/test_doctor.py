@@ -107,7 +107,7 @@ SEEDED = {
     ),
     "a JSON against a flag": (
         "--deepspeed {here}/ds.json --max_grad_norm 1 {zero3}",
-        "says gradient_clipping 0.5, --max_grad_norm is 1.0",
+        "has gradient_clipping 0.5, --max_grad_norm is 1.0",
     ),
     "a JSON against the launch": ("--deepspeed {here}/ds.json", "under an accelerate config witho"),
     "4-bit weights without QLoRA": ("--model_name_or_path {here}/four", "Give --q_lora True"),
