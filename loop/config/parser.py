@@ -26,6 +26,17 @@ Epochs = Annotated[float, "EPOCHS"]
 Minutes = Annotated[float, "MINUTES"]
 Share = Annotated[float, "SHARE"]
 
+# What a change of a setting affects:
+# - encoding: token ids and labels. Part of the cache key of encoded data, and compared on resume.
+# - result: the trained weights. Compared on resume.
+# - layout: how the work is split or computed. Only the last digits change.
+# - precision: one of the flags that give `Config.precision`, which is compared instead.
+# - report only: logs, trackers, limits on errors. May differ between ranks.
+Affects = Literal["encoding", "result", "layout", "precision", "report only"]
+# How a setting of a finished run is compared with that of a new run in the same folder: by value,
+# as a path after resolving it, or not at all.
+FinishedCheck = Literal["value", "path", "no"]
+
 
 def flag(
     default: Any,
@@ -35,15 +46,33 @@ def flag(
     above: float | None = None,
     below: float | None = None,
     at_most: float | None = None,
+    *,
     flag_only: bool = False,
+    affects: Affects | None = None,
+    is_path: bool = False,
+    finished_check: FinishedCheck = "value",
+    in_trial: Any = ...,
 ) -> Any:
-    """Declare one field of a config dataclass as a flag, with its meaning, unit and range.
+    """Declare one field of a config dataclass as a flag: meaning, range and where it matters.
 
     flag_only: a boolean that a `--config` file cannot switch on.
+    affects: see `Affects`.
+    is_path: the value may differ between machines; what lies there is compared, not the name.
+    finished_check: see `FinishedCheck`.
+    in_trial: the value in `doctor --trial`; `...`: unchanged.
     """
     bounds = {"at least": at_least, "above": above, "below": below, "at most": at_most}
     bounds = {name: bound for name, bound in bounds.items() if bound is not None}
-    metadata = {"help": help, "group": group, "bounds": bounds, "flag_only": flag_only}
+    metadata = {
+        "help": help,
+        "group": group,
+        "bounds": bounds,
+        "flag_only": flag_only,
+        "affects": affects,
+        "is_path": is_path,
+        "finished_check": finished_check,
+        "in_trial": in_trial,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
