@@ -92,7 +92,7 @@ def test_a_precision_flag_beats_the_accelerate_config(monkeypatch: pytest.Monkey
         (["--bf16", "maybe"], 'found "maybe"; expected True or False'),
         (["--template", "alpaca"], "expected one of vicuna, chat"),
         (["--report_to", "wandb", "mlfow"], 'found "mlfow"'),
-        (["--report_to", "none", "wandb"], "none beside a tracker"),
+        (["--report_to", "none", "wandb"], "none and a tracker"),
         (["--bf16", "--fp16"], "found both bf16 and fp16"),
         (["--bf16", "--mixed_precision", "fp16"], "found both bf16 and fp16"),
         (["--global_batch_size", "8", "--gradient_accumulation_steps", "2"], "expected one of"),
@@ -113,7 +113,7 @@ def test_a_wrong_flag_is_one_message(argv: list[str], found: str) -> None:
         ("lora_rank: 8", "lora_rank: unknown key. Did you mean lora_r"),
         ("lora_r: [1, 2]", "found 2 values"),
         ("lora_r: {a: 1}", "found a mapping"),
-        ("just words", "expected lines of"),
+        ("just words", "expected lines `key"),
         ("a: [", "not valid YAML"),
     ],
 )

@@ -101,7 +101,7 @@ def test_room_on_the_disk_and_in_memory_is_compared_with_what_is_needed(
     [
         (Config(torch_compile=True), 3, "--torch_compile: found ZeRO-3"),
         (Config(q_lora=True, bf16=True, lora_bias="all"), 0, "without an fp32 master"),
-        (Config(lora_weight_path="x", lora_bias="all"), 3, "cannot be put into a base"),
+        (Config(lora_weight_path="x", lora_bias="all"), 3, "under which biases cannot be loaded"),
     ],
 )
 def test_flags_that_cannot_work_under_a_stage_are_refused_there_and_nowhere_else(
