@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Leave out what is left when the suite has had its hour, and say so: CI has no more."""
     if time.monotonic() - STARTED > MOST and not item.config.getoption("--slow"):
         pytest.skip(f"{MOST // 60} minutes are over on this machine; --slow runs all")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Print the number of skipped tests by reason, after pytest's own summaries."""
+    yield
+    reports = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in reports)
+    counts = ", ".join(f"{count} ({reason})" for reason, count in reasons.most_common())
+    terminalreporter.write_line(f"skipped: {counts or 'none'}")
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,7 @@ def test_until_done_goes_on_after_crashes_and_stops(launched: Any, tmp_path: Pat
         if "-u" in words and str(tmp_path / "run") in words:
             process.kill()
             break
-    wait_for("going on", log, run)
+    wait_for("starting again", log, run)
     wait_for("resume: ", log, run)
     wait_for("step  60/", log, run)  # Farther than the launch that was killed.
     (tmp_path / "run/STOP").touch()
