@@ -41,9 +41,12 @@ def test_every_flag_of_loop_has_a_value_and_a_default(
     assert text.startswith("usage: python -m loop x [--flag value ...]\n\nDoes something.\n")
     found = flags_of(text)
     assert {*found} == {f"--{name}" for name in ("config", *config.__dataclass_fields__)}
-    for name, (takes, text) in found.items():
+    for name, (takes, help_text) in found.items():
         assert takes, name
-        assert "(default: " in text or "none: " in text or name == "--config", (name, text)
+        assert "(default: " in help_text or "none: " in help_text or name == "--config", (
+            name,
+            help_text,
+        )
 
 
 def test_training_flags_are_grouped_and_numbers_have_their_unit(
@@ -69,6 +72,6 @@ def test_every_flag_of_data_has_a_value_and_a_default(name: str) -> None:
     found = flags_of(text)
     assert len(found) >= 8
     required = {"--in", "--out" if name != "stats" else "", "--model_name_or_path"}
-    for flag, (takes, text) in found.items():
+    for flag, (takes, help_text) in found.items():
         assert takes, flag
-        assert "default" in text or flag in required, (flag, text)
+        assert "default" in help_text or flag in required, (flag, help_text)
