@@ -146,7 +146,7 @@ def test_it_takes_milliseconds_and_imports_nothing_large() -> None:
     began = time.process_time()
     assert not [*preflight.problems(Config(), 0)]
     assert time.process_time() - began < 0.05 * SLOWNESS
-    code = "import sys; from loop import check; print({'torch', 'transformers'} & {*sys.modules})"
+    code = "import sys; from loop.doctor import check; print({'torch', 'transformers'} & {*sys.modules})"
     assert command(sys.executable, "-c", code).stdout == "set()\n"
 
 
