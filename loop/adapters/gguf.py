@@ -39,7 +39,7 @@ LLAMA_3 = (
     "[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 )
 _UINT8 = np.dtype(np.uint8)
-CONVERTER = "convert_hf_to_gguf.py of llama.cpp takes the merged folder: see README"
+CONVERTER = "convert_hf_to_gguf.py of llama.cpp takes the merged folder: docs/adapters.md"
 
 
 def check(config: Any, tokenizer: Any) -> str:

@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 from data.errors import UserError
 from loop.checkpoint import storage
 from loop.checkpoint.storage import Checkpoint, CorruptCheckpoint
-from loop.config.flags import PATHS, TOLD, Config
+from loop.config.flags import Config, names_of
 from loop.config.load import with_current_names
 from loop.config.parser import FALSE, TRUE
 from loop.distributed import optimizer_state
@@ -31,20 +31,6 @@ from loop.monitor.history import Progress
 from loop.utils import Tensors, shapes
 
 SAMPLE = 1 << 16  # bytes
-GROUPS_THAT_TRAIN = ("model", "LoRA", "data", "training")
-# How the work is split: it changes the last digits only. Precision is compared as a whole.
-SPLIT = {
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"),
-    *(
-        "tokens_per_micro_batch",
-        "auto_micro_batch",
-        "torch_compile",
-        "packing",
-        "loss_chunk_tokens",
-    ),
-    *("gradient_checkpointing", "flash_attn", "tf32", "trust_remote_code"),
-    *("mixed_precision", "bf16", "fp16"),
-}
 
 
 def run_facts(config: Config, data: TrainingData, global_batch_size: int) -> dict[str, Any]:
@@ -65,15 +51,9 @@ def run_facts(config: Config, data: TrainingData, global_batch_size: int) -> dic
 
 def _result_settings(config: Config) -> dict[str, Any]:
     """Return the settings that decide what is trained, however the work is split."""
-    trains = {
-        field.name
-        for field in dataclasses.fields(config)
-        if field.metadata["group"] in GROUPS_THAT_TRAIN
-    }
-    values = dataclasses.asdict(config).items()
-    # The template is known by what it is, not by how it was asked for.
-    kept = {k: v for k, v in values if k in trains - PATHS - TOLD - SPLIT - {"template"}}
-    return {"precision": config.precision, **kept}
+    names = {*names_of(affects="encoding"), *names_of(affects="result")}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k in names}
+    return {"precision": config.precision, **settings}
 
 
 def _weights(base: str, settings: str, config: Config) -> str:

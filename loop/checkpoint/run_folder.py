@@ -19,7 +19,7 @@ from data.errors import UserError
 from data.files.hashes import file_sha256
 from loop.checkpoint.full_model import save_non_lora
 from loop.checkpoint.storage import sync
-from loop.config.flags import ADAPTER_FILES, Config
+from loop.config.flags import ADAPTER_FILES, Config, names_of
 from loop.config.load import dump, with_current_names
 from loop.config.parser import TRUE
 from loop.distributed.accelerator import raise_on_all_ranks
@@ -31,14 +31,6 @@ from loop.monitor.plots import draw_at_end
 from loop.utils import save_adapter, shapes, trained_parameters, write_json
 
 SETTINGS, STATE = "training_config.yaml", "trainer_state.json"
-PATHS = ("model_name_or_path", "lora_weight_path", "cache_dir")
-# The folder, however it is spelt, what says when to save and when to stop, and what is compared by
-# what lies there.
-NOT_COMPARED = (
-    *("output_dir", "save_strategy", "save_steps", "save_minutes", "save_total_limit"),
-    *("resume_from_checkpoint", "allow_resume_mismatch", "max_minutes", "preprocessed_path"),
-    *("data_path", "chat_template", "data_report", "cost_per_hour"),
-)
 LOCK, LOCK_TIMEOUT = (
     ".lock",
     5.0,
@@ -64,9 +56,9 @@ def is_finished(config: Config) -> bool:
         return False
     settings, now = with_current_names(settings), yaml.safe_load(dump(config))
     for values in (settings, now):
-        for name in NOT_COMPARED:
+        for name in names_of(finished_check="no"):
             values.pop(name, None)
-        values |= {key: _resolved(values.get(key)) for key in PATHS}
+        values |= {key: _resolved(values.get(key)) for key in names_of(finished_check="path")}
     settings |= {name: state.get(name) for name in ("data_sha256", "chat_template_sha256")}
     now |= {"data_sha256": data_sha256(config), "chat_template_sha256": _template(config)}
     settings["examples a step"] = state.get("global_batch_size")

@@ -11,7 +11,7 @@ from loop.checkpoint import storage
 from loop.checkpoint.resume import find_checkpoint, run_facts
 from loop.checkpoint.saver import planned_saves
 from loop.config.flags import Config
-from loop.config.preflight import LEAST, base_copy, free_room
+from loop.config.preflight import MIN_ADAPTER_BYTES, base_copy, free_room
 from loop.distributed.layout import Layout
 from loop.distributed.precision import on_gpu
 from loop.doctor.launch import room_of_a_rank
@@ -204,7 +204,7 @@ def disk_rows(
     needed, more, each = storage.room(output, parameters, saves, keep)
     needed += BESIDE + base_copy(config)
     free = free_room(config)
-    if LEAST + base_copy(config) <= free < needed:  # less than that was told before
+    if MIN_ADAPTER_BYTES + base_copy(config) <= free < needed:  # less than that was told before
         errors.append(storage.too_little(output, free, needed, more, each))
     many = f"{more} checkpoint{'s' * (more != 1)} of {megabytes(each)}"
     rows = [

@@ -18,24 +18,11 @@ from loop.distributed.signals import STATUS_FILE
 from loop.doctor.launch import Launch
 
 STEPS = 3  # the first warms up, and is not counted
-# Nothing but the steps; what a trial leaves is of no use.
-ALONE: dict[str, Any] = {
+# Beside `in_trial` of the flags, which switches off all that is not a step.
+TRIAL_STEPS: dict[str, Any] = {
     "max_steps": STEPS,
     "logging_steps": 1,
     "logging_strategy": "steps",
-    "report_to": ("none",),
-    "wandb_artifact": False,
-    "data_report": None,
-    "save_strategy": "no",
-    "save_minutes": None,
-    "save_non_lora_state": "none",
-    "resume_from_checkpoint": "True",
-    "max_minutes": None,
-    "eval_data_path": None,
-    "eval_strategy": "no",
-    "sample_prompts": None,
-    "load_best_model_at_end": False,
-    "early_stopping_patience": None,
 }
 
 
@@ -61,7 +48,7 @@ def run_trial(config: Config, launch: Launch) -> Trial:
     with tempfile.TemporaryDirectory(prefix="lora-loop-trial-") as folder:
         output, settings, status = (Path(folder) / name for name in ("run", "run.yaml", "status"))
         status.touch()  # The ranks replace it, and never create it (signals.py).
-        values: dict[str, Any] = {**ALONE, "output_dir": str(output)}
+        values = {**trial_settings(), "output_dir": str(output)}
         settings.write_text(dump(dataclasses.replace(config, **values)), "utf-8")
         outside = {name: v for name, v in os.environ.items() if name not in launch.told}
         done = subprocess.run(
@@ -87,6 +74,12 @@ def run_trial(config: Config, launch: Launch) -> Trial:
             raise UserError(f"--trial: training ended with exit code {code}: {reason}")
         lines = (output / "metrics.jsonl").read_text("utf-8").splitlines()
         return measured([json.loads(line) for line in lines])
+
+
+def trial_settings() -> dict[str, Any]:
+    """Return the settings that a trial replaces."""
+    values = {field.name: field.metadata["in_trial"] for field in dataclasses.fields(Config)}
+    return {name: value for name, value in values.items() if value is not ...} | TRIAL_STEPS
 
 
 def measured(log: list[dict[str, Any]]) -> Trial:

@@ -126,7 +126,7 @@ def test_training_runs_no_code_of_its_base(
 
 def test_a_file_of_settings_cannot_switch_trust_on(adapter: Path) -> None:
     file = str(adapter / "training_config.yaml")
-    with pytest.raises(UserError, match=r"found trust_remote_code: True, which only .* --trust"):
+    with pytest.raises(UserError, match=r"trust_remote_code: True; expected it only .* --trust"):
         read_config(["--config", file], Config)
     assert read_config(["--config", file, "--trust_remote_code", "True"], Config).trust_remote_code
     assert not read_config(["--config", file, "--no_trust_remote_code"], Config).trust_remote_code

@@ -279,7 +279,7 @@ def test_fastchats_command_lines_train(flags: str, tiny_model: Path, tmp_path: P
         *("--output_dir", tmp_path / "run", *given),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    note = "per_device_eval_batch_size: there is nothing to evaluate on"
+    note = "per_device_eval_batch_size: there is no evaluation data"
     assert done.stdout.count(f"note: --{note}") == 1
     assert len(log_of(tmp_path / "run")) == (4 if flags is SHELL else 3)
 

@@ -192,7 +192,7 @@ def test_until_done_runs_again_after_a_crash_and_ends_after_a_stop_file(
         if "-u" in words and str(tmp_path / "run") in words:
             process.kill()
             break
-    wait_for("going on", log, run)
+    wait_for("starting again", log, run)
     wait_for("resume: ", log, run)
     wait_for("step     60/", log, run)  # Further than the killed launch.
     (tmp_path / "run/STOP").touch()

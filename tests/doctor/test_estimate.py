@@ -1,4 +1,4 @@
-"""The estimate counts what is built and saved, and docs/scaling.md holds what it gives."""
+"""The estimate counts what is built and saved, and docs/memory.md holds what it gives."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from loop.model.kernels import replace_dropout
 from loop.model.load import leave_inputs
 from tests.support.helpers import ROOT
 
-DOCS = ROOT / "docs" / "scaling.md"
+DOCS = ROOT / "docs" / "memory.md"
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -41,7 +41,7 @@ LLAMA_2 = {
     "13B": (5120, 13824, 40, 40, 40),
     "70B": (8192, 28672, 80, 64, 8),
 }
-# What the table in docs/scaling.md is for.
+# What the table in docs/memory.md is for.
 DOCUMENTED = DoctorConfig(per_device_train_batch_size=1, gradient_checkpointing=True)
 
 
@@ -265,15 +265,16 @@ def test_each_documented_formula_is_the_code_s() -> None:
     def plain(text: str) -> str:
         return re.sub(r"\s|\b(run|shape|config|self)\.", "", text)
 
-    files = ("estimate", "estimate_t5", "traffic")
-    code = plain("".join((ROOT / "loop" / f"{name}.py").read_text() for name in files))
+    folder = ROOT / "loop" / "doctor" / "memory"
+    files = ("estimate", "estimate_t5")
+    code = plain("".join((folder / f"{name}.py").read_text() for name in files))
     cells = re.findall(r"^\|[^|]*\| `([^`]+)`", DOCS.read_text(), re.MULTILINE)
     assert len(cells) > 25
     assert not [formula for formula in cells if plain(formula) not in code]
 
 
 def test_the_estimate_is_within_15_percent_of_what_was_measured(tmp_path: Path) -> None:
-    """The table in docs/scaling.md, measured when all logits were made at once."""
+    """The table in docs/memory.md, measured when all logits were made at once."""
     row = r"^\| (\w+) \| (Q?LoRA) \| (on|off) \| ([\d,]+) \| ([\d,]+) \|"
     rows = re.findall(row, DOCS.read_text(), re.MULTILINE)
     assert len(rows) == 16

@@ -36,8 +36,8 @@ def test_without_a_flag_the_main_job_is_examined_as_launch_sh_would_start_it(
     assert told.count("⟦") >= 3
     assert "\033" not in told
     assert told.splitlines()[-1] == "ready"
-    readme = (ROOT / "README.md").read_text()
-    (shown,) = (text for text in readme.split("```") if text.startswith("text\nlaunch\n"))
+    page = (ROOT / "docs" / "training.md").read_text()
+    (shown,) = (text for text in page.split("```") if text.startswith("text\nlaunch\n"))
     for line in shown.splitlines()[1:]:
         if not line.startswith(("  output  ", "  needed  ")):  # which tell of runs/main_job
             assert line in told

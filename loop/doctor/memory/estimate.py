@@ -1,6 +1,6 @@
 """Memory by part, for one rank: formulas over a model's shape, without its weights.
 
-docs/scaling.md derives them, in the same words. Bytes throughout, and elements where it says so.
+docs/memory.md derives them, in the same words. Bytes throughout, and elements where it says so.
 """
 
 from collections.abc import Iterable

@@ -1,6 +1,6 @@
 """What a micro-batch adds to a T5's memory: formulas from transformers' blocks, as for decoders.
 
-docs/scaling.md derives them, in the same words. Bytes throughout.
+docs/memory.md derives them, in the same words. Bytes throughout.
 """
 
 from loop.doctor.memory.run import Run
