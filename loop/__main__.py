@@ -13,7 +13,7 @@ sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 # Command -> its module in loop/, and its line of --help.
 COMMANDS = {
-    "plot": ("monitor.plot", "a run's curves, or several runs' in one picture: PNG and HTML"),
+    "plot": ("monitor.plots", "a run's curves, or several runs' in one picture: PNG and HTML"),
     "dashboard": ("monitor.wandb_workspace", "a workspace at wandb for what this loop logs"),
     "show": ("doctor.show", "how dialogues are tokenised and which tokens are supervised"),
     "check": ("doctor.check", "whether a launch's flags are right, within a second"),
