@@ -201,11 +201,11 @@ def find_resume_point(
     point = ResumePoint(run_facts(config, data, layout.global_batch_size))
     output = Path(config.output_dir)
     own = storage.list_folders(output)
-    found = find_checkpoint(config, point.facts, layout)
-    if found:
-        point.folder, point.progress = found.folder, found.progress()
-        print(f"resume: {found.folder}, after step {found.step} of {layout.total_steps}")
-    is_own = found and found.folder.parent.resolve() == output.resolve()
+    checkpoint = find_checkpoint(config, point.facts, layout)
+    if checkpoint:
+        point.folder, point.progress = checkpoint.folder, checkpoint.progress()
+        print(f"resume: {checkpoint.folder}, after step {checkpoint.step} of {layout.total_steps}")
+    is_own = checkpoint and checkpoint.folder.parent.resolve() == output.resolve()
     _set_aside([folder for folder in own if not (is_own and storage.number(folder) <= point.step)])
     record_launch(output)
     return point
@@ -223,10 +223,10 @@ def find_checkpoint(config: Config, facts: dict[str, Any], layout: Layout) -> Ch
         if restarted:  # Prefer what this launch has saved itself.
             newest = storage.number(folders[0])
             folders = [folder for folder in own if storage.number(folder) > newest] or folders
-    found = _newest_valid(folders)
-    if found:
-        _check_facts(found, facts, config, layout)
-    return found
+    checkpoint = _newest_valid(folders)
+    if checkpoint:
+        _check_facts(checkpoint, facts, config, layout)
+    return checkpoint
 
 
 def _named(folder: Path) -> list[Path]:
@@ -246,13 +246,13 @@ def _newest_valid(folders: list[Path]) -> Checkpoint | None:
     corrupt: list[str] = []
     for folder in folders:
         try:
-            found = storage.verify(folder)
+            checkpoint = storage.verify(folder)
         except CorruptCheckpoint as error:
             corrupt.append(f"{folder}: corrupt: {error}")
             continue
         for text in corrupt:
             print(f"note: {text}; resuming from an older one")
-        return found
+        return checkpoint
     if corrupt:
         raise UserError(
             f"{'; '.join(corrupt)}. Found no valid checkpoint. Give --resume_from_checkpoint False "
@@ -261,11 +261,13 @@ def _newest_valid(folders: list[Path]) -> Checkpoint | None:
     return None
 
 
-def _check_facts(found: Checkpoint, facts: dict[str, Any], config: Config, layout: Layout) -> None:
-    old = with_current_names(found.manifest["facts"])
-    if found.step > layout.total_steps:
+def _check_facts(
+    checkpoint: Checkpoint, facts: dict[str, Any], config: Config, layout: Layout
+) -> None:
+    old = with_current_names(checkpoint.manifest["facts"])
+    if checkpoint.step > layout.total_steps:
         raise UserError(
-            f"{found.folder}: found {found.step} steps done; expected at most the "
+            f"{checkpoint.folder}: found {checkpoint.step} steps done; expected at most the "
             f"{layout.total_steps} of this run. Give a larger --max_steps, or an older checkpoint."
         )
     changed = [
@@ -275,14 +277,14 @@ def _check_facts(found: Checkpoint, facts: dict[str, Any], config: Config, layou
     ]
     if changed and config.allow_resume_mismatch:
         for line in changed:
-            print(f"note: {line}; resuming at step {found.step} (--allow_resume_mismatch)")
+            print(f"note: {line}; resuming at step {checkpoint.step} (--allow_resume_mismatch)")
     elif changed:
         batch = old.get("examples a step")
         split = _splits(batch, layout) if batch != layout.global_batch_size else ""
         raise UserError(
-            f"{found.folder}: other data or settings: {'; '.join(changed)}; expected the same. "
-            f"{split}Restore them; or give --allow_resume_mismatch to resume with the new ones, "
-            "--resume_from_checkpoint False to start afresh, or another --output_dir."
+            f"{checkpoint.folder}: other data or settings: {'; '.join(changed)}; expected the "
+            f"same. {split}Restore them; or give --allow_resume_mismatch to resume with the new "
+            "ones, --resume_from_checkpoint False to start afresh, or another --output_dir."
         )
 
 

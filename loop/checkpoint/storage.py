@@ -92,7 +92,7 @@ def write(output: Path, snapshot: Snapshot, keep: int | None, best: int | None =
             _write(partial / name, text)
         for name in FILES:
             sync(partial / name)
-        manifest["files"] = {name: _described(partial / name) for name in sorted(FILES)}
+        manifest["files"] = {name: _size_and_hash(partial / name) for name in sorted(FILES)}
         manifest["manifest_sha256"] = _own_sha256(manifest)
         if (output / LOG).is_file():
             sync(output / LOG)  # The log must be as durable as the checkpoint.
@@ -189,7 +189,7 @@ def verify(folder: Path) -> Checkpoint:
         raise CorruptCheckpoint(f"{MANIFEST} does not name {', '.join(sorted(lacking))}")
     for name, expected in files.items():
         try:
-            found = _described(folder / name)
+            found = _size_and_hash(folder / name)
         except OSError as error:
             raise CorruptCheckpoint(f"{name}: {error.strerror}") from None
         if found != expected:
@@ -236,7 +236,7 @@ def _write(file: Path, value: Any) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def _described(file: Path) -> dict[str, Any]:
+def _size_and_hash(file: Path) -> dict[str, Any]:
     with open(file, "rb") as opened:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
         return {"bytes": opened.tell(), "sha256": sha256}

@@ -37,6 +37,10 @@ class Layout:
         """Return the steps between two logs, checkpoints or evaluations.
 
         strategy: "steps", "epoch" or "no"; for "no" the interval is longer than the run.
+
+        >>> layout = Layout(0, 1, 2, 1, 2, steps_per_epoch=5, total_steps=20)
+        >>> [layout.interval(strategy, 8) for strategy in ("steps", "epoch", "no")]
+        [8, 5, 21]
         """
         return {"steps": steps, "epoch": self.steps_per_epoch, "no": self.total_steps + 1}[strategy]
 

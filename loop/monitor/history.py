@@ -198,17 +198,17 @@ def _as_one(entries: list[Entry]) -> tuple[list[Entry], list[int]]:
 
     If steps go back, the entries from that step on were repeated: the later ones are kept.
     """
-    kept: list[Entry] = []
+    merged: list[Entry] = []
     resumed: list[int] = []
     for entry in entries:
         step = entry["step"]
-        if kept and step < kept[-1]["step"]:
-            kept = [old for old in kept if old["step"] < step]
-            resumed.append(kept[-1]["step"] if kept else 0)
+        if merged and step < merged[-1]["step"]:
+            merged = [old for old in merged if old["step"] < step]
+            resumed.append(merged[-1]["step"] if merged else 0)
         elif entry.get("resumed_from") is not None:
             resumed.append(int(entry["resumed_from"]))
-        kept.append(entry)
-    return kept, sorted({*resumed} - {0})
+        merged.append(entry)
+    return merged, sorted({*resumed} - {0})
 
 
 def _settings(file: Path) -> dict[str, Any]:

@@ -34,9 +34,12 @@ def test_three_ranks_resume_bit_for_bit(config: str, tiny_model: Path, tmp_path:
     flags += ["--data_path", write_dialogues(tmp_path / "data.json", *dialogues())]
     flags += ["--global_batch_size", "6", "--per_device_train_batch_size", "1"]
     flags += ["--lora_target_modules", "all-linear", "--mixed_precision", "no"]
-    launch(config, tmp_path / "whole", *flags, processes=3)
-    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    launch(config, tmp_path / "uninterrupted", *flags, processes=3)
+    checkpoint = tmp_path / "uninterrupted" / "checkpoint-4"
     flags += ["--resume_from_checkpoint", checkpoint]
     launch(config, tmp_path / "resumed", *flags, processes=3)
-    whole, resumed = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "resumed")
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    uninterrupted, resumed = (
+        adapter_of(tmp_path / "uninterrupted"),
+        adapter_of(tmp_path / "resumed"),
+    )
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in uninterrupted.items())

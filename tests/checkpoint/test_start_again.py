@@ -54,8 +54,8 @@ def test_starting_afresh_applies_once_per_launch(
 def test_a_named_checkpoint_is_used_until_the_launch_has_saved_its_own(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train("other", *SIX)
-    named = ("--resume_from_checkpoint", whole / "checkpoint-4")
+    other = train("other", *SIX)
+    named = ("--resume_from_checkpoint", other / "checkpoint-4")
     stopped(train)  # another run's checkpoint, which must not be resumed
     monkeypatch.setenv(LAUNCH_NAME, "first")
     stopped(train, *named)
@@ -63,7 +63,7 @@ def test_a_named_checkpoint_is_used_until_the_launch_has_saved_its_own(
     shutil.rmtree(tmp_path / "run/checkpoint-5")  # as if the launch had crashed before
     stopped(train, *named)
     assert names(tmp_path / "run") == ["checkpoint-5"]
-    assert same(train("run", *SIX, *named), whole)
+    assert same(train("run", *SIX, *named), other)
     assert [entry["step"] for entry in log_of(tmp_path / "run")] == [*range(1, 7)]
 
 

@@ -73,7 +73,7 @@ def test_a_stopped_run_prints_how_to_resume_and_then_counts_both_parts(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
     once = train("once", "--logging_steps", "1")
-    whole = lines_of(capsys.readouterr().out)
+    uninterrupted = lines_of(capsys.readouterr().out)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Saver, "_wanted", lambda self: TIME_IS_OVER)
         with pytest.raises(Stopped):
@@ -88,8 +88,8 @@ def test_a_stopped_run_prints_how_to_resume_and_then_counts_both_parts(
     assert lines["resume"] == "the same command resumes from there"
     train("run", "--logging_steps", "1")
     lines = lines_of(capsys.readouterr().out)
-    assert lines["result"] == whole["result"]
-    assert lines["cost"].partition("; ")[2] == whole["cost"].partition("; ")[2]
+    assert lines["result"] == uninterrupted["result"]
+    assert lines["cost"].partition("; ")[2] == uninterrupted["cost"].partition("; ")[2]
 
 
 def test_the_result_has_the_last_and_lowest_eval_loss_and_which_is_saved(tmp_path: Path) -> None:
