@@ -106,7 +106,7 @@ def test_wandb_marks_a_failed_run_as_failed(tmp_path: Path) -> None:
     assert exit_codes(tmp_path) == [1]
 
 
-def test_wandb_artifact_uploads_the_adapter_only_if_set(
+def test_the_adapter_is_uploaded_to_wandb_only_if_set(
     tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = trainer(tiny_model, tmp_path)
