@@ -13,7 +13,7 @@ sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 # Command -> module in loop/ and --help line.
 COMMANDS = {
-    "plot": ("monitor.plot", "plot the curves of one or several runs: PNG and HTML"),
+    "plot": ("monitor.plots", "plot the curves of one or several runs: PNG and HTML"),
     "dashboard": ("monitor.wandb_workspace", "create a wandb workspace for the metrics"),
     "show": ("doctor.show", "show how dialogues are tokenized and which tokens are supervised"),
     "check": ("doctor.check", "check the flags of a launch, within a second"),

@@ -97,7 +97,7 @@ def train(config: Config, ranks: PartialState) -> None:
     write_settings(accelerator, config)
 
     clock = Clock(accelerator.device)
-    tracker = Tracker(config, layout, accelerator, start.so_far, clock, work_of(model, config))
+    tracker = Tracker(config, layout, accelerator, start.prior, clock, work_of(model, config))
     with tracker, Saver(config, layout, accelerator, start) as saver:
         evaluator = Evaluator(config, layout, accelerator, data, model, tracker, saver)
         evaluator.begin()

@@ -1,4 +1,4 @@
-"""The output folder: recognises a finished run, and leaves one."""
+"""The output folder: its lock, its settings, the check for a finished run, the final save."""
 
 import fcntl
 import getpass
@@ -31,25 +31,23 @@ from loop.monitor.plots import draw_at_end
 from loop.utils import save_adapter, shapes, trained_parameters, write_json
 
 SETTINGS, STATE = "training_config.yaml", "trainer_state.json"
-LOCK, LOCK_TIMEOUT = (
-    ".lock",
-    5.0,
-)  # seconds that a run which was just killed may take to be gone
+LOCK = ".lock"
+LOCK_TIMEOUT = 5.0  # seconds that a killed run may take to exit
 
 
 def is_finished(config: Config) -> bool:
-    """Say whether the folder holds this very run, finished.
+    """Return whether the folder holds this run, finished.
 
-    Raises UserError where it holds a finished run with other settings or other data.
+    Raises UserError if it holds a finished run with other settings or data.
     """
     folder = Path(config.output_dir)
     if config.allow_resume_mismatch or config.resume_from_checkpoint.lower() not in TRUE:
-        return False  # Asked to train on, anew, or from elsewhere.
+        return False  # The flags ask to train: longer, afresh, or from another checkpoint.
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         settings = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return False  # Nothing, or a run that was cut off.
+        return False  # No run, or an interrupted one.
     if not isinstance(state, dict) or not isinstance(settings, dict) or not state.get("finished"):
         return False
     if not any((folder / name).is_file() for name in ADAPTER_FILES):
@@ -71,8 +69,8 @@ def is_finished(config: Config) -> bool:
     if changed:
         raise UserError(
             f"--output_dir {folder}: found a finished run with other settings "
-            f"({'; '.join(changed)}). Give another --output_dir; or "
-            "--allow_resume_mismatch to go on from its last checkpoint with the new ones."
+            f"({'; '.join(changed)}); expected the same. Give another --output_dir; or "
+            "--allow_resume_mismatch to resume from its last checkpoint with the new settings."
         )
     return True
 
@@ -83,19 +81,19 @@ def _template(config: Config) -> str | None:
 
 
 def _resolved(path: str | None) -> str | None:
-    """Return an existing path in one spelling; hub names stay as they are."""
+    """Return an existing path as an absolute one; hub names stay unchanged."""
     return str(Path(path).resolve()) if path and Path(path).exists() else path
 
 
 @contextmanager
 def locked_output_dir(config: Config) -> Iterator[None]:
-    """Make the folder and hold its lock, on the first rank, for as long as the block runs.
+    """Create the output folder and hold its lock on rank 0; every rank must enter this.
 
-    The kernel releases the lock however the run ends. Every rank must enter this. Raises UserError
-    where the folder cannot be written, or where another run holds it.
+    The kernel releases the lock however the run ends. Raises UserError if the folder cannot be
+    written, or if another run holds the lock.
     """
     folder, lock = Path(config.output_dir), None
-    made = not folder.exists()
+    created = not folder.exists()
     with raise_on_all_ranks():
         if PartialState().is_main_process:
             try:
@@ -108,14 +106,14 @@ def locked_output_dir(config: Config) -> Iterator[None]:
                 ) from None
             _lock(lock, folder)
             if not is_restart(folder):
-                _remove_stop(folder / "STOP")  # It was for the run before.
+                _remove_stop(folder / "STOP")  # It was meant for the run before.
     try:
         yield
     finally:
         if lock:
-            with suppress(OSError):  # What went wrong before is what the user is to hear of.
-                if made and {path.name for path in folder.iterdir()} <= {LOCK, LAUNCH_FILE}:
-                    shutil.rmtree(folder)  # Nothing came of it, so nothing is left.
+            with suppress(OSError):  # Keep the error that ended the block.
+                if created and {path.name for path in folder.iterdir()} <= {LOCK, LAUNCH_FILE}:
+                    shutil.rmtree(folder)  # The run wrote nothing.
             lock.close()
 
 
@@ -140,8 +138,8 @@ def _lock(lock: TextIO, folder: Path) -> None:
                     "Wait for it, stop it (touch STOP in the folder), or give another folder."
                 ) from None
             time.sleep(0.2)
-        except OSError:  # This file system knows no locks.
-            print(f"note: {folder} cannot be locked; start no second run with it")
+        except OSError:  # The file system has no locks.
+            print(f"note: {folder} cannot be locked; do not start a second run in it")
             break
     lock.truncate(0)
     lock.write(
@@ -154,7 +152,7 @@ def _lock(lock: TextIO, folder: Path) -> None:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # A container's user need not have a name.
+    except (KeyError, OSError):  # A container's user may have no name.
         return str(os.getuid())
 
 
@@ -174,7 +172,7 @@ def save_run(
     layout: Layout,
     config: Config,
 ) -> None:
-    """Write adapter and tokenizer, and last trainer_state.json, by which the run is finished."""
+    """Write adapter, tokenizer and, last, trainer_state.json, which marks the run as finished."""
     folder = Path(config.output_dir)
     unwrapped = accelerator.unwrap_model(model)
     main = accelerator.is_main_process
@@ -185,7 +183,7 @@ def save_run(
     if not main:
         return
     data.base.tokenizer.save_pretrained(folder)
-    for name in ADAPTER_FILES:  # What counts as finished must outlast a loss of power.
+    for name in ADAPTER_FILES:  # The adapter must be on disk before the run is marked finished.
         if (folder / name).is_file():
             sync(folder / name)
     state = {

@@ -33,6 +33,17 @@ class Layout:
         varies = self.limits.tokens is not None or self.limits.finer
         return max(self.accumulation, 2 if varies else 1)
 
+    def interval(self, strategy: str, steps: int) -> int:
+        """Return the steps between two logs, checkpoints or evaluations.
+
+        strategy: "steps", "epoch" or "no"; for "no" the interval is longer than the run.
+
+        >>> layout = Layout(0, 1, 2, 1, 2, steps_per_epoch=5, total_steps=20)
+        >>> [layout.interval(strategy, 8) for strategy in ("steps", "epoch", "no")]
+        [8, 5, 21]
+        """
+        return {"steps": steps, "epoch": self.steps_per_epoch, "no": self.total_steps + 1}[strategy]
+
     def __str__(self) -> str:
         tokens = f" or {self.limits.tokens} tokens" if self.limits.tokens else ""
         how = "in one row without padding" if self.limits.packed else "padded"

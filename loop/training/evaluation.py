@@ -69,14 +69,14 @@ class Evaluator:
     def begin(self) -> None:
         """Put the model into training mode; first make up for what a stop has cut off."""
         self.model.train()
-        start, main = self.tracker.start, self.accelerator.is_main_process
+        start, main = self.tracker.prior, self.accelerator.is_main_process
         if self.sampler.prompts and main:
             kept = history_until(self.folder / FILE if start.step else None, start.step)
             write_samples(self.folder, kept, afresh=True)
         self._forget_lost()
         owed = start.step and self._due(start.step)
         if owed and self.known["evaluated_step"] != start.step:
-            done = self._evaluate(start.step, start.saved["epoch"])
+            done = self._evaluate(start.step, start.progress["epoch"])
             if not done:
                 self.saver.stop(start.step)
 
@@ -145,9 +145,8 @@ class Evaluator:
             tqdm.write(line)
 
     def _due(self, step: int) -> bool:
-        interval = {"steps": self.config.eval_steps, "epoch": self.layout.steps_per_epoch}
-        every = interval.get(self.config.eval_strategy, 1)
-        return self.evaluates and (step % every == 0 or step == self.layout.total_steps)
+        interval = self.layout.interval(self.config.eval_strategy, self.config.eval_steps)
+        return self.evaluates and (step % interval == 0 or step == self.layout.total_steps)
 
     def _is_enough(self) -> bool:
         patience = self.config.early_stopping_patience

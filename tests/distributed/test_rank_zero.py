@@ -78,7 +78,7 @@ def test_wandb_adds_one_line(tiny_model: Path, data: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     lines = [line for line in (done.stdout + done.stderr).splitlines() if "wandb:" in line]
     assert len(lines) == 1, lines
-    assert lines[0].startswith("wandb: no login found, so the run is kept offline.")
+    assert lines[0].startswith("wandb: no login found; the run is kept offline.")
 
 
 @pytest.mark.parametrize(("rank", "seen"), [("0", 1), ("1", 0)])
