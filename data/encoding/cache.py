@@ -5,14 +5,13 @@ account and the checksums of the others, each with one batch: they are checked w
 a file of any size is open at once, in little memory.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from heapq import nlargest
 from importlib.metadata import version
@@ -27,6 +26,7 @@ import pyarrow.compute as pc
 from data.dialogues.sharegpt import Dialogue, Tally
 from data.encoding.encode import Example
 from data.errors import RunError, UserError
+from data.files.lock import locked
 
 FORMAT = "lora-loop encoded data 4"  # to be raised when what a file holds is laid out anew
 OURS = FORMAT[:22].encode()
@@ -36,7 +36,7 @@ CODE = (
     *("errors", "files/read", "files/json_stream"),
     *("dialogues/formats", "dialogues/sharegpt", "dialogues/sources"),
     *("encoding/control_tokens", "encoding/encode", "encoding/seq2seq", "encoding/templates"),
-    *("encoding/token_offsets", "encoding/tokens"),
+    *("encoding/token_offsets", "encoding/tokenizer"),
 )
 LIBRARIES = ("tokenizers", "transformers")
 BATCH = 1024  # examples that are held while a file is written
@@ -214,15 +214,12 @@ def locked_cache(path: str) -> Iterator[None]:
     Raises UserError where nothing can be written.
     """
     file = Path(path).expanduser()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(file.with_name(f".{file.name}.lock"), "w")  # noqa: SIM115
-    except OSError as error:
-        raise _unwritable(path, error) from None
-    with lock:
-        # Some network disks have no locks: then each makes the file, and the last one stays.
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            # Without locks each process writes the file, and the last one's stays.
+            stack.enter_context(locked(file.with_name(f".{file.name}.lock")))
+        except OSError as error:
+            raise _unwritable(path, error) from None
         yield
 
 

@@ -1,31 +1,32 @@
 """Runs a preparation from files to one file: on all cores, in flat memory, resumable, accounted."""
 
 import argparse
-import fcntl
 import json
 import os
 import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
 from data.dialogues.sharegpt import Tally
 from data.errors import BadRecord, UserError
 from data.files.atomic_write import place_of, written_whole
+from data.files.lock import LockHeld, locked
 from data.files.read import find_files, plain
 from data.preparation.duplicates import Seen
 from data.preparation.parallel import Chunk, chunks, in_order, refused
 
 NAMED = 1000  # ids that are kept of each cause; beyond that there is a count
 LONGEST_ID = 100  # characters
+LOCK_TIMEOUT = 5.0  # seconds that the workers of a killed run may take to end
 TABLES = "CREATE TABLE IF NOT EXISTS progress (key TEXT, state TEXT);"
 
 
@@ -297,8 +298,7 @@ def run(job: Job) -> dict[str, Any]:
         _check_outputs(job, files)
         with ExitStack() as stack:
             for out in outputs:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_claimed(out))
+                stack.enter_context(locked_output(out))
             journal = stack.enter_context(Journal(outputs, key, job.near_threshold))
             _write(job, files, journal)
             account = journal.account()
@@ -368,26 +368,13 @@ def _transformed(transform: Transform, skip_bad: bool, chunk: Chunk) -> list[Res
     return results
 
 
-class _claimed:
-    """A lock on an output file, which the kernel releases when the process ends."""
-
-    def __init__(self, out: Path) -> None:
-        self.out, self.path = out, out.with_name(f".{out.name}.lock")
-        self.lock: IO[str] | None = None
-
-    def __enter__(self) -> None:
-        self.lock = open(self.path, "w")
+@contextmanager
+def locked_output(out: Path) -> Iterator[None]:
+    """Hold the lock on an output file; raises UserError if another run holds it."""
+    lock = out.with_name(f".{out.name}.lock")
+    with ExitStack() as stack:
         try:
-            # Not flock: processes that this one has forked, and that outlive it, would hold it.
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who held it may have removed the file that was opened just before.
-            held = self.path.exists() and self.path.samefile(f"/dev/fd/{self.lock.fileno()}")
-        except (BlockingIOError, PermissionError):  # either, by POSIX
-            held = False
-        if not held:
-            raise UserError(f"--out {self.out}: another run is writing it.")
-
-    def __exit__(self, *_: object) -> None:
-        if self.lock:
-            self.path.unlink(missing_ok=True)
-            self.lock.close()
+            stack.enter_context(locked(lock, timeout=LOCK_TIMEOUT, unlink=True))
+        except LockHeld as holder:
+            raise UserError(f"--out {out}: another run is writing it: {holder}.") from None
+        yield

@@ -1,22 +1,19 @@
 """The output folder: recognises a finished run, and leaves one."""
 
-import fcntl
-import getpass
 import json
 import os
-import platform
 import shutil
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 from accelerate import Accelerator, PartialState
 
 from data.errors import UserError
 from data.files.hashes import file_sha256
+from data.files.lock import LockHeld, locked
 from loop.checkpoint.full_model import save_non_lora
 from loop.checkpoint.storage import sync
 from loop.config.flags import ADAPTER_FILES, Config
@@ -39,10 +36,8 @@ NOT_COMPARED = (
     *("resume_from_checkpoint", "allow_resume_mismatch", "max_minutes", "preprocessed_path"),
     *("data_path", "chat_template", "data_report", "cost_per_hour"),
 )
-LOCK, LOCK_TIMEOUT = (
-    ".lock",
-    5.0,
-)  # seconds that a run which was just killed may take to be gone
+LOCK = ".lock"
+LOCK_TIMEOUT = 5.0  # seconds that a killed run may take to end
 
 
 def is_finished(config: Config) -> bool:
@@ -97,34 +92,26 @@ def _resolved(path: str | None) -> str | None:
 
 @contextmanager
 def locked_output_dir(config: Config) -> Iterator[None]:
-    """Make the folder and hold its lock, on the first rank, for as long as the block runs.
+    """Create the output folder and hold its lock on rank 0 while the block runs.
 
-    The kernel releases the lock however the run ends. Every rank must enter this. Raises UserError
-    where the folder cannot be written, or where another run holds it.
+    Every rank must enter this. Raises UserError if the folder cannot be written, or if another run
+    holds the lock.
     """
-    folder, lock = Path(config.output_dir), None
-    made = not folder.exists()
-    with raise_on_all_ranks():
-        if PartialState().is_main_process:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
-            except OSError as error:
-                raise UserError(
-                    f"--output_dir {folder}: cannot be written: {error.strerror}. "
-                    "Give another folder."
-                ) from None
-            _lock(lock, folder)
-            if not is_restart(folder):
-                _remove_stop(folder / "STOP")  # It was for the run before.
-    try:
-        yield
-    finally:
-        if lock:
-            with suppress(OSError):  # What went wrong before is what the user is to hear of.
-                if made and {path.name for path in folder.iterdir()} <= {LOCK, LAUNCH_FILE}:
-                    shutil.rmtree(folder)  # Nothing came of it, so nothing is left.
-            lock.close()
+    folder = Path(config.output_dir)
+    is_new = not folder.exists()
+    with ExitStack() as stack:
+        with raise_on_all_ranks():
+            if is_main := PartialState().is_main_process:
+                _lock(folder, stack)
+                if not is_restart(folder):
+                    _remove_stop(folder / "STOP")  # a request to the run before
+        try:
+            yield
+        finally:
+            if is_main:
+                with suppress(OSError):  # the block's own error matters more
+                    if is_new and {path.name for path in folder.iterdir()} <= {LOCK, LAUNCH_FILE}:
+                        shutil.rmtree(folder)  # the run wrote nothing
 
 
 def _remove_stop(file: Path) -> None:
@@ -134,36 +121,21 @@ def _remove_stop(file: Path) -> None:
         raise UserError(f"{file}: cannot be removed: {error.strerror}. Remove it.") from None
 
 
-def _lock(lock: TextIO, folder: Path) -> None:
-    deadline = time.monotonic() + LOCK_TIMEOUT
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                lock.seek(0)
-                raise UserError(
-                    f"--output_dir {folder}: another run writes to it: {lock.read().strip()}. "
-                    "Wait for it, stop it (touch STOP in the folder), or give another folder."
-                ) from None
-            time.sleep(0.2)
-        except OSError:  # This file system knows no locks.
-            print(f"note: {folder} cannot be locked; start no second run with it")
-            break
-    lock.truncate(0)
-    lock.write(
-        f"process {os.getpid()} of {_user()} on {platform.node()}, "
-        f"since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-    )
-    lock.flush()
-
-
-def _user() -> str:
+def _lock(folder: Path, stack: ExitStack) -> None:
+    """Hold the folder's lock until the stack is closed; raises UserError."""
     try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # A container's user need not have a name.
-        return str(os.getuid())
+        has_lock = stack.enter_context(locked(folder / LOCK, LOCK_TIMEOUT))
+    except LockHeld as holder:
+        raise UserError(
+            f"--output_dir {folder}: another run writes to it: {holder}. "
+            "Wait for it, stop it (touch STOP in the folder), or give another folder."
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder}: cannot be written: {error.strerror}. Give another folder."
+        ) from None
+    if not has_lock:
+        print(f"note: {folder} cannot be locked; start no second run with it")
 
 
 def write_settings(accelerator: Accelerator, config: Config) -> None:

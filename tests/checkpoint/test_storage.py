@@ -272,9 +272,10 @@ def test_a_folder_that_another_run_writes_to_is_refused_with_its_owner(
 ) -> None:
     folder = tmp_path / "run"
     code = (
-        "import sys; from loop.config.flags import Config\n"
-        "from loop.checkpoint.run_folder import claimed\n"
-        f"with claimed(Config(output_dir={str(folder)!r})): print('held', flush=True); input()"
+        "from loop.config.flags import Config\n"
+        "from loop.checkpoint.run_folder import locked_output_dir\n"
+        f"with locked_output_dir(Config(output_dir={str(folder)!r})):\n"
+        "    print('held', flush=True); input()"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE

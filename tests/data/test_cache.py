@@ -92,7 +92,7 @@ def test_encoded_data_is_that_of_todays_code_and_libraries(
 def test_all_code_from_record_to_token_counts() -> None:
     found, waiting = (
         set[str](),
-        ["dialogues/sources", "encoding/encode", "encoding/seq2seq", "encoding/tokens"],
+        ["dialogues/sources", "encoding/encode", "encoding/seq2seq", "encoding/tokenizer"],
     )
     while waiting:
         name = waiting.pop()

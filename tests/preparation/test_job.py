@@ -43,7 +43,15 @@ def started(data: Path, out: Path) -> subprocess.Popen[str]:
         words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     process = psutil.Process(run.pid)
-    wait_until(lambda: len(process.children()) >= CORES, lambda: run.poll() is None)
+    lock = str(out.with_name(f".{out.name}.lock"))
+
+    def has_workers() -> bool:
+        """Whether all workers run, and have closed the lock that a fork inherits."""
+        workers = process.children()
+        opened = [file.path for worker in workers for file in worker.open_files()]
+        return len(workers) >= CORES and lock not in opened
+
+    wait_until(has_workers, lambda: run.poll() is None)
     return run
 
 
@@ -95,13 +103,15 @@ def test_ctrl_c_that_another_thread_takes_waits_until_the_processes_have_started
     assert done == ["started"]
 
 
-def test_a_second_run_of_one_output_is_told_of_the_first(tmp_path: Path) -> None:
+def test_a_second_run_with_the_same_output_is_refused(tmp_path: Path) -> None:
     data, out = dialogues(tmp_path, 1), tmp_path / "out.jsonl"
     words = [sys.executable, "-m", "data", "convert", "--in", data, "--out", out]
-    with job._claimed(out):
+    with job.locked_output(out):
         second = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         assert second.returncode == 2
-        assert second.stderr == f"error: --out {out}: another run is writing it.\n"
+        expected = f"error: --out {out}: another run is writing it: process {os.getpid()} of "
+        assert second.stderr.startswith(expected)
+        assert second.stderr.count("\n") == 1
     assert subprocess.run(words, cwd=ROOT).returncode == 0
 
 
