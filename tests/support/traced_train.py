@@ -30,9 +30,9 @@ def traced_windows(
 ) -> Iterator[Any]:
     made: list[list[str]] = []
 
-    def noted(part: Any, part_seed: int) -> Any:
+    def noted(part: Any, *rest: Any) -> Any:
         made.append([example.id for example in part])
-        return collate(part, part_seed)
+        return collate(part, *rest)
 
     output = Path(sys.argv[sys.argv.index("--output_dir") + 1])
     lines.append(open(output / f"trace-{layout.rank}.jsonl", "a", buffering=1))  # noqa: SIM115

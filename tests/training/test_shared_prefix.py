@@ -1,4 +1,4 @@
-"""What dialogues begin with alike is run once, and nothing of what they learn changes by it."""
+"""Shared prefixes are computed once, and losses and gradients do not change."""
 
 import functools
 from pathlib import Path
@@ -12,7 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.batching.balance import Limits, assign_micro_batches, packed_tokens
 from data.batching.collate import Collator, MicroBatch
-from data.batching.shared_prefix import LEAST, prefix_groups, sort_by_prefix, tokens_saved
+from data.batching.shared_prefix import (
+    MIN_PREFIX_TOKENS,
+    prefix_groups,
+    sort_by_prefix,
+    tokens_saved,
+)
 from data.encoding.encode import Example
 from data.errors import UserError
 from loop.config.flags import Config
@@ -38,13 +43,21 @@ def dialogue(name: str, beginning: list[int], own: list[int], learnt: int = 2) -
 def drawn(seed: int, count: int = 12) -> list[Example]:
     """Return random dialogues with one of three beginnings, of which one is too short to share."""
     draw = np.random.default_rng(seed)
-    beginnings = [[1] * 30, [*range(2, 2 + LEAST)], [3, 4]]
+    beginnings = [[1] * 30, [*range(2, 2 + MIN_PREFIX_TOKENS)], [3, 4]]
     found = []
     for number in range(count):
         own = draw.integers(20, 1000, draw.integers(3, 40)).tolist()
         beginning = beginnings[draw.integers(3)]
         found.append(dialogue(str(number), beginning, own, int(draw.integers(1, 3))))
     return found
+
+
+def one_batch(examples: list[Example]) -> list[Example]:
+    """Return the examples in the order of the single micro-batch that they are assigned to."""
+    limits = Limits(64, packed=True, sharing=True)
+    ((batch,),) = assign_micro_batches(examples, 1, limits).ranks
+    assert batch.groups == prefix_groups(batch.examples)
+    return batch.examples
 
 
 def unfolded(batch: MicroBatch) -> list[tuple[list[int], list[int], dict[int, int]]]:
@@ -66,7 +79,7 @@ def unfolded(batch: MicroBatch) -> list[tuple[list[int], list[int], dict[int, in
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_row_holds_each_dialogue_whole_and_nothing_twice(seed: int) -> None:
-    (part,) = assign_micro_batches(drawn(seed), 1, Limits(64, packed=True, sharing=True)).ranks[0]
+    part = one_batch(drawn(seed))
     batch = SHARING(part, 0)
     for example, (ids, places, learnt) in zip(part, unfolded(batch), strict=True):
         length = example.run_tokens
@@ -74,10 +87,10 @@ def test_a_row_holds_each_dialogue_whole_and_nothing_twice(seed: int) -> None:
         assert places == [*range(length)]
         following = enumerate(example.labels[1 : length + 1])
         assert learnt == {n: label for n, label in following if label != -100}
-    more, _ = tokens_saved(part)
-    assert batch.tokens == packed_tokens(part) - more
+    saved, _ = tokens_saved(prefix_groups(part))
+    assert batch.tokens == packed_tokens(part) - saved
     alike = sum(example.input_ids[0] == 1 for example in part)
-    assert more >= 30 * (alike - 1)
+    assert saved >= 30 * (alike - 1)
     assert len(batch.targets) == sum(example.supervised_tokens for example in part)
 
 
@@ -97,13 +110,14 @@ def test_who_would_take_more_than_they_bring_begin_a_group_of_their_own() -> Non
     part = sort_by_prefix([*first, *second, short])
     groups = prefix_groups(part)
     assert [(shared, len(group)) for shared, group in groups] == [(100, 8), (0, 1), (100, 8)]
-    assert tokens_saved(part) == (14 * 100, 14 * 100**2)
+    assert tokens_saved(groups) == (14 * 100, 14 * 100**2)
     assert prefix_groups(sort_by_prefix([first[0], short])) == [(25, [first[0], short])]
 
 
 def test_one_dialogue_alone_and_none_at_all_share_nothing() -> None:
     one = dialogue("a", [*range(10, 30)], [5, 6, 7])
-    assert tokens_saved([one]) == tokens_saved([]) == (0, 0)
+    assert prefix_groups([one]) == [(0, [one])]
+    assert prefix_groups([]) == []
     assert SHARING([one], 0).model_inputs["row"].groups == [[0, 22]]
     assert SHARING([], 0).tokens == 1
     assert len(SHARING([], 0).targets) == 0
@@ -116,7 +130,7 @@ def test_loss_and_gradient_are_those_of_dialogues_by_themselves(
 ) -> None:
     for name in ("MASK_PAYS", "MASK_MOST"):
         monkeypatch.setattr(packed_attention, name, longest_mask)
-    (part,) = assign_micro_batches(drawn(0), 1, Limits(64, packed=True, sharing=True)).ranks[0]
+    part = one_batch(drawn(0))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(kind, **SMALL | KINDS[kind]),
@@ -135,7 +149,7 @@ def test_loss_and_gradient_are_those_of_dialogues_by_themselves(
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers_and_an_evaluation_before_change_nothing(reentrant: bool) -> None:
-    (part,) = assign_micro_batches(drawn(1), 1, Limits(64, packed=True, sharing=True)).ranks[0]
+    part = one_batch(drawn(1))
     packed_attention._causal.cache_clear()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
@@ -205,9 +219,11 @@ def test_two_ranks_have_even_work_by_what_they_run() -> None:
     alike = [dialogue(f"a{n}", [1] * 200, [n] * 20) for n in range(10, 18)]
     other = [dialogue(f"b{n}", [n] * 110, [n] * 110) for n in range(30, 38)]
     limits = Limits(4, packed=True, sharing=True)
-    dealt = assign_micro_batches(alike + other, 2, limits)
-    assert dealt.tokens == [sum(map(limits.cost, rank)) for rank in dealt.ranks]
-    assert sum(dealt.tokens) < sum(packed_tokens(part) for rank in dealt.ranks for part in rank)
+    assignment = assign_micro_batches(alike + other, 2, limits)
+    batches = [batch for rank in assignment.ranks for batch in rank]
+    collated = [SHARING(batch.examples, 0, batch.groups).tokens for batch in batches]
+    assert [batch.tokens for batch in batches] == collated
+    assert sum(collated) < sum(packed_tokens(batch.examples) for batch in batches)
 
 
 def test_the_bundled_dialogues_share_a_quarter(chat_model: Path) -> None:
