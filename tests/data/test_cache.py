@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from data import cache
 from data.dialogues.sharegpt import Tally
+from data.encoding import cache
 from data.encoding.encode import Example
 from data.errors import RunError, UserError
-from loop import prepare as preparing
 from loop.config.flags import Config
+from loop.inputs import training_data as preparing
 from tests.data.test_seq2seq import LONG
 from tests.support.helpers import HANG, ROOT, adapter_of, write_dialogues
 
@@ -68,7 +68,7 @@ def test_another_key_is_named_and_the_data_made_anew(
 ) -> None:
     file = written(tmp_path)
     assert cache.read_cache(str(file), {"data": "b", "--seed": 1}) is None
-    assert "made of another data; made anew" in capsys.readouterr().out
+    assert "encoded with other data; encoded again" in capsys.readouterr().out
 
 
 def test_encoded_data_is_that_of_todays_code_and_libraries(
@@ -77,7 +77,7 @@ def test_encoded_data_is_that_of_todays_code_and_libraries(
     file = written(tmp_path)
     monkeypatch.setattr(cache, "version", lambda name: f"99 of {name}")
     assert cache.read_cache(str(file), KEY) is None
-    assert "made of another tokenizers, transformers; made anew" in capsys.readouterr().out
+    assert "encoded with other tokenizers, transformers; encoded again" in capsys.readouterr().out
     monkeypatch.undo()
     code = tmp_path / "code"
     shutil.copytree(ROOT / "data", code)
@@ -86,7 +86,7 @@ def test_encoded_data_is_that_of_todays_code_and_libraries(
     with (code / "encoding/templates.py").open("a") as opened:
         opened.write("VICUNA_SYSTEM = 'Another.'\n")
     assert cache.read_cache(str(file), KEY) is None
-    assert "made of another code; made anew" in capsys.readouterr().out
+    assert "encoded with other code; encoded again" in capsys.readouterr().out
 
 
 def test_all_code_from_record_to_token_counts() -> None:
@@ -113,7 +113,7 @@ def test_a_damaged_file_is_made_anew(
         raw[-3] ^= 1
     file.write_bytes({"cut": raw[:-8], "flipped": raw, "empty tail": raw + b"\0" * 8}[damage])
     assert cache.read_cache(str(file), KEY) is None
-    assert "damaged; made anew" in capsys.readouterr().out
+    assert "damaged; encoded again" in capsys.readouterr().out
 
 
 def large(folder: Path) -> tuple[Path, list[Example]]:
@@ -126,7 +126,7 @@ def large(folder: Path) -> tuple[Path, list[Example]]:
 def test_a_flipped_bit_anywhere_never_gives_other_examples(tmp_path: Path) -> None:
     file, many = large(tmp_path)
     raw = file.read_bytes()
-    heard = Counter[str]()
+    outcomes = Counter[str]()
     for place in [*range(0, len(raw), len(raw) // 150), *range(len(raw) - 20, len(raw))]:
         damaged = bytearray(raw)
         damaged[place] ^= 1 << place % 8
@@ -134,12 +134,12 @@ def test_a_flipped_bit_anywhere_never_gives_other_examples(tmp_path: Path) -> No
         try:
             kept = cache.read_cache(str(file), KEY, silent=True)
             assert kept is None or [*kept] == many, place
-            heard["made anew" if kept is None else "unharmed"] += 1
+            outcomes["encoded again" if kept is None else "unharmed"] += 1
         except UserError as error:
-            heard[type(error).__name__] += 1
-    assert heard["Fault"] > 100
-    assert heard["made anew"] > 20
-    assert not heard["unharmed"]
+            outcomes[type(error).__name__] += 1
+    assert outcomes["RunError"] > 100
+    assert outcomes["encoded again"] > 20
+    assert not outcomes["unharmed"]
 
 
 def test_a_damaged_batch_is_named_when_it_is_read_and_the_file_removed(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_file_of_the_format_before_is_made_anew(
     file = written(tmp_path)
     file.write_bytes(file.read_bytes().replace(cache.FORMAT.encode(), cache.OURS + b" 2"))
     assert cache.read_cache(str(file), KEY) is None
-    assert "of an older format; made anew" in capsys.readouterr().out
+    assert "an older format; encoded again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"", b'{"input_ids": [], "labels": []}', b"\x08" + b"\0" * 80])
@@ -253,7 +253,7 @@ def test_the_first_rank_alone_says_why_the_file_is_made_anew(
         monkeypatch.setenv("RANK", rank)
         config = Config(str(tiny_model), data_path=(str(data),), preprocessed_path=kept)
         preparing.read_training_data(replace(config, model_max_length=length))
-        assert capsys.readouterr().out.count("made anew") == notes
+        assert capsys.readouterr().out.count("encoded again") == notes
 
 
 def test_num_data_takes_dialogues_by_the_seed(tiny_t5: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_what_was_encoded_before_is_not_encoded_again(
     tally = Tally()
     encode_in_pieces(path, KEY, dialogues_in(file, tally), counted(encode, again), tally, SIZE)
     assert again == ids[2 * SIZE :]
-    assert "going on behind dialogue 60" in capsys.readouterr().out
+    assert "resumed after dialogue 60" in capsys.readouterr().out
     kept = read_cache(path, KEY)
     assert kept is not None
     assert [*kept] == [*whole(file, encode)]
@@ -133,20 +133,20 @@ def test_a_piece_that_was_damaged_is_named_and_made_anew(
 IN_PIECES = """
 import os, signal, sys
 from functools import partial
-from data import pieces
-from loop import prepare
+from data.encoding import cache
 from loop.config.flags import Config
-write = pieces.write_cache
+from loop.inputs import training_data as reading
+write = cache.write_cache
 def killed(name, *rest):
     if name.endswith("piece-3"):
         os.kill(os.getpid(), signal.SIGKILL)
     return write(name, *rest)
 if len(sys.argv) > 4:
-    pieces.write_cache = killed
-prepare.encode_in_pieces = partial(pieces.encode_in_pieces, size=200)
+    cache.write_cache = killed
+reading.encode_in_pieces = partial(cache.encode_in_pieces, size=200)
 model, data, kept = sys.argv[1:4]
 config = Config(model_name_or_path=model, data_path=(data,), preprocessed_path=kept)
-print(len(prepare.prepare(config).examples))
+print(len(reading.read_training_data(config).examples))
 """
 
 
@@ -159,6 +159,6 @@ def test_a_killed_run_leaves_pieces_that_the_next_one_takes(
     assert first.returncode == -signal.SIGKILL
     assert not (tmp_path / "kept").exists()
     second = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "going on behind dialogue 600\n" in second.stdout
+    assert "resumed after dialogue 600\n" in second.stdout
     assert second.stdout.splitlines()[-1] == "1000"
     assert not [path for path in tmp_path.iterdir() if "piece" in path.name]

@@ -84,5 +84,5 @@ def test_tables_of_no_use_are_named(tmp_path: Path) -> None:
     assert (bad.cause, good) == ("not UTF-8", {"a": "3", "b": "4"})
     latin = pa.array([b"caf\xe9"], pa.binary()).view(pa.string())
     parquet.write_table(pa.table({"text": latin}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet: not a whole Parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet: not a complete Parquet file"):
         [*read_records(tmp_path / "a.parquet")]

@@ -26,7 +26,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return digest(*words)
 
     monkeypatch.setattr(hashlib, "file_digest", counted)
-    monkeypatch.setattr(hashes, "UNSURE", 0)
+    monkeypatch.setattr(hashes, "UNSETTLED_NANOSECONDS", 0)
     return made
 
 

@@ -127,7 +127,7 @@ def test_arrow_is_read_as_datasets_and_feather_write_it(tmp_path: Path) -> None:
     for file in (*saved, tmp_path / "rows.arrow"):
         assert [record for _, record in read_records(file)] == given
         file.write_bytes(file.read_bytes()[:-2000])
-        with pytest.raises(UserError, match="not a whole Arrow file"):
+        with pytest.raises(UserError, match="not a complete Arrow file"):
             [*read_records(file)]
 
 
@@ -156,5 +156,5 @@ def test_a_data_set_of_the_hub_is_trained_on_and_then_without_the_hub(
     assert len(again.stdout.splitlines()) == 6, again.stderr
     other = display_path(address, "someone/other")
     assert other.returncode == 2
-    assert "which cannot be asked" in other.stderr
+    assert "which cannot be reached" in other.stderr
     assert "Traceback" not in other.stderr

@@ -57,7 +57,7 @@ def test_any_text_has_the_ids_and_labels_that_offsets_give(
     turns = [Turn("assistant" if n % 2 else "user", f"{text}.") for n, text in enumerate(texts)]
     turns += [Turn("assistant", "So.")] * (len(turns) % 2)
     item = render(Dialogue("d", tuple(turns)), template, encoder.tokenizer)
-    (found,) = encoder._quickly([item])
+    (found,) = encoder._without_offsets([item])
     (expected,) = slowly(encoder, [item])
     assert learnt(found) == learnt(expected)
     encoder.tiles.usable = True  # type: ignore[union-attr] # one text of odd letters is no proof
@@ -70,7 +70,7 @@ def test_real_dialogues_are_encoded_without_offsets(
     encoder = encoders[name]
     dialogues, _ = dialogues_in(shared / "data/oasst_en.json")
     items = [render(one, template, encoder.tokenizer) for one in dialogues[:200]]
-    found = [*encoder._quickly(items)]
+    found = [*encoder._without_offsets(items)]
     assert encoder.tiles is not None
     tiled = encoder.tiles.encode(items, False)
     assert sum(one is None for one in tiled) <= 2
@@ -92,8 +92,8 @@ def test_a_tokenizer_that_does_more_than_its_backend_is_seen(
     encoder = Encoder(Lowers())
     dialogue = Dialogue("d", (Turn("user", "Hi THERE"), Turn("assistant", "YO")))
     item = render(dialogue, "vicuna", chat_tokenizer)
-    assert [*encoder._quickly([item, item])] == slowly(encoder, [item, item])
-    assert [*encoder._quickly([item])] == slowly(encoder, [item])
+    assert [*encoder._without_offsets([item, item])] == slowly(encoder, [item, item])
+    assert [*encoder._without_offsets([item])] == slowly(encoder, [item])
 
 
 def test_texts_that_tokens_do_not_make_up_are_given_up_after_a_batch(

@@ -217,7 +217,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists()
     went_on = subprocess.run([*words, out], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "going on behind record 2,000" in went_on.stderr
+    assert "resumed after record 2,000" in went_on.stderr
     assert "read 3000 = kept 3000" in went_on.stderr
     clean.main([str(word) for word in [*words[4:], tmp_path / "whole.jsonl"]])
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -146,7 +146,7 @@ def test_a_report_that_cannot_be_written_costs_no_work(
         convert.main([*words, str(blocked)])
     assert not out.exists()
     convert.main([*words, str(tmp_path / "report.json")])
-    assert "going on behind record 300" in capsys.readouterr().err
+    assert "resumed after record 300" in capsys.readouterr().err
     assert json.loads((tmp_path / "report.json").read_text())["kept"] == 300
     assert len(out.read_text().splitlines()) == 300
 

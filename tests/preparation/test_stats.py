@@ -143,7 +143,7 @@ def test_without_a_model_it_tells_what_needs_no_tokenizer_and_says_so(tmp_path: 
     done = command("python", "-m", "data", "stats", *words)
     assert done.returncode == 0, done.stderr
     assert "read 500 = kept 500 + dropped 0" in done.stderr
-    assert "Without --model_name_or_path there are no tokens, cuts and time." in done.stdout
+    assert "Tokens, cuts and training time need --model_name_or_path." in done.stdout
     assert "189 steps" in done.stdout
     assert "tokens/s" not in done.stdout
     from PIL import Image
