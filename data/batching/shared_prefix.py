@@ -38,7 +38,7 @@ def prefix_groups(examples: Sequence[Example]) -> list[PrefixGroup]:
     """Partition a row into groups of neighbours that share a prefix, in the row's order.
 
     Links join neighbours; a link's length is the number of tokens that both may share. Links are
-    visited from the longest to the shortest, and each merges the two groups beside it unless the
+    visited from the longest to the shortest, and each merges its two groups unless the
     merged group saves fewer tokens than the two apart:
 
         examples    a    b    c    d    e
