@@ -107,7 +107,7 @@ def from_alpaca(record: dict[str, Any]) -> dict[str, Any]:
             _bad("history is not pairs", f"{place} is {kind(pair)}; {expected}")
         for speaker, text in zip(("human", "gpt"), pair, strict=True):
             if not isinstance(text, str):
-                _bad("value is not text", f"{place} holds {kind(text)}; expected strings")
+                _bad("value is not text", f"{place} has {kind(text)}; expected strings")
             turns.append({"from": speaker, "value": text})
     question, given = _text(record, "instruction"), ""
     if record.get("input") is not None:

@@ -130,9 +130,9 @@ def _ids(tokenizer: Any, texts: list[str], control_tokens: bool = False) -> list
 def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the ids that the tokenizer adds before and after a text."""
     inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
-    place = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
-    return whole[:place], whole[place + len(inner) :]
+    outer = tokenizer("a", add_special_tokens=True)["input_ids"]
+    place = next(i for i in range(len(outer)) if outer[i : i + len(inner)] == inner)
+    return outer[:place], outer[place + len(inner) :]
 
 
 def _fastchat_pairs(
@@ -149,16 +149,17 @@ def _fastchat_pairs(
         for number, turn in enumerate(dialogue.turns):
             last = number == len(dialogue.turns) - 1
             if turn.role == "user":
-                asked = f"### Human: {turn.text}\n### Assistant: "
-                pieces.append(turn.text if last else asked)
+                question = f"### Human: {turn.text}\n### Assistant: "
+                pieces.append(turn.text if last else question)
             else:
                 pieces.append(f"{turn.text}\n")
-        whole = _ids(tokenizer, ["".join(pieces)], control_tokens=True)[0]
-        lengths = [min(len(ids), most - 1) for ids in _ids(tokenizer, pieces, control_tokens=True)]
+        ids = _ids(tokenizer, ["".join(pieces)], control_tokens=True)[0]
+        encoded = _ids(tokenizer, pieces, control_tokens=True)
+        lengths = [min(len(piece), most - 1) for piece in encoded]
         start, pairs = lengths[0], []
         for turn, length in zip(dialogue.turns, lengths[1:], strict=True):
             if turn.role == "assistant" and turn.supervised:
-                source = whole[:start][-most:]
-                pairs.append((source + end, whole[start : start + length][:most] + end))
+                source = ids[:start][-most:]
+                pairs.append((source + end, ids[start : start + length][:most] + end))
             start += length
         yield dialogue, pairs

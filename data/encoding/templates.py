@@ -104,13 +104,15 @@ def _render_vicuna(dialogue: Dialogue, tokenizer: Any) -> Rendered:
 
 def _render_t5(dialogue: Dialogue) -> Rendered:
     text = header = (dialogue.system or T5_SYSTEM) + "\n\n"
-    spans, asked = [], "### Assistant: "
+    spans, generation_prompt = [], "### Assistant: "
     for turn in dialogue.turns:
         if turn.role != "assistant":
-            text = text.removesuffix(asked) if turn.role == "tool" else text
-            text += f"### {T5_NAMES[turn.role]}: {turn.text}\n{asked}"
+            text = text.removesuffix(generation_prompt) if turn.role == "tool" else text
+            text += f"### {T5_NAMES[turn.role]}: {turn.text}\n{generation_prompt}"
             continue
-        text += "" if text.endswith(asked) else asked  # a second answer in a row
+        text += (
+            "" if text.endswith(generation_prompt) else generation_prompt
+        )  # a second answer in a row
         if turn.supervised:
             spans.append((len(text), len(text) + len(turn.text)))
         text += f"{turn.text}\n"

@@ -86,7 +86,7 @@ def test_several_paths_are_read_in_order_and_counted_together(
     (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, records(4))))
     paths = (f"{first}:0.5", str(tmp_path / "two.jsonl"))
     report = tmp_path / "made" / "report.json"
-    config = Config(str(tiny_model), data_path=paths, report=str(report))
+    config = Config(str(tiny_model), data_path=paths, data_report=str(report))
     prepared = read_training_data(config)
     assert [one.id for one in prepared.examples][5:] == ["r0", "r1", "r2", "r3"]
     account = json.loads(report.read_text())
@@ -104,7 +104,12 @@ def test_the_report_of_refused_data_is_written(tiny_model: Path, tmp_path: Path)
     report = tmp_path / "report.json"
     with pytest.raises(UserError, match="have nothing to learn"):
         read_training_data(
-            Config(str(tiny_model), data_path=(str(file),), report=str(report), model_max_length=20)
+            Config(
+                str(tiny_model),
+                data_path=(str(file),),
+                data_report=str(report),
+                model_max_length=20,
+            )
         )
     account = json.loads(report.read_text())
     assert account["read"] == account["kept"] + sum(
