@@ -1,22 +1,19 @@
 """The output folder: its lock, its settings, the check for a finished run, the final save."""
 
-import fcntl
-import getpass
 import json
 import os
-import platform
 import shutil
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 from accelerate import Accelerator, PartialState
 
 from data.errors import UserError
 from data.files.hashes import file_sha256
+from data.files.lock import LockHeld, locked
 from loop.checkpoint.full_model import save_non_lora
 from loop.checkpoint.storage import sync
 from loop.config.flags import ADAPTER_FILES, Config, names_of
@@ -87,34 +84,26 @@ def _resolved(path: str | None) -> str | None:
 
 @contextmanager
 def locked_output_dir(config: Config) -> Iterator[None]:
-    """Create the output folder and hold its lock on rank 0; every rank must enter this.
+    """Create the output folder and hold its lock on rank 0 while the block runs.
 
-    The kernel releases the lock however the run ends. Raises UserError if the folder cannot be
-    written, or if another run holds the lock.
+    Every rank must enter this. Raises UserError if the folder cannot be written, or if another run
+    holds the lock.
     """
-    folder, lock = Path(config.output_dir), None
-    created = not folder.exists()
-    with raise_on_all_ranks():
-        if PartialState().is_main_process:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
-            except OSError as error:
-                raise UserError(
-                    f"--output_dir {folder}: cannot be written: {error.strerror}. "
-                    "Give another folder."
-                ) from None
-            _lock(lock, folder)
-            if not is_restart(folder):
-                _remove_stop(folder / "STOP")  # It was meant for the run before.
-    try:
-        yield
-    finally:
-        if lock:
-            with suppress(OSError):  # Keep the error that ended the block.
-                if created and {path.name for path in folder.iterdir()} <= {LOCK, LAUNCH_FILE}:
-                    shutil.rmtree(folder)  # The run wrote nothing.
-            lock.close()
+    folder = Path(config.output_dir)
+    is_new = not folder.exists()
+    with ExitStack() as stack:
+        with raise_on_all_ranks():
+            if is_main := PartialState().is_main_process:
+                _lock(folder, stack)
+                if not is_restart(folder):
+                    _remove_stop(folder / "STOP")  # a request to the run before
+        try:
+            yield
+        finally:
+            if is_main:
+                with suppress(OSError):  # the block's own error matters more
+                    if is_new and {path.name for path in folder.iterdir()} <= {LOCK, LAUNCH_FILE}:
+                        shutil.rmtree(folder)  # the run wrote nothing
 
 
 def _remove_stop(file: Path) -> None:
@@ -124,36 +113,21 @@ def _remove_stop(file: Path) -> None:
         raise UserError(f"{file}: cannot be removed: {error.strerror}. Remove it.") from None
 
 
-def _lock(lock: TextIO, folder: Path) -> None:
-    deadline = time.monotonic() + LOCK_TIMEOUT
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                lock.seek(0)
-                raise UserError(
-                    f"--output_dir {folder}: another run writes to it: {lock.read().strip()}. "
-                    "Wait for it, stop it (touch STOP in the folder), or give another folder."
-                ) from None
-            time.sleep(0.2)
-        except OSError:  # The file system has no locks.
-            print(f"note: {folder} cannot be locked; do not start a second run in it")
-            break
-    lock.truncate(0)
-    lock.write(
-        f"process {os.getpid()} of {_user()} on {platform.node()}, "
-        f"since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-    )
-    lock.flush()
-
-
-def _user() -> str:
+def _lock(folder: Path, stack: ExitStack) -> None:
+    """Hold the folder's lock until the stack is closed; raises UserError."""
     try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # A container's user may have no name.
-        return str(os.getuid())
+        has_lock = stack.enter_context(locked(folder / LOCK, LOCK_TIMEOUT))
+    except LockHeld as holder:
+        raise UserError(
+            f"--output_dir {folder}: another run writes to it: {holder}. "
+            "Wait for it, stop it (touch STOP in the folder), or give another folder."
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder}: cannot be written: {error.strerror}. Give another folder."
+        ) from None
+    if not has_lock:
+        print(f"note: {folder} cannot be locked; start no second run with it")
 
 
 def write_settings(accelerator: Accelerator, config: Config) -> None:

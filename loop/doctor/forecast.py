@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 
-from data.batching.balance import Examples, assign_micro_batches, packed_tokens
+from data.batching.balance import assign_micro_batches, packed_tokens
+from data.encoding.encode import Example
 from data.errors import UserError
 from loop.checkpoint import storage
 from loop.checkpoint.resume import find_checkpoint, run_facts
@@ -47,12 +48,13 @@ def outlook_of(data: TrainingData, layout: Layout, config: Config) -> Outlook:
         dealt = assign_micro_batches(chosen, layout.world_size, layout.limits)
         tokens += sum(example.run_tokens for example in chosen)
         supervised += sum(example.supervised_tokens for example in chosen)
-        sizes |= {_size(part, layout.limits.packed) for rank in dealt.ranks for part in rank}
+        batches = [batch for rank in dealt.ranks for batch in rank]
+        sizes |= {_size(batch.examples, layout.limits.packed) for batch in batches}
         steps += 1
     return Outlook(tokens / steps * layout.total_steps, frozenset(sizes), supervised / tokens)
 
 
-def _size(part: Examples, packed: bool) -> Size:
+def _size(part: list[Example], packed: bool) -> Size:
     """Return a micro-batch's size, as if its dialogues shared nothing.
 
     Keys and values of what they share are kept for each of them, and their supervised tokens are

