@@ -12,7 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.batching.balance import Limits, assign_micro_batches, packed_tokens
 from data.batching.collate import Collator, MicroBatch
-from data.batching.shared_prefix import LEAST, prefix_groups, sort_by_prefix, tokens_saved
+from data.batching.shared_prefix import (
+    MIN_PREFIX_TOKENS,
+    prefix_groups,
+    sort_by_prefix,
+    tokens_saved,
+)
 from data.encoding.encode import Example
 from data.errors import UserError
 from loop.config.flags import Config
@@ -38,7 +43,7 @@ def dialogue(name: str, beginning: list[int], own: list[int], learnt: int = 2) -
 def drawn(seed: int, count: int = 12) -> list[Example]:
     """Return random dialogues with one of three beginnings, of which one is too short to share."""
     draw = np.random.default_rng(seed)
-    beginnings = [[1] * 30, [*range(2, 2 + LEAST)], [3, 4]]
+    beginnings = [[1] * 30, [*range(2, 2 + MIN_PREFIX_TOKENS)], [3, 4]]
     found = []
     for number in range(count):
         own = draw.integers(20, 1000, draw.integers(3, 40)).tolist()
@@ -109,12 +114,12 @@ def test_one_dialogue_alone_and_none_at_all_share_nothing() -> None:
     assert len(SHARING([], 0).targets) == 0
 
 
-@pytest.mark.parametrize("longest_mask", [0, packed_attention.MASK_MOST], ids=["again", "masked"])
+@pytest.mark.parametrize("longest_mask", [0, 1024], ids=["again", "masked"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_are_those_of_dialogues_by_themselves(
     kind: str, longest_mask: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("MASK_PAYS", "MASK_MOST"):
+    for name in ("MAX_MASKED_TOKENS", "MAX_MASKED_TOKENS_LONG_PREFIX"):
         monkeypatch.setattr(packed_attention, name, longest_mask)
     (part,) = assign_micro_batches(drawn(0), 1, Limits(64, packed=True, sharing=True)).ranks[0]
     torch.manual_seed(0)
@@ -225,7 +230,7 @@ def test_a_model_whose_tokens_see_later_ones_is_refused() -> None:
         config, attn_implementation=implementation(packed=True, flash=False)
     )
     part = [dialogue(name, [*range(10, 40)], [5, 6, 7]) for name in "ab"]
-    with pytest.raises(UserError, match="BertSelfAttention, in which tokens see later ones"):
+    with pytest.raises(UserError, match="BertSelfAttention, in which tokens attend to later ones"):
         supervised_loss_sum(model, SHARING(part, 0))
 
 
