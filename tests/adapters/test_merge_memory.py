@@ -1,4 +1,4 @@
-"""What a merge holds in memory: one file's tensors while it writes, one model while it compares."""
+"""A merge's memory: one file's tensors while it writes, one model while it verifies."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def read(name):
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 merge.main(small)
 before = read("VmRSS")
-(own / "clear_refs").write_text("5")  # the peak is taken anew, proc(5)
+(own / "clear_refs").write_text("5")  # Reset the peak, proc(5).
 merge.main(flags)
 print("peak", read("VmHWM") - before)
 """
@@ -56,10 +56,10 @@ def make(
 
 
 def peak(small: Path, adapter: Path, *flags: str, shard: float = SHARD) -> int:
-    """Return the most bytes that a merge added in memory, those of mapped files too.
+    """Return the peak of the bytes that a merge adds in memory, mapped files included.
 
-    The small one, merged before in the same process, takes what the libraries do, of which one
-    process needs up to 50 MB more than the next.
+    The same process merges the small adapter first. This excludes the libraries' memory, which
+    differs by up to 50 MB between processes.
     """
 
     def words(adapter: Path) -> list[str]:
@@ -82,7 +82,7 @@ def peak(small: Path, adapter: Path, *flags: str, shard: float = SHARD) -> int:
 
 
 @pytest.mark.slow
-def test_a_merge_takes_the_memory_of_a_file_and_its_proof_that_of_the_base(
+def test_writing_takes_the_memory_of_a_file_and_verifying_that_of_the_base(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -91,22 +91,22 @@ def test_a_merge_takes_the_memory_of_a_file_and_its_proof_that_of_the_base(
     base = (tmp_path / "large" / "base" / "model.safetensors").stat().st_size
     assert base > 6 * SHARD
     written = peak(small, large, "--prompts", "0")
-    proven = peak(small, large)
-    print(f"base {base / 1e6:.0f} MB: written {written / 1e6:.0f}, proven {proven / 1e6:.0f} MB")
-    # A file's tensors as they are written, and of what they are made of as much as is mapped.
+    verified = peak(small, large)
+    print(f"base {base / 1e6:.0f} MB: written {written / 1e6:.0f}, later {verified / 1e6:.0f} MB")
+    # A file's tensors, and the mapped pages that they are read from.
     assert written < 3 * SHARD
-    assert SHARD < proven < base + SHARD
+    assert SHARD < verified < base + SHARD
 
 
 @pytest.mark.slow
-def test_a_merge_that_rounds_for_inputs_takes_the_memory_of_base_and_a_file(
+def test_rounding_with_inputs_takes_the_memory_of_the_base_and_a_file(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     small = make(tmp_path / "small", tokenizer, 64, 1, torch.bfloat16)
     large = make(tmp_path / "large", tokenizer, 1024, 16, torch.bfloat16)
     base = (tmp_path / "large" / "base" / "model.safetensors").stat().st_size
-    shard = 3 * SHARD  # of which a layer in fp32 takes 42 MB, and layers' inputs a quarter
-    found = peak(small, large, shard=shard)
-    print(f"base {base / 1e6:.0f} MB in 16 bits: rounded and proven {found / 1e6:.0f} MB")
-    assert SHARD < found < base + shard
+    shard = 3 * SHARD  # A layer in fp32 takes 42 MB of it, layers' inputs a quarter.
+    rounded = peak(small, large, "--rounding_texts", "64", shard=shard)
+    print(f"base {base / 1e6:.0f} MB in 16 bits: rounded and verified {rounded / 1e6:.0f} MB")
+    assert SHARD < rounded < base + shard

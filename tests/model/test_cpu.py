@@ -10,7 +10,7 @@ from torch import nn
 
 from loop import train as training
 from loop.model import load as loading
-from loop.model.kernels import LEVELS, Dropout, replace_dropout
+from loop.model.kernels import DROPOUT_LEVELS, Dropout, replace_dropout
 from tests.support.helpers import command
 
 Train = Callable[..., Path]
@@ -27,7 +27,7 @@ def test_as_many_are_dropped_as_asked_and_what_is_left_is_scaled_up(
     assert found.dtype == dtype
     share = (found == 0).float().mean().item()
     assert share == pytest.approx(p, abs=5 * (p * (1 - p) / values.numel()) ** 0.5)
-    scale = LEVELS / (LEVELS - round(p * LEVELS))
+    scale = DROPOUT_LEVELS / (DROPOUT_LEVELS - round(p * DROPOUT_LEVELS))
     assert scale == pytest.approx(1 / (1 - p), rel=1e-3)
     assert {*found.detach().unique().tolist()} == {0.0, torch.tensor(scale, dtype=dtype).item()}
     found.backward(torch.full_like(found, 3.0))

@@ -28,7 +28,7 @@ NF4 = {
             {"quant_method": "bitsandbytes", "load_in_4bit": True},
             *(Config(), 2, {}, "Give --q_lora True"),
         ),
-        (NF4, Config(q_lora=True, bf16=True), 3, {}, "stored as uint8, which ZeRO-3 cannot share"),
+        (NF4, Config(q_lora=True, bf16=True), 3, {}, "as uint8, which ZeRO-3 cannot partition"),
         (
             NF4 | {"bnb_4bit_quant_type": "fp4"},
             *(Config(q_lora=True, bf16=True), 0, {}, "of the type fp4; expected nf4. Give the pla"),

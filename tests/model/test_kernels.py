@@ -46,7 +46,7 @@ def compared(folder: Path, kind: str, activation: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", sorted(kernels.KINDS))
+@pytest.mark.parametrize("kind", sorted(kernels.LIGER_MODELS))
 def test_fused_layers_give_the_losses_and_the_gradients_of_transformers_own(
     kind: str, folder: Path
 ) -> None:
