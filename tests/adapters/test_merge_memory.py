@@ -92,7 +92,7 @@ def test_writing_takes_the_memory_of_a_file_and_verifying_that_of_the_base(
     assert base > 6 * SHARD
     written = peak(small, large, "--prompts", "0")
     verified = peak(small, large)
-    print(f"base {base / 1e6:.0f} MB: written {written / 1e6:.0f}, later {verified / 1e6:.0f} MB")
+    print(f"base {base / 1e6:.0f} MB: write {written / 1e6:.0f}, verify {verified / 1e6:.0f} MB")
     # A file's tensors, and the mapped pages that they are read from.
     assert written < 3 * SHARD
     assert SHARD < verified < base + SHARD

@@ -1,4 +1,4 @@
-"""The embedded model appears whole or not at all."""
+"""The conversion of the bundled model is atomic."""
 
 import shutil
 import signal
@@ -16,7 +16,7 @@ NAME = "SmolLM2-135M-Instruct"
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The project's code alone, without the converted model."""
+    """Return a copy of the project's code without the converted model."""
     for folder in ("loop", "data"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     return tmp_path
@@ -28,7 +28,7 @@ def convert(copy: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_a_killed_conversion_leaves_nothing_and_two_at_once_convert_once(copy: Path) -> None:
+def test_a_killed_conversion_leaves_no_model_and_two_at_once_convert_once(copy: Path) -> None:
     models = copy / "models"
     killed = convert(copy)
     deadline = time.monotonic() + 120
@@ -36,7 +36,7 @@ def test_a_killed_conversion_leaves_nothing_and_two_at_once_convert_once(copy: P
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    assert [*models.glob("*.partial/*")], "killed too early or too late to show anything"
+    assert [*models.glob("*.partial/*")], "killed before or after the conversion wrote its files"
     assert not (models / NAME).exists()
 
     outputs = [process.communicate(timeout=300)[0] for process in (convert(copy), convert(copy))]
