@@ -46,7 +46,7 @@ class BaseModel:
 
 def read_base_model(config: Config) -> BaseModel:
     """Return the base model's name, configuration, tokenizer and template; raises UserError."""
-    # Here: `check` and the memory estimate import this module and start without torch.
+    # Here: `check` imports this module and starts without torch.
     from loop.model.packed_attention import can_pack
 
     name = find_base_model(config)

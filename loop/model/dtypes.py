@@ -1,4 +1,4 @@
-"""The dtype of each precision. Commands that start without torch can import this module."""
+"""The dtype and the bytes of each precision; importing this module does not import torch."""
 
 from typing import TYPE_CHECKING
 
