@@ -123,12 +123,12 @@ def test_a_single_dialogue_and_an_empty_row_share_nothing() -> None:
     assert len(SHARING([], 0).targets) == 0
 
 
-@pytest.mark.parametrize("longest_mask", [0, packed_attention.MASK_MOST], ids=["again", "masked"])
+@pytest.mark.parametrize("longest_mask", [0, 1024], ids=["again", "masked"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_equal_those_without_sharing(
     kind: str, longest_mask: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("MASK_PAYS", "MASK_MOST"):
+    for name in ("MAX_MASKED_TOKENS", "MAX_MASKED_TOKENS_LONG_PREFIX"):
         monkeypatch.setattr(packed_attention, name, longest_mask)
     part = one_batch(random_dialogues(0))
     torch.manual_seed(0)
@@ -241,7 +241,7 @@ def test_a_model_whose_tokens_see_later_ones_is_refused() -> None:
         config, attn_implementation=implementation(packed=True, flash=False)
     )
     part = [dialogue(name, [*range(10, 40)], [5, 6, 7]) for name in "ab"]
-    with pytest.raises(UserError, match="BertSelfAttention, in which tokens see later ones"):
+    with pytest.raises(UserError, match="BertSelfAttention, in which tokens attend to later ones"):
         supervised_loss_sum(model, SHARING(part, 0))
 
 
