@@ -44,6 +44,7 @@ from loop.monitor.metrics import Clock, work_of
 from loop.training.auto_micro_batch import fit_micro_batch
 from loop.training.evaluation import Evaluator
 from loop.training.loss import loss_scale, supervised_loss_sum
+from loop.training.loss_check import check_loss
 from loop.training.optim import (
     accumulating,
     build_optimizer,
@@ -89,6 +90,7 @@ def train(config: Config, ranks: PartialState) -> None:
     # No scheduler is prepared: accelerate would step it once per process.
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config))
     start.put_optimizer(accelerator, model, optimizer)
+    check_loss(data, model, config, accelerator)
     layout = fit_micro_batch(layout, config, data, model, accelerator, start.progress)
     write_settings(accelerator, config)
 
@@ -97,8 +99,8 @@ def train(config: Config, ranks: PartialState) -> None:
     with tracker, Saver(config, layout, accelerator, start) as saver:
         evaluator = Evaluator(config, layout, accelerator, data, model, tracker, saver)
         evaluator.begin()
-        left = windows(data.examples, layout, config.seed, data.collator, start.step)
-        for window in clock.timed_iter(evaluator.until_early_stop(prefetched(left)), "data"):
+        remaining = windows(data.examples, layout, config.seed, data.collator, start.step)
+        for window in clock.timed_iter(evaluator.until_early_stop(prefetched(remaining)), "data"):
             # Before the backward pass: in its last one DeepSpeed makes the optimizer step.
             lr = set_learning_rate(optimizer, lr_at(window.step, layout.total_steps, config))
             scale = loss_scale(accelerator, window.supervised_tokens)

@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.helpers import SLOWNESS, write_dialogues
+from tests.support.helpers import write_dialogues
 
 sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # as loop/train.py does
 
@@ -22,29 +21,14 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
-STARTED, MOST = time.monotonic(), 3600  # seconds of a whole suite
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run slow tests on any machine")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, or not in the time that the suite may take."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that need a GPU where there is none."""
     gpu = shutil.which("nvidia-smi") is not None and VISIBLE_GPUS not in ("", "-1")
     for item in items:
         if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-        if item.get_closest_marker("slow") and not config.getoption("--slow") and SLOWNESS > 1.5:
-            reason = f"this machine is {SLOWNESS:.1f} times slower than usual; --slow runs it"
-            item.add_marker(pytest.mark.skip(reason=reason))
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Leave out what is left when the suite has had its hour, and say so: CI has no more."""
-    if time.monotonic() - STARTED > MOST and not item.config.getoption("--slow"):
-        pytest.skip(f"{MOST // 60} minutes are over on this machine; --slow runs all")
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,12 @@
 
 import datetime
 import json
+import platform
 import signal
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -32,12 +35,31 @@ from loop.utils import file_name, trained_parameters
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # What a rank asks for; of all ranks the greatest counts. ASKED: by whoever wants no other launch.
 GO_ON, SAVE, TIME_IS_OVER, SIGNAL, ASKED, FAILED = range(6)
-ELSEWHERE = {
-    TIME_IS_OVER: "--max_minutes are over",
-    SIGNAL: "another rank received a signal",
-    ASKED: "a STOP was asked for on another machine",
-}
 BEGAN = time.monotonic()  # --max_minutes holds data and model, read before the loop, too.
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one rank asks for, why, and where: `machine` is the number of its first rank."""
+
+    kind: int
+    reason: str = ""
+    machine: int = 0
+    host: str = ""
+
+
+def agreed_reason(requests: Sequence[Request], wanted: int) -> str:
+    """Return why the run stops: the reason of the first rank that asks for `wanted`.
+
+    `requests` holds one request per rank, so every rank gets the same text. Ranks see the same
+    request at different moments: no rank may conclude from its own state where it came from.
+    """
+    source = next(request for request in requests if request.kind == wanted)
+    if len({request.machine for request in requests}) == 1:
+        return source.reason
+    # launch.sh of another machine looks for STOP: with --until-done it would start again.
+    word = "STOP on machine" if wanted == ASKED else "on machine"
+    return f"{word} {source.host}: {source.reason}"
 
 
 class Saver:
@@ -53,7 +75,9 @@ class Saver:
         self.config, self.layout, self.accelerator, self.start = config, layout, accelerator, start
         self.output, self.main = Path(config.output_dir), accelerator.is_main_process
         self.saved_at = time.monotonic()
-        self.asked, self.reason, self.interrupts = GO_ON, "", 0
+        # Two machines may have the same host name.
+        self.machine = accelerator.process_index - accelerator.local_process_index
+        self.request, self.interrupts = self._request(GO_ON), 0
         self.writer: threading.Thread | None = None
         self.failure: Exception | None = None
         self.saves, self.waited = 0, 0.0
@@ -103,7 +127,8 @@ class Saver:
     def _maybe_save(self, window: Window, model: Any, optimizer: Any, tracker: Tracker) -> None:
         step = window.step + 1
         last = step == self.last_step
-        wanted = self._greatest(self._wanted())
+        request = self._wanted()
+        wanted = self._greatest(request.kind)
         if wanted < FAILED and (wanted or self._due(step) or (last and self._saves)):
             before = time.monotonic()
             self._save(window, model, optimizer, tracker)
@@ -117,19 +142,25 @@ class Saver:
                 failure.known_to_all = True
             raise failure
         if wanted > SAVE and not last:
-            self._stop(step, wanted)
+            self._stop(step, request, wanted)
 
     def is_asked(self) -> bool:
         """Say whether any rank was asked to stop, or cannot save; every rank must call this."""
-        return self._greatest(self._wanted()) > SAVE
+        return self._greatest(self._wanted().kind) > SAVE
 
     def stop(self, step: int) -> None:
         """Raise Stopped for a request that is met before a step: its checkpoint is there."""
-        self._stop(step, self._greatest(self._wanted()))
+        request = self._wanted()
+        self._stop(step, request, self._greatest(request.kind))
 
-    def _stop(self, step: int, wanted: int) -> NoReturn:
+    def _stop(self, step: int, request: Request, wanted: int) -> NoReturn:
+        """Raise Stopped; `request` is what this rank asked for when `wanted` was agreed on."""
+        requests = [request]
+        if self.group is not None:
+            requests *= self.accelerator.num_processes
+            torch.distributed.all_gather_object(requests, request, group=self.group)
         stopped = Stopped(
-            f"{self.reason or ELSEWHERE[wanted]}; checkpoint-{step} is saved; "
+            f"{agreed_reason(requests, wanted)}; checkpoint-{step} is saved; "
             f"{how_to_go_on(self.config)}."
         )
         stopped.known_to_all = True
@@ -156,22 +187,29 @@ class Saver:
         self.interrupts += number == signal.SIGINT
         if self.interrupts > 1:
             raise RunError("interrupted twice: stopped at once, without a checkpoint")
-        self.asked = ASKED if launcher_asks() else SIGNAL
-        self.reason = f"{signal.Signals(number).name} was received"
+        kind = ASKED if launcher_asks() else SIGNAL
+        if kind > self.request.kind:
+            self.request = self._request(kind, f"{signal.Signals(number).name} was received")
 
-    def _wanted(self) -> int:
-        """What this rank asks for after a step; clocks and the STOP file are the first rank's."""
+    def _request(self, kind: int, reason: str = "") -> Request:
+        return Request(kind, reason, self.machine, platform.node())
+
+    def _wanted(self) -> Request:
+        """What this rank asks for after a step; clocks and the STOP file are the first rank's.
+
+        A signal may replace `self.request` at any time: what was returned here must be kept.
+        """
         if self.failure:
-            return FAILED
-        if self.main and self.asked < SIGNAL:
+            return self._request(FAILED)
+        if self.main and self.request.kind < SIGNAL:
             now, limit = time.monotonic(), self.config.max_minutes
             if (self.output / "STOP").exists():
-                self.asked, self.reason = ASKED, f"found {self.output / 'STOP'}"
+                self.request = self._request(ASKED, f"found {self.output / 'STOP'}")
             elif limit and now - BEGAN > 60 * limit:
-                self.asked, self.reason = TIME_IS_OVER, f"--max_minutes {limit:g} are over"
+                self.request = self._request(TIME_IS_OVER, f"--max_minutes {limit:g} are over")
             elif self.config.save_minutes and now - self.saved_at > 60 * self.config.save_minutes:
-                return SAVE
-        return self.asked
+                return self._request(SAVE)
+        return self.request
 
     def _greatest(self, wanted: int) -> int:
         if self.group is None:

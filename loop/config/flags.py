@@ -51,7 +51,10 @@ class Config:
         False, "compile the layers: half a minute before step 1, then a little faster", "model"
     )
     loss_chunk_tokens: Tokens = flag(
-        1024, "supervised tokens whose logits are held at once", "model", at_least=1
+        1024,
+        "supervised tokens whose logits are held at once; 0: all, made by the model itself",
+        "model",
+        at_least=0,
     )
     gradient_checkpointing: bool = flag(
         False, "recompute activations in the backward pass: less memory, slower", "model"

@@ -112,6 +112,7 @@ def per_example(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if row is None:
+        mask = _seen(query, key.shape[2], sliding_window) if mask is None else mask
         whole: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
         return whole, None
     if not getattr(module, "is_causal", True):

@@ -14,8 +14,10 @@ from data.batching.collate import MicroBatch
 # Settings of models that make something else of what their LM head gives (transformers 5.23).
 AFTERWARDS = (
     *("final_logit_softcapping", "logits_scaling", "logit_scale", "unpadded_vocab_size"),
-    *("logit_softcap", "output_multiplier"),
+    *("logit_softcap", "output_multiplier", "lm_head_multiplier", "logits_soft_cap"),
 )
+# Where composite models keep the settings of what makes the logits (Gemma 3, T5Gemma).
+PARTS = ("text_config", "decoder")
 
 
 def supervised_loss_sum(
@@ -24,12 +26,13 @@ def supervised_loss_sum(
     """Return the summed cross-entropy of the supervised tokens, a scalar in fp32.
 
     The LM head runs on supervised positions only, `chunk_tokens` of them at a time: logits [C, V]
-    in place of [B, T, V]; on all of them at once where the model needs to see its own logits.
+    in place of [B, T, V]; on all of them at once where the model needs to see its own logits, or
+    where `chunk_tokens` is 0.
     """
     torch.manual_seed(micro_batch.seed)
     wrapped: Any = getattr(model, "module", model)  # DistributedDataParallel, DeepSpeedEngine
     head = wrapped.get_output_embeddings()
-    if _in_chunks(head, wrapped):
+    if chunk_tokens and _in_chunks(head, wrapped):
 
         def loss_of(hidden: Tensor) -> Any:
             return _loss_of(head, hidden, micro_batch.targets, chunk_tokens)
@@ -52,7 +55,7 @@ def token_losses(
     wrapped: Any = getattr(model, "module", model)
     head = wrapped.get_output_embeddings()
     found: list[tuple[Tensor, Tensor]] = []
-    if not _in_chunks(head, wrapped):
+    if not chunk_tokens or not _in_chunks(head, wrapped):
         with _head_sees(head, micro_batch.positions):
             logits = model(**micro_batch.model_inputs, use_cache=False).logits
         return _compared(logits, micro_batch.targets)
@@ -116,6 +119,12 @@ class _FrozenHead(torch.autograd.Function):
         return (gradient * upstream[0]).to(gradient.dtype), None, None, None, None
 
 
+def changes_logits(config: Any) -> bool:
+    """Whether a model's configuration names something that is done to its LM head's logits."""
+    parts = [config, *(getattr(config, part, None) for part in PARTS)]
+    return any(getattr(part, name, None) for part in parts for name in AFTERWARDS)
+
+
 def _in_chunks(head: Any, model: Any) -> bool:
     """Whether the head can give the loss itself: its logits are the model's, as they are.
 
@@ -124,7 +133,7 @@ def _in_chunks(head: Any, model: Any) -> bool:
     """
     parameters = [*head.parameters()]
     return (
-        not any(getattr(model.config, name, None) for name in AFTERWARDS)
+        not changes_logits(model.config)
         and getattr(model, "final_logits_bias", None) is None  # BART's and Marian's
         and parameters[0].dtype != torch.float16
         and (_is_frozen(head) or not hasattr(parameters[0], "ds_id"))

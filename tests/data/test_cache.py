@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from data import cache
 from data.dialogues.sharegpt import Tally
-from data.encoding import cache
 from data.encoding.encode import Example
 from data.errors import RunError, UserError
+from loop import prepare as preparing
 from loop.config.flags import Config
-from loop.inputs import training_data as preparing
 from tests.data.test_seq2seq import LONG
-from tests.support.helpers import ROOT, adapter_of, write_dialogues
+from tests.support.helpers import HANG, ROOT, adapter_of, write_dialogues
 
 KEY = {"data": "a", "--seed": 1}
 EXAMPLES = [
@@ -221,7 +221,7 @@ def test_four_processes_that_want_one_file_make_it_once(tiny_model: Path, tmp_pa
     running = [
         subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(4)
     ]
-    said = sorted(process.communicate(timeout=300)[0] for process in running)
+    said = sorted(process.communicate(timeout=HANG)[0] for process in running)
     assert [text.count("made") for text in said] == [0, 0, 0, 1]
     assert len({text.splitlines()[-1] for text in said}) == 1
 

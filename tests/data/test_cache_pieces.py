@@ -1,10 +1,8 @@
 """An encoding that is killed goes on behind its last piece, and gives what one in one go gives."""
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -131,26 +129,36 @@ def test_a_piece_that_was_damaged_is_named_and_made_anew(
     assert [*kept] == [*whole(file, encode)]
 
 
+# Encodes 200 dialogues at a time; with a fourth argument it is killed before its fourth piece.
+IN_PIECES = """
+import os, signal, sys
+from functools import partial
+from data import pieces
+from loop import prepare
+from loop.config.flags import Config
+write = pieces.write_cache
+def killed(name, *rest):
+    if name.endswith("piece-3"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(name, *rest)
+if len(sys.argv) > 4:
+    pieces.write_cache = killed
+prepare.encode_in_pieces = partial(pieces.encode_in_pieces, size=200)
+model, data, kept = sys.argv[1:4]
+config = Config(model_name_or_path=model, data_path=(data,), preprocessed_path=kept)
+print(len(prepare.prepare(config).examples))
+"""
+
+
 def test_a_killed_run_leaves_pieces_that_the_next_one_takes(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    data = write_dialogues(tmp_path / "data.json", *[[f"Hi {n}", f"Yo {n}"] for n in range(4000)])
-    code = (
-        "import sys; from functools import partial; from data.encoding import cache; "
-        "from loop.config.flags import Config; from loop.inputs import training_data as reading; "
-        "reading.encode_in_pieces = partial(cache.encode_in_pieces, size=200); "
-        "print(len(reading.read_training_data(Config("
-        "model_name_or_path=sys.argv[1], data_path=(sys.argv[2],), "
-        "preprocessed_path=sys.argv[3])).examples))"
-    )
-    words = [sys.executable, "-c", code, tiny_model, data, tmp_path / "kept"]
-    first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
-    while first.poll() is None and not (tmp_path / ".kept.piece-2").exists():
-        time.sleep(0.005)
-    os.kill(first.pid, signal.SIGKILL)
-    assert first.wait() == -signal.SIGKILL
+    data = write_dialogues(tmp_path / "data.json", *[[f"Hi {n}", f"Yo {n}"] for n in range(1000)])
+    words = [sys.executable, "-c", IN_PIECES, tiny_model, data, tmp_path / "kept"]
+    first = subprocess.run([*words, "killed"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    assert first.returncode == -signal.SIGKILL
     assert not (tmp_path / "kept").exists()
     second = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "going on behind dialogue" in second.stdout
-    assert second.stdout.splitlines()[-1] == "4000"
+    assert "going on behind dialogue 600\n" in second.stdout
+    assert second.stdout.splitlines()[-1] == "1000"
     assert not [path for path in tmp_path.iterdir() if "piece" in path.name]

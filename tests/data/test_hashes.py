@@ -2,18 +2,17 @@
 
 import hashlib
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data.errors import UserError
+from data.files import hashes
 from data.files.hashes import file_sha256
-from data.files.read import hashes
 from loop.config.flags import Config
 from loop.inputs.training_data import data_sha256
-from tests.support.helpers import write_dialogues
+from tests.support.helpers import wait_until, write_dialogues
 
 
 @pytest.fixture
@@ -37,9 +36,22 @@ def sha256(file: Path) -> str:
 
 def changed(file: Path, text: str) -> None:
     """Write text, later than all that was before, by the file system's clock."""
-    time.sleep(0.05)
+    await_tick(file.parent)
     file.write_text(text)
-    time.sleep(0.05)
+    await_tick(file.parent)
+
+
+def await_tick(folder: Path) -> None:
+    """Wait until the file system's clock has moved on, which does so a few times a second."""
+    probe = folder / "clock"
+
+    def now() -> int:
+        probe.write_text("")
+        return probe.stat().st_ctime_ns
+
+    began = now()
+    wait_until(lambda: now() > began)
+    probe.unlink()
 
 
 def test_an_unchanged_file_is_read_once(tmp_path: Path, reads: list[int]) -> None:
@@ -116,7 +128,7 @@ def test_a_run_that_keeps_its_data_reads_it_once_and_sees_a_change(
     tmp_path: Path, reads: list[int]
 ) -> None:
     data = write_dialogues(tmp_path / "data.json", ["Hi", "Yo"])
-    time.sleep(0.05)
+    await_tick(tmp_path)
     config = Config(data_path=(str(data),), preprocessed_path=str(tmp_path / "kept"))
     first = data_sha256(config)
     assert data_sha256(config) == first == sha256(data)

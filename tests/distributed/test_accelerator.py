@@ -224,7 +224,7 @@ def test_more_ranks_than_gpus_and_bf16_without_support_are_refused(
         accelerator.check_launch(Config(bf16=True))
 
 
-def test_an_fsdp_config_is_one_message_within_seconds(tmp_path: Path) -> None:
+def test_an_fsdp_config_is_one_message(tmp_path: Path) -> None:
     text = (ROOT / "accelerate_configs" / "ddp.yaml").read_text()
     fsdp = "fsdp_config:\n  fsdp_version: 2\n"
     config = tmp_path / "fsdp.yaml"

@@ -3,16 +3,17 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.support.helpers import ROOT, SLOWNESS, adapter_of, launch, warm, write_dialogues
+from tests.support.helpers import HANG, ROOT, adapter_of, launch, wait_until, warm, write_dialogues
 
 pytestmark = pytest.mark.slow
 EXACT = ["--mixed_precision", "no", "--lora_dropout", "0", "--learning_rate", "1e-2"]
@@ -61,8 +62,15 @@ def machines() -> Iterator[list[Machine]]:
             quietly("ip", "netns", "del", name)
 
 
+Running = list[subprocess.Popen[bytes]]
+
+
 def start(
-    machines: list[Machine], config: str, flags: list[list[str]], folder: Path
+    machines: list[Machine],
+    config: str,
+    flags: list[list[str]],
+    folder: Path,
+    meanwhile: Callable[[Running], None] = lambda _: None,
 ) -> list[tuple[int, str]]:
     """Run ./launch.sh on every machine at once; return each one's exit code and output."""
     logs = [folder / f"machine-{rank}.log" for rank in range(len(machines))]
@@ -90,8 +98,9 @@ def start(
         for rank, machine in enumerate(machines)
     ]
     try:
+        meanwhile(running)
         for process in running:
-            process.wait(timeout=600 * SLOWNESS)
+            process.wait(timeout=HANG)
         return [
             (process.returncode, log.read_text())
             for process, log in zip(running, logs, strict=True)
@@ -158,3 +167,24 @@ def test_what_one_machine_lacks_or_has_otherwise_is_told_on_both(
         assert errors[0].startswith("error: on rank 1, machine ") or "--seed" in wrong
         assert found in errors[0]
         assert "Traceback" not in text
+
+
+def test_a_request_on_one_machine_stops_both_for_its_reason_and_until_done_ends(
+    machines: list[Machine], common: list[str], tmp_path: Path
+) -> None:
+    flags = [*common, "--output_dir", str(tmp_path / "run"), "--max_steps", "100000"]
+
+    def meanwhile(running: Running) -> None:
+        log = tmp_path / "machine-0.log"
+        wait_until(
+            lambda: "step      5/" in log.read_text(),
+            lambda: [process.poll() for process in running] == [None, None],
+        )
+        running[1].send_signal(signal.SIGTERM)
+
+    both = [[*flags, "--until-done"]] * 2
+    for code, text in start(machines, "multi_node_zero2", both, tmp_path, meanwhile):
+        assert code == 75, text
+        assert text.count("stopped: STOP on machine ") == 1, text
+        assert ": SIGTERM was received; checkpoint-" in text
+        assert "going on" not in text

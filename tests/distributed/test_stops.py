@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,18 @@ import pytest
 from data.errors import RunError, Stopped
 from loop import train as training
 from loop.checkpoint import storage
+from loop.checkpoint.saver import ASKED, GO_ON, SIGNAL, Request, agreed_reason
 from loop.checkpoint.storage import list_folders, verify
 from tests.checkpoint.test_storage import same
-from tests.support.helpers import ROOT, adapter_of, log_of, start, write_dialogues
+from tests.support.helpers import (
+    ROOT,
+    adapter_of,
+    command,
+    log_of,
+    start,
+    wait_until,
+    write_dialogues,
+)
 
 Train = Callable[..., Path]
 SIX = ("--max_steps", "6", "--lora_dropout", "0.3", "--logging_steps", "1")
@@ -124,9 +132,7 @@ def launched(flags: list[str | Path], tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def wait_for(text: str, log: Path, launched: Any) -> None:
-    while text not in (log.read_text() if log.exists() else ""):
-        assert launched.poll() is None, log.read_text()
-        time.sleep(0.05)
+    wait_until(lambda: log.exists() and text in log.read_text(), lambda: launched.poll() is None)
 
 
 def test_launch_sh_passes_a_request_on_and_goes_on_when_run_again(
@@ -167,9 +173,9 @@ def test_a_request_while_data_is_prepared_ends_it_at_once(launched: Any, tmp_pat
 @pytest.mark.slow
 def test_until_done_goes_on_after_crashes_and_stops(launched: Any, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    steps = ("--max_steps", "300", "--save_steps", "20")
+    steps = ("--max_steps", "100000", "--save_steps", "20")
     run = launched(*steps, "--until-done")
-    wait_for("step  30/", log, run)
+    wait_for("step     30/", log, run)
     for process in psutil.process_iter(["cmdline"]):
         # A rank, by the file it is run from and the folder it writes to.
         words = process.info["cmdline"] or []
@@ -178,8 +184,45 @@ def test_until_done_goes_on_after_crashes_and_stops(launched: Any, tmp_path: Pat
             break
     wait_for("going on", log, run)
     wait_for("resume: ", log, run)
-    wait_for("step  60/", log, run)  # Farther than the launch that was killed.
+    wait_for("step     60/", log, run)  # Farther than the launch that was killed.
     (tmp_path / "run/STOP").touch()
     assert run.wait() == 75, log.read_text()
     assert len(entries(tmp_path / "run")) > 30
     assert adapter_of(list_folders(tmp_path / "run")[0])
+
+
+@pytest.mark.parametrize("asked", ["launcher", "signal"])
+def test_the_reason_is_that_of_the_rank_that_saw_the_request(
+    asked: str, flags: list[str | Path], tmp_path: Path
+) -> None:
+    """The first rank, which prints the message, sees nothing itself."""
+    status = tmp_path / "status"
+    done = command(
+        *("accelerate", "launch", "--config_file", "accelerate_configs/zero2.yaml"),
+        *("--num_processes", "2", "--main_process_port", "0", "tests/support/asked_train.py"),
+        *(*flags, "--max_steps", "6"),
+        ASKED=asked,
+        LORA_LOOP_STATUS_FILE=str(status),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    reason = "SIGTERM was received; checkpoint-3 is saved; "
+    assert done.stderr.count("stopped: ") == done.stderr.count(f"stopped: {reason}") == 1
+    assert "machine" not in done.stderr
+    assert status.read_text().startswith(f"75 {reason}")
+
+
+def test_every_rank_words_the_reason_alike_and_names_the_machine_if_there_are_several() -> None:
+    def ranks(*kinds: int, machines: str) -> list[Request]:
+        return [
+            Request(kind, f"reason of {rank}", int(machine), f"node{machine}")
+            for rank, (kind, machine) in enumerate(zip(kinds, machines, strict=True))
+        ]
+
+    none, signal, asked = GO_ON, SIGNAL, ASKED
+    assert agreed_reason(ranks(none, asked, machines="00"), asked) == "reason of 1"
+    assert agreed_reason(ranks(signal, none, asked, asked, machines="0000"), asked) == "reason of 2"
+    two = ranks(none, signal, none, signal, machines="0022")
+    assert agreed_reason(two, signal) == "on machine node0: reason of 1"
+    # By this word launch.sh of the other machine knows not to start again: --until-done.
+    two = ranks(none, signal, asked, asked, machines="0022")
+    assert agreed_reason(two, asked) == "STOP on machine node2: reason of 2"

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import torch
 
 from data.errors import UserError
 from loop.doctor.command import main
-from tests.support.helpers import ROOT, SLOWNESS, command, write_dialogues
+from tests.support.helpers import ROOT, command, write_dialogues
 
 Doctor = Callable[..., list[str]]
 CONFIGS = ROOT / "accelerate_configs"
@@ -210,28 +209,24 @@ TOLD = (
 )
 
 
-def test_all_of_25_mistakes_are_told_in_one_call_within_twenty_seconds(
+def test_all_of_25_mistakes_are_told_in_one_call(
     right: list[str | Path], here: Path, tmp_path: Path
 ) -> None:
-    """The command starts cold; the time is its CPUs', what it takes where nothing else runs."""
+    """The command starts cold, since the packages that it finds are not those of the others."""
     for name, version in {"peft": "0.10.0", "dill": "0.0.1"}.items():
         installed(tmp_path / "old", name, version)
     zero3 = " ".join(map(str, ZERO3))
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = command(
         *(sys.executable, "-m", "loop", "doctor", *right),
         *ALL.format(here=here, long="x" * 65, zero3=zero3).split(),
         PYTHONPATH=str(tmp_path / "old"),
         LORA_LOOP_WARM="",
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     told = problems(done.stderr)
     assert not [text for text in TOLD if not any(text in problem for problem in told)]
     assert len(told) == len(TOLD) == 25, told
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert spent < 20 * SLOWNESS
 
 
 def test_each_bad_file_of_a_folder_is_told(doctor: Doctor, tmp_path: Path) -> None:

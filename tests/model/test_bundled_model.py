@@ -4,12 +4,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.support.helpers import ROOT
+from tests.support.helpers import HANG, ROOT
 
 NAME = "SmolLM2-135M-Instruct"
 
@@ -22,24 +21,30 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def convert(copy: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "loop.model.bundled_model"]
+# The licence is what is copied last.
+KILLED = """
+import os, shutil, signal
+from loop import embedded
+shutil.copy = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+embedded.embedded_model()
+"""
+
+
+def convert(copy: Path, *how: str) -> subprocess.Popen[str]:
+    command = [sys.executable, *(how or ("-m", "loop.embedded"))]
     return subprocess.Popen(command, cwd=copy, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
 def test_a_killed_conversion_leaves_nothing_and_two_at_once_convert_once(copy: Path) -> None:
     models = copy / "models"
-    killed = convert(copy)
-    deadline = time.monotonic() + 120
-    while not [*models.glob("*.partial/*")] and time.monotonic() < deadline:
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
+    killed = convert(copy, "-c", KILLED)
     killed.communicate()
-    assert [*models.glob("*.partial/*")], "killed too early or too late to show anything"
+    assert killed.returncode == -signal.SIGKILL
+    assert [*models.glob("*.partial/*.safetensors")]
     assert not (models / NAME).exists()
 
-    outputs = [process.communicate(timeout=300)[0] for process in (convert(copy), convert(copy))]
+    outputs = [process.communicate(timeout=HANG)[0] for process in (convert(copy), convert(copy))]
     assert sorted(output.count("Converting") for output in outputs) == [0, 1]
     names = {path.name for path in (models / NAME).iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "LICENSE"}

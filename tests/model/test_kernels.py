@@ -27,7 +27,7 @@ def folder() -> Path:
     if not (KEPT / "made").exists():
         shutil.rmtree(KEPT, ignore_errors=True)
         pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", KEPT)
-        done = command(*pip, *PACKAGES, seconds=600)
+        done = command(*pip, *PACKAGES)
         assert done.returncode == 0, done.stderr
         (KEPT / "made").touch()
     return KEPT

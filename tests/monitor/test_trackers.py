@@ -2,7 +2,6 @@
 
 import json
 import sqlite3
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,13 @@ import pytest
 from accelerate import PartialState
 
 from data.errors import Stopped, UserError
-from loop.config import load, preflight
-from loop.config.flags import Config
+from loop.config.flags import Config, load, preflight
 from loop.distributed.layout import Layout
 from loop.monitor.history import Progress
 from loop.monitor.trackers import Trackers, summary
 from tests.conftest import trainer
 from tests.monitor.test_logger import read_wandb
-from tests.support.helpers import ROOT, command, log_of, write_dialogues
+from tests.support.helpers import ROOT, command, log_of, wait_until, write_dialogues
 
 ROWS = [
     {"prompt": "Who are you?", "answer": "I'm | <b>Vireo</b>,\nwith `code`."},
@@ -48,11 +46,13 @@ def records(folder: Path, kind: str) -> list[Any]:
     wandb's own process writes it, and may do so a moment after the run was finished.
     """
     (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
-    deadline = time.monotonic() + 30
-    found = [(record.WhichOneof("record_type"), record) for record in read_wandb(file)]
-    while "exit" not in dict(found) and time.monotonic() < deadline:
-        time.sleep(0.2)
-        found = [(record.WhichOneof("record_type"), record) for record in read_wandb(file)]
+    found: list[tuple[str, Any]] = []
+
+    def is_complete() -> bool:
+        found[:] = [(record.WhichOneof("record_type"), record) for record in read_wandb(file)]
+        return "exit" in dict(found)
+
+    wait_until(is_complete)
     return [getattr(record, kind) for name, record in found if name == kind]
 
 

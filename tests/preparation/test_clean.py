@@ -1,9 +1,9 @@
 """`python -m data clean`: what it changes, what it drops, and that it counts both."""
 
 import json
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -191,20 +191,33 @@ def test_cleaning_a_file_again_changes_nothing_and_drops_nothing(
     assert report == {"read": len(kept), "kept": len(kept), "dropped": {}, "noted": {}}
 
 
+# A run that is killed when 2,100 records are written, of which it has made sure of 2,000.
+KILLED = """
+import os, signal
+from data.__main__ import main
+from data.preparation.job import Journal
+add = Journal.add
+def killed(self, result):
+    add(self, result)
+    if self.done == 2000:
+        self.commit()
+    if self.done == 2100:
+        os.kill(os.getpid(), signal.SIGKILL)
+Journal.add = killed
+main()
+"""
+
+
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
-    texts = [[f"{QUESTION} {n}", f"{ANSWER}\n\n\n{n % 5000}"] for n in range(30_000)]
+    texts = [[f"{QUESTION} {n}", f"{ANSWER}\n\n\n{n % 500}"] for n in range(3000)]
     file = write_dialogues(tmp_path / "in.json", *texts)
     words = [sys.executable, "-m", "data", "clean", "--in", file, "--processes", "1", "--out"]
     out = tmp_path / "out.jsonl"
-    run = subprocess.Popen([*words, out], cwd=ROOT)
-    partial = tmp_path / ".out.jsonl.journal-wal"
-    while run.poll() is None and not (partial.exists() and partial.stat().st_size > 100_000):
-        time.sleep(0.01)
-    run.kill()
-    run.wait()
+    killed = subprocess.run([sys.executable, "-c", KILLED, *words[3:], out], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
     assert not out.exists()
     went_on = subprocess.run([*words, out], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "going on behind record" in went_on.stderr
-    assert "read 30000 = kept 30000" in went_on.stderr
+    assert "going on behind record 2,000" in went_on.stderr
+    assert "read 3000 = kept 3000" in went_on.stderr
     clean.main([str(word) for word in [*words[4:], tmp_path / "whole.jsonl"]])
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

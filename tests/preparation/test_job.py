@@ -16,7 +16,7 @@ import pytest
 from data.errors import UserError
 from data.preparation import clean, convert, job, parallel, stats
 from data.preparation.parallel import chunks, in_order
-from tests.support.helpers import ROOT, write_dialogues
+from tests.support.helpers import HANG, ROOT, wait_until, write_dialogues
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -26,15 +26,24 @@ def dialogues(folder: Path, count: int) -> Path:
     return write_dialogues(folder / "in.json", *texts)
 
 
+# The run waits for ever once it has been given a result: it cannot be over before it is ended.
+UNENDING = """
+import threading
+from data.__main__ import main
+from data.preparation.job import Journal
+Journal.add = lambda *_: threading.Event().wait()
+main()
+"""
+
+
 def started(data: Path, out: Path) -> subprocess.Popen[str]:
     """Start a run on all cores; return when its processes are there."""
-    words = [sys.executable, "-m", "data", "convert", "--in", data, "--out", out]
+    words = [sys.executable, "-c", UNENDING, "convert", "--in", data, "--out", out]
     run = subprocess.Popen(
         words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while run.poll() is None and len(psutil.Process(run.pid).children()) < CORES:
-        time.sleep(0.01)
-    assert run.poll() is None
+    process = psutil.Process(run.pid)
+    wait_until(lambda: len(process.children()) >= CORES, lambda: run.poll() is None)
     return run
 
 
@@ -53,7 +62,7 @@ def test_when_a_run_on_all_cores_is_killed_its_processes_end_and_the_next_goes_o
     assert len(out.read_text().splitlines()) == 6000
     for one in others:
         one.resume()
-    assert psutil.wait_procs(others, timeout=60)[1] == []
+    assert psutil.wait_procs(others, timeout=HANG)[1] == []
 
 
 @pytest.mark.skipif(CORES < 2, reason="on one core there are no other processes")
@@ -64,22 +73,25 @@ def test_ctrl_c_ends_a_run_and_its_processes_without_a_traceback(tmp_path: Path)
     told = run.communicate()[1]
     assert run.returncode == 130
     assert "Traceback" not in told
-    assert psutil.wait_procs(others, timeout=60)[1] == []
+    assert psutil.wait_procs(others, timeout=HANG)[1] == []
 
 
 def test_ctrl_c_that_another_thread_takes_waits_until_the_processes_have_started() -> None:
-    other = threading.Thread(target=time.sleep, args=(2,), daemon=True)
+    over = threading.Event()
+    other = threading.Thread(target=over.wait, daemon=True)
     other.start()  # before the main one blocks the signal
     done = []
 
     def start() -> None:
         with parallel._no_ctrl_c():
             os.kill(os.getpid(), signal.SIGINT)
+            wait_until(lambda: signal.SIGINT not in signal.sigpending())  # the other took it
             time.sleep(0.2)
             done.append("started")
 
     with pytest.raises(KeyboardInterrupt):
         start()
+    over.set()
     assert done == ["started"]
 
 

@@ -18,6 +18,7 @@ from lightkube.models.meta_v1 import ObjectMeta
 from data.errors import UserError
 from loop.config.flags import Config
 from loop.config.load import read_config
+from tests.support.helpers import HANG
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = ROOT / "docs" / "pytorchjob.yaml"
@@ -120,7 +121,7 @@ def run(
         file.chmod(0o755)
     path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        words, cwd=folder, env={"PATH": path, **env}, capture_output=True, text=True, timeout=60
+        words, cwd=folder, env={"PATH": path, **env}, capture_output=True, text=True, timeout=HANG
     )
     started = folder / "started.jsonl"
     lines = started.read_text().splitlines() if started.exists() else []

@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from tests.doctor.test_doctor import (
     right,
     write,
 )
-from tests.support.helpers import SLOWNESS, command, write_dialogues
+from tests.support.helpers import command, write_dialogues
 
 __all__ = ["doctor", "right"]  # fixtures
 
@@ -140,12 +139,11 @@ def test_two_ranks_tell_it_once_before_anything_is_read(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_it_takes_milliseconds_and_imports_nothing_large() -> None:
-    assert not [*preflight.problems(Config(), 0)]
-    began = time.process_time()
-    assert not [*preflight.problems(Config(), 0)]
-    assert time.process_time() - began < 0.05 * SLOWNESS
-    code = "import sys; from loop import check; print({'torch', 'transformers'} & {*sys.modules})"
+def test_it_imports_nothing_large() -> None:
+    code = "import sys; from loop.config import preflight; from loop.doctor import check; "
+    code += "from loop.config.flags import Config; "
+    code += "assert not [*preflight.problems(Config(), 0)]; "
+    code += "print({'torch', 'transformers', 'datasets', 'matplotlib'} & {*sys.modules})"
     assert command(sys.executable, "-c", code).stdout == "set()\n"
 
 

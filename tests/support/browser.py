@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.helpers import HANG
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -29,7 +31,7 @@ class Opened:
     requests: list[str]
 
 
-def chromium(*words: str, seconds: float = 120) -> str:
+def chromium(*words: str, seconds: float = HANG) -> str:
     """Run it with a profile of its own and return what it printed."""
     with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
         done = subprocess.run(

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +17,51 @@ import psutil
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.profiler import profile
 
 from data.dialogues.sharegpt import Dialogue, Tally, read_dialogues
 
 ROOT = Path(__file__).resolve().parents[2]
-USUAL = 0.25  # seconds that `counting` takes on the machines where these tests were timed
-
-
-def counting() -> float:
-    """Return the seconds that a fixed piece of work takes."""
-    started, total = time.perf_counter(), 0
-    for number in range(3_000_000):
-        total += number
-    return time.perf_counter() - started
-
-
-SLOWNESS = max(1.0, min(counting() for _ in range(3)) / USUAL)
+HANG = 900.0  # seconds after which what a test waits for hangs, on any machine
 BIN = Path(sys.executable).parent
 SUPPORT = ROOT / "tests" / "support"
+
+
+def wait_until(done: Callable[[], object], going_on: Callable[[], bool] = lambda: True) -> None:
+    """Poll until something has happened; fail once it no longer can, or after HANG seconds."""
+    deadline = time.monotonic() + HANG
+    while not done():
+        # A process may do it and end between two looks.
+        assert going_on() or done(), "ended before it happened"
+        assert time.monotonic() < deadline, "hangs"
+        time.sleep(0.01)
+
+
+@dataclass
+class Allocated:
+    """Bytes that tensors on the CPU were given: the most at any time, and what is left of it."""
+
+    most: int = 0
+    left: int = 0
+
+
+@contextlib.contextmanager
+def allocated(mapped: Path | None = None) -> Iterator[Allocated]:
+    """Count what the block's tensors allocate beyond what was there before, in this thread.
+
+    Read from PyTorch's allocator, so the same on every machine: no scratch memory of oneDNN's,
+    which depends on the CPU, and nothing that other libraries take. `mapped`: a folder whose files
+    are not counted. A tensor that is mapped from a file counts as the whole file (torch 2.13,
+    MapAllocator), however little of it is in memory.
+    """
+    found = Allocated()
+    with torch.backends.mkldnn.flags(enabled=False), profile(profile_memory=True) as told:
+        yield found
+    sizes = {file.stat().st_size for file in mapped.rglob("*")} if mapped else set[int]()
+    for event in told.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]" and abs(event.nbytes()) not in sizes:
+            found.left += event.nbytes()
+            found.most = max(found.most, found.left)
 
 
 @functools.cache
@@ -57,20 +86,15 @@ def warm() -> dict[str, str]:
     return {"LORA_LOOP_WARM": str(_server()[0]), "PYTHONPATH": str(SUPPORT)}
 
 
-def command(
-    *words: str | Path, seconds: int = 300, cwd: Path = ROOT, **env: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a command, from the repository root unless told, and return what it printed.
-
-    `seconds` is what it may take on a machine of the usual speed.
-    """
+def command(*words: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command, from the repository root by default, and return what it printed."""
     return subprocess.run(
         [str(word) for word in words],
         cwd=cwd,
         env={**os.environ, **warm(), "PATH": f"{BIN}:{os.environ['PATH']}", **env},
         capture_output=True,
         text=True,
-        timeout=seconds * SLOWNESS,
+        timeout=HANG,
         check=False,
     )
 

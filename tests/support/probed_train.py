@@ -15,15 +15,13 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import pytest
 import torch
 from safetensors.torch import save_file
 
 from loop import train
-from loop.checkpoint import run_folder
 from loop.checkpoint.full_model import save_non_lora
 from loop.distributed.signals import run_and_exit
-from tests.support.helpers import prompt_of
+from tests.support.helpers import allocated, prompt_of
 
 load_model, save_run = train.load_model, train.save_run
 loading = {"held": 0}
@@ -39,14 +37,6 @@ def bytes_held(parameters: list[Any]) -> dict[str, int]:
         if hasattr(parameter, "ds_tensor") and parameter.data.numel() <= 1:
             held += parameter.ds_tensor.numel() * size
     return {"whole": whole, "held": held}
-
-
-def peak_memory(reset: bool = False) -> int:
-    """Return this process' peak resident bytes, since it was last reset."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
 def private_memory() -> int:
@@ -80,12 +70,10 @@ def probed(accelerator: Any, model: Any, prepared: Any, *rest: Any) -> None:
     four_bit = [p for p in base if getattr(p, "quant_state", None) is not None]
     held = {"four_bit": bytes_held(four_bit), "base": bytes_held(base)}
     held["fp32"] = bytes_held([p for p in base if p.dtype == torch.float32])
-    before = peak_memory(reset=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_folder, "draw_at_end", lambda _: None)  # matplotlib alone takes 12 MB
+    with allocated() as saving:
         save_run(accelerator, model, prepared, *rest)
     held["loading"] = loading | {"whole": held["base"]["whole"]}
-    held["saving"] = {"held": peak_memory() - before, "whole": held["base"]["whole"]}
+    held["saving"] = {"held": saving.most, "whole": held["base"]["whole"]}
     (folder / f"held-{accelerator.process_index}.json").write_text(json.dumps(held))
     if rest[-1].save_non_lora_state == "all":
         for what in ("shards", "trainable"):

@@ -15,11 +15,8 @@ import sys
 import time
 
 SOCKET = os.environ.get("LORA_LOOP_WARM", "")
-LOOPS = (
-    "tests/support/probed_train.py",
-    "tests/support/traced_train.py",
-    "tests/support/fitted_train.py",
-)
+NAMES = ("asked", "fitted", "probed", "traced", "unchecked")
+LOOPS = tuple(f"tests/support/{name}_train.py" for name in NAMES)
 SCRIPTS = ("bin/accelerate", "loop/train.py", *LOOPS)
 MODULES = ("accelerate.commands.launch", "loop")
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)

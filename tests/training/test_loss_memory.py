@@ -7,6 +7,7 @@ import pytest
 from loop.doctor.memory.estimate import loss, whole_loss
 from loop.doctor.memory.shape import Shape, read_shape
 from tests.doctor.test_estimate import DOCUMENTED, llama, run
+from tests.support.helpers import allocated
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Shape:
 def test_the_loss_holds_what_the_chunks_allocate(precision: str, small: Shape) -> None:
     """Read from the allocator, on a CPU: the operations and their sizes are a GPU's."""
     import torch
-    from torch.profiler import profile
 
     from loop.model.load import DTYPES
     from loop.training.loss import _FrozenHead
@@ -27,22 +27,16 @@ def test_the_loss_holds_what_the_chunks_allocate(precision: str, small: Shape) -
     weight = torch.randn(words, hidden, dtype=dtype)
     targets = torch.randint(words, (supervised,))
     states = torch.randn(supervised, hidden, dtype=dtype, requires_grad=True)
-    # oneDNN would take scratch memory of its own: on some CPUs, for bf16.
-    with torch.backends.mkldnn.flags(enabled=False), profile(profile_memory=True) as told:
+    with allocated() as held:
         _FrozenHead.apply(states, weight, None, targets, chunk)
-    held = most = 0
-    for event in told.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
     values = {"mixed_precision": precision, "loss_chunk_tokens": chunk, "model_max_length": 96}
     shape = replace(small, hidden=hidden, vocabulary=words)
     one = run(shape, "single_gpu", **values)
     assert one.supervised == supervised
     # The hidden states were there before, and are half of what the formula has beside the logits.
     expected = loss(one) - states.nbytes
-    assert most == pytest.approx(expected, rel=0.02)
-    assert most < whole_loss(one, supervised) / 3
+    assert held.most == pytest.approx(expected, rel=0.02)
+    assert held.most < whole_loss(one, supervised) / 3
 
 
 def test_logits_are_whole_where_the_loss_makes_them_whole(small: Shape) -> None:

@@ -87,7 +87,8 @@ class Run:
     def chunked(self) -> bool:
         """Whether the loss is made of so many tokens at a time (loop/training/loss.py)."""
         trained = self.shape.head_trained and self.backend.stage == 3
-        return self.shape.plain_logits and self.config.precision != "fp16" and not trained
+        plain = self.shape.plain_logits and self.config.loss_chunk_tokens > 0
+        return plain and self.config.precision != "fp16" and not trained
 
     @property
     def micro_batches(self) -> int:

@@ -167,8 +167,8 @@ def check_shape(base: str, base_config: Any) -> None:
 def shape_of(model: Any, base_config: Any, config: Config) -> Shape:
     """Return the shape of a model on the meta device, and of the flags' adapter."""
     from loop.training.loss import (
-        AFTERWARDS,  # here, since a wrong accelerate config needs no torch
-    )
+        changes_logits,
+    )  # here, since a wrong accelerate config needs no torch
 
     heads = base_config.num_attention_heads
     head = getattr(base_config, "head_dim", None) or base_config.hidden_size // heads
@@ -183,7 +183,7 @@ def shape_of(model: Any, base_config: Any, config: Config) -> Shape:
         query=heads * head,
         key=groups * head,
         vocabulary=base_config.vocab_size,
-        plain_logits=not any(getattr(base_config, name, None) for name in AFTERWARDS),
+        plain_logits=not changes_logits(base_config),
         **_weights(model, base_config.num_hidden_layers, targets, config),
         t5=t5,
     )

@@ -1,0 +1,20 @@
+"""Trains without the comparison of losses before the first step."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from loop import train
+from loop.distributed.signals import run_and_exit
+
+
+def unchecked(*_: Any) -> None:
+    """Compare nothing."""
+
+
+train.check_loss = unchecked
+
+if __name__ == "__main__":
+    run_and_exit(train.main)
