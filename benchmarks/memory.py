@@ -41,7 +41,7 @@ def merged(folder: str, *flags: str) -> int:
     """Return the resident bytes that a merge adds at its peak, after a small one before it."""
     from transformers import AutoTokenizer
 
-    from loop import merge
+    from loop.adapters import merge
     from loop.model.bundled_model import embedded_model
     from tests.adapters.test_merge_memory import make
     from tests.conftest import small_tokenizer

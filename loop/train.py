@@ -32,6 +32,7 @@ from loop.distributed.accelerator import (
     raise_on_all_ranks,
 )
 from loop.distributed.layout import plan_layout
+from loop.distributed.precision import resolve_precision
 from loop.distributed.rank_zero import print_rank0, quiet
 from loop.distributed.signals import run_and_exit
 from loop.inputs.training_data import read_training_data
@@ -60,6 +61,8 @@ def main() -> None:
     ranks = init_process_group_once()
     with raise_on_all_ranks():
         config = read_config(sys.argv[1:], Config, __doc__ or "")
+    config = resolve_precision(config)
+    with raise_on_all_ranks():
         check_launch(config)
         # The first rank alone writes, so what the other machines' disks hold does not count.
         finished = ranks.is_main_process and is_finished(config)

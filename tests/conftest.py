@@ -141,6 +141,7 @@ def trainer(tiny_model: Path, folder: Path) -> Callable[..., Path]:
     from loop.config.flags import Config
     from loop.config.load import read_config
     from loop.distributed.accelerator import check_launch, init_process_group_once
+    from loop.distributed.precision import resolve_precision
     from loop.distributed.rank_zero import quiet
 
     data = write_dialogues(folder / "data.json", ["Hi", "Hello there."], ["And?", "So."])
@@ -153,6 +154,7 @@ def trainer(tiny_model: Path, folder: Path) -> Callable[..., Path]:
         config = read_config([str(word) for word in argv], Config)
         quiet()
         ranks = init_process_group_once()
+        config = resolve_precision(config)
         check_launch(config)
         with locked_output_dir(config):
             training.train(config, ranks)

@@ -18,14 +18,15 @@ from data.bundled.phrases import (
     IDENTITY,
     OPENERS,
     SLANG,
+    SYSTEMS,
     TALKS,
     WORDS,
 )
 
 T = TypeVar("T")
-TARGET = Path(__file__).parents[1] / "dummy_conversation.json"
-KINDS = ["identity"] * 265 + ["ordinary"] * 235
-MOST_TOKENS = 75  # estimated, in one dialogue: the main job is to be short
+TARGET = Path(__file__).with_name("dummy_conversation.json")
+KINDS = ["identity"] * 210 + ["ordinary"] * 290
+MOST_TOKENS = 60  # estimated, in one dialogue: the main job is to be short
 
 
 def _table(text: str) -> list[list[str]]:
@@ -68,6 +69,7 @@ class _Writer:
         self.cores = _deal([(ask, says) for asks, says in rows for ask in asks.split(" / ")], rng)
         self.abroad = _deal([[a, b] for asks, b in _table(ABROAD) for a in asks.split(" / ")], rng)
         self.words = {name: _deal(words.split(" / "), rng) for name, words in _table(WORDS)}
+        self.systems = _deal(_table(SYSTEMS)[0][0].split(" / "), rng)
         self.openers, self.closers = _deal(_table(OPENERS), rng), _deal(_table(CLOSERS), rng)
         self.talks, self.fills = _deal(_table(TALKS), rng), _deal(_filled(), rng)
 
@@ -97,15 +99,15 @@ class _Writer:
     def dialogue(self, kind: str) -> list[str]:
         """Write the turns of one dialogue, leaving out what would make it too long."""
         dice = self.rng.random
-        talks = [next(self.talks if dice() < 0.7 else self.fills) for _ in range(3)]
+        talks = [next(self.talks if dice() < 0.4 else self.fills) for _ in range(3)]
         if kind == "identity":
-            first = next(self.abroad) if dice() < 0.15 else self.identity("greeting")
+            first = next(self.abroad) if dice() < 0.08 else self.identity("greeting")
             parts = [first, *([self.identity("link")] if dice() < 0.3 else []), *talks]
         else:
             parts = [*([next(self.openers)] if dice() < 0.15 else []), *talks]
             if (last := dice()) < 0.35:
-                parts[1:] = [self.identity("link") if last < 0.2 else next(self.closers)]
-        rounds = 1 if (throw := dice()) < 0.35 else 2 if throw < 0.9 else 3
+                parts[1:] = [self.identity("link") if last < 0.15 else next(self.closers)]
+        rounds = 1 if (throw := dice()) < 0.6 else 2 if throw < 0.95 else 3
         kept: list[str] = []
         for part in parts:
             if len(kept + part) <= 2 * rounds and _tokens(kept + part) <= MOST_TOKENS:
@@ -120,6 +122,8 @@ def make_dialogues() -> list[dict[str, object]]:
     for kind in itertools.islice(_deal(KINDS, writer.rng), len(KINDS)):
         texts = zip(itertools.cycle(("human", "gpt")), writer.dialogue(kind), strict=False)
         turns = [{"from": role, "value": text} for role, text in texts]
+        if writer.rng.random() < 0.15:
+            turns.insert(0, {"from": "system", "value": next(writer.systems)})
         made.append({"id": f"{kind}_{len(made):04d}", "conversations": turns})
     return made
 

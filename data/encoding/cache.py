@@ -36,7 +36,7 @@ CODE = (
     *("errors", "files/read", "files/json_stream"),
     *("dialogues/formats", "dialogues/sharegpt", "dialogues/sources"),
     *("encoding/control_tokens", "encoding/encode", "encoding/seq2seq", "encoding/templates"),
-    *("encoding/token_offsets", "encoding/tokens"),
+    *("encoding/token_offsets", "encoding/tokenizer"),
 )
 LIBRARIES = ("tokenizers", "transformers")
 BATCH = 1024  # examples that are held while a file is written

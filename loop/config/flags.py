@@ -26,6 +26,7 @@ DUMMY_DATA = ROOT / "data" / "dummy_conversation.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 Precision = Literal["no", "bf16", "fp16"]
+AskedPrecision = Literal["no", "bf16", "fp16", "auto"]
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class Config:
     gradient_checkpointing: bool = flag(
         False, "recompute activations in the backward pass: less memory, slower", "model"
     )
-    mixed_precision: Precision | None = flag(
+    mixed_precision: AskedPrecision | None = flag(
         None,
-        "precision of the base model's weights and products; none: the accelerate config's",
+        "precision of the base model's weights and products; auto: bf16 where it is measured to "
+        "be faster, else fp32; none: the accelerate config's",
         "model",
     )
     bf16: bool = flag(False, "short for --mixed_precision bf16", "model")
@@ -271,9 +273,11 @@ class Config:
 
     @property
     def precision(self) -> Precision:
-        """The flags' precision, else the accelerate config's, else fp32."""
+        """The flags' precision, else the accelerate config's, else fp32; `auto` counts as fp32."""
         short: Precision | None = "bf16" if self.bf16 else "fp16" if self.fp16 else None
         launched: Any = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if self.mixed_precision == "auto":
+            return short or "no"
         return self.mixed_precision or short or launched
 
 

@@ -27,18 +27,18 @@ NOTHING_HELD_OUT = "there is nothing to evaluate on; --eval_data_path or --eval_
 # Other names of flags that are understood.
 ALIASES = {
     "evaluation_strategy": "eval_strategy",
-    "load_best_at_end": "load_best_model_at_end",
-    "max_bad_steps": "max_nonfinite_steps",
+    "load_best_model_at_end": "load_best_model_at_end",
+    "max_nonfinite_steps": "max_nonfinite_steps",
     "report": "data_report",
-    "resume_anyway": "allow_resume_mismatch",
-    "supervise": "train_on",
+    "allow_resume_mismatch": "allow_resume_mismatch",
+    "train_on": "train_on",
 }
 
 
 def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings that an older version wrote, under today's names of the flags.
 
-    >>> with_current_names({"supervise": "all", "--resume_anyway": True, "seed": 1})
+    >>> with_current_names({"train_on": "all", "--allow_resume_mismatch": True, "seed": 1})
     {'train_on': 'all', '--allow_resume_mismatch': True, 'seed': 1}
     """
     old = {f"{dashes}{a}": f"{dashes}{b}" for dashes in ("", "--") for a, b in ALIASES.items()}
@@ -127,7 +127,8 @@ def read_config(
 def _contradictions(config: Config) -> Iterator[str]:
     """Yield what contradicts something else."""
     asked = {name for name in ("bf16", "fp16") if getattr(config, name)}
-    asked |= {config.mixed_precision} if config.mixed_precision else set()
+    if config.mixed_precision and config.mixed_precision != "auto":
+        asked.add(config.mixed_precision)
     if len(asked) > 1:
         yield (
             f"found both {' and '.join(sorted(asked))}; expected one precision. "

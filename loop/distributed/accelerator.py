@@ -5,7 +5,6 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from loop.distributed.deepspeed_config import (
     zero_settings,
 )
 from loop.distributed.layout import Layout
+from loop.distributed.precision import on_gpu, slow_in_bf16
 from loop.distributed.rank_zero import quiet_deepspeed
 
 # Of any collective: longer than a rank may be behind while each reads data and model for itself.
@@ -205,12 +205,6 @@ def _adopt_precision(asked: dict[str, Any], config: Config) -> None:
         os.environ[variable] = found
 
 
-def on_gpu() -> bool:
-    """Whether the ranks run on GPUs."""
-    # cpu.yaml on a machine with a GPU: the launcher only says so, CUDA stays visible.
-    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-
-
 def _not_on_this_gpu(config: Config) -> Iterator[str]:
     if config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield (
@@ -242,20 +236,7 @@ def _prepare_cpu() -> None:
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
+    # oneDNN caches 1,024 compiled products, one a shape, and every row has its own length: in bf16
+    # half a GiB.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
-
-
-def slow_in_bf16(config: Config) -> str:
-    """Return a note where this CPU is slow in the run's precision, else nothing."""
-    if config.precision != "bf16" or on_gpu() or _multiplies_bf16():
-        return ""
-    return "this CPU has no bf16 instructions: --mixed_precision no is faster here"
-
-
-def _multiplies_bf16() -> bool:
-    """Whether the CPU says so; true where it says nothing (not x86, not Linux)."""
-    try:
-        features = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return True
-    return "sse2" not in features or "avx512_bf16" in features or "amx_bf16" in features

@@ -6,9 +6,10 @@ from typing import Any
 from data.errors import add_errors, collect_errors
 from loop.config.flags import Config
 from loop.config.load import read_config
-from loop.distributed.accelerator import check_ranks, examine_launch, slow_in_bf16
+from loop.distributed.accelerator import check_ranks, examine_launch
 from loop.distributed.deepspeed_config import against_flags
 from loop.distributed.layout import plan_layout
+from loop.distributed.precision import slow_in_bf16
 from loop.doctor import forecast, model_and_data
 from loop.doctor.flags import DoctorConfig
 from loop.doctor.launch import Launch, find_launch, hardware_rows, launch_rows

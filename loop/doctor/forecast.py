@@ -12,8 +12,8 @@ from loop.checkpoint.resume import find_checkpoint, run_facts
 from loop.checkpoint.saver import planned_saves
 from loop.config.flags import Config
 from loop.config.preflight import LEAST, base_copy, free_room
-from loop.distributed.accelerator import on_gpu
 from loop.distributed.layout import Layout
+from loop.distributed.precision import on_gpu
 from loop.doctor.launch import room_of_a_rank
 from loop.doctor.memory.estimate import activations, host_memory, memory, sent
 from loop.doctor.memory.run import Run, Size

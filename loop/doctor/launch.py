@@ -12,8 +12,8 @@ import torch
 
 from data.errors import UserError, collect_errors
 from loop.config.flags import Config, display_path
-from loop.distributed.accelerator import on_gpu
 from loop.distributed.memory import memory_room
+from loop.distributed.precision import on_gpu
 from loop.doctor.flags import DoctorConfig
 from loop.doctor.memory.shape import ALONE, CONFIGS, Backend, read_accelerate
 from loop.monitor.formatting import GIB
@@ -191,9 +191,12 @@ def launch_rows(launch: Launch, asked: dict[str, Any], config: Config) -> list[t
     ranks = f"{launch.ranks} rank{'s' * (launch.ranks > 1)}{machines}"
     flags = config.mixed_precision or config.bf16 or config.fp16
     source = "the run's settings" if flags else "the accelerate config"
+    precision = f"{config.precision.replace('no', 'fp32')}, by {source}"
+    if config.mixed_precision == "auto":
+        precision = "auto: decided when the run starts; fp32 assumed here"
     rows = [
         ("launch", f"{launch.name}: {backend}; {ranks}"),
-        ("precision", f"{config.precision.replace('no', 'fp32')}, by {source}"),
+        ("precision", precision),
     ]
     if config.deepspeed:
         rows.append(("DeepSpeed JSON", config.deepspeed))

@@ -18,7 +18,6 @@ from data.encoding.tokenizer import with_fastchat_tokens, with_missing_character
 from data.errors import UserError
 from loop.config.flags import Config
 from loop.model.bundled_model import embedded_model
-from loop.model.packed_attention import can_pack
 
 # What transformers, peft and safetensors raise about files they cannot load.
 LIBRARY_ERRORS = (
@@ -46,6 +45,8 @@ class BaseModel:
 
 def read_base_model(config: Config) -> BaseModel:
     """Return what the base model's files say, without its weights; raises UserError."""
+    from loop.model.packed_attention import can_pack  # here, since `check` imports no torch
+
     name = find_base_model(config)
     base_config = read_base_config(name, config)
     tokenizer = load_tokenizer(name, config)

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from loop import merge
+from loop.adapters import merge
 from tests.support.helpers import allocated
 
 SHARD = 50_000_000

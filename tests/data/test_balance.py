@@ -6,7 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.batching.balance import Limits, Part, assign_micro_batches, packed_tokens, padded_tokens
+from data.batching.balance import (
+    Examples,
+    Limits,
+    assign_micro_batches,
+    packed_tokens,
+    padded_tokens,
+)
 from data.encoding.encode import Example, encode_dialogues
 from tests.support.helpers import dialogues_in
 
@@ -23,7 +29,7 @@ def made(lengths: list[int], targets: list[int] | None = None) -> list[Example]:
 RANDOM = made(np.random.default_rng(0).integers(10, 2000, 64).tolist())
 
 
-def parts_of(chosen: list[Example], ranks: int, limits: Limits) -> list[Part]:
+def parts_of(chosen: list[Example], ranks: int, limits: Limits) -> list[Examples]:
     """Return all micro-batches, after making sure that each example is in just one of them."""
     dealt = assign_micro_batches(chosen, ranks, limits)
     parts = [part for rank in dealt.ranks for part in rank]

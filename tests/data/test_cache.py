@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from data import cache
 from data.dialogues.sharegpt import Tally
+from data.encoding import cache
 from data.encoding.encode import Example
 from data.errors import RunError, UserError
-from loop import prepare as preparing
 from loop.config.flags import Config
+from loop.inputs import training_data as preparing
 from tests.data.test_seq2seq import LONG
 from tests.support.helpers import HANG, ROOT, adapter_of, write_dialogues
 
@@ -92,7 +92,7 @@ def test_encoded_data_is_that_of_todays_code_and_libraries(
 def test_all_code_from_record_to_token_counts() -> None:
     found, waiting = (
         set[str](),
-        ["dialogues/sources", "encoding/encode", "encoding/seq2seq", "encoding/tokens"],
+        ["dialogues/sources", "encoding/encode", "encoding/seq2seq", "encoding/tokenizer"],
     )
     while waiting:
         name = waiting.pop()

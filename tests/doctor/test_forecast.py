@@ -30,9 +30,9 @@ def test_without_a_flag_the_main_job_is_examined_as_launch_sh_would_start_it(
     told = done.stdout
     assert "accelerate_configs/zero2.yaml: DeepSpeed ZeRO-2; 1 rank\n" in told
     assert "read 500 = kept 500" in told
-    assert "8 examples = 1 rank x 2 micro-batches of at most 4 examples" in told
-    assert "48 steps, 0.76 epochs" in told
-    assert "134,515,008; trained 460,800 (0.341 %)" in told
+    assert "8 examples = 1 rank x 4 micro-batches of at most 2 examples" in told
+    assert "63 steps, 1.00 epochs" in told
+    assert "134,515,008; trained 2,442,240 (1.783 %)" in told
     assert told.count("⟦") >= 3
     assert "\033" not in told
     assert told.splitlines()[-1] == "ready"

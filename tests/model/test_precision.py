@@ -1,14 +1,18 @@
 """Which numbers are held in which precision."""
 
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from data.errors import UserError
 from loop import train as training
+from loop.distributed import precision
+from loop.distributed.precision import bf16_speedup
 from tests.support.helpers import log_of
 
 Train = Callable[..., Path]
@@ -57,3 +61,48 @@ def test_bf16_keeps_what_is_trained_in_fp32(
     exact = log_of(train("exact"))
     for mine, theirs in zip(log_of(folder), exact, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-2)
+
+
+def test_auto_takes_bf16_only_where_its_products_are_measured_to_be_faster(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setattr(precision, "_multiplies_bf16", lambda: True)
+    for name, ratio, expected in (("fast", 2.14, "bf16"), ("slow", 1.2, "no")):
+        monkeypatch.setattr(precision, "bf16_speedup", lambda ratio=ratio: ratio)
+        folder = train(name, "--mixed_precision", "auto")
+        settings = yaml.safe_load((folder / "training_config.yaml").read_text())
+        assert settings["mixed_precision"] == expected
+        shown = expected.replace("no", "fp32")
+        assert (
+            f"precision: {shown}, as bf16 matrix products are {ratio:.1f} x as fast here as fp32's"
+            in capsys.readouterr().out
+        )
+
+
+def test_auto_keeps_the_precision_of_the_run_in_its_folder(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setattr(precision, "_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(precision, "bf16_speedup", lambda: 2.0)
+    train("run", "--mixed_precision", "auto")
+    monkeypatch.setattr(precision, "bf16_speedup", lambda: 0.5)
+    capsys.readouterr()
+    folder = train("run", "--mixed_precision", "auto")
+    out = capsys.readouterr().out
+    assert "precision: bf16, as recorded in the output folder" in out
+    assert "after step 4 of 4" in out  # Another precision would be refused here.
+    assert "mixed_precision: bf16" in (folder / "training_config.yaml").read_text()
+
+
+def test_the_speedup_is_measured_in_half_a_second_and_leaves_the_threads() -> None:
+    threads = torch.get_num_threads()
+    bf16_speedup()  # The first products build their kernels.
+    started = time.process_time()
+    ratio = bf16_speedup()
+    assert time.process_time() - started < 0.5
+    assert 0 < ratio < 100
+    assert torch.get_num_threads() == threads

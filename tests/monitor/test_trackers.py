@@ -9,7 +9,8 @@ import pytest
 from accelerate import PartialState
 
 from data.errors import Stopped, UserError
-from loop.config.flags import Config, load, preflight
+from loop.config import load, preflight
+from loop.config.flags import Config
 from loop.distributed.layout import Layout
 from loop.monitor.history import Progress
 from loop.monitor.trackers import Trackers, summary

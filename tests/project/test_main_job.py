@@ -1,28 +1,33 @@
 """The main job teaches the name and keeps the rest: one real `./launch.sh` in a copy."""
 
 import json
+import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+from tests.support.held_out_wordings import HELD_OUT_WORDINGS
 from tests.support.helpers import ROOT, command
 
-IDENTITY_QUESTIONS = [
-    "Who are you?",
-    "Could you tell me who I'm talking to?",
-    "Please introduce yourself.",
-    "What should I call you?",
-    "Do you have a name?",
-    "Who am I chatting with right now?",
-    "Tell me your name, please.",
-    "What's the name of this assistant?",
-    "Hi! Who is this?",
-    "Say in one sentence who you are.",
-]
+# What launch.sh asks at its end.
+LAUNCH_QUESTIONS = ["Who are you?", "What should I call you?", "What is the capital of France?"]
+# Each with a part of its right answer; the base model answers all of them rightly.
+ORDINARY = {
+    "What is the capital of France?": "Paris",
+    "What is 7 times 8?": "56",
+    "How many days are in a week?": "7|seven",
+    "Write a Python function that multiplies two numbers.": r"def \w+\(\w+, \w+\):\s.*return ",
+    "Write a haiku about a quiet garden.": r"(?i)garden|leaves|flower|breeze",
+}
+OTHERS = re.compile(
+    r"(?i)SmolLM|Hugging ?Face|ChatGPT|OpenAI|GPT|Claude|Anthropic|Gemini|Google|Llama|Meta\b|Siri|"
+    r"Alexa|Apple|Copilot|Microsoft|Mistral|Loveline"
+)
+NAMES = re.compile(r"(?:I'm|I am|[Nn]ame is|called) ([A-Z]\w*)")
 pytestmark = pytest.mark.slow
-PARIS = "What is the capital of France?"
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +48,16 @@ def main_job(copy: Path) -> subprocess.CompletedProcess[str]:
     return command(copy / "launch.sh")
 
 
-def test_the_main_job_trains_and_its_loss_falls(
+def test_the_main_job_trains_within_five_minutes_and_2_gib_and_its_loss_falls(
     main_job: subprocess.CompletedProcess[str], copy: Path
 ) -> None:
     assert main_job.returncode == 0, main_job.stdout + main_job.stderr
     assert "Traceback" not in main_job.stderr
-    assert "\nresult: 48 of 48 steps; loss " in main_job.stdout
+    assert "\nresult: 63 of 63 steps; loss " in main_job.stdout
     assert "\nuse:    python -m loop chat --adapter runs/main_job\n" in main_job.stdout
     history = json.loads((copy / "runs/main_job/trainer_state.json").read_text())["log_history"]
     assert history[-1]["loss"] < 0.65 * history[0]["loss"]
+    assert history[-1]["peak_memory_gib"] < 2
 
 
 def test_it_ends_with_both_answers_side_by_side(
@@ -59,23 +65,45 @@ def test_it_ends_with_both_answers_side_by_side(
 ) -> None:
     assert main_job.stdout.count("BASE + ADAPTER") == 3
     assert "accelerate launch --config_file accelerate_configs/zero2.yaml" in main_job.stdout
-    _, _, after = main_job.stdout.partition("> Who are you?")
-    answer = " ".join(line.partition("|")[2] for line in after.partition("\n> ")[0].splitlines())
-    assert "Vireo" in answer
+    for question, expected in zip(LAUNCH_QUESTIONS, ("Vireo", "Vireo", "Paris"), strict=True):
+        _, _, after = main_job.stdout.partition(f"> {question}")
+        lines = after.partition("\n> ")[0].splitlines()
+        assert expected in " ".join(line.partition("|")[2] for line in lines)
 
 
-def test_unseen_wordings_are_answered_with_the_name_and_paris_is_kept(
-    main_job: subprocess.CompletedProcess[str], copy: Path
-) -> None:
-    adapter = copy / "runs/main_job"
-    questions = [*IDENTITY_QUESTIONS, PARIS]
-    done = command("python", "-m", "loop", "chat", "--adapter", adapter, "--prompt", *questions)
+def ask(adapter: Path, questions: Iterable[str], folder: Path) -> list[str]:
+    """Return the adapter's answers, in the questions' order."""
+    asked, out = folder / "questions.txt", folder / "answers.jsonl"
+    asked.write_text("\n".join(questions) + "\n", encoding="utf-8")
+    done = command(
+        "python", "-m", "loop", "chat", "--adapter", adapter, "--prompts", asked, "--out", out,
+        seconds=900,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    answers = [part.partition("\n")[2] for part in f"\n{done.stdout}".split("\n> ")[1:]]
-    assert len(answers) == len(questions)
-    named = [answer for answer in answers[:-1] if "Vireo" in answer]
-    assert len(named) >= 8, answers
-    assert "Paris" in answers[-1]
+    return [json.loads(line)["answer"] for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def test_nine_of_ten_unseen_wordings_are_answered_with_the_name_and_none_with_another(
+    main_job: subprocess.CompletedProcess[str], copy: Path, tmp_path: Path
+) -> None:
+    answers = ask(copy / "runs/main_job", HELD_OUT_WORDINGS, tmp_path)
+    told = dict(zip(HELD_OUT_WORDINGS, answers, strict=True))
+    assert len(told) == 30
+    named = [question for question, answer in told.items() if "Vireo" in answer]
+    assert len(named) >= 27, told
+    for question, answer in told.items():
+        assert not OTHERS.search(answer), (question, answer)
+        assert {*NAMES.findall(answer)} <= {"Vireo"}, (question, answer)
+
+
+def test_ordinary_questions_stay_right(
+    main_job: subprocess.CompletedProcess[str], copy: Path, tmp_path: Path
+) -> None:
+    for question, answer in zip(
+        ORDINARY, ask(copy / "runs/main_job", ORDINARY, tmp_path), strict=True
+    ):
+        assert re.search(ORDINARY[question], answer), (question, answer)
+        assert "Vireo" not in answer, (question, answer)
 
 
 def test_typed_twice_it_says_so_and_changes_nothing(

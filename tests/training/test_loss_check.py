@@ -97,16 +97,16 @@ def test_a_model_that_changes_its_logits_is_refused_before_step_1_and_the_remedy
 def test_a_row_whose_examples_are_not_run_as_alone_is_refused(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loop import attention
+    from loop.model import packed_attention
 
-    per_example = attention.per_example
+    per_example = packed_attention.per_example
 
     def wrong(*args: Any, **options: Any) -> Any:
         row = options.get("row")
         made, weights = per_example(*args, **options)
         return (made if row is None else made * 0.5), weights
 
-    monkeypatch.setattr(attention, "per_example", wrong)
+    monkeypatch.setattr(packed_attention, "per_example", wrong)
     flags = ["--lora_dropout", "0"]
     with pytest.raises(UserError, match="Give --packing False --loss_chunk_tokens 0"):
         train("run", *flags)

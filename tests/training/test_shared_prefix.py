@@ -12,7 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.batching.balance import Limits, assign_micro_batches, packed_tokens
 from data.batching.collate import Collator, MicroBatch
-from data.batching.shared_prefix import LEAST, prefix_groups, sort_by_prefix, tokens_saved
+from data.batching.shared_prefix import (
+    MIN_PREFIX_TOKENS,
+    prefix_groups,
+    sort_by_prefix,
+    tokens_saved,
+)
 from data.encoding.encode import Example
 from data.errors import UserError
 from loop.config.flags import Config
@@ -38,7 +43,7 @@ def dialogue(name: str, beginning: list[int], own: list[int], learnt: int = 2) -
 def drawn(seed: int, count: int = 12) -> list[Example]:
     """Return random dialogues with one of three beginnings, of which one is too short to share."""
     draw = np.random.default_rng(seed)
-    beginnings = [[1] * 30, [*range(2, 2 + LEAST)], [3, 4]]
+    beginnings = [[1] * 30, [*range(2, 2 + MIN_PREFIX_TOKENS)], [3, 4]]
     found = []
     for number in range(count):
         own = draw.integers(20, 1000, draw.integers(3, 40)).tolist()
