@@ -175,7 +175,7 @@ def _model(job: Job) -> tuple[Any, torch.device]:
     """Return the model that this project trains, before accelerator.prepare, on the device."""
 
     accelerator = build_accelerator(job.config, job.layout)
-    model = load_model(job.prepared, job.config, accelerator)
+    model = load_model(job.prepared.base, job.config, accelerator)
     return model.to(accelerator.device), accelerator.device
 
 
