@@ -53,7 +53,7 @@ def most(lengths: list[int]) -> int:
         examples=SimpleNamespace(longest=lambda count: examples[:count]),
         collator=Collator(0, None, lambda groups: {"groups": groups}),
     )
-    return auto_micro_batch.most_tokens(None, prepared, Config(), alone(), len(lengths))
+    return auto_micro_batch.max_tokens(None, prepared, Config(), alone(), len(lengths))
 
 
 def test_the_most_tokens_fit_and_no_trial_goes_beyond_the_room(
@@ -62,7 +62,7 @@ def test_the_most_tokens_fit_and_no_trial_goes_beyond_the_room(
     room = 10_000 + PER_TOKEN * 1500
     measured = Measured(monkeypatch, room)
     found = most([100] * 64)
-    assert 1500 - auto_micro_batch.STEP <= found <= 1500
+    assert 1500 - auto_micro_batch.TOKEN_MULTIPLE <= found <= 1500
     assert measured.tokens == [100, 200, 400, 800]  # 1,600 would not fit, and is not tried
 
 
@@ -95,13 +95,13 @@ def test_what_is_found_keeps_a_real_pass_within_the_room(
 
     def peak_of(*arguments: Any) -> int:
         with allocated() as held:
-            auto_micro_batch._pass(*arguments)
+            auto_micro_batch._forward_backward(*arguments)
         return held.most
 
     monkeypatch.setattr(auto_micro_batch, "memory_room", lambda _: room)
     monkeypatch.setattr(auto_micro_batch, "memory_used", lambda _: 0)
     monkeypatch.setattr(auto_micro_batch, "_peak_of", peak_of)
-    tokens = auto_micro_batch.most_tokens(model, prepared, Config(), accelerator, len(examples))
+    tokens = auto_micro_batch.max_tokens(model, prepared, Config(), accelerator, len(examples))
     assert 200 <= tokens < 200 * 512
 
     def peak(tokens: int) -> int:

@@ -68,7 +68,7 @@ def test_all_ranks_try_the_same_and_the_one_with_the_least_room_counts(
     assert first == second
     assert len({*first}) > 2
     assert max(first) <= 700
-    assert 700 - auto_micro_batch.STEP <= kept(output)["tokens"] <= 700
+    assert 700 - auto_micro_batch.TOKEN_MULTIPLE <= kept(output)["tokens"] <= 700
 
 
 def test_losses_and_adapter_are_those_of_a_run_with_that_limit_by_flags(
