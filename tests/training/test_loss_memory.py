@@ -1,4 +1,4 @@
-"""What the loss holds: the estimate's word against the allocator's."""
+"""The estimate of the memory of the loss equals what the allocator measures."""
 
 from dataclasses import replace
 

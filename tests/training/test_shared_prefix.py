@@ -1,4 +1,4 @@
-"""What dialogues begin with alike is run once, and nothing of what they learn changes by it."""
+"""Shared prefixes are computed once, without a change of loss or gradient."""
 
 import functools
 from pathlib import Path
@@ -34,14 +34,14 @@ ALONE = Collator(0, None, functools.partial(row_inputs, flash=False))
 SHARING = Collator(0, None, functools.partial(row_inputs, flash=False), sharing=True)
 
 
-def dialogue(name: str, beginning: list[int], own: list[int], learnt: int = 2) -> Example:
+def dialogue(name: str, beginning: list[int], own: list[int], supervised: int = 2) -> Example:
     """Return a dialogue whose last tokens are supervised."""
     ids = beginning + own
-    return Example(name, ids, [-100] * (len(ids) - learnt) + ids[-learnt:], learnt)
+    return Example(name, ids, [-100] * (len(ids) - supervised) + ids[-supervised:], supervised)
 
 
 def drawn(seed: int, count: int = 12) -> list[Example]:
-    """Return random dialogues with one of three beginnings, of which one is too short to share."""
+    """Return random dialogues with one of three prefixes, one of them too short to share."""
     draw = np.random.default_rng(seed)
     beginnings = [[1] * 30, [*range(2, 2 + MIN_PREFIX_TOKENS)], [3, 4]]
     found = []
@@ -62,23 +62,23 @@ def unfolded(batch: MicroBatch) -> list[tuple[list[int], list[int], dict[int, in
         begin += shared
         for length in own:
             rows = [*beginning, *range(begin, begin + length)]
-            learnt = {n: targets[row] for n, row in enumerate(rows) if row in targets}
-            found.append(([ids[row] for row in rows], [places[row] for row in rows], learnt))
+            supervised = {n: targets[row] for n, row in enumerate(rows) if row in targets}
+            found.append(([ids[row] for row in rows], [places[row] for row in rows], supervised))
             begin += length
     assert begin == len(ids)
     return found
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_row_holds_each_dialogue_whole_and_nothing_twice(seed: int) -> None:
+def test_a_row_holds_each_dialogue_completely_and_each_prefix_once(seed: int) -> None:
     (part,) = assign_micro_batches(drawn(seed), 1, Limits(64, packed=True, sharing=True)).ranks[0]
     batch = SHARING(part, 0)
-    for example, (ids, places, learnt) in zip(part, unfolded(batch), strict=True):
+    for example, (ids, places, supervised) in zip(part, unfolded(batch), strict=True):
         length = example.run_tokens
         assert ids == example.input_ids[:length]
         assert places == [*range(length)]
         following = enumerate(example.labels[1 : length + 1])
-        assert learnt == {n: label for n, label in following if label != -100}
+        assert supervised == {n: label for n, label in following if label != -100}
     more, _ = tokens_saved(part)
     assert batch.tokens == packed_tokens(part) - more
     alike = sum(example.input_ids[0] == 1 for example in part)
@@ -94,8 +94,8 @@ def test_a_token_that_predicts_a_supervised_one_is_each_dialogues_own() -> None:
     assert prefix_groups([early, late]) == [(19, [early, late])]
 
 
-def test_who_would_take_more_than_they_bring_begin_a_group_of_their_own() -> None:
-    """Two system prompts that have their first sentence in common, and one cut short."""
+def test_dialogues_that_would_shorten_the_shared_prefix_too_much_start_a_new_group() -> None:
+    """Two system prompts with the same first sentence, and a truncated one."""
     first = [dialogue(f"a{n}", [*range(100)], [n] * 5) for n in range(200, 208)]
     second = [dialogue(f"b{n}", [*range(20), *range(300, 380)], [n] * 5) for n in range(200, 208)]
     short = dialogue("c", [*range(25)], [900] * 5)
@@ -116,7 +116,7 @@ def test_one_dialogue_alone_and_none_at_all_share_nothing() -> None:
 
 @pytest.mark.parametrize("longest_mask", [0, packed_attention.MASK_MOST], ids=["again", "masked"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradient_are_those_of_dialogues_by_themselves(
+def test_loss_and_gradient_equal_those_of_separate_dialogues(
     kind: str, longest_mask: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MASK_PAYS", "MASK_MOST"):
@@ -158,7 +158,7 @@ def test_checkpointed_layers_and_an_evaluation_before_change_nothing(reentrant: 
     assert_equal(gradients(model, loss), plain)
 
 
-def test_queries_are_not_asked_again_and_one_mask_serves_all_layers(
+def test_queries_of_a_shared_prefix_run_once_and_all_layers_use_one_mask(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[tuple[int, int, int | None]] = []
@@ -181,7 +181,7 @@ def test_queries_are_not_asked_again_and_one_mask_serves_all_layers(
     assert None not in masks
 
 
-def test_a_window_counts_what_is_run_and_the_log_tells_the_share() -> None:
+def test_a_window_counts_computed_tokens_and_the_log_has_the_shared_part() -> None:
     examples = [dialogue(str(n), [1] * 30, [n, 7, 8, 9]) for n in range(10, 26)]
     config = Config(per_device_train_batch_size=8, global_batch_size=16, packing=True)
     layout = plan_layout(config, 16, SimpleNamespace(process_index=0, num_processes=1), packed=True)
@@ -194,19 +194,19 @@ def test_a_window_counts_what_is_run_and_the_log_tells_the_share() -> None:
         name: getattr(window, name)
         for name in ("tokens", "padded_tokens", "busiest_tokens", "squared_tokens")
     } | {"supervised_tokens": window.supervised_tokens}
-    told = rates(count, 2.0, 1, Work(linear=10, head=0, trained=0, attention=0, peak=1.0))
-    assert told["shared_share"] == pytest.approx(1 - 108 / 528)
-    assert told["padding_share"] == told["rank_imbalance"] == 0.0
-    assert told["mfu"] == pytest.approx(4 * 10 * 108 / 2)
+    entry = rates(count, 2.0, 1, Work(linear=10, head=0, trained=0, attention=0, peak=1.0))
+    assert entry["shared_share"] == pytest.approx(1 - 108 / 528)
+    assert entry["padding_share"] == entry["rank_imbalance"] == 0.0
+    assert entry["mfu"] == pytest.approx(4 * 10 * 108 / 2)
 
 
-def test_flash_attention_shares_nothing_as_it_takes_queries_and_keys_of_the_same_places() -> None:
+def test_flash_attention_shares_nothing_as_its_queries_and_keys_have_equal_positions() -> None:
     config = Config(flash_attn=True)
     layout = plan_layout(config, 16, SimpleNamespace(process_index=0, num_processes=1), packed=True)
     assert not layout.limits.sharing
 
 
-def test_two_ranks_have_even_work_by_what_they_run() -> None:
+def test_two_ranks_are_balanced_by_computed_tokens() -> None:
     alike = [dialogue(f"a{n}", [1] * 200, [n] * 20) for n in range(10, 18)]
     other = [dialogue(f"b{n}", [n] * 110, [n] * 110) for n in range(30, 38)]
     limits = Limits(4, packed=True, sharing=True)
@@ -235,8 +235,8 @@ def test_a_model_whose_tokens_see_later_ones_is_refused() -> None:
 
 
 @pytest.mark.parametrize("sharing", [False, True])
-def test_a_backward_pass_keeps_no_more_than_of_dialogues_one_by_one(sharing: bool) -> None:
-    """Attention's own memory in a row of a group and an example beside it."""
+def test_the_backward_pass_keeps_no_more_than_for_separate_dialogues(sharing: bool) -> None:
+    """Memory of attention in a row of a group and another example."""
     groups = (
         [[16, 100, 100, 100], [0, 300]] if sharing else [[0, 116], [0, 116], [0, 116], [0, 300]]
     )
