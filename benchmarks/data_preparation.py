@@ -1,4 +1,4 @@
-"""Measures how data is prepared: beside FastChat, cleaned, and very many dialogues at once.
+"""Measures data preparation: encoding next to FastChat, cleaning, and a million dialogues.
 
 python benchmarks/data_preparation.py [--parts encode clean many encoded] [--text FILE]
     [--tokenizer DIR] [--runs 3] [--fastchat DIR] [--clean_text FILE] [--dialogues N]
@@ -23,10 +23,10 @@ if not __package__:
 
 from loop.config.flags import DUMMY_DATA, ROOT
 
-PARTS = ("encode", "clean", "many", "encoded")
+PARTS = ("encode", "clean", "many", "encoded")  # of the measurement; one function each
 FASTCHAT = ("fschat==0.2.36", "transformers==4.41.2", "numpy<2", "torch", "accelerate", "psutil")
 FASTCHAT += ("sentencepiece", "protobuf")
-MOST_TOKENS, CORES = 2048, 2
+MAX_TOKENS, CORES = 2048, 2
 WORDS = [
     f"{first}{last}" for first in ("the", "wa", "sta") for last in ("n", "ter", "te", "rm", "")
 ]
@@ -34,18 +34,18 @@ Facts = dict[str, Any]
 
 
 def main() -> None:
-    """Measure the parts that are asked for and print what was found."""
+    """Measure the chosen parts and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--text", type=Path, default=DUMMY_DATA, help="ShareGPT JSON")
-    parser.add_argument("--tokenizer", type=Path, help="a folder; none: the embedded model's")
-    parser.add_argument("--runs", type=int, default=3, help="of each of the two, in turns")
+    parser.add_argument("--tokenizer", type=Path, help="a folder; default: the bundled model's")
+    parser.add_argument("--runs", type=int, default=3, help="runs per system, in turns")
     kept = Path.home() / ".cache/lora-loop/fastchat"
-    parser.add_argument("--fastchat", type=Path, default=kept, help="its environment, made once")
+    parser.add_argument("--fastchat", type=Path, default=kept, help="folder of its environment")
     parser.add_argument(
-        "--clean_text", type=Path, help="JSON to clean, tens of MB: the start counts"
+        "--clean_text", type=Path, help="JSON to clean; tens of MB, as start-up time is included"
     )
-    parser.add_argument("--dialogues", type=int, default=1_000_000, help="of many, and of encoded")
+    parser.add_argument("--dialogues", type=int, default=1_000_000, help="for the last two parts")
     asked = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     with tempfile.TemporaryDirectory() as name:
@@ -57,13 +57,13 @@ def main() -> None:
 
 
 def encode(asked: argparse.Namespace, folder: Path) -> None:
-    """Encode one file by this project and by FastChat, in turns, and print medians and ratio."""
+    """Encode a file with this project and with FastChat, in turns; print medians and ratio."""
     python = _fastchat(asked.fastchat)
     model = _two_forms(asked.tokenizer, folder / "model")
     text = str(asked.text.resolve())
     worker = str(ROOT / "benchmarks/peers/fastchat_preprocess.py")
     commands = {
-        "FastChat": [str(python), worker, str(model / "slow"), text, str(MOST_TOKENS)],
+        "FastChat": [str(python), worker, str(model / "slow"), text, str(MAX_TOKENS)],
         "this project": _child("encode_once", str(model), text),
     }
     found: dict[str, list[Facts]] = {name: [] for name in commands}
@@ -76,12 +76,12 @@ def encode(asked: argparse.Namespace, folder: Path) -> None:
         rates[name] = statistics.median(run["dialogues"] / run["seconds"] for run in runs)
         tokens = statistics.median(run["tokens"] / run["seconds"] for run in runs)
         cpu = statistics.median(run["cpu"] for run in runs)
-        print(f"{name}: {rates[name]:,.1f} dialogues/s, {tokens:,.0f} tokens/s, {cpu:.1f} s of CPU")
+        print(f"{name}: {rates[name]:,.1f} dialogues/s, {tokens:,.0f} tokens/s, {cpu:.1f} s CPU")
     print(f"ratio of dialogues/s: {rates['this project'] / rates['FastChat']:.1f}")
 
 
 def clean(asked: argparse.Namespace, folder: Path) -> None:
-    """Clean one file on one core, and read and write it as JSON, in turns."""
+    """Clean a file on one core, and read and write it as JSON, in turns."""
     text = asked.clean_text or asked.text
     size, out = text.stat().st_size / 1e6, folder / "clean.jsonl"
     words = [sys.executable, "-m", "data", "clean", "--in", str(text.resolve()), "--out", str(out)]
@@ -93,33 +93,33 @@ def clean(asked: argparse.Namespace, folder: Path) -> None:
         spent = after.children_user + after.children_system
         spent -= before.children_user + before.children_system
         started = time.process_time()
-        yardstick = "the whole file"
+        reference = "the complete file"
         try:
             json.dumps(json.loads(text.read_bytes()))
         except ValueError:
-            yardstick = "of what was kept, since the file breaks off"
+            reference = "the kept records, since the file is truncated"
             started = time.process_time()
             for line in out.read_text(encoding="utf-8").splitlines():
                 json.dumps(json.loads(line))
         plain = time.process_time() - started
         print(f"{done.stderr.strip().splitlines()[-1][:60]} …")
-        print(f"{size / spent:.2f} MB/s of a core; JSON alone {size / plain:.2f} ({yardstick})")
+        print(f"{size / spent:.2f} MB/s of a core; JSON alone {size / plain:.2f} ({reference})")
         out.unlink()
 
 
 def many(asked: argparse.Namespace, folder: Path) -> None:
-    """Prepare made-up dialogues through the real entry, and open what was kept."""
+    """Encode synthetic dialogues with read_training_data, and open the cache again."""
     data, kept = folder / "many.jsonl", folder / "many.kept"
     write_many(data, asked.dialogues)
     print(f"{asked.dialogues:,} dialogues, {data.stat().st_size / 1e6:,.0f} MB", flush=True)
-    made = _result(_child("prepare_once", str(data), str(kept)))
-    rate = asked.dialogues / made["prepare"]
-    print(f"prepared: {made}; {rate:,.0f} dialogues/s; kept {kept.stat().st_size / 1e6:,.0f} MB")
+    facts = _result(_child("prepare_once", str(data), str(kept)))
+    rate = asked.dialogues / facts["prepare"]
+    print(f"encoded: {facts}; {rate:,.0f} dialogues/s; cache {kept.stat().st_size / 1e6:,.0f} MB")
     print(f"opened again: {_result(_child('prepare_once', str(data), str(kept)))}")
 
 
 def encoded(asked: argparse.Namespace, folder: Path) -> None:
-    """Keep made-up examples, which cost no tokenising, then open them and plan over them."""
+    """Write a cache of synthetic examples, without tokenizing, then open it and plan steps."""
     kept = folder / "encoded.kept"
     print(f"written: {_result(_child('keep_encoded', str(kept), str(asked.dialogues)))}")
     print(f"{kept.stat().st_size / 1e6:,.0f} MB", flush=True)
@@ -127,7 +127,7 @@ def encoded(asked: argparse.Namespace, folder: Path) -> None:
 
 
 def write_many(file: Path, count: int) -> None:
-    """Write made-up dialogues of one question and one answer, about 1 KB each."""
+    """Write synthetic dialogues of one question and one answer, about 1 KB each."""
     draw = random.Random(0)
     with file.open("w", encoding="utf-8") as opened:
         for number in range(count):
@@ -138,7 +138,7 @@ def write_many(file: Path, count: int) -> None:
 
 
 def encode_once(model: str, text: str) -> Facts:
-    """Read, encode and keep a file's dialogues, as `prepare` does."""
+    """Read and encode a file's dialogues and write the cache, as read_training_data does."""
     from data.dialogues.sharegpt import Tally, read_dialogues
     from data.encoding.cache import read_cache, write_cache
     from data.encoding.encode import encode_dialogues
@@ -148,10 +148,10 @@ def encode_once(model: str, text: str) -> Facts:
     tokenizer, spent = load_tokenizer(model, Config()), []
     with tempfile.TemporaryDirectory() as name:
         kept = str(Path(name) / "kept")
-        for _ in range(2):  # the first of the two is to warm up
+        for _ in range(2):  # the first pass warms up
             tally, begun = Tally(), (time.perf_counter(), time.process_time())
             dialogues = read_dialogues([Path(text)], tally)
-            examples = encode_dialogues(dialogues, "vicuna", tokenizer, MOST_TOKENS, tally)
+            examples = encode_dialogues(dialogues, "vicuna", tokenizer, MAX_TOKENS, tally)
             write_cache(kept, {}, examples, tally)
             spent = [time.perf_counter() - begun[0], time.process_time() - begun[1]]
         tokens = sum(example.tokens for example in read_cache(kept, {}) or [])
@@ -159,14 +159,14 @@ def encode_once(model: str, text: str) -> Facts:
 
 
 def prepare_once(data: str, kept: str) -> Facts:
-    """Load the tokenizer, call `prepare`, then open what it kept once more."""
+    """Load the tokenizer, call read_training_data, then open its cache again."""
     from data.encoding.cache import read_cache
     from loop.config.flags import Config
     from loop.inputs.training_data import read_training_data
     from loop.model.base import load_tokenizer
     from loop.model.bundled_model import embedded_model
 
-    # Imports that are made late, and the disk's first reading of a tokenizer, are not measured.
+    # Late imports and the first read of the tokenizer from disk are not measured.
     load_tokenizer(str(embedded_model()), Config())
     begun = time.process_time()
     config = Config(data_path=(data,), preprocessed_path=kept)
@@ -179,23 +179,23 @@ def prepare_once(data: str, kept: str) -> Facts:
 
 
 def keep_encoded(kept: str, count: str) -> Facts:
-    """Write so many examples of 200 tokens."""
+    """Write a cache of `count` examples of 200 tokens."""
     from data.dialogues.sharegpt import Tally
     from data.encoding.cache import write_cache
     from data.encoding.encode import Example
 
-    def made() -> Iterator[Example]:
+    def examples() -> Iterator[Example]:
         for number in range(int(count)):
             ids = [*range(number % 1000, number % 1000 + 200)]
             yield Example(f"s{number}", ids, [-100] * 40 + ids[40:], 160, number)
 
     tally = Tally(int(count), int(count))
-    seconds, _ = _timed(lambda: write_cache(kept, {}, made(), tally))
+    seconds, _ = _timed(lambda: write_cache(kept, {}, examples(), tally))
     return {"seconds": seconds, "peak MiB": _peak()}
 
 
 def open_encoded(kept: str) -> Facts:
-    """Open the file, plan an epoch of 128 examples a step, and take its first ten windows."""
+    """Open the cache, plan an epoch of 128 examples per step, and collate its first ten windows."""
     from data.batching.collate import Collator
     from data.encoding.cache import read_cache
     from loop.config.flags import Config
@@ -217,10 +217,10 @@ def open_encoded(kept: str) -> Facts:
 
 
 def _fastchat(folder: Path) -> Path:
-    """Return the Python of an environment with FastChat, which is made where there is none."""
+    """Return the Python of FastChat's environment; create the environment if it is missing."""
     python, done = folder / "bin/python", folder / "made"
     if not done.exists():
-        print(f"making {folder}: minutes", flush=True)
+        print(f"creating {folder}: takes minutes", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *FASTCHAT], check=True)
         done.touch()
@@ -228,7 +228,7 @@ def _fastchat(folder: Path) -> Path:
 
 
 def _two_forms(given: Path | None, folder: Path) -> Path:
-    """Write a tokenizer in the form that this project reads and in the one that FastChat reads."""
+    """Write a tokenizer in this project's form and, in the subfolder `slow`, in FastChat's."""
     from transformers import AutoTokenizer, LlamaTokenizer
 
     from loop.model.bundled_model import embedded_model
@@ -261,7 +261,7 @@ def _two_forms(given: Path | None, folder: Path) -> Path:
 
 
 def _child(name: str, *words: str) -> list[str]:
-    """Return the command that calls one of this file's functions in a process of its own."""
+    """Return the command that calls a function of this file in a child process."""
     call = f"from benchmarks.data_preparation import {name} as call; import json, sys"
     return [sys.executable, "-c", f"{call}; print(json.dumps(call(*sys.argv[1:])))", *words]
 
@@ -281,7 +281,8 @@ def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _peak() -> int:
-    """Return the most MiB that this process has held at once, pages of mapped files counted."""
+    """Return the peak resident memory of this process in MiB, pages of mapped files included."""
+
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) // 1024
 

@@ -1,4 +1,4 @@
-"""Kills runs at random instants, goes on, and compares with the run that was never killed.
+"""Kills runs at random instants, resumes them, and compares them with an uninterrupted run.
 
 python benchmarks/kill_sweep.py [--kills 200] [--seed 0]
 """
@@ -36,14 +36,14 @@ FLAGS = [
 
 @dataclass
 class Sweep:
-    """Kills by what the run was doing, and what of the end differed."""
+    """Kills by the phase of the run, and differences from the uninterrupted run."""
 
     kills: collections.Counter[str] = field(default_factory=collections.Counter)
     differences: list[str] = field(default_factory=list)
 
 
 def begin(backend: str, output: Path, given: list[str]) -> subprocess.Popen[bytes]:
-    """Start or go on with a run."""
+    """Start or resume a run."""
     config, processes = BACKENDS[backend]
     per_device = 4 // processes // ACCUMULATION
     output.mkdir(exist_ok=True)
@@ -58,13 +58,13 @@ def begin(backend: str, output: Path, given: list[str]) -> subprocess.Popen[byte
 
 
 def trace(output: Path, rank: int = 0) -> list[str]:
-    """Return the lines of a rank's trace that are whole."""
+    """Return the complete lines of a rank's trace."""
     file = output / f"trace-{rank}.jsonl"
     return file.read_text().split("\n")[:-1] if file.is_file() else []
 
 
 def samples(output: Path, ranks: int) -> dict[tuple[int, int], set[str]]:
-    """Return what each rank trained on at each step; more than one entry: it differed."""
+    """Return the example ids by (rank, step); more than one entry means that a resume differed."""
     found: dict[tuple[int, int], set[str]] = collections.defaultdict(set)
     for rank in range(ranks):
         for line in map(json.loads, trace(output, rank)):
@@ -79,7 +79,7 @@ def saving(output: Path) -> bool:
 
 
 def kill_once(backend: str, output: Path, given: list[str], step_seconds: float) -> str | None:
-    """Go on with the run, kill it, and return what it was doing; None where it was done before."""
+    """Resume the run, kill it, and return its phase; None if it finished before the kill."""
     before = len(trace(output))
     launched = begin(backend, output, given)
     while launched.poll() is None and len(trace(output)) == before:
@@ -107,7 +107,7 @@ def kill_once(backend: str, output: Path, given: list[str], step_seconds: float)
 
 
 def sweep(backend: str, kills: int, folder: Path, given: list[str]) -> Sweep:
-    """Kill a run so often, over as many runs as it takes; compare each with one never killed."""
+    """Kill runs `kills` times in total; compare each finished run with an uninterrupted one."""
     found = Sweep()
     reference = folder / "reference"
     if begin(backend, reference, given).wait():
@@ -131,7 +131,7 @@ def sweep(backend: str, kills: int, folder: Path, given: list[str]) -> Sweep:
 
 
 def compare(output: Path, reference: Path, ranks: int) -> list[str]:
-    """Name what differs between two finished runs: samples, losses, adapter."""
+    """Return the differences between two finished runs in samples, losses and adapter."""
     adapters = [
         hashlib.sha256((run / "adapter_model.safetensors").read_bytes()).hexdigest()
         for run in (output, reference)
@@ -147,7 +147,8 @@ def compare(output: Path, reference: Path, ranks: int) -> list[str]:
 
 
 def main() -> int:
-    """Sweep every backend and print the tally."""
+    """Sweep every backend and print the table."""
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -175,9 +176,7 @@ def main() -> int:
             row = f"{found.kills.total():>6}  {counts[0]:>13}  {counts[1]:>13}  {rest:>9}"
             print(f"{backend:14}{row}  {len(found.differences):>11}", flush=True)
             differences += found.differences
-    print(
-        "\n".join(differences) or "Every run ended as the one that was never killed, bit for bit."
-    )
+    print("\n".join(differences) or "Every run equals the uninterrupted run, bit for bit.")
     return bool(differences)
 
 

@@ -1,8 +1,8 @@
-"""Photographs a run's report and its TensorBoard page in a real headless Chromium, for docs/.
+"""Takes screenshots of a run's report and TensorBoard page in headless Chromium, for docs/.
 
 python benchmarks/screenshots.py RUN [RUN ...] [--out docs]
 
-All RUNs are in the report; the first one's TensorBoard is shown, where it has a log for it.
+The report shows all RUNs. TensorBoard shows the first one, if it has a TensorBoard log.
 """
 
 import argparse
@@ -26,29 +26,29 @@ from loop.monitor.history import read_runs
 from loop.monitor.plots import page
 from tests.support.browser import CHROMIUM, FLAGS
 
-SECONDS = 180  # that a page may take to be there, on a machine with much else to do
+PAGE_TIMEOUT = 180  # seconds to load a page on a busy machine
 TENSORBOARD = "/?darkMode=false&smoothing=0&tagFilter=loss%7Cnorm%7Cper_second%7Crate"
 CARDS = "document.querySelectorAll('scalar-card line-chart canvas').length >= 4"
 CLOSE = "document.querySelector('[aria-label=\"Close side pane\"]')?.click()"
 
 
 class Page:
-    """One page of a Chromium that is told what to do through a pipe (its DevTools protocol)."""
+    """A page of a Chromium, controlled through a pipe with the DevTools protocol."""
 
     def __init__(self, width: int, height: int) -> None:
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        given, says = os.pipe(), os.pipe()
+        commands, replies = os.pipe(), os.pipe()
         words = [str(CHROMIUM), *FLAGS, f"--user-data-dir={self.profile.name}"]
         words += ["--remote-debugging-pipe", "about:blank"]
         self.process = subprocess.Popen(
-            ["bash", "-c", f'exec "$@" 3<&{given[0]} 4>&{says[1]}', "bash", *words],
-            pass_fds=(given[0], says[1]),
+            ["bash", "-c", f'exec "$@" 3<&{commands[0]} 4>&{replies[1]}', "bash", *words],
+            pass_fds=(commands[0], replies[1]),
             stderr=subprocess.DEVNULL,
         )
-        os.close(given[0])
-        os.close(says[1])
-        self.tell: BinaryIO = os.fdopen(given[1], "wb", buffering=0)
-        self.hear: BinaryIO = os.fdopen(says[0], "rb")
+        os.close(commands[0])
+        os.close(replies[1])
+        self.commands: BinaryIO = os.fdopen(commands[1], "wb", buffering=0)
+        self.replies: BinaryIO = os.fdopen(replies[0], "rb")
         self.number, self.session = 0, {}
         target = self.do("Target.createTarget", url="about:blank")["targetId"]
         found = self.do("Target.attachToTarget", targetId=target, flatten=True)
@@ -57,10 +57,10 @@ class Page:
         self.do("Emulation.setDeviceMetricsOverride", **size)
 
     def do(self, method: str, **given: Any) -> dict[str, Any]:
-        """Call one of the protocol's methods and return its result."""
+        """Call a method of the protocol and return its result."""
         self.number += 1
         call = {"id": self.number, "method": method, "params": given, **self.session}
-        self.tell.write(json.dumps(call).encode() + b"\0")
+        self.commands.write(json.dumps(call).encode() + b"\0")
         while True:
             answer = json.loads(self._message())
             if answer.get("id") == self.number:
@@ -71,41 +71,41 @@ class Page:
     def _message(self) -> bytes:
         text = b""
         while not text.endswith(b"\0"):
-            part = self.hear.read(1)
+            part = self.replies.read(1)
             if not part:
-                raise RuntimeError(f"Chromium has ended, with {self.process.wait()}")
+                raise RuntimeError(f"Chromium exited with {self.process.wait()}")
             text += part
         return text[:-1]
 
     def run(self, script: str) -> Any:
-        """Return what a script comes to in the page."""
+        """Evaluate a script in the page and return its value."""
         return self.do("Runtime.evaluate", expression=script)["result"].get("value")
 
     def open(self, address: str, ready: str) -> None:
-        """Open an address and wait until a script comes to true."""
+        """Open an address and wait until the script `ready` evaluates to true."""
         self.do("Page.navigate", url=address)
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + PAGE_TIMEOUT
         while not self.run(ready):
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{address}: never came to {ready}")
+                raise RuntimeError(f"{address}: {ready} was not true in {PAGE_TIMEOUT} s")
             time.sleep(0.5)
 
     def photograph(self, file: Path) -> None:
-        """Write what the page looks like; a picture in the repository is to be small."""
+        """Write a screenshot; it goes into the repository, so at most 200 kB."""
         file.write_bytes(base64.b64decode(self.do("Page.captureScreenshot")["data"]))
         print(f"{file}: {file.stat().st_size / 1000:.0f} kB")
         if file.stat().st_size > 200_000:
             raise RuntimeError(f"{file}: expected at most 200 kB")
 
     def close(self) -> None:
-        """End this Chromium, and only this one."""
+        """Terminate this Chromium process."""
         self.process.terminate()
         self.process.wait()
         self.profile.cleanup()
 
 
 def report(runs: list[str], out: Path) -> None:
-    """Photograph the report, by day and by night, the pointer over the loss."""
+    """Take screenshots of the report in light and dark, with the pointer over the loss."""
     with tempfile.TemporaryDirectory() as folder:
         html = Path(folder) / "report.html"
         html.write_text(page(read_runs(runs)), encoding="utf-8")
@@ -120,7 +120,7 @@ def report(runs: list[str], out: Path) -> None:
 
 
 def tensorboard(run: Path, file: Path) -> None:
-    """Start TensorBoard on this machine alone, photograph its page, and end it."""
+    """Start TensorBoard on 127.0.0.1, take a screenshot of its page, and stop it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -144,8 +144,8 @@ def tensorboard(run: Path, file: Path) -> None:
 
 
 def wait_for(port: int) -> None:
-    """Wait until somebody listens there."""
-    deadline = time.monotonic() + SECONDS
+    """Wait until a server listens on the port."""
+    deadline = time.monotonic() + PAGE_TIMEOUT
     while time.monotonic() < deadline:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
@@ -156,7 +156,8 @@ def wait_for(port: int) -> None:
 
 
 def main() -> None:
-    """Write report.png, report_dark.png and, where there is a log for it, tensorboard.png."""
+    """Write report.png, report_dark.png and, if there is a log for it, tensorboard.png."""
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--out", type=Path, default=Path("docs"))

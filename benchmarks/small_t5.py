@@ -1,9 +1,9 @@
-"""Trains a small T5 from scratch, then teaches it a second task by LoRA, through the real command.
+"""Trains a small T5 from scratch, then trains a LoRA adapter for a second task with loop/train.py.
 
 python benchmarks/small_t5.py --tokenizer DIR [--output_dir runs/small_t5] [--epochs 10]
 
-DIR holds T5's own tokenizer. The second task is the bundled dialogues again with each answer in
-braces, which T5's vocabulary does not have.
+DIR holds T5's own tokenizer. The second task is the bundled dialogues with each answer in braces,
+which T5's vocabulary does not have.
 """
 
 import argparse
@@ -26,22 +26,22 @@ from loop.config.flags import DUMMY_DATA, ROOT, Config
 from loop.inputs.training_data import TrainingData, read_training_data
 from loop.training.loss import supervised_loss_sum
 
-HELD_OUT = 10  # of so many dialogues one is held out
+HELD_OUT_EVERY = 10  # dialogues: one of them is held out
 ANSWER = '{{"answer": "{}"}}'
 
 
 @dataclass(frozen=True)
 class Taught:
-    """What the second task has changed."""
+    """The result of the second task."""
 
-    loss_before: float  # a token of the held-out answers
+    loss_before: float  # per token of the held-out answers
     loss_after: float
-    answered: list[str]  # greedy, to held-out questions
-    well_formed: int  # of them: begin and end as the second task's answers do
+    answered: list[str]  # greedy answers to held-out questions
+    well_formed: int  # answers in the second task's form
 
 
 def random_t5(rows: int, width: int, layers: int, tied: bool = False) -> Any:
-    """Return a random model of Flan-T5's kind: its LM head is a matrix of its own, unless tied."""
+    """Return a random model like Flan-T5, with an LM head of its own unless `tied`."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def make_base(folder: Path, tokenizer: Any, width: int, layers: int) -> int:
 
 
 def train_all(folder: Path, data: Path, epochs: int, lr: float) -> list[float]:
-    """Train every weight of the model in the folder, plainly; return each epoch's loss a token."""
+    """Train all weights of the model in the folder; return the loss per token of each epoch."""
     from transformers import AutoModelForSeq2SeqLM
 
     prepared = read_training_data(Config(str(folder), data_path=(str(data),)))
@@ -102,13 +102,13 @@ def train_all(folder: Path, data: Path, epochs: int, lr: float) -> list[float]:
 
 
 def second_task(folder: Path) -> tuple[Path, Path]:
-    """Write the second task's dialogues, one question each, to train on and held out."""
+    """Write the second task's dialogues, one question each: a training and a held-out file."""
     records = json.loads(DUMMY_DATA.read_text(encoding="utf-8"))
     parts: tuple[list[Any], list[Any]] = ([], [])
     for number, record in enumerate(records):
         asked, answered = record["conversations"][:2]
         answer = {"from": "gpt", "value": ANSWER.format(answered["value"])}
-        part = parts[number % HELD_OUT == 0]
+        part = parts[number % HELD_OUT_EVERY == 0]
         part.append({"id": record["id"], "conversations": [asked, answer]})
     files = folder / "second.json", folder / "held_out.json"
     for file, part in zip(files, parts, strict=True):
@@ -117,7 +117,7 @@ def second_task(folder: Path) -> tuple[Path, Path]:
 
 
 def teach(base: Path, folder: Path, epochs: int, flags: list[str], command: Any) -> Taught:
-    """Train an adapter by the real command, and look at what it does to held-out dialogues."""
+    """Train an adapter with loop/train.py; return loss and answers on held-out dialogues."""
     from loop.adapters.chat import ChatConfig, load_speaker
 
     train_on, held_out = second_task(folder)
@@ -140,7 +140,7 @@ def teach(base: Path, folder: Path, epochs: int, flags: list[str], command: Any)
 
 
 def loss_of(model: Any, prepared: TrainingData) -> float:
-    """Return the loss a token of the answers."""
+    """Return the mean loss per token of the answers."""
     total = 0.0
     with torch.no_grad():
         for example in prepared.examples:
@@ -149,7 +149,8 @@ def loss_of(model: Any, prepared: TrainingData) -> float:
 
 
 def main() -> None:
-    """Train both, and print what came of it."""
+    """Train base and adapter, and print the results."""
+
     from transformers import AutoTokenizer
 
     parser = argparse.ArgumentParser(description=__doc__)

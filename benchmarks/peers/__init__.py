@@ -1,1 +1,1 @@
-"""Other trainers in environments of their own, timed."""
+"""Other trainers, each timed in its own environment."""

@@ -1,4 +1,4 @@
-"""Makes the virtual environments of the trainers that this project is measured against.
+"""Creates the virtual environments of the trainers that the benchmarks compare with.
 
 python benchmarks/peers/environments.py [trl] [fastchat]
 """
@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-KEPT = Path.home() / ".cache/lora-loop"
+CACHE = Path.home() / ".cache/lora-loop"
 PACKAGES = {
-    # With this project's own versions of what both are built on.
+    # TRL runs with this project's versions of the libraries that both use.
     "trl": ("trl==1.16.0", "=transformers", "=peft", "=accelerate", "=bitsandbytes", "=datasets"),
-    # The versions of FastChat's own time, since its Trainer is of transformers.
+    # FastChat is older than transformers 5 and runs with the versions of its time.
     "fastchat": (
         *("fschat==0.2.36", "transformers==4.41.2", "accelerate==0.30.1", "peft==0.11.1"),
         *("numpy<2", "sentencepiece", "protobuf", "psutil", "setuptools<81", "=bitsandbytes"),
@@ -24,17 +24,17 @@ PACKAGES = {
 
 
 def peer_python(name: str) -> Path:
-    """Return the Python of a trainer's environment, which is made where there is none."""
-    folder = KEPT / f"{name}-step-time"
+    """Return the Python of a trainer's environment; create the environment if it is missing."""
+    folder = CACHE / f"{name}-step-time"
     python, done = folder / "bin/python", folder / "made"
     packages = [_package(word) for word in PACKAGES[name]]
     wanted = " ".join([importlib.metadata.version("torch"), *packages])
     if done.exists() and done.read_text() == wanted:
         return python
-    print(f"making {folder}: minutes", file=sys.stderr, flush=True)
+    print(f"creating {folder}: takes minutes", file=sys.stderr, flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     install = [str(python), "-m", "pip", "install", "--quiet"]
-    # The very build that this project runs with, or where pip does not offer it, its version.
+    # The same torch build as here. Where pip does not offer it, the same version.
     torch = importlib.metadata.version("torch")
     if subprocess.run([*install, f"torch=={torch}"], check=False).returncode:
         subprocess.run([*install, f"torch=={torch.partition('+')[0]}"], check=True)
@@ -44,12 +44,13 @@ def peer_python(name: str) -> Path:
 
 
 def is_made(name: str) -> bool:
-    """Whether a trainer's environment is there already."""
-    return (KEPT / f"{name}-step-time/made").exists()
+    """Whether the environment of a trainer exists."""
+    return (CACHE / f"{name}-step-time/made").exists()
 
 
 def _package(word: str) -> str:
-    """Return what pip is told: `=name` stands for the version pinned in requirements.txt."""
+    """Return pip's argument for a package; `=name` is the version pinned in requirements.txt."""
+
     if not word.startswith("="):
         return word
     pins = (ROOT / "requirements.txt").read_text()

@@ -1,6 +1,6 @@
-"""Times FastChat's own preprocessing; runs in the environment that data_preparation.py makes.
+"""Times FastChat's own preprocessing, in the environment that data_preparation.py creates.
 
-python fastchat_preprocess.py TOKENIZER_FOLDER DIALOGUES.json MOST_TOKENS
+python benchmarks/peers/fastchat_preprocess.py TOKENIZER_FOLDER DIALOGUES.json MAX_TOKENS
 """
 
 import contextlib
@@ -10,24 +10,25 @@ import sys
 import time
 
 
-def main(folder: str, text: str, most: int) -> None:
-    """Print the seconds that `preprocess` takes for all dialogues, and the tokens it made."""
+def main(folder: str, text: str, max_tokens: int) -> None:
+    """Print the seconds that `preprocess` takes for all dialogues, and the tokens it returns."""
     import transformers
     from fastchat.train.train import preprocess
 
     # As FastChat's train.py loads it.
     tokenizer = transformers.AutoTokenizer.from_pretrained(
-        folder, model_max_length=most, padding_side="right", use_fast=False
+        folder, model_max_length=max_tokens, padding_side="right", use_fast=False
     )
     tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     with open(text, encoding="utf-8") as opened:
         sources = [record["conversations"] for record in json.load(opened)]
-    with contextlib.redirect_stdout(io.StringIO()):  # a line for each mask that it gives up
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each mismatched mask
         preprocess(sources[:4], tokenizer)
         begun = time.perf_counter(), time.process_time()
-        made = preprocess(sources, tokenizer)
+        encoded = preprocess(sources, tokenizer)
         seconds, cpu = time.perf_counter() - begun[0], time.process_time() - begun[1]
-    tokens = int(made["attention_mask"].sum())
+    tokens = int(encoded["attention_mask"].sum())
+
     facts = {"seconds": seconds, "cpu": cpu, "dialogues": len(sources), "tokens": tokens}
     print(json.dumps(facts))
 

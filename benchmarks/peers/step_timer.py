@@ -1,7 +1,7 @@
-"""Records a Trainer's steps, inside the processes of the peers; of this project nothing is used.
+"""Records the steps of a transformers Trainer, in the environment of a peer.
 
-Times are the ends of steps, by one clock, so that between two of them lies all that a step costs:
-data, forward, backward, optimizer, and what the trainer does around them.
+Nothing of this project is imported. Times are the ends of steps on one clock. The difference of two
+is all that a step costs: data, forward, backward, optimizer and the trainer's own work.
 """
 
 import json
@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]
-    """Collects, of each step, its end, its loss, and the tokens of its micro-batches."""
+    """Collects the end, the loss and the token counts of each step."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -22,30 +22,30 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         self.counts: list[list[int]] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Begin a step's counts."""
+        """Start the counts of a step at zero."""
         self.counts.append([0, 0, 0])
         self.losses.append(torch.zeros(()))
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Note when the step ended."""
+        """Record the end of the step, in seconds."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
     def count(self, inputs: dict[str, Any], loss: torch.Tensor) -> None:
-        """Add a micro-batch: supervised tokens, real ones, and all with padding."""
+        """Add a micro-batch's supervised tokens, real tokens, and tokens with padding."""
         ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs.get("attention_mask")
         real = ids.numel() if mask is None else int(mask.sum())
-        every = ids.numel()
-        if labels.shape != ids.shape:  # pairs: of the targets, too
+        padded = ids.numel()
+        if labels.shape != ids.shape:  # pairs: the targets count, too
             real += int((labels != -100).sum())
-            every += labels.numel()
-        for place, number in enumerate((int((labels != -100).sum()), real, every)):
+            padded += labels.numel()
+        for place, number in enumerate((int((labels != -100).sum()), real, padded)):
             self.counts[-1][place] += number
         self.losses[-1] = self.losses[-1] + loss.detach()
 
     def write(self, file: str) -> None:
-        """Write all of it as JSON."""
+        """Write the records as JSON."""
         names = ("supervised", "tokens", "padded")
         facts = {
             "ends": self.ends,
@@ -56,7 +56,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
 
 
 def timed(trainer: type[Any], steps: Steps) -> type[Any]:
-    """Return the trainer, telling its steps, and taking the data in the order it lies in."""
+    """Return a subclass of the trainer that records its steps and keeps the order of the data."""
 
     class Timed(trainer):  # type: ignore[misc]
         def __init__(self, *words: Any, **named: Any) -> None:

@@ -1,1 +1,1 @@
-"""Benchmarks of one training step, side by side with other trainers."""
+"""Benchmarks of one training step, next to other trainers."""

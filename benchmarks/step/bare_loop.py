@@ -1,9 +1,9 @@
-"""The reference that this project's overhead is measured against: a bare PyTorch loop.
+"""A bare PyTorch loop, the reference for the overhead of this project.
 
 python benchmarks/step/bare_loop.py plan|train|adapter OUT --flag value ...
 
-The flags are loop/train.py's. plan writes what each step trains on; train trains, with neither
-accelerate nor a log around the steps; adapter writes the adapter as it is before the first step.
+The flags are loop/train.py's. `plan` writes the examples of each step. `train` trains without
+accelerate or logging around the steps. `adapter` writes the initial adapter.
 """
 
 import json
@@ -33,7 +33,7 @@ from loop.training.optim import lr_at
 
 @dataclass(frozen=True)
 class Job:
-    """What the flags ask for."""
+    """Settings, data and layout of one run."""
 
     config: Config
     prepared: TrainingData
@@ -41,7 +41,7 @@ class Job:
 
 
 def main(what: str, out: str, *flags: str) -> None:
-    """Do one of the three, by the flags of loop/train.py."""
+    """Write the plan, the trained run's log, or the initial adapter."""
     job = job_of(flags)
     if what == "adapter":
         _model(job)[0].save_pretrained(out)
@@ -50,7 +50,7 @@ def main(what: str, out: str, *flags: str) -> None:
 
 
 def job_of(flags: Sequence[str]) -> Job:
-    """Read the flags and the data, as loop/train.py does."""
+    """Read flags and data as loop/train.py does."""
     ranks = init_process_group_once()
     config = read_config(flags, Config)
     check_launch(config)
@@ -61,7 +61,7 @@ def job_of(flags: Sequence[str]) -> Job:
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Train; return each step's end, in seconds of one clock, and its loss a supervised token."""
+    """Train; return each step's end, in seconds, and its mean loss per supervised token."""
     config, layout = job.config, job.layout
     step = bare_step(job)
     ends, losses = [], []
@@ -74,7 +74,7 @@ def train(job: Job) -> dict[str, Any]:
 
 
 def bare_step(job: Job) -> Callable[[Window], torch.Tensor]:
-    """Load the model; return what trains it on a window, and gives the loss a supervised token."""
+    """Load the model; return a function that trains on a window and returns its mean loss."""
     config, layout = job.config, job.layout
     model, device = _model(job)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -103,7 +103,7 @@ def bare_step(job: Job) -> Callable[[Window], torch.Tensor]:
 
 
 def plan(job: Job) -> dict[str, Any]:
-    """Return for each step its examples' ids and labels, its tokens, and the FLOPs they need."""
+    """Return for each step the ids and labels of its examples, token counts, and FLOPs."""
     dealt: list[Example] = []
     collator = job.prepared.collator
 
@@ -120,7 +120,7 @@ def plan(job: Job) -> dict[str, Any]:
             for side in ("input_ids", "decoder_input_ids")
             if side in micro_batch.model_inputs
         )
-        # A window may be made before the one in front of it is used: they come in order.
+        # Windows are collated in order, perhaps ahead of use: the first examples are this window's.
         chosen, dealt[:] = dealt[: window.examples], dealt[window.examples :]
         assert sum(example.run_tokens for example in chosen) == window.tokens
         steps.append(
@@ -136,11 +136,11 @@ def plan(job: Job) -> dict[str, Any]:
 
 
 def flops_of(base_config: Any) -> Callable[[Example], float]:
-    """Return how many FLOPs an example needs: the products of the frozen model, forward and back.
+    """Return a function for the FLOPs of an example: forward and backward of the frozen model.
 
-    Back means the gradient of the activations alone, as frozen weights have none: twice forward,
-    not three times. Padding needs nothing, nor do the logits of tokens that nobody learns. Causal
-    attention counts half of its square. The adapter's own, below 1 %, are left out.
+    Frozen weights have no gradient, so backward costs as much as forward. Padding and the logits of
+    unsupervised tokens cost nothing. Causal attention counts half of its square. The adapter's own
+    FLOPs, below 1 %, are left out.
     """
     from torch import nn
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -150,7 +150,7 @@ def flops_of(base_config: Any) -> Callable[[Example], float]:
     with torch.device("meta"):
         model = loader.from_config(base_config)
     head = model.get_output_embeddings()
-    sides = [0, 0]  # weights that see each token of the dialogue or source, and of the target
+    sides = [0, 0]  # weights applied to each token of the dialogue or source, and of the target
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
             crosses = name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
@@ -172,9 +172,10 @@ def flops_of(base_config: Any) -> Callable[[Example], float]:
 
 
 def _model(job: Job) -> tuple[Any, torch.device]:
-    """Return the very model that this project trains, not prepared, on the device."""
+    """Return the model that this project trains, before accelerator.prepare, on the device."""
+
     accelerator = build_accelerator(job.config, job.layout)
-    model = load_model(job.prepared, job.config, accelerator)
+    model = load_model(job.prepared.base, job.config, accelerator)
     return model.to(accelerator.device), accelerator.device
 
 

@@ -1,4 +1,4 @@
-"""Measures how many FLOPs a second this machine's matrix products reach, in fp32 and bf16.
+"""Measures the peak FLOP/s of matrix products on this machine, in fp32 and bf16.
 
 python benchmarks/step/gemm_peak.py [SIZE]
 """
@@ -11,7 +11,7 @@ import torch
 
 
 def main(size: str = "") -> None:
-    """Print the best of several products of square matrices, in each precision."""
+    """Print the peak FLOP/s of products of square matrices, in each precision, as JSON."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     side = int(size or (8192 if device == "cuda" else 2048))
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -19,15 +19,16 @@ def main(size: str = "") -> None:
 
 
 def peak(side: int, device: str, dtype: torch.dtype, seconds: float = 1.5) -> float:
-    """Return FLOPs a second of the quickest product, of 30 and as many as fit into the seconds.
+    """Return the FLOP/s of the fastest product.
 
-    Of fewer where they are slow, as in bf16 on a CPU that has no instructions for it.
+    Runs for `seconds`, and until there are 30 products but at most 5 times as long: bf16 is slow on
+    a CPU without instructions for it.
     """
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
     torch.mm(left, right, out=out)
     best, until, done = float("inf"), time.perf_counter() + seconds, 0
-    # A busy machine interrupts most of them: the quickest of few says little.
+    # On a busy machine most products are interrupted, so the fastest of a few is not the peak.
     while time.perf_counter() < until + (done < 30) * 4 * seconds:
         _wait(device)
         started = time.perf_counter()

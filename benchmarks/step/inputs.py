@@ -1,8 +1,8 @@
-"""Writes what step_time.py trains on: a model's folder, the form FastChat reads, long dialogues.
+"""Writes the inputs of run.py: a model folder, the same model for FastChat, long dialogues.
 
 python benchmarks/step/inputs.py model KIND FOLDER TOKENIZER|- [tiny]
 python benchmarks/step/inputs.py fastchat MODEL_FOLDER FOLDER
-python benchmarks/step/inputs.py long FILE
+python benchmarks/step/inputs.py long FILE [MAX_TOKENS]
 """
 
 import json
@@ -17,21 +17,22 @@ if not __package__:
 
 from loop.config.flags import DUMMY_DATA
 
-# hidden, intermediate, layers, heads, key and value heads, of random LLaMA-like models
+# Random LLaMA-like models: hidden, intermediate, layers, heads, key and value heads.
 LLAMAS = {
     "tiny": (64, 128, 2, 4, 2),
     "narrow": (64, 128, 30, 4, 2),
     "llama-1b": (2048, 5632, 22, 32, 4),
     "llama-7b": (4096, 11008, 32, 32, 32),
 }
-# width, of a head, of the inner layer, layers, heads: tiny, and Flan-T5-small's
+# Random T5s: d_model, d_kv, d_ff, layers, heads. "t5" has the shape of Flan-T5-small.
 T5S = {"tiny": (64, 16, 128, 2, 4), "t5": (512, 64, 1024, 8, 6)}
-ROWS = 49152  # SmolLM2's rows; Mistral's tokens are fewer
-LONG_CHARACTERS, LONG_DIALOGUES = (3900, 4500), 200  # less than half as many tokens
+VOCABULARY = 49152  # SmolLM2's embedding rows; Mistral has fewer tokens
+LONG_CHARACTERS = 3900, 4500  # of a long dialogue: fewer than half as many tokens
+LONG_DIALOGUES = 200
 
 
 def main(what: str, *words: str) -> None:
-    """Write one of the three."""
+    """Write the model folder, FastChat's form of it, or the long dialogues."""
     writers: dict[str, Callable[..., None]] = {
         "model": write_model,
         "fastchat": write_fastchat_form,
@@ -41,9 +42,9 @@ def main(what: str, *words: str) -> None:
 
 
 def write_model(kind: str, folder: str, tokenizer: str, tiny: str = "") -> None:
-    """Write the model's folder: the embedded weights, or random ones of a shape.
+    """Write the model folder: the bundled weights, or random weights of a given shape.
 
-    A tokenizer of the user's takes the place of the model's own; its ids must be rows of it.
+    A given tokenizer replaces the model's own. Its ids must be within the embedding's rows.
     """
     from loop.model.bundled_model import embedded_model
 
@@ -58,7 +59,8 @@ def write_model(kind: str, folder: str, tokenizer: str, tiny: str = "") -> None:
         for name in ("config.json", "model.safetensors", "generation_config.json"):
             (to / name).symlink_to(embedded / name)
     else:
-        _write_llama(to, LLAMAS["tiny" if tiny else kind], 1024 if tiny and not given else ROWS)
+        rows = 1024 if tiny and not given else VOCABULARY
+        _write_llama(to, LLAMAS["tiny" if tiny else kind], rows)
     read = _read_tokenizer(given or embedded)
     (_small(read) if tiny and not given else read).save_pretrained(to)
 
@@ -66,8 +68,8 @@ def write_model(kind: str, folder: str, tokenizer: str, tiny: str = "") -> None:
 def write_fastchat_form(model: str, folder: str) -> None:
     """Write the same model so that transformers 4.41 can load it.
 
-    Since transformers 5 config.json and tokenizer_config.json have names that it does not know. The
-    tokenizer only says which id pads, as all ids are made by this project.
+    transformers 5 writes keys to config.json and tokenizer_config.json that 4.41 does not know. The
+    tokenizer only provides the padding id, as the plan holds the ids of all examples.
     """
     source, to = Path(model).resolve(), Path(folder)
     to.mkdir()
@@ -77,13 +79,13 @@ def write_fastchat_form(model: str, folder: str) -> None:
     rope = config.pop("rope_parameters", None) or {}
     config |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     config["torch_dtype"] = config.pop("dtype", "float32")
-    if "scale_decoder_outputs" in config:  # as transformers 5 calls what `tie` meant of a T5
+    if "scale_decoder_outputs" in config:  # 4.41 calls this key of T5 tie_word_embeddings
         config["tie_word_embeddings"] = config.pop("scale_decoder_outputs")
     (to / "config.json").write_text(json.dumps(config))
     if config["model_type"] == "t5":
         pieces = source / "spiece.model"
         if not pieces.is_file():
-            sys.exit("FastChat's T5 needs a folder with spiece.model as --tokenizer")
+            sys.exit("FastChat's T5: found no spiece.model. Give a folder with one as --tokenizer.")
         (to / pieces.name).write_bytes(pieces.read_bytes())
         settings = {"tokenizer_class": "T5Tokenizer"}
     else:
@@ -94,17 +96,17 @@ def write_fastchat_form(model: str, folder: str) -> None:
     (to / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def write_long(file: str, most: str = "2048") -> None:
-    """Write dialogues of 0.7 to 1 times so many of SmolLM2's tokens: bundled ones, chained."""
+def write_long(file: str, max_tokens: str = "2048") -> None:
+    """Write dialogues of 0.7 to 1 times `max_tokens` SmolLM2 tokens, chained from bundled ones."""
     records = json.loads(DUMMY_DATA.read_text(encoding="utf-8"))
-    draw, made = random.Random(0), []
+    draw, dialogues = random.Random(0), []
     for number in range(LONG_DIALOGUES):
         turns: list[dict[str, str]] = []
-        wanted = draw.randint(*LONG_CHARACTERS) * int(most) // 2048
-        while sum(len(turn["value"]) for turn in turns) < wanted:
+        characters = draw.randint(*LONG_CHARACTERS) * int(max_tokens) // 2048
+        while sum(len(turn["value"]) for turn in turns) < characters:
             turns += draw.choice(records)["conversations"]
-        made.append({"id": f"long_{number}", "conversations": turns})
-    Path(file).write_text(json.dumps(made), encoding="utf-8")
+        dialogues.append({"id": f"long_{number}", "conversations": turns})
+    Path(file).write_text(json.dumps(dialogues), encoding="utf-8")
 
 
 def _write_llama(folder: Path, sizes: tuple[int, ...], rows: int) -> None:
@@ -130,17 +132,17 @@ def _write_llama(folder: Path, sizes: tuple[int, ...], rows: int) -> None:
 
 
 def _write_t5(folder: Path, tokenizer: Path | None, size: str) -> None:
-    """Write a random T5 with Flan-T5's kind of head; without a tokenizer given, a small one."""
+    """Write a random T5 with an untied LM head, as Flan-T5; without a tokenizer, a small one."""
     import torch
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
     from tests.support.small_t5 import t5_tokenizer
 
-    made = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else t5_tokenizer()
+    loaded = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else t5_tokenizer()
     width, head, inner, layers, heads = T5S[size]
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=-(-len(made) // 128) * 128,
+        vocab_size=-(-len(loaded) // 128) * 128,
         d_model=width,
         d_kv=head,
         d_ff=inner,
@@ -151,10 +153,10 @@ def _write_t5(folder: Path, tokenizer: Path | None, size: str) -> None:
         decoder_start_token_id=0,
     )
     model = T5ForConditionalGeneration(config)
-    # transformers 5.23 ties the two whatever the config says, as in benchmarks/small_t5.py.
+    # transformers 5.23 ties embedding and head whatever the config has (as in small_t5.py).
     model.lm_head.weight = torch.nn.Parameter(width**-0.5 * torch.randn_like(model.shared.weight))
     model.save_pretrained(folder)
-    made.save_pretrained(folder)
+    loaded.save_pretrained(folder)
     if tokenizer and (tokenizer / "spiece.model").is_file():
         (folder / "spiece.model").write_bytes((tokenizer / "spiece.model").read_bytes())
 

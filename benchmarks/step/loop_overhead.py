@@ -1,13 +1,13 @@
-"""What the loop adds to a bare PyTorch loop: steps of both in turns, in one process.
+"""Measures the time that the loop adds to a bare PyTorch loop, step by step, in one process.
 
 python benchmarks/step/loop_overhead.py [--steps 200] [--model decoder|narrow] [-- --flag value ...]
 
-Both train a model of their own on the same windows, a step each, the other one first every time; so
-what slows the machine down for a while slows both. What stands behind -- are flags of
-loop/train.py. The loop's time is all from one window to its asking for the next: it makes the
-window itself, without its thread, while the bare loop is given it. `narrow` is a random model of
-SmolLM2-135M's 30 layers, 64 wide: what the loop adds does not depend on the width, but is seen
-better beside short steps.
+Both train their own model on the same windows, one step at a time, and take turns in going first,
+so a slow phase of the machine slows both. Words after -- are flags of loop/train.py. The loop's
+time runs from one window to its request for the next, and includes collating the window, without
+the prefetch thread; the bare loop gets the collated window. `narrow` is a random model with
+SmolLM2-135M's 30 layers and hidden size 64: the overhead does not depend on the width, and shows
+better next to short steps.
 """
 
 import argparse
@@ -32,21 +32,21 @@ from benchmarks.step.inputs import write_model
 from loop.config.flags import DUMMY_DATA
 from loop.inputs.windows import Window
 
-WARM_UP = 5  # pairs
+WARM_UP_PAIRS = 5  # not counted
 
 
 @dataclass
 class Turns:
-    """Seconds and losses of each step, by both."""
+    """Seconds of each step of both loops, and the losses of the bare loop."""
 
     bare: list[float] = field(default_factory=list)
     loop: list[float] = field(default_factory=list)
     losses: list[torch.Tensor] = field(default_factory=list)
 
     def take(self, job: Job) -> Iterator[Window]:
-        """Yield the windows to the loop; before or after it, train the bare loop's model on them.
+        """Yield each window to the loop; before or after that, train the bare loop's model on it.
 
-        Takes the place of windows.py's `prefetched`, whose thread would work in both times.
+        Replaces `prefetched` of windows.py, whose thread would run during both steps.
         """
         step = bare_step(job)
 
@@ -57,13 +57,13 @@ class Turns:
                 torch.cuda.synchronize()
             self.bare.append(time.perf_counter() - begun)
 
-        made = loop.train.windows(
+        collated = loop.train.windows(
             job.prepared.examples, job.layout, job.config.seed, job.prepared.collator
         )
         while True:
             begun = time.perf_counter()
-            window = next(made, None)
-            making = time.perf_counter() - begun
+            window = next(collated, None)
+            collating = time.perf_counter() - begun
             if window is None:
                 return
             first = window.step % 2 == 0
@@ -71,13 +71,13 @@ class Turns:
                 bare(window)
             begun = time.perf_counter()
             yield window
-            self.loop.append(making + time.perf_counter() - begun)
+            self.loop.append(collating + time.perf_counter() - begun)
             if not first:
                 bare(window)
 
 
 def main() -> None:
-    """Measure, and print the medians and what lies between them."""
+    """Measure, and print the medians and the overhead."""
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -98,15 +98,15 @@ def main() -> None:
         ]
         turns = measure(flags)
         log = (folder / "run/metrics.jsonl").read_text().splitlines()
-    apart = max(
+    difference = max(
         abs(json.loads(line)["loss"] - loss.item())
         for line, loss in zip(log, turns.losses, strict=True)
     )
-    print(told(turns, f"{asked.model} {' '.join(further)}", apart))
+    print(summary(turns, f"{asked.model} {' '.join(further)}", difference))
 
 
 def measure(flags: list[str]) -> Turns:
-    """Train by the loop, the bare loop between its steps."""
+    """Train with the loop, and with the bare loop between its steps."""
     turns, job = Turns(), job_of(flags)
     loop.train.prefetched = lambda _dealt: turns.take(job)  # type: ignore[assignment]
     sys.argv = ["loop/train.py", *flags]
@@ -114,12 +114,12 @@ def measure(flags: list[str]) -> Turns:
     return turns
 
 
-def told(turns: Turns, what: str, apart: float) -> str:
-    """Return the result in words."""
-    bare, ours = turns.bare[WARM_UP:], turns.loop[WARM_UP:]
+def summary(turns: Turns, what: str, difference: float) -> str:
+    """Return the result as one line; `difference` is the largest between the losses."""
+    bare, ours = turns.bare[WARM_UP_PAIRS:], turns.loop[WARM_UP_PAIRS:]
     added = sorted(b - a for a, b in zip(bare, ours, strict=True))
     ratio = sorted(b / a for a, b in zip(bare, ours, strict=True))
-    # An interval of a median's order statistics, 95 %: n/2 -+ 0.98 root n.
+    # 95 % interval of the median by order statistics: n/2 +- 0.98 sqrt(n).
     reach = int(0.98 * len(added) ** 0.5)
     low, high = len(added) // 2 - reach, min(len(added) - 1, len(added) // 2 + reach)
     median = statistics.median
@@ -128,7 +128,7 @@ def told(turns: Turns, what: str, apart: float) -> str:
         f"{1e3 * median(bare):.1f} ms, loop {1e3 * median(ours):.1f} ms; of the pairs the loop "
         f"adds {1e3 * median(added):+.2f} ms ({1e3 * added[low]:+.2f} to {1e3 * added[high]:+.2f})"
         f", {100 * median(ratio) - 100:+.2f} % ({100 * ratio[low] - 100:+.2f} to "
-        f"{100 * ratio[high] - 100:+.2f}), 95 % intervals. Losses at most {apart:.1e} apart."
+        f"{100 * ratio[high] - 100:+.2f}), 95 % intervals. Losses at most {difference:.1e} apart."
     )
 
 

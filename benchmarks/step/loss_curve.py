@@ -1,9 +1,10 @@
-"""Compares this project's loss with TRL's SFTTrainer's at each step of the same training.
+"""Compares the loss of this project and of TRL's SFTTrainer at each step of the same training.
 
-python benchmarks/step/loss_curve.py [--steps 50] [--most 1e-4] [flags of step_time.py]
+python benchmarks/step/loss_curve.py [--steps 50] [--most 1e-4] [flags of run.py]
 
-Both begin with the same adapter and learn the same tokens in the same order, in fp32, without
-dropout: cosine after a warm-up of 3 %, AdamW, clipping at 1. Exit 1 where a step differs by more.
+Both start from the same adapter and train on the same tokens in the same order, in fp32 without
+dropout: cosine after a warm-up of 3 %, AdamW, clipping at 1. Exits with 1 if the losses of a step
+differ by more than --most.
 """
 
 import argparse
@@ -15,27 +16,28 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from benchmarks.step.measure import HERE, checked, run_system
+from benchmarks.step.measure import STEP, checked, run_system
 from benchmarks.step.run import parse, prepared
 
 FLAGS = ("--systems", "loop", "trl", "--dropout", "0", "--learning_rate", "1e-3")
 
 
 def main() -> None:
-    """Train both, and print their losses side by side."""
+    """Train both, and print a table of their losses."""
+
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--steps", default="50")
-    parser.add_argument("--most", type=float, default=1e-4, help="that a step may differ by")
+    parser.add_argument("--most", type=float, default=1e-4, help="allowed difference of a step")
     mine, others = parser.parse_known_args()
     asked = parse([*FLAGS, "--steps", mine.steps, *others])
     with tempfile.TemporaryDirectory(prefix="loss-curve-") as name:
         job = prepared(asked, asked.work or Path(name))
         adapter = str(job.folder / "adapter")
-        bare = [sys.executable, str(HERE / "bare_loop.py"), "adapter", adapter]
+        bare = [sys.executable, str(STEP / "bare_loop.py"), "adapter", adapter]
         checked([*bare, *job.flags])
         job = replace(job, adapter=adapter)
         losses = [run_system(system, job, job.folder / system).losses for system in asked.systems]
@@ -46,7 +48,7 @@ def main() -> None:
     worst = max(apart)
     print(f"\nat most {worst:.1e} apart, at step {1 + apart.index(worst)} of {len(apart)}")
     if not worst <= mine.most:
-        sys.exit(f"expected at most {mine.most:g}")
+        sys.exit(f"found losses {worst:.1e} apart; expected at most {mine.most:g}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs one system in a process of its own; reads its steps, and how much memory it held."""
+"""Runs one system in its own process; reads its steps and its peak memory."""
 
 import argparse
 import json
@@ -14,41 +14,41 @@ from typing import Any
 
 from benchmarks.peers.environments import ROOT, peer_python
 
-HERE = ROOT / "benchmarks"
-# In whose environment a system runs that is not this project.
+STEP = ROOT / "benchmarks" / "step"  # the folder of this file
+# The environment of each system other than this project.
 PEERS = {"trl": "trl", "trl_packed": "trl", "fastchat": "fastchat"}
 
 
 class Failed(Exception):
-    """A system that did not run; its last words."""
+    """A system failed; the message is its last line."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run, a value for each step; `ends` are seconds of one clock."""
+    """One run: lists with one value per step, and peak memory."""
 
-    ends: list[float]
-    losses: list[float]  # a supervised token
-    supervised: list[int]
-    tokens: list[int]  # padding not counted
-    padded: list[int]  # counted
-    rss: int  # KiB, the most that a process of the run has held
-    gpu: int | None  # MiB of the device, the most while it ran
+    ends: list[float]  # seconds on one clock
+    losses: list[float]  # mean per supervised token
+    supervised: list[int]  # tokens
+    tokens: list[int]  # without padding
+    padded: list[int]  # tokens with padding
+    rss: int  # KiB, the largest peak of the run's processes
+    gpu: int | None  # MiB of the device, the peak during the run
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all systems train: the settings, where it lies, loop/train.py's flags, the plan."""
+    """One training job, the same for all systems."""
 
     asked: argparse.Namespace
-    folder: Path  # model, fastchat_model, plan.json
-    flags: list[str]
+    folder: Path  # holds model, fastchat_model and plan.json
+    flags: list[str]  # of loop/train.py
     plan: dict[str, Any]
-    adapter: str | None = None  # that a peer begins with; None: one of its own
+    adapter: str | None = None  # the initial adapter of a peer; None: its own
 
 
 def run_system(name: str, job: Job, folder: Path) -> Run:
-    """Run a system once, in a new folder; raises Failed."""
+    """Run a system once, in a new folder; raises Failed if it fails."""
     folder.mkdir()
     if name == "bare":
         return _run_bare(job, folder)
@@ -57,13 +57,13 @@ def run_system(name: str, job: Job, folder: Path) -> Run:
 
 def _run_bare(job: Job, folder: Path) -> Run:
     out = folder / "out.json"
-    command = [sys.executable, str(HERE / "bare_loop.py"), "train", str(out), *job.flags]
+    command = [sys.executable, str(STEP / "bare_loop.py"), "train", str(out), *job.flags]
     memory = measured(command, job.asked.threads, folder)
     return Run(**json.loads(out.read_text()), **_planned(job), **memory)
 
 
 def _run_loop(job: Job, folder: Path) -> Run:
-    """Run this project as its users do, and read its log."""
+    """Run this project through accelerate launch, and read its log."""
     out = folder / "run"
     config = ROOT / "accelerate_configs" / f"{job.asked.config}.yaml"
     command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file"]
@@ -91,32 +91,32 @@ def _run_peer(name: str, job: Job, folder: Path) -> Run:
     }
     names = ("kind", "precision", "batch", "dropout", "learning_rate", "packed_length")
     settings.write_text(json.dumps(of_job | {name: getattr(asked, name) for name in names}))
-    script = HERE / f"{PEERS[name]}_run.py"
+    script = ROOT / "benchmarks" / "peers" / f"train_{PEERS[name]}.py"
     command = [str(peer_python(PEERS[name])), str(script), str(settings)]
     memory = measured(command, asked.threads, folder, alone=True)
     return Run(**json.loads(out.read_text()), **memory)
 
 
 def _planned(job: Job) -> dict[str, Any]:
-    """Return the tokens of each step, which this project's log does not tell."""
+    """Return the tokens of each step, which are not in this project's log."""
     names = ("supervised", "tokens", "padded")
     return {name: [step[name] for step in job.plan["steps"]] for name in names}
 
 
 def checked(words: list[str]) -> str:
-    """Run a command and return what it printed; raises Failed with its last words."""
+    """Run a command and return its standard output; raises Failed with its last line."""
     done = subprocess.run(
         words, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise Failed(_last_words(done.stdout + done.stderr))
+        raise Failed(_last_line(done.stdout + done.stderr))
     return done.stdout
 
 
 def measured(words: list[str], threads: int, folder: Path, alone: bool = False) -> dict[str, Any]:
-    """Run a command; return its peak of resident memory, rss in KiB, and of the GPU's, in MiB.
+    """Run a command; return its peak resident memory, rss in KiB, and GPU memory, gpu in MiB.
 
-    alone: in an environment of its own, with no modules of this project's. Raises Failed.
+    With `alone` the command does not see this project's modules. Raises Failed with the last line.
     """
     environment = _environment() | {"OMP_NUM_THREADS": str(threads)}
     if alone:
@@ -124,16 +124,16 @@ def measured(words: list[str], threads: int, folder: Path, alone: bool = False) 
     log = folder / "log"
     with log.open("w") as opened, _GpuMemory() as gpu:
         started = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=opened, stderr=opened)
-        # Of the process and of those that it has waited for, whichever held most.
+        # ru_maxrss is the largest peak of the process and of the children it has waited for.
         _, status, usage = os.wait4(started.pid, 0)
         started.returncode = os.waitstatus_to_exitcode(status)
     if started.returncode:
-        raise Failed(_last_words(log.read_text(errors="replace")))
+        raise Failed(_last_line(log.read_text(errors="replace")))
     return {"rss": usage.ru_maxrss, "gpu": gpu.peak}
 
 
 class _GpuMemory:
-    """Polls nvidia-smi, which counts alike for all: context, caches and what is not PyTorch's."""
+    """Polls nvidia-smi, which counts the same for all: CUDA context, caches, other libraries."""
 
     def __init__(self) -> None:
         self.peak: int | None = None
@@ -160,7 +160,7 @@ class _GpuMemory:
 
 
 def _gpu_used() -> int | None:
-    """Return the MiB in use on the first GPU that is visible; None without one."""
+    """Return the MiB in use on the first visible GPU; None without one."""
     if shutil.which("nvidia-smi") is None:
         return None
     which = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
@@ -173,7 +173,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _last_words(text: str) -> str:
+def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line and "ChildFailed" not in line]
-    return (errors or lines or ["it said nothing"])[-1][:300]
+    return (errors or lines or ["no output"])[-1][:300]

@@ -1,4 +1,4 @@
-"""Says where the time of a step goes, by kind of operation: padded as trainers do it, and as here.
+"""Profiles a step by kind of operation: padded with all logits, and as this project runs it.
 
 python benchmarks/step/profile_step.py [fp32|bf16] [flags of loop/train.py]
 """
@@ -31,19 +31,19 @@ from loop.model.packed_attention import implementation, row_inputs
 from loop.training.loss import supervised_loss_sum
 
 STEPS, BATCH = 4, 8
-# The first of these that an operation's name holds says its kind.
+# An operation belongs to the first kind of which its name contains a word.
 KINDS = {
     "matrix products": ("mm",),
     "attention": ("attention", "softmax"),
-    "draws of dropout": ("bernoulli", "random"),
-    "loss behind the LM head": ("nll", "logsumexp", "exp_", "scatter", "gather", "sub"),
+    "dropout masks": ("bernoulli", "random"),
+    "loss after the LM head": ("nll", "logsumexp", "exp_", "scatter", "gather", "sub"),
     "copies and casts": ("copy", "clone", "cat", "index", "fill"),
     "norms, activations, rotations": ("mul", "add", "silu", "pow", "rsqrt", "mean", "neg", "div"),
 }
 
 
 def main(precision: str = "fp32", *flags: str) -> None:
-    """Profile both, after a step that is not counted, and print a Markdown table."""
+    """Profile both after one warm-up step, and print a Markdown table."""
     prepared = read_training_data(read_config(flags, Config))
     order = np.random.default_rng(0).permutation(len(prepared.examples))
     chosen = [
@@ -51,24 +51,24 @@ def main(precision: str = "fp32", *flags: str) -> None:
     ]
     pad = prepared.base.tokenizer.pad_token_id
     row = Collator(pad, None, functools.partial(row_inputs, flash=False), sharing=True)
-    ways = {
+    variants = {
         "padded, all logits": (False, Collator(pad), all_logits),
         "this project": (True, row, supervised_loss_sum),
     }
     found = {}
-    for name, (ours, collator, loss_sum) in ways.items():
+    for name, (ours, collator, loss_sum) in variants.items():
         model = adapted(prepared.base.name, ours, torch_dtype(precision))
         batches = [collator(part, 0) for part in chosen]
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss_sum(model, batches[0]).backward()
             found[name] = profiled(model, batches[1:], loss_sum)
     print(f"| {precision}, seconds a step | " + " | ".join(found) + " |\n|---|---|---|")
-    for kind in [*KINDS, "other", "in all, unprofiled"]:
+    for kind in [*KINDS, "other", "total, unprofiled"]:
         print(f"| {kind} | " + " | ".join(f"{one[kind]:.2f}" for one in found.values()) + " |")
 
 
 def adapted(base: str, ours: bool, dtype: torch.dtype) -> Any:
-    """Return the base model with LoRA's usual pair of targets or not."""
+    """Return the base model with LoRA on q_proj and v_proj; ours: with this project's kernels."""
     attention = implementation(ours, False)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation=attention)
     adapter = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
@@ -81,7 +81,7 @@ def adapted(base: str, ours: bool, dtype: torch.dtype) -> Any:
 
 
 def all_logits(model: Any, batch: MicroBatch) -> torch.Tensor:
-    """Return the loss sum as most trainers compute it: logits of every position, pads too."""
+    """Return the loss sum as most trainers do: with logits of every position, padding included."""
     logits = model(**batch.model_inputs, use_cache=False).logits
     return cross_entropy(
         logits.flatten(0, 1).float().index_select(0, batch.positions),
@@ -91,11 +91,12 @@ def all_logits(model: Any, batch: MicroBatch) -> torch.Tensor:
 
 
 def profiled(model: Any, batches: list[MicroBatch], loss_sum: Any) -> Counter[str]:
-    """Return seconds a step by kind."""
+    """Return the seconds per step by kind."""
+
     started = time.perf_counter()
     for batch in batches:
         loss_sum(model, batch).backward()
-    seconds = Counter({"in all, unprofiled": (time.perf_counter() - started) / len(batches)})
+    seconds = Counter({"total, unprofiled": (time.perf_counter() - started) / len(batches)})
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for batch in batches:
             loss_sum(model, batch).backward()

@@ -1,11 +1,11 @@
-"""Times a training step: a bare loop, this project, TRL and FastChat, in turns, on the same tokens.
+"""Times steps of a bare loop, this project, TRL and FastChat on the same tokens, in turns.
 
 python benchmarks/step/run.py [--systems bare loop trl trl_packed fastchat] [--data bundled|long|F]
     [--model decoder|t5|llama-1b|llama-7b] [--kind lora|qlora] [--precision fp32|bf16]
     [--steps 8] [--runs 3] [-- --flag value ...]
 
-What stands behind -- are further flags of loop/train.py, for this project and the bare loop. Prints
-a Markdown table for RESULTS.md, also to --out, and keeps every step's time and loss with --json.
+Words after -- are further flags of loop/train.py, for this project and the bare loop. Prints a
+Markdown table for RESULTS.md, also to --out. --json writes the time and loss of every step.
 """
 
 import argparse
@@ -20,16 +20,16 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from benchmarks.peers.environments import ROOT, peer_python
-from benchmarks.step.measure import HERE, PEERS, Failed, Job, Run, checked, run_system
+from benchmarks.step.measure import PEERS, STEP, Failed, Job, Run, checked, run_system
 from benchmarks.step.table import markdown
 
 SYSTEMS = ("bare", "loop", *PEERS)
 
 
 def main() -> None:
-    """Measure the systems that are asked for, in turns, and print the table."""
+    """Measure the chosen systems in turns, and print the table."""
     asked = parse(sys.argv[1:])
-    # So many cores for every system, whatever it takes from the environment.
+    # Every system gets the same cores, whatever its environment variables ask for.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: asked.threads])
     for name in {PEERS[name] for name in asked.systems if name in PEERS}:
         peer_python(name)
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """Return the settings; what follows -- is loop/train.py's."""
+    """Return the settings; words after -- are flags of loop/train.py."""
     cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,25 +60,27 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--model", default="decoder", choices=("decoder", "t5", "llama-1b", "llama-7b")
     )
-    parser.add_argument("--tokenizer", default="-", help="a folder, in place of the model's own")
+    parser.add_argument("--tokenizer", default="-", help="a folder; default: the model's own")
     parser.add_argument("--kind", choices=("lora", "qlora"), default="lora")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--batch", type=int, default=8, help="dialogues a step")
-    parser.add_argument("--model_max_length", type=int, help="default: 512, 2048 of long ones")
-    parser.add_argument("--packed_length", type=int, help="TRL's rows; default: 1024 at least")
-    parser.add_argument("--dropout", type=float, default=0.05, help="of the adapter")
+    parser.add_argument("--batch", type=int, default=8, help="dialogues per step")
+    parser.add_argument("--model_max_length", type=int, help="default: 512, for --data long 2048")
+    parser.add_argument("--packed_length", type=int, help="tokens of TRL's rows; default: >= 1024")
+    parser.add_argument("--dropout", type=float, default=0.05, help="LoRA dropout")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--steps", type=int, default=8, help="of each run, warm-up included")
-    parser.add_argument("--warm_up", type=int, default=2, help="steps that are not timed")
-    parser.add_argument("--runs", type=int, default=3, help="of each system, in turns")
+    parser.add_argument("--steps", type=int, default=8, help="steps per run, warm-up included")
+    parser.add_argument("--warm_up", type=int, default=2, help="untimed steps per run")
+    parser.add_argument("--runs", type=int, default=3, help="runs per system, in turns")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--threads", type=int, default=cores, help="default: all cores")
     gpu = shutil.which("nvidia-smi") is not None
-    parser.add_argument("--config", default="single_gpu" if gpu else "cpu", help="accelerate's")
-    parser.add_argument("--tiny", action="store_true", help="a tiny random model: a trial")
-    parser.add_argument("--work", type=Path, help="a new folder for what is written; it is kept")
-    parser.add_argument("--out", type=Path, help="a file for the table, too")
-    parser.add_argument("--json", type=Path, help="a file for every step's time, loss and tokens")
+    parser.add_argument(
+        "--config", default="single_gpu" if gpu else "cpu", help="accelerate config"
+    )
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model, to try it out")
+    parser.add_argument("--work", type=Path, help="a new folder for all files; it is kept")
+    parser.add_argument("--out", type=Path, help="a file for the table")
+    parser.add_argument("--json", type=Path, help="a file for time, loss and tokens of each step")
     asked = parser.parse_args(words[:cut])
     asked.loop_flags, asked.gpu = words[cut + 1 :], gpu
     asked.threads = min(asked.threads, cores)
@@ -87,18 +89,18 @@ def parse(words: list[str]) -> argparse.Namespace:
     pairs = asked.model == "t5"
     asked.systems = asked.systems or [s for s in SYSTEMS if not (pairs and s.startswith("trl"))]
     if pairs and {"trl", "trl_packed"} & {*asked.systems}:
-        parser.error("--systems trl: SFTTrainer trains decoders alone")
+        parser.error("--systems trl: found --model t5; expected a decoder, as SFTTrainer has no T5")
     asked.model_max_length = asked.model_max_length or (2048 if asked.data == "long" else 512)
     asked.packed_length = asked.packed_length or max(1024, asked.model_max_length)
     return asked
 
 
 def prepared(asked: argparse.Namespace, folder: Path) -> Job:
-    """Write model, data and plan, in processes of their own, so that this one stays small."""
+    """Write model, data and plan in child processes, so that this process stays small."""
     folder.mkdir(exist_ok=True)
     model, data, plan = folder / "model", folder / "long.json", folder / "plan.json"
     tokenizer = asked.tokenizer if asked.tokenizer == "-" else str(Path(asked.tokenizer).resolve())
-    inputs = [sys.executable, str(HERE / "step_inputs.py")]
+    inputs = [sys.executable, str(STEP / "inputs.py")]
     tiny = ["tiny"] if asked.tiny else []
     checked([*inputs, "model", asked.model, str(model), tokenizer, *tiny])
     if "fastchat" in asked.systems:
@@ -110,16 +112,16 @@ def prepared(asked: argparse.Namespace, folder: Path) -> Job:
     else:
         data = Path(asked.data).resolve()
     flags = loop_flags(asked, model, data)
-    checked([sys.executable, str(HERE / "bare_loop.py"), "plan", str(plan), *flags])
+    checked([sys.executable, str(STEP / "bare_loop.py"), "plan", str(plan), *flags])
     found = json.loads(plan.read_text())
     sizes = {len(step["examples"]) for step in found["steps"]}
     if sizes != {asked.batch}:
-        sys.exit(f"found steps of {sizes} examples; expected {asked.batch}: give fewer --steps")
+        sys.exit(f"found steps of {sizes} examples; expected {asked.batch}. Give fewer --steps.")
     return Job(asked, folder, flags, found)
 
 
 def loop_flags(asked: argparse.Namespace, model: Path, data: Path) -> list[str]:
-    """Return the flags of loop/train.py that say what is measured."""
+    """Return the flags of loop/train.py for the chosen settings."""
     values: dict[str, object] = {
         "model_name_or_path": model,
         "data_path": data,
@@ -134,7 +136,7 @@ def loop_flags(asked: argparse.Namespace, model: Path, data: Path) -> list[str]:
         "logging_steps": 1,
         "save_strategy": "no",
     }
-    # FastChat's text; of a T5 its tokens and pairs, and LoRA alone, as it trains.
+    # As FastChat: its template for decoders; for a T5 its tokens and pairs, and LoRA alone.
     t5 = {"t5_compat": True, "train_new_tokens": False}
     values |= t5 if asked.model == "t5" else {"template": "vicuna"}
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
@@ -144,9 +146,10 @@ def loop_flags(asked: argparse.Namespace, model: Path, data: Path) -> list[str]:
 def take_turns(
     job: Job,
 ) -> tuple[dict[str, list[Run]], dict[str, str], list[dict[str, float]], list[float]]:
-    """Run every system once, then all of them again; one that fails is left out from then on.
+    """Run every system once per turn; a system that fails is left out of later turns.
 
-    Returns the runs, what the failed ones said, each turn's GEMM peaks, and the loads between.
+    Returns the runs, the errors of failed systems, the GEMM peaks of each turn, and the load
+    averages between turns.
     """
     asked = job.asked
     runs: dict[str, list[Run]] = {name: [] for name in asked.systems}
@@ -154,19 +157,20 @@ def take_turns(
     peaks, loads = [], [os.getloadavg()[0]]
     for turn in range(asked.runs):
         size = ["256"] if asked.tiny else []
-        peak = checked([sys.executable, str(HERE / "gemm_peak.py"), *size])
+        peak = checked([sys.executable, str(STEP / "gemm_peak.py"), *size])
         peaks.append(json.loads(peak.splitlines()[-1]))
         for name in (name for name in asked.systems if name not in failures):
-            told = f"turn {turn + 1}, {name}:"
+            label = f"turn {turn + 1}, {name}:"
             try:
                 run = run_system(name, job, job.folder / f"{name}-{turn}")
             except Failed as failed:
                 failures[name] = str(failed)
-                print(f"{told} failed: {failed}", file=sys.stderr, flush=True)
+                print(f"{label} failed: {failed}", file=sys.stderr, flush=True)
                 continue
             runs[name].append(run)
             each = (run.ends[-1] - run.ends[asked.warm_up - 1]) / (asked.steps - asked.warm_up)
-            text = f"{told} {each:.3f} s a step, first loss {run.losses[0]:.6f}"
+            text = f"{label} {each:.3f} s per step, first loss {run.losses[0]:.6f}"
+
             print(text, file=sys.stderr, flush=True)
         loads.append(os.getloadavg()[0])
     return runs, failures, peaks, loads

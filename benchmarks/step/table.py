@@ -1,4 +1,4 @@
-"""Turns the runs of step_time.py into a Markdown table with what it was measured on."""
+"""Renders the runs of run.py as a Markdown table, with machine, versions and settings."""
 
 import argparse
 import datetime
@@ -35,7 +35,7 @@ def markdown(
     peaks: list[dict[str, float]],
     loads: list[float],
 ) -> str:
-    """Return the heading, the table and its notes."""
+    """Return heading, table and notes."""
     columns = [name for name in COLUMNS if asked.gpu or not name.startswith("GPU")]
     cells = {name: _cells(asked, plan, of, peaks) for name, of in runs.items() if of}
     ours = _rate(asked, runs.get("loop", []))
@@ -57,8 +57,8 @@ def _cells(
     real = _rates(asked, runs, lambda run: run.tokens)
     padded = _rates(asked, runs, lambda run: run.padded)
     steps = plan["steps"]
-    # FLOPs of a real token, on average: so that packing, which has other steps, counts alike. What
-    # is run once for several dialogues counts once.
+    # Mean FLOPs per real token: the same for packing, whose steps differ. A shared prefix counts
+    # once.
     needed = sum(step["flops"] for step in steps) / sum(step["tokens"] for step in steps)
     rates = zip(map(min, real, padded), peaks, strict=False)
     share = [rate * needed / peak[asked.precision] for rate, peak in rates]
@@ -90,14 +90,14 @@ def _heading(
     model = shape.get(asked.model, f"a random {asked.model}")
     steps = plan["steps"]
     each = sum(step["tokens"] for step in steps) / len(steps) / asked.batch
-    learnt = sum(s["supervised"] for s in steps) / sum(s["tokens"] for s in steps)
+    supervised = sum(s["supervised"] for s in steps) / sum(s["tokens"] for s in steps)
     return [
         f"{datetime.date.today()}, {_device()}, {asked.threads} threads, load {min(loads):.1f} to "
         f"{max(loads):.1f}; GEMM peak in GFLOP/s, median of the turns: {gemm}. {_versions(asked)}.",
         "",
         f"{'A tiny random model' if asked.tiny else model}, {asked.kind}, r 8 on query and value, "
         f"{asked.precision}, data {Path(asked.data).name}: {asked.batch} examples a step, "
-        f"{each:.0f} tokens each, {learnt:.0%} of them supervised, at most "
+        f"{each:.0f} tokens each, {supervised:.0%} of them supervised, at most "
         f"{asked.model_max_length} tokens; {plan['plan']}. {asked.runs} runs in turns, of "
         f"{asked.steps} steps, the first {asked.warm_up} not counted; medians of the runs."
         + (f" Further flags: {' '.join(asked.loop_flags)}." if asked.loop_flags else ""),
@@ -108,41 +108,41 @@ def _notes(
     asked: argparse.Namespace, runs: dict[str, list[Run]], failures: dict[str, str]
 ) -> list[str]:
     notes = [
-        "All learn the same ids and labels in the same order, made once by this project. Ratios "
-        "are of supervised tokens/s. Run tokens count padding; this project and the bare loop run "
-        "a dialogue up to the token that predicts its last supervised one. MFU: FLOPs that these "
-        "need (4 a frozen weight, logits of supervised tokens alone, half of causal attention's "
-        "square) against the GEMM peak of the same turn and precision.",
+        "All systems train on the same ids and labels in the same order, encoded once by this "
+        "project. Ratios are of supervised tokens/s. Run tokens count padding; this project and "
+        "the bare loop stop each dialogue at the token that predicts its last supervised one. MFU: "
+        "FLOPs of these tokens (4 per frozen weight, logits of supervised tokens only, half of "
+        "causal attention's square) against the GEMM peak of the same turn and precision.",
     ]
     if runs.get("bare") and runs.get("loop"):
         bare, ours = (_undisturbed(asked, runs[name]) for name in ("bare", "loop"))
         notes.append(
-            f"With each step at its quickest of {asked.runs} runs, which leaves out most of what "
-            f"other work on the machine took: {bare:.2f} s for the bare loop's steps, {ours:.2f} "
-            f"for this project's, {100 * (ours / bare - 1):+.1f} %."
+            f"Fastest of {asked.runs} runs for each step, which removes most of the noise of other "
+            f"work on the machine: {bare:.2f} s for the bare loop's steps, {ours:.2f} s for this "
+            f"project's, {100 * (ours / bare - 1):+.1f} %."
         )
     if "fastchat" in asked.systems and asked.model != "t5":
         notes.append(
-            f"FastChat pads every dialogue to --model_max_length ({asked.model_max_length}); its "
-            "weights are fp32 whatever the precision, which is autocast's."
+            f"FastChat pads every dialogue to --model_max_length ({asked.model_max_length}). Its "
+            "weights are fp32; bf16 is autocast only."
         )
     if asked.model == "t5":
         notes.append(
-            "T5's own dropout is on, so FastChat's first loss is near the others', no more."
+            "T5's own dropout is on, so FastChat's first loss is only close to the others."
         )
     if "trl_packed" in asked.systems:
-        notes.append(f"Packed: a row of at most {asked.packed_length} tokens a step, on its own.")
+        notes.append(f"Packing: a step is one row of at most {asked.packed_length} tokens.")
     notes += [f"{NAMES[name]} did not run: {words}" for name, words in failures.items()]
     return [f"- {note}" for note in notes]
 
 
 def _seconds(asked: argparse.Namespace, run: Run) -> float:
-    """Return the time of the steps after the warm-up: between two ends."""
+    """Return the time of the steps after the warm-up."""
     return float(run.ends[-1] - run.ends[asked.warm_up - 1])
 
 
 def _undisturbed(asked: argparse.Namespace, runs: list[Run]) -> float:
-    """Return the seconds of the counted steps, each at its quickest of the runs."""
+    """Return the seconds of the counted steps, each step from its fastest run."""
     steps = [[b - a for a, b in pairwise(run.ends[asked.warm_up - 1 :])] for run in runs]
     return sum(map(min, zip(*steps, strict=True)))
 
@@ -173,7 +173,8 @@ def _versions(asked: argparse.Namespace) -> str:
 
 
 def _device() -> str:
-    """Return the GPU's name, or else the CPU's."""
+    """Return the name of the GPU, or of the CPU if there is none."""
+
     words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""`python -m loop check`: settings, packages, the model's place, the data's; before the launch."""
+"""`python -m loop check`: checks settings, packages, model path and data paths before a launch."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,11 @@ from loop.model.base import find_base_model
 
 
 def main(argv: Sequence[str]) -> None:
-    """Answer a wrong flag or path in a second; launching the ranks alone takes many."""
+    """Report a wrong flag or path within a second, before the slow launch of the ranks."""
     config = read_config(argv, Config, "Training flags. With none of them: the main job.")
-    wrong = [*conflicts(CORE), *problems(config)]
-    if wrong:
-        raise UserError(together(wrong))
+    errors = [*conflicts(CORE), *problems(config)]
+    if errors:
+        raise UserError(together(errors))
     if config.model_name_or_path:
         find_base_model(config)
     for source in [*config.sources, *map(parse_source, config.eval_data_path or ())]:

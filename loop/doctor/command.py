@@ -1,7 +1,7 @@
-"""`python -m loop doctor`: all that can be known of a run before it costs anything.
+"""`python -m loop doctor`: checks a run and forecasts steps, memory, disk and time.
 
-The same flags as training, and none of them: the main job. It needs no GPU and no weights, and
-tells every mistake at once. --estimate tells memory alone, from a config.json.
+It takes the flags of training; without flags it checks the main job. It needs no GPU and no
+weights, and reports all errors at once. --estimate prints only the memory, from a config.json.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from loop.monitor.formatting import GREEN, Page, in_colour
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the report; raises UserError with all that is wrong."""
+    """Print the report; raises UserError with all errors."""
     errors: list[str] = []
     config = read_config(argv, DoctorConfig, __doc__ or "", errors)
     if config.estimate:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     page.section("versions", version_rows())
     add_errors([*outdated(), *conflicts()], errors)
     try:
-        from loop.doctor.examine import examine  # here: it imports what may not go together
+        from loop.doctor.examine import examine  # here: its packages may conflict
     except ImportError as error:
         reason = " ".join(str(error).split())
         errors.append(f"the packages cannot be imported, so nothing more is known: {reason}")

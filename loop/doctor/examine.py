@@ -1,4 +1,4 @@
-"""The doctor's examination of launch, model, data and all that follows from them, in that order."""
+"""Examines launch, model and data, and prints the forecast that follows from them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,22 +18,22 @@ from loop.monitor.formatting import Page
 
 
 def examine(argv: Sequence[str], first: DoctorConfig, page: Page) -> list[str]:
-    """Print what is found, section by section, and return what is wrong.
+    """Print the report section by section, and return the errors.
 
-    The flags are read again in the launch's environment, which decides what they mean.
+    The flags are read again in the launch's environment, since precision and ranks depend on it.
     """
     errors: list[str] = []
     launch = find_launch(first, errors)
     with launch.environment():
         config = read_config(argv, DoctorConfig, "", errors).training
-        asked, found = examine_launch(config)
-        add_errors(found, errors)
+        deepspeed, launch_errors = examine_launch(config)
+        add_errors(launch_errors, errors)
         with collect_errors(errors):
             check_ranks()
         page.section("machine", hardware_rows(launch))
-        page.section("launch", launch_rows(launch, asked, config))
+        page.section("launch", launch_rows(launch, deepspeed, config))
         notes = [note for note in [slow_in_bf16(config)] if note]
-        _examine_run(config, launch, asked, page, errors, notes, first.trial)
+        _examine_run(config, launch, deepspeed, page, errors, notes, first.trial)
     if notes:
         page.section("notes", [("note", note) for note in notes])
     return errors
@@ -42,41 +42,45 @@ def examine(argv: Sequence[str], first: DoctorConfig, page: Page) -> list[str]:
 def _examine_run(
     config: Config,
     launch: Launch,
-    asked: dict[str, Any],
+    deepspeed: dict[str, Any],
     page: Page,
     errors: list[str],
     notes: list[str],
-    tries: bool,
+    with_trial: bool,
 ) -> None:
-    """Look at model and data, and reckon what training on them takes."""
-    zero = asked.get("zero_optimization", {})
+    """Examine model and data, and forecast the run; deepspeed: its JSON, empty without it."""
+    zero = deepspeed.get("zero_optimization", {})
     model = model_and_data.examine_model(config, zero, errors)
     page.section("model", model_and_data.model_rows(model, config, zero, notes))
     data = model_and_data.examine_data(model, config, errors)
-    layout = ahead = None
+    layout = token_forecast = None
     if data:
         page.section("data", model_and_data.data_rows(data, config, page.colour))
         with collect_errors(errors):
             layout = plan_layout(config, len(data.examples), launch, data.base.packed)
     if data and layout:
-        add_errors(against_flags(asked, config, layout), errors)
-        ahead = forecast.outlook_of(data, layout, config)
+        add_errors(against_flags(deepspeed, config, layout), errors)
+        token_forecast = forecast.forecast_tokens(data, layout, config)
         notes += forecast.batch_notes(layout, config)
-        page.section("steps", forecast.step_rows(layout, ahead, len(data.examples), config))
-        backend = launch.backend(asked, config)
+        page.section(
+            "steps", forecast.step_rows(layout, token_forecast, len(data.examples), config)
+        )
+        backend = launch.backend(deepspeed, config)
         ranks = layout.world_size
-        run = forecast.largest_run(model, data, backend, ranks, ahead, config)
-        rows, total, found = forecast.memory_rows(run, model.unlike, ahead, config)
+        run = forecast.largest_run(model, data, backend, ranks, token_forecast, config)
+        rows, total, memory_errors = forecast.memory_rows(
+            run, model.no_estimate, token_forecast, config
+        )
         page.section("memory", rows)
-        add_errors(found, errors)
-        rows, found = forecast.disk_rows(model, data, layout, config)
+        add_errors(memory_errors, errors)
+        rows, disk_errors = forecast.disk_rows(model, data, layout, config)
         page.section("disk", rows)
-        add_errors(found, errors)
+        add_errors(disk_errors, errors)
     page.section("trackers", forecast.tracker_rows(config))
-    if data and layout and ahead:
+    if data and layout and token_forecast:
         trial = None
-        if tries and not errors:
+        if with_trial and not errors:
             with collect_errors(errors):
                 model_and_data.check_weights(model)
                 trial = run_trial(config, launch)
-        page.section("time", forecast.time_rows(trial, layout, ahead, total))
+        page.section("time", forecast.time_rows(trial, layout, token_forecast, total))

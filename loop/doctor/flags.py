@@ -1,4 +1,4 @@
-"""What the doctor is asked: training's flags, and its own."""
+"""Flags of `python -m loop doctor`: training's, and its own."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,24 +9,24 @@ from loop.config.parser import flag
 
 @dataclass(frozen=True)
 class DoctorConfig(Config):
-    """Training's settings, and what to examine."""
+    """Training's settings, and the doctor's."""
 
     estimate: bool = flag(
-        False, "only memory by part and bytes sent, for one rank, of a config.json", "doctor"
+        False, "print only a rank's memory by part and bytes sent, from config.json", "doctor"
     )
-    trial: bool = flag(False, "run three steps of it, to tell time and memory", "doctor")
+    trial: bool = flag(False, "run three steps to measure time and memory", "doctor")
     accelerate_config: str | None = flag(
         None,
-        "the launch's; none: launch.sh's zero2.yaml; --estimate: a row for each in "
+        "accelerate config of the launch; none: zero2.yaml, as launch.sh; with --estimate: all of "
         "accelerate_configs/",
         "doctor",
     )
     num_processes: int | None = flag(
-        None, "ranks of the launch; none: as launch.sh counts; --estimate: 8", "doctor", at_least=1
+        None, "ranks; none: counted as launch.sh does; with --estimate: 8", "doctor", at_least=1
     )
     supervised_share: float = flag(
         1.0,
-        "--estimate: supervised tokens of all tokens in a micro-batch; a T5's: of its targets'",
+        "for --estimate: share of a micro-batch's tokens that is supervised; T5: of its targets",
         "doctor",
         above=0,
         at_most=1,
@@ -34,5 +34,5 @@ class DoctorConfig(Config):
 
     @property
     def training(self) -> Config:
-        """Training's settings alone, as training would have them."""
+        """Training's settings alone."""
         return Config(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Config)})

@@ -1,4 +1,4 @@
-"""What the doctor foresees of a run: steps, memory by part, room on the disk, trackers, time."""
+"""Forecasts a run: steps, memory by part, disk space, trackers and time."""
 
 import os
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from loop.config.flags import Config
 from loop.config.preflight import MIN_ADAPTER_BYTES, base_copy, free_room
 from loop.distributed.layout import Layout
 from loop.distributed.precision import on_gpu
-from loop.doctor.launch import room_of_a_rank
+from loop.doctor.launch import memory_per_rank
 from loop.doctor.memory.estimate import activations, host_memory, memory, sent
 from loop.doctor.memory.run import Run, Size
 from loop.doctor.memory.shape import Backend, shape_of
@@ -27,38 +27,40 @@ from loop.monitor.formatting import GIB, WIDTH, curve, duration, gib, megabytes,
 from loop.monitor.trackers import has_wandb_login
 from loop.training.optim import lr_at
 
-DEALT = 256  # windows that are looked at for the largest micro-batch
-BESIDE = 4 << 20  # bytes of tokenizer, settings and log in the output folder, about
+SAMPLED_WINDOWS = 256  # first windows, whose token counts and micro-batches stand for the run
+OTHER_OUTPUT_BYTES = 4 << 20  # tokenizer, settings and log in the output folder, approximately
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """What there is to train: tokens of all steps, the first micro-batches, the share learnt."""
+class TokenForecast:
+    """Tokens of the run, estimated from its first windows.
+
+    tokens: of all steps. sizes: of the first windows' micro-batches. supervised_share: of tokens.
+    """
 
     tokens: float
     sizes: frozenset[Size]
-    share: float
+    supervised_share: float
 
 
-def outlook_of(data: TrainingData, layout: Layout, config: Config) -> Outlook:
-    """Deal the first windows out as training does, and reckon the rest by them."""
+def forecast_tokens(data: TrainingData, layout: Layout, config: Config) -> TokenForecast:
+    """Assign the first windows' micro-batches as training does, and extrapolate to all steps."""
     tokens = supervised = steps = 0
     sizes: set[Size] = set()
-    for _, chosen in islice(drawn(data.examples, layout, config.seed), DEALT):
-        dealt = assign_micro_batches(chosen, layout.world_size, layout.limits)
-        tokens += sum(example.run_tokens for example in chosen)
-        supervised += sum(example.supervised_tokens for example in chosen)
-        batches = [batch for rank in dealt.ranks for batch in rank]
+    for _, examples in islice(drawn(data.examples, layout, config.seed), SAMPLED_WINDOWS):
+        assigned = assign_micro_batches(examples, layout.world_size, layout.limits)
+        tokens += sum(example.run_tokens for example in examples)
+        supervised += sum(example.supervised_tokens for example in examples)
+        batches = [batch for rank in assigned.ranks for batch in rank]
         sizes |= {_size(batch.examples, layout.limits.packed) for batch in batches}
         steps += 1
-    return Outlook(tokens / steps * layout.total_steps, frozenset(sizes), supervised / tokens)
+    return TokenForecast(tokens / steps * layout.total_steps, frozenset(sizes), supervised / tokens)
 
 
 def _size(part: list[Example], packed: bool) -> Size:
-    """Return a micro-batch's size, as if its dialogues shared nothing.
+    """Return the size of a micro-batch, shared prefixes counted for each dialogue.
 
-    Keys and values of what they share are kept for each of them, and their supervised tokens are
-    reckoned as a share of all.
+    Keys and values of a shared prefix are kept for each of its dialogues.
     """
     if packed:
         return Size(1, packed_tokens(part))
@@ -67,19 +69,19 @@ def _size(part: list[Example], packed: bool) -> Size:
 
 
 def step_rows(
-    layout: Layout, ahead: Outlook, examples: int, config: Config
+    layout: Layout, forecast: TokenForecast, examples: int, config: Config
 ) -> list[tuple[str, str]]:
-    """Return the arithmetic of a step in words, the steps, and the learning rate over them."""
+    """Return the batch arithmetic, the number of steps, and the curve of the learning rate."""
     batch, accumulation = layout.global_batch_size, layout.accumulation
     product = layout.world_size * accumulation * layout.micro_batch_size
     short = "" if product == batch else f" (room for {product})"
-    words = (
+    step = (
         f"{batch} examples = {layout.world_size} rank{'s' * (layout.world_size > 1)} x "
         f"{accumulation} micro-batch{'es' * (accumulation > 1)} of at most "
         f"{layout.micro_batch_size} examples{short}"
     )
     tokens = layout.limits.tokens
-    words += f" and {tokens:,} tokens, more micro-batches where it takes more" if tokens else ""
+    step += f" and {tokens:,} tokens, more micro-batches if needed" if tokens else ""
     left = examples % batch
     passes = layout.total_steps / layout.steps_per_epoch
     last = f", the last of {left}" if left else ""
@@ -89,30 +91,30 @@ def step_rows(
     axis = f" step 1{layout.total_steps:>{columns},}"
     top = f"{config.lr_scheduler_type}, {max(rates):.2e} at most, warm-up: {warmup} steps"
     return [
-        ("a step", words),
+        ("a step", step),
         (
             "an epoch",
             f"{layout.steps_per_epoch:,} steps{last}: {examples:,} examples, each once",
         ),
         (
             "the run",
-            f"{layout.total_steps:,} steps, {passes:.2f} epochs, {ahead.tokens:,.0f} tokens",
+            f"{layout.total_steps:,} steps, {passes:.2f} epochs, {forecast.tokens:,.0f} tokens",
         ),
         ("learning rate", "\n".join([top, *curve(rates), axis])),
     ]
 
 
 def batch_notes(layout: Layout, config: Config) -> list[str]:
-    """Return what is allowed, but hardly meant."""
+    """Return notes on settings that are allowed but probably unintended."""
     notes = []
     if layout.global_batch_size < layout.world_size:
         notes.append(
-            f"{layout.global_batch_size} examples a step leave "
+            f"{layout.global_batch_size} examples per step leave "
             f"{layout.world_size - layout.global_batch_size} of {layout.world_size} ranks idle"
         )
     asked = config.global_batch_size or 0
     if asked > layout.global_batch_size:
-        notes.append(f"--global_batch_size {asked} is more than there is: a step is an epoch")
+        notes.append(f"--global_batch_size {asked} is larger than the data: a step is an epoch")
     if config.save_strategy == "steps" and config.save_steps > layout.total_steps > 1000:
         notes.append(f"--save_steps {config.save_steps}: the only checkpoint is the last step's")
     return notes
@@ -123,44 +125,44 @@ def largest_run(
     data: TrainingData,
     backend: Backend,
     ranks: int,
-    ahead: Outlook,
+    forecast: TokenForecast,
     config: Config,
 ) -> Run | None:
-    """Return the run with the largest of the first micro-batches, if the estimate knows its model.
+    """Return the run with the micro-batch that takes most memory; None without an estimate.
 
-    Of pairs that is not the one with most tokens: attention grows with the square of them.
+    For pairs it is not always the one with most tokens, as attention grows with their square.
     """
-    if model.unlike:
+    if model.no_estimate:
         return None
     shape = shape_of(model.bare, model.base_config, config)
-    if data.base.new_tokens:  # Their rows make the LM head another one (loop/model/new_tokens.py).
+    if data.base.new_tokens:  # the LM head has trained rows (loop/model/new_tokens.py)
         shape = replace(shape, head_trained=True)
-    share = 1.0 if shape.t5 else ahead.share
-    runs = [Run(shape, config, backend, ranks, share, size, on_gpu()) for size in ahead.sizes]
+    share = 1.0 if shape.t5 else forecast.supervised_share
+    runs = [Run(shape, config, backend, ranks, share, size, on_gpu()) for size in forecast.sizes]
     return max(runs, key=lambda run: (sum(activations(run).values()), run.tokens))
 
 
 def memory_rows(
-    run: Run | None, unlike: str, ahead: Outlook, config: Config
+    run: Run | None, no_estimate: str, forecast: TokenForecast, config: Config
 ) -> tuple[list[tuple[str, str]], float | None, list[str]]:
-    """Return the estimate by part, its sum in bytes, and what is wrong with it."""
+    """Return the estimate by part, its sum in bytes, and errors; no_estimate: why there is none."""
     if run is None:
-        return [("each rank", f"not estimated: {unlike} --trial measures it.")], None, []
+        return [("each rank", f"not estimated: {no_estimate} --trial measures it.")], None, []
     parts = {name: size for name, size in memory(run).items() if size}
     if not on_gpu():
         parts.pop("cuBLAS workspace")
-    total, room = sum(parts.values()), room_of_a_rank()
+    total, room = sum(parts.values()), memory_per_rank()
     device = "GPU" if on_gpu() else "main memory"
     lines = [["in main memory" if device == "main memory" else "on the GPU", "GiB"]]
     lines += [[name, gib(size)] for name, size in parts.items()]
-    lines += [["at the peak", gib(total)]]
+    lines += [["peak", gib(total)]]
     rows = [("each rank", "\n".join(f" {line}" for line in table(lines).splitlines()))]
-    how = f"of {run.size}, {100 * ahead.share:.0f} % learnt"
-    rows.append(("reckoned for", f"the largest micro-batch of the first windows, {how}"))
+    size = f"{run.size}, {100 * forecast.supervised_share:.0f} % supervised"
+    rows.append(("assuming", f"the largest micro-batch of the first windows, of {size}"))
     if host_memory(run):
         rows.append(("offloaded", f"{gib(host_memory(run))} GiB of main memory for each rank"))
     copy = 12 * run.adapter
-    rows.append(("the first rank", f"{megabytes(copy)} of main memory more while it saves"))
+    rows.append(("rank 0", f"{megabytes(copy)} more of main memory during a save"))
     if sent(run):
         rows.append(("sent", f"{megabytes(sent(run))} by each rank, each step"))
     if total <= room:
@@ -182,31 +184,30 @@ def memory_rows(
 def disk_rows(
     model: Model, data: TrainingData, layout: Layout, config: Config
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return what the run leaves on the disk, what is there, and what is wrong with it."""
+    """Return the state of the output folder, the disk space that the run needs, and errors."""
     output = Path(config.output_dir).expanduser()
     done, errors = 0, list[str]()
-    state = "there already" if output.is_dir() else "new"
+    state = "exists" if output.is_dir() else "new"
     try:
         facts = run_facts(config, data, layout.global_batch_size)
-        found = find_checkpoint(config, facts, layout)
-        done = found.step if found else 0
+        checkpoint = find_checkpoint(config, facts, layout)
+        done = checkpoint.step if checkpoint else 0
         if (output / storage.STATE).is_file():
-            from loop.checkpoint.run_folder import (
-                is_finished,  # here: it brings peft, which takes seconds
-            )
+            # Here: it imports peft, which takes seconds.
+            from loop.checkpoint.run_folder import is_finished
 
-            state = "holds this very run, finished" if is_finished(config) else "holds a run"
-        state += f"; goes on from {found.folder.name}" if found else ""
+            state = "holds this run, finished" if is_finished(config) else "holds a run"
+        state += f"; resumes from {checkpoint.folder.name}" if checkpoint else ""
     except UserError as error:
         errors.append(str(error))
-        state += "; where to go on from: see below"
+        state += "; no checkpoint to resume from: see below"
     rows_of_tokens = len(data.base.new_tokens) * getattr(model.base_config, "hidden_size", 0)
     parameters = model.trained(config) + 2 * rows_of_tokens  # embedding and LM head
     saves, keep = planned_saves(config, layout, done)
     needed, more, each = storage.room(output, parameters, saves, keep)
-    needed += BESIDE + base_copy(config)
+    needed += OTHER_OUTPUT_BYTES + base_copy(config)
     free = free_room(config)
-    if MIN_ADAPTER_BYTES + base_copy(config) <= free < needed:  # less than that was told before
+    if MIN_ADAPTER_BYTES + base_copy(config) <= free < needed:  # preflight reports less
         errors.append(storage.too_little(output, free, needed, more, each))
     many = f"{more} checkpoint{'s' * (more != 1)} of {megabytes(each)}"
     rows = [
@@ -217,37 +218,37 @@ def disk_rows(
 
 
 def tracker_rows(config: Config) -> list[tuple[str, str]]:
-    """Return where the run will be seen."""
+    """Return where each tracker shows the run."""
     folder = Path(config.output_dir)
-    told = {
-        "none": f"none; {folder}/metrics.jsonl and training_curves.png, as ever",
+    places = {
+        "none": f"none; {folder}/metrics.jsonl and training_curves.png in any case",
         "tensorboard": f"tensorboard --logdir {folder}/tensorboard",
         "trackio": "trackio show",
         "wandb": "found a login",
     }
     if not has_wandb_login():
-        told["wandb"] = "no login: kept offline, until wandb login and wandb sync"
+        places["wandb"] = "no login: kept offline, until wandb login and wandb sync"
     mode = os.environ.get("WANDB_MODE")
-    told["wandb"] = f"as WANDB_MODE says: {mode}" if mode else told["wandb"]
-    return [(kind, told[kind]) for kind in config.report_to]
+    places["wandb"] = f"WANDB_MODE is {mode}" if mode else places["wandb"]
+    return [(kind, places[kind]) for kind in config.report_to]
 
 
 def time_rows(
-    trial: Trial | None, layout: Layout, ahead: Outlook, total: float | None
+    trial: Trial | None, layout: Layout, forecast: TokenForecast, total: float | None
 ) -> list[tuple[str, str]]:
-    """Return how long the run will take, by a trial."""
+    """Return the projected run time and the measured peak memory; total: the estimate in bytes."""
     if trial is None:
         return [("time", "not known: --trial runs three steps, with the model's weights")]
-    seconds = ahead.tokens / trial.tokens_per_second
+    seconds = forecast.tokens / trial.tokens_per_second
     rows = [
         (
             "a step",
             f"{duration(trial.step)}, {trial.tokens_per_second:,.0f} tokens/s over all ranks; "
-            f"{duration(trial.startup)} until the first was done",
+            f"{duration(trial.startup)} until the end of step 1",
         ),
-        ("the run", f"about {duration(seconds)}; evaluation and checkpoints not counted"),
+        ("the run", f"about {duration(seconds)}, without evaluation and checkpoints"),
     ]
-    text = f"{trial.peak / GIB:.2f} GiB on the first rank"
-    text += "" if on_gpu() else ", its libraries' GiB counted"
+    text = f"{trial.peak / GIB:.2f} GiB on rank 0"
+    text += "" if on_gpu() else ", libraries included"
     text += "" if total is None else f"; estimated {total / GIB:.2f} GiB"
     return [*rows, ("peak memory", text)]

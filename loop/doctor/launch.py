@@ -1,4 +1,4 @@
-"""The launch that the doctor examines: which config and how many ranks, and what a rank is told."""
+"""Finds the launch that the doctor examines: accelerate config, ranks, and their environment."""
 
 import os
 import platform
@@ -15,107 +15,112 @@ from loop.config.flags import Config, display_path
 from loop.distributed.memory import memory_room
 from loop.distributed.precision import on_gpu
 from loop.doctor.flags import DoctorConfig
-from loop.doctor.memory.shape import ALONE, CONFIGS, Backend, read_accelerate
+from loop.doctor.memory.shape import CONFIGS, SINGLE_PROCESS, Backend, read_accelerate
 from loop.monitor.formatting import GIB
 
-USUAL = CONFIGS / "zero2.yaml"  # launch.sh's
+DEFAULT_CONFIG = CONFIGS / "zero2.yaml"  # as in launch.sh
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: its accelerate config and ranks. told: the environment of its first rank."""
+    """One launch: its accelerate config, ranks and machines.
+
+    multi_rank: the config allows several ranks. variables: environment variables that the launcher
+    sets for rank 0.
+    """
 
     file: Path
     ranks: int
     machines: int
-    several: bool  # several ranks are possible
-    told: dict[str, str]
+    multi_rank: bool
+    variables: dict[str, str]
 
     @property
     def process_index(self) -> int:
-        """The first rank's, as accelerate calls it."""
+        """The index of rank 0, under accelerate's name."""
         return 0
 
     @property
     def num_processes(self) -> int:
-        """The ranks, as accelerate calls them."""
+        """The number of ranks, under accelerate's name."""
         return self.ranks
 
     @property
     def name(self) -> str:
-        """The config as a person reads it."""
+        """The path of the config for display."""
         return display_path(self.file)
 
     @contextmanager
     def environment(self) -> Iterator[None]:
-        """Let this process see what the launch's first rank will be told."""
+        """Set the environment of rank 0 in this process, and restore it afterwards."""
         before = dict(os.environ)
-        os.environ.update(self.told)
+        os.environ.update(self.variables)
         try:
             yield
         finally:
             os.environ.clear()
             os.environ.update(before)
 
-    def backend(self, asked: dict[str, Any], config: Config) -> Backend:
-        """Return what the estimate knows of a backend; asked: of DeepSpeed, empty without it."""
-        zero = asked.get("zero_optimization", {})
+    def backend(self, deepspeed: dict[str, Any], config: Config) -> Backend:
+        """Return the estimate's description of the backend; deepspeed: its JSON, perhaps empty."""
+        zero = deepspeed.get("zero_optimization", {})
         devices = {
-            what: (zero.get(f"offload_{what}") or {}).get("device") or "none"
-            for what in ("optimizer", "param")
+            part: (zero.get(f"offload_{part}") or {}).get("device") or "none"
+            for part in ("optimizer", "param")
         }
         return Backend(
             name=self.file.stem,
             stage=zero.get("stage", 0),
             offload_optimizer=devices["optimizer"] != "none",
             offload_param=devices["param"] != "none",
-            several=self.several,
+            multi_rank=self.multi_rank,
             precision=config.precision,
         )
 
 
 def find_launch(config: DoctorConfig, errors: list[str]) -> Launch:
-    """Return the launch that flags and environment ask for, counted as launch.sh counts.
+    """Return the launch for the flags and the environment, with ranks counted as in launch.sh.
 
-    What is wrong with its config is added to `mistakes`; one process without DeepSpeed stands in
-    its place.
+    Errors of the accelerate config are added to `errors`; then the launch is one process without
+    DeepSpeed.
     """
     import torch
 
-    file = Path(config.accelerate_config or USUAL).expanduser()
+    file = Path(config.accelerate_config or DEFAULT_CONFIG).expanduser()
     values: dict[str, Any] = {}
     with collect_errors(errors):
         values = read_accelerate(file)
-    several = values.get("distributed_type", "NO") not in ALONE
-    machines = _whole("NNODES", errors) or int(values.get("num_machines") or 1)
-    here = _whole("NUM_PROCESSES", errors) or torch.cuda.device_count() or 1
-    ranks = config.num_processes or here * machines if several else 1
+    multi_rank = values.get("distributed_type", "NO") not in SINGLE_PROCESS
+    machines = _read_count("NNODES", errors) or int(values.get("num_machines") or 1)
+    local = _read_count("NUM_PROCESSES", errors) or torch.cuda.device_count() or 1
+    ranks = config.num_processes or local * machines if multi_rank else 1
     if ranks % machines:
         errors.append(
-            f"--num_processes: found {ranks} on {machines} machines; expected as many on each. "
-            f"Give a multiple of {machines}."
+            f"--num_processes: found {ranks} on {machines} machines; expected the same number on "
+            f"each. Give a multiple of {machines}."
         )
     local = max(1, ranks // machines)
-    told = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": local, "RANK": 0, "LOCAL_RANK": 0}
+    counts = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": local, "RANK": 0, "LOCAL_RANK": 0}
     exported: dict[str, str] = {}
     if values:
         with collect_errors(errors):
-            exported = _exported(file, ranks, machines)
-    words = {name: str(value) for name, value in told.items()}
-    return Launch(file, ranks, machines, several, exported | words)
+            exported = _exported_variables(file, ranks, machines)
+    variables = exported | {name: str(count) for name, count in counts.items()}
+    return Launch(file, ranks, machines, multi_rank, variables)
 
 
-def _whole(name: str, errors: list[str]) -> int | None:
+def _read_count(name: str, errors: list[str]) -> int | None:
+    """Return an environment variable's number; None if it is not set, or an error was added."""
     given = os.environ.get(name)
     if given and not given.isdigit():
-        errors.append(f"{name}: found {given}; expected a whole number.")
+        errors.append(f"{name}: found {given}; expected a whole number. Give one, or unset it.")
     return int(given) if given and given.isdigit() else None
 
 
-def _exported(file: Path, ranks: int, machines: int) -> dict[str, str]:
-    """Return what `accelerate launch` itself exports for this config (accelerate 1.15).
+def _exported_variables(file: Path, ranks: int, machines: int) -> dict[str, str]:
+    """Return the variables that `accelerate launch` exports for a config (accelerate 1.15).
 
-    Raises UserError for one that it does not take.
+    Raises UserError for a config that it does not accept.
     """
     from accelerate.commands import launch
     from accelerate.utils import launch as environments
@@ -125,7 +130,7 @@ def _exported(file: Path, ranks: int, machines: int) -> dict[str, str]:
         words += ["--num_machines", str(machines), "--main_process_ip", "127.0.0.1"]
     parser = launch.launch_command_parser()
     try:
-        # Where nothing is said of threads, it tells how many it would take.
+        # Without a number of threads it prints a note.
         args, _, _ = launch._validate_launch_command(
             parser.parse_args([*words, "--num_cpu_threads_per_process", "1", "loop/train.py"])
         )
@@ -137,33 +142,34 @@ def _exported(file: Path, ranks: int, machines: int) -> dict[str, str]:
             values = environments.prepare_multi_gpu_env(args)
         else:
             _, values = environments.prepare_simple_launcher_cmd_env(args)
-    except Exception as error:  # Each key has its own ways to be wrong.
+    except Exception as error:  # any type: accelerate does not check the keys
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"--accelerate_config {file}: accelerate launch does not take it: "
-            f"{type(error).__name__}: {reason} Mend it, or give one of accelerate_configs/."
+            f"{type(error).__name__}: {reason} Correct it, or give one of accelerate_configs/."
         ) from None
     return {name: value for name, value in values.items() if name.startswith("ACCELERATE_")}
 
 
 def hardware_rows(launch: Launch) -> list[tuple[str, str]]:
-    """Return what a run finds here, and what one rank may hold."""
+    """Return CPU, memory and GPUs of this machine, and the memory for each rank."""
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     rows = [("CPU", f"{_processor()}, {cores} cores, {memory:.1f} GiB of memory")]
     gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
     for name in dict.fromkeys(gpu.name for gpu in gpus):
-        alike = [gpu for gpu in gpus if gpu.name == name]
-        of = f"{alike[0].total_memory / GIB:.1f} GiB, compute capability {alike[0].major}."
-        rows.append(("GPU", f"{len(alike)} x {name}, {of}{alike[0].minor}"))
+        same = [gpu for gpu in gpus if gpu.name == name]
+        capability = f"compute capability {same[0].major}.{same[0].minor}"
+        memory = same[0].total_memory / GIB
+        rows.append(("GPU", f"{len(same)} x {name}, {memory:.1f} GiB, {capability}"))
     rows += [] if gpus else [("GPU", "none")]
     device = "GPU" if on_gpu() else "main memory"
-    room = f"{room_of_a_rank() / GIB:.1f} GiB of {device}, 90 % of what is free"
-    return [*rows, ("a rank may hold", room + (", shared alike" if launch.ranks > 1 else ""))]
+    room = f"{memory_per_rank() / GIB:.1f} GiB of {device}, 90 % of the free memory"
+    return [*rows, ("a rank may hold", room + (", divided evenly" if launch.ranks > 1 else ""))]
 
 
-def room_of_a_rank() -> int:
-    """Return the bytes that each rank may hold on its device; of GPUs that of the fullest."""
+def memory_per_rank() -> int:
+    """Return the bytes that each rank may hold on its device: those of the fullest GPU."""
     if not on_gpu():
         return memory_room(torch.device("cpu"))
     return min(memory_room(torch.device("cuda", n)) for n in range(torch.cuda.device_count()))
@@ -178,15 +184,16 @@ def _processor() -> str:
     return next(names, platform.machine())
 
 
-def launch_rows(launch: Launch, asked: dict[str, Any], config: Config) -> list[tuple[str, str]]:
-    """Return which backend runs, on how many ranks, and in which precision."""
-    zero: dict[str, Any] = asked.get("zero_optimization", {})
-    backend = f"DeepSpeed ZeRO-{zero['stage']}" if zero else "DDP" if launch.several else "alone"
-    if not zero and launch.told.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        backend = "DeepSpeed, its ZeRO stage not known: see below"
-    for what in ("optimizer", "param") if zero else ():
-        device = (zero.get(f"offload_{what}") or {}).get("device", "none")
-        backend += f", {what} on the {device}" if device != "none" else ""
+def launch_rows(launch: Launch, deepspeed: dict[str, Any], config: Config) -> list[tuple[str, str]]:
+    """Return backend, number of ranks, and precision."""
+    zero: dict[str, Any] = deepspeed.get("zero_optimization", {})
+    without = "DDP" if launch.multi_rank else "one process"
+    backend = f"DeepSpeed ZeRO-{zero['stage']}" if zero else without
+    if not zero and launch.variables.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        backend = "DeepSpeed, ZeRO stage unknown: see below"
+    for part in ("optimizer", "param") if zero else ():
+        device = (zero.get(f"offload_{part}") or {}).get("device", "none")
+        backend += f", {part} on the {device}" if device != "none" else ""
     machines = f" on {launch.machines} machines" if launch.machines > 1 else ""
     ranks = f"{launch.ranks} rank{'s' * (launch.ranks > 1)}{machines}"
     flags = config.mixed_precision or config.bf16 or config.fp16

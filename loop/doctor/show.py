@@ -1,4 +1,4 @@
-"""`python -m loop show`: prints examples as the loop sees them, supervised tokens coloured."""
+"""`python -m loop show`: prints encoded examples with their supervised tokens marked."""
 
 import html
 import json
@@ -19,14 +19,14 @@ from loop.config.parser import File, flag
 from loop.inputs.training_data import TrainingData, read_training_data
 from loop.monitor.formatting import GREEN, PLAIN, in_colour
 
-CONTEXT = 4  # tokens before one that decide how it is decoded
-MOST_BYTES = 4  # of a character: so many tokens may stand for a part of it each
-REPLACED = "\ufffd"
-UNSEEN = {"\0": "\u2400", "\r": "&#13;"}  # what HTML would change
+CONTEXT_TOKENS = 4  # decoded before a token: a leading space depends on them
+MAX_CHARACTER_TOKENS = 4  # a character of UTF-8 has at most 4 bytes, each perhaps a token
+REPLACEMENT_CHARACTER = "\ufffd"
+HTML_ALTERS = {"\0": "\u2400", "\r": "&#13;"}  # characters that HTML would change
 STYLE = """
-:root{color-scheme:light dark;--back:#fff;--text:#5a5a5a;--learnt:#0b5a28;--mark:#d9f2e0;
+:root{color-scheme:light dark;--back:#fff;--text:#5a5a5a;--trained:#0b5a28;--mark:#d9f2e0;
 --line:#c8c8c8}
-@media(prefers-color-scheme:dark){:root{--back:#16181a;--text:#a8acb0;--learnt:#9be8b4;
+@media(prefers-color-scheme:dark){:root{--back:#16181a;--text:#a8acb0;--trained:#9be8b4;
 --mark:#17361f;--line:#44484c}}
 body{background:var(--back);color:var(--text);font:16px/1.5 system-ui,sans-serif;margin:2em auto;
 max-width:60em;padding:0 1em}
@@ -34,7 +34,7 @@ h2{font-size:1em;margin:2em 0 .3em;overflow-wrap:anywhere}
 pre{border:1px solid var(--line);border-radius:4px;padding:.7em;margin:.3em 0;
 white-space:pre-wrap;overflow-wrap:anywhere;font:14px/1.7 ui-monospace,monospace}
 b,i{font-weight:400;font-style:normal}
-b{background:var(--mark);color:var(--learnt);text-decoration:underline dotted;
+b{background:var(--mark);color:var(--trained);text-decoration:underline dotted;
 text-underline-offset:.25em}
 pre:hover b,pre:hover i{box-shadow:inset 1px 0 var(--line)}
 pre b:hover,pre i:hover{outline:1px solid currentColor}
@@ -47,12 +47,12 @@ HEAD = """<!doctype html>
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <title>{title}</title><style>{style}</style></head><body>
 <h1>{title}</h1>
-<p><b>Marked tokens</b> are learnt, <i>the others</i> only read. Over a token its id is shown.</p>
+<p><b>Marked tokens</b> are supervised, <i>others</i> are context. Hover a token for its id.</p>
 """
 
 
 def as_page(examples: Iterable[Example], tokenizer: Any, title: str) -> Iterator[str]:
-    """Yield the page piece by piece up to its end, which `page_end` is."""
+    """Yield the HTML page in pieces, without its end (see page_end)."""
     yield HEAD.format(title=_escaped(title), style=STYLE)
     for _, group in groupby(examples, key=lambda example: example.record):
         dialogue = [*group]
@@ -67,57 +67,57 @@ def as_page(examples: Iterable[Example], tokenizer: Any, title: str) -> Iterator
 
 
 def page_end(account: str) -> str:
-    """Return the end of the page, with the account of all records."""
+    """Return the end of the HTML page, with the counts of all records."""
     return f"<footer>{_escaped(account)}</footer>\n</body></html>\n"
 
 
 def pieces(ids: Sequence[int], tokenizer: Any) -> Iterator[tuple[int, int, str]]:
-    """Yield (first, behind, text) of the tokens: several where they are one character's parts.
+    """Yield (begin, end, text) for each token, or for the tokens of one character together.
 
-    The texts one behind the other are the decoded whole. Each is what one token more adds: decoded
-    alone it would lose its leading space.
+    The texts concatenated are the decoded sequence. Each text is what its tokens add to those
+    before: decoded alone, a token would lose its leading space.
     """
     decode = tokenizer.backend_tokenizer.decode
-    first = 0
-    for behind in range(1, len(ids) + 1):
-        before = max(0, first - CONTEXT)
-        text = decode(ids[before:behind], skip_special_tokens=False)
-        unfinished = text.endswith(REPLACED) and behind - first < MOST_BYTES
-        if unfinished and behind < len(ids):
+    begin = 0
+    for end in range(1, len(ids) + 1):
+        context = max(0, begin - CONTEXT_TOKENS)
+        text = decode(ids[context:end], skip_special_tokens=False)
+        incomplete = text.endswith(REPLACEMENT_CHARACTER) and end - begin < MAX_CHARACTER_TOKENS
+        if incomplete and end < len(ids):
             continue
-        known = decode(ids[before:first], skip_special_tokens=False)
-        yield first, behind, text[len(known) :]
-        first = behind
+        before = decode(ids[context:begin], skip_special_tokens=False)
+        yield begin, end, text[len(before) :]
+        begin = end
 
 
 def _block(ids: list[int], labels: list[int], tokenizer: Any) -> str:
-    made = []
-    for first, behind, text in pieces(ids, tokenizer):
-        learnt = any(label != IGNORE_INDEX for label in labels[first:behind])
-        tag, breaks = "b" if learnt else "i", ' class="n"' if "\n" in text else ""
-        numbers = " ".join(map(str, ids[first:behind]))
-        made.append(f'<{tag}{breaks} title="{numbers}">{_escaped(text)}</{tag}>')
-    # A newline right behind <pre> would not be shown: this one.
-    return f"<pre>\n{''.join(made)}</pre>\n"
+    tokens = []
+    for begin, end, text in pieces(ids, tokenizer):
+        supervised = any(label != IGNORE_INDEX for label in labels[begin:end])
+        tag, breaks = "b" if supervised else "i", ' class="n"' if "\n" in text else ""
+        numbers = " ".join(map(str, ids[begin:end]))
+        tokens.append(f'<{tag}{breaks} title="{numbers}">{_escaped(text)}</{tag}>')
+    # Browsers drop a newline directly after <pre>: this one, not the text's.
+    return f"<pre>\n{''.join(tokens)}</pre>\n"
 
 
 def _escaped(text: str) -> str:
     escaped = html.escape(text.encode("utf-8", "replace").decode())
-    for character, shown in UNSEEN.items():
+    for character, shown in HTML_ALTERS.items():
         escaped = escaped.replace(character, shown)
     return escaped
 
 
 @dataclass(frozen=True)
 class ShowConfig(Config):
-    """Training's settings, and how to print."""
+    """Training's settings, and the format of the output."""
 
-    jsonl: bool = flag(False, "one JSON object an example: id, input_ids, labels", "show")
-    html: File | None = flag(None, "write a page: tokens that are learnt, and every id", "show")
+    jsonl: bool = flag(False, "print a JSON object per example: id, input_ids, labels", "show")
+    html: File | None = flag(None, "write an HTML page with all tokens and ids", "show")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print every example; the account of the records goes to stderr."""
+    """Print every example to stdout, and the counts of the records to stderr."""
     config = read_config(argv, ShowConfig, __doc__ or "")
     _check_page(config)
     data = read_training_data(config)
@@ -149,11 +149,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check_page(config: ShowConfig) -> None:
-    """Refuse a page beside other output, or in place of the data."""
+    """Raise UserError for --html with --jsonl, or for a page that would replace the data."""
     if config.html is None:
         return
     if config.jsonl:
-        raise UserError("found both --jsonl and --html; expected one of them.")
+        raise UserError("found both --jsonl and --html; expected one. Leave one of them out.")
     data = [place_of(Path(source.name).expanduser()) for source in config.sources]
     check_output("--html", Path(config.html).expanduser(), dict.fromkeys(data, "the data"))
 
@@ -166,17 +166,17 @@ def _account(data: TrainingData) -> str:
 
 
 def as_json(dialogue: Sequence[Example]) -> str:
-    """Return a dialogue as one line of JSON: labels -100 where unsupervised, or its pairs."""
+    """Return a dialogue, or its pairs, as one line of JSON; unsupervised labels are -100."""
     encoded = [{"input_ids": one.input_ids, "labels": one.labels} for one in dialogue]
     fields = {"pairs": encoded} if dialogue[0].is_pair else encoded[0]
     return json.dumps({"id": dialogue[0].id, **fields}, ensure_ascii=False)
 
 
 def as_text(example: Example, tokenizer: Any, colour: bool) -> str:
-    """Return the decoded example, supervised runs green, or in brackets where there is no colour.
+    """Return the decoded example with supervised runs green, or in brackets without colour.
 
-    Each run is what decoding one run more adds: decoded alone it would lose its leading space.
-    Of a pair the source is plain, and the target, all of it supervised, has a line of its own.
+    Each run is what it adds to the text before: decoded alone, it would lose its leading space. A
+    pair has two lines: its source, and its target, all of it supervised.
     """
     before, after = (GREEN, PLAIN) if colour else ("⟦", "⟧")
     if example.is_pair:

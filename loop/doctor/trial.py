@@ -1,4 +1,4 @@
-"""`doctor --trial`: the launch itself, for three steps in a folder that goes, timed."""
+"""`doctor --trial`: runs three steps of the real launch in a temporary folder, and times them."""
 
 import dataclasses
 import itertools
@@ -28,29 +28,31 @@ TRIAL_STEPS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Trial:
-    """What was measured: seconds until the first step's end, of a step, tokens a second, bytes."""
+    """The measurements of a trial."""
 
-    startup: float
-    step: float
+    startup: float  # seconds until the end of step 1
+    step: float  # seconds per step
     tokens_per_second: float
-    peak: float
+    peak: float  # bytes
 
 
 def run_trial(config: Config, launch: Launch) -> Trial:
-    """Train for a few steps through the launch, and return what they took.
+    """Train for a few steps through the launch, and return the measurements.
 
-    Raises UserError where the training does, and for a launch of several machines.
+    Raises UserError if the training fails, and for a launch of several machines.
     """
     if launch.machines > 1:
         raise UserError(
-            f"--trial: found a launch of {launch.machines} machines; expected one. Leave it out."
+            f"--trial: found a launch of {launch.machines} machines; expected one. Leave --trial "
+            "out."
         )
     with tempfile.TemporaryDirectory(prefix="lora-loop-trial-") as folder:
         output, settings, status = (Path(folder) / name for name in ("run", "run.yaml", "status"))
         status.touch()  # The ranks replace it, and never create it (signals.py).
         values = {**trial_settings(), "output_dir": str(output)}
         settings.write_text(dump(dataclasses.replace(config, **values)), "utf-8")
-        outside = {name: v for name, v in os.environ.items() if name not in launch.told}
+        # The launcher sets its own variables; examine() has set them here, too.
+        environment = {n: value for n, value in os.environ.items() if n not in launch.variables}
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "accelerate.commands.launch"),
@@ -59,21 +61,23 @@ def run_trial(config: Config, launch: Launch) -> Trial:
                 *("--config", str(settings)),
                 *("--trust_remote_code", str(config.trust_remote_code)),
             ],
-            env={**outside, STATUS_FILE: str(status)},
+            env={**environment, STATUS_FILE: str(status)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
             check=False,
         )
-        told = status.read_text("utf-8").partition(" ") if status.is_file() else ("", "", "")
-        if done.returncode or told[0] != "0":
-            said = [line for line in done.stdout.splitlines() if line.strip()][-1:]
-            reason = told[2].strip() or "".join(said) or "it said nothing"
-            code = told[0] or done.returncode
-            raise UserError(f"--trial: training ended with exit code {code}: {reason}")
+        text = status.read_text("utf-8") if status.is_file() else ""
+        code, _, message = text.partition(" ")
+        if done.returncode or code != "0":
+            last_line = [line for line in done.stdout.splitlines() if line.strip()][-1:]
+            reason = message.strip() or "".join(last_line) or "no output"
+            raise UserError(
+                f"--trial: training ended with exit code {code or done.returncode}: {reason}"
+            )
         lines = (output / "metrics.jsonl").read_text("utf-8").splitlines()
-        return measured([json.loads(line) for line in lines])
+        return trial_from_log([json.loads(line) for line in lines])
 
 
 def trial_settings() -> dict[str, Any]:
@@ -82,11 +86,12 @@ def trial_settings() -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not ...} | TRIAL_STEPS
 
 
-def measured(log: list[dict[str, Any]]) -> Trial:
-    """Return what a log of single steps tells, the first of them left out.
+def trial_from_log(log: list[dict[str, Any]]) -> Trial:
+    """Return the averages over a log of single steps, without the first one.
 
     >>> step = {"tokens_per_second": 50.0, "peak_memory_gib": 2, "startup_seconds": 4.0}
-    >>> measured([step | {"seconds": 6.0}, step | {"seconds": 7.0}, step | {"seconds": 8.0}])
+    >>> log = [step | {"seconds": 6.0}, step | {"seconds": 7.0}, step | {"seconds": 8.0}]
+    >>> trial_from_log(log)
     Trial(startup=10.0, step=1.0, tokens_per_second=50.0, peak=2147483648)
     """
     first, last = log[0], log[-1]

@@ -1,1 +1,1 @@
-"""Training data as windows: one window holds the micro-batches of one optimizer step."""
+"""Training data, and its windows: a window is the micro-batches of one optimizer step."""

@@ -1,4 +1,4 @@
-"""Finds the base model and encodes the examples: one way for training and for `show`."""
+"""Reads and encodes the training and evaluation data, for training, `show` and the doctor."""
 
 import functools
 import hashlib
@@ -34,35 +34,35 @@ from loop.model.packed_attention import row_inputs
 
 
 def data_sha256(config: Config) -> str:
-    """Return the SHA-256 of the data's file, or of the hashes of several and of their weights.
+    """Return the SHA-256 of a single data file, else of the files' hashes and the sources' weights.
 
-    Beside --preprocessed_path they are remembered. Raises UserError where a file cannot be read.
+    A file next to --preprocessed_path caches the hashes. Raises UserError for an unreadable file.
     """
-    hashes, memory = [], None
+    hashes, hash_cache = [], None
     if config.preprocessed_path:
-        kept = Path(config.preprocessed_path).expanduser()
-        memory = kept.with_name(f".{kept.name}.hashes")
+        cache = Path(config.preprocessed_path).expanduser()
+        hash_cache = cache.with_name(f".{cache.name}.hashes")
     for source in config.sources:
-        hashes += [file_sha256(file, memory) for file in files_of(source, config.cache_dir)]
+        hashes += [file_sha256(file, hash_cache) for file in files_of(source, config.cache_dir)]
         hashes += [f"x {source.weight}"] if source.weight != 1.0 else []
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(str(hashes).encode()).hexdigest()
 
 
-def data_shown(config: Config) -> str:
-    """Return the names of the data as a person reads them."""
+def _data_names(config: Config) -> str:
+    """Return the names of the data sources for display."""
     return ", ".join(map(display_path, config.data_path or [DUMMY_DATA]))
 
 
-# How the causes of dialogues that teach nothing begin.
-UNSUPERVISED = ("no supervised token", "no answer", "no pair")
+# Prefixes of the causes for which a dialogue without a supervised token is dropped.
+UNSUPERVISED_CAUSES = ("no supervised token", "no answer", "no pair")
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """The encoded examples of one run, and the base model whose tokenizer encoded them.
 
-    source: the data's names; sha256: of its files. held_out: the examples of the evaluation, from
-    eval_sources.
+    source: the names of the data. sha256: of the data files. held_out: the evaluation examples,
+    from eval_sources.
     """
 
     base: BaseModel
@@ -75,13 +75,13 @@ class TrainingData:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What must be equal on all machines."""
+        """Hashes that must be equal on all machines, by name."""
         hashes = {"data": self.sha256, "evaluation data": self.eval_sha256}
         return {f"the {name}'s SHA-256": sha256 for name, sha256 in hashes.items() if sha256}
 
     @property
     def collator(self) -> Collator:
-        """The function that makes micro-batches of this model's examples."""
+        """The function that collates examples of this model into micro-batches."""
         base = self.base
         start = base.config.decoder_start_token_id if base.config.is_encoder_decoder else None
         row = functools.partial(row_inputs, flash=base.flash) if base.packed else None
@@ -95,36 +95,36 @@ class TrainingData:
 
 
 def read_training_data(config: Config) -> TrainingData:
-    """Return the examples to train on and to evaluate on; raises UserError for unusable data."""
+    """Return the training and evaluation examples; raises UserError for unusable data."""
     base = read_base_model(config)
     sha256 = data_sha256(config)
-    examples = _encoded(config, base, sha256)
+    examples = _encode_or_read_cache(config, base, sha256)
     trained, held_out, eval_sha256 = examples, None, ""
     if config.eval_fraction:
-        trained, held_out = _parted(examples, config.eval_fraction)
+        trained, held_out = _split_held_out(examples, config.eval_fraction)
     if config.data_report:
         _write_report(Path(config.data_report).expanduser(), examples.tally, sha256)
-    _check_account(examples.tally, config)
+    _check_dropped(examples.tally, config)
     if config.eval_data_path:
-        held_out, eval_sha256 = _evaluation_data(config, base)
+        held_out, eval_sha256 = _read_eval_data(config, base)
     names = tuple(map(display_path, config.eval_data_path or config.data_path or (DUMMY_DATA,)))
-    source = data_shown(config)
+    source = _data_names(config)
     return TrainingData(base, trained, source, sha256, held_out, names, eval_sha256)
 
 
-def _evaluation_data(config: Config, base: BaseModel) -> tuple[Examples, str]:
+def _read_eval_data(config: Config, base: BaseModel) -> tuple[Examples, str]:
     """Return the examples of --eval_data_path, and the hash of its files."""
     cache = config.preprocessed_path and f"{config.preprocessed_path}.eval"
     path = config.eval_data_path
     config = replace(config, data_path=path, num_data=-1, preprocessed_path=cache)
     sha256 = data_sha256(config)
-    examples = _encoded(config, base, sha256)
-    _check_account(examples.tally, config)
+    examples = _encode_or_read_cache(config, base, sha256)
+    _check_dropped(examples.tally, config)
     return examples, sha256
 
 
-def _parted(examples: Examples, fraction: float) -> tuple[Examples, Examples]:
-    """Return what is trained on and what is held out; raises UserError where one is empty."""
+def _split_held_out(examples: Examples, fraction: float) -> tuple[Examples, Examples]:
+    """Return the training and the held-out examples; raises UserError if one of them is empty."""
     trained, held_out = examples.held_out(fraction)
     if not trained or not held_out:
         raise UserError(
@@ -135,10 +135,11 @@ def _parted(examples: Examples, fraction: float) -> tuple[Examples, Examples]:
     return trained, held_out
 
 
-def _encoded(config: Config, base: BaseModel, sha256: str) -> Examples:
-    """Return the encoded data; one rank a machine makes the file that the others then open.
+def _encode_or_read_cache(config: Config, base: BaseModel, sha256: str) -> Examples:
+    """Return the encoded data, from the cache of --preprocessed_path if it has the same settings.
 
-    They wait for a lock, in no collective, so no time-out counts.
+    One rank per machine writes the cache. The others wait for a file lock, not in a collective, so
+    encoding may take longer than a collective's timeout.
     """
     template, tokenizer = base.template, base.tokenizer
     key = {
@@ -150,21 +151,26 @@ def _encoded(config: Config, base: BaseModel, sha256: str) -> Examples:
     path, tally = config.preprocessed_path, Tally()
     encode = _encoder(config, base)
     if path is None:
-        return in_memory(encode(_shown(config, template, tally), tally), tally)
+        return in_memory(encode(_with_progress_bar(config, template, tally), tally), tally)
     cached = read_cache(path, key, silent=not is_rank0())
     if cached is not None:
         return cached
     with locked_cache(path):
         cached = read_cache(path, key, silent=True)
         if cached is None:
-            encode_in_pieces(path, key, _shown(config, template, tally), encode, tally)
+            dialogues = _with_progress_bar(config, template, tally)
+            encode_in_pieces(path, key, dialogues, encode, tally)
             cached = read_cache(path, key)
     if cached is None:
-        raise UserError(f"--preprocessed_path {path}: it changes while it is used. Run again.")
+        raise UserError(
+            f"--preprocessed_path {path}: found a file that another process changes. Run again "
+            "when that process has ended."
+        )
     return cached
 
 
 def _encoder(config: Config, base: BaseModel) -> Encode:
+    """Return the function that encodes dialogues for a decoder, or as pairs for a T5."""
     if base.template != "t5":
         return lambda dialogues, tally: encode_dialogues(
             dialogues, base.template, base.tokenizer, config.model_max_length, tally
@@ -176,40 +182,43 @@ def _encoder(config: Config, base: BaseModel) -> Encode:
     )
 
 
-def _shown(config: Config, template: TemplateName, tally: Tally) -> Iterator[Dialogue]:
-    """Yield the dialogues, with a bar for one rank's work: very much data takes an hour."""
-    chosen = _chosen(config, template == "t5", tally)
-    return iter(tqdm(chosen, "encoding", unit=" dialogues", disable=None if is_rank0() else True))
+def _with_progress_bar(config: Config, template: TemplateName, tally: Tally) -> Iterator[Dialogue]:
+    """Yield the selected dialogues, with a progress bar on rank 0."""
+    selected = _select_dialogues(config, template == "t5", tally)
+    return iter(tqdm(selected, "encoding", unit=" dialogues", disable=None if is_rank0() else True))
 
 
-def _chosen(config: Config, empty_answers: bool, tally: Tally) -> Iterator[Dialogue]:
-    """Yield the dialogues that are asked for, one at a time, however many there are."""
-
-    def read(into: Tally) -> Iterator[tuple[int, Dialogue]]:
-        how = (config.on_bad_record, empty_answers, config.train_on)
-        for number, source in enumerate(config.sources):
-            found = read_dialogues(files_of(source, config.cache_dir), into, *how)
-            weighs = source.weight != 1.0
-            taken = weighted(found, source.weight, [config.seed, number], into) if weighs else found
-            for dialogue in taken:
-                yield number, dialogue
-
-    chosen = None
+def _select_dialogues(config: Config, empty_answers: bool, tally: Tally) -> Iterator[Dialogue]:
+    """Yield the dialogues of all sources, or a random --num_data of them, one at a time."""
+    selected = None
     if config.num_data >= 0:
-        count = sum(1 for _ in read(Tally()))
+        count = sum(1 for _ in _read_sources(config, empty_answers, Tally()))
         order = np.random.default_rng(config.seed).permutation(count)
-        chosen = {*order[: config.num_data].tolist()}
+        selected = {*order[: config.num_data].tolist()}
     tally.sources = [0] * len(config.sources)
-    for place, (number, dialogue) in enumerate(read(tally)):
-        if chosen is None or place in chosen:
-            tally.sources[number] += 1
+    for place, (source, dialogue) in enumerate(_read_sources(config, empty_answers, tally)):
+        if selected is None or place in selected:
+            tally.sources[source] += 1
             yield dialogue
         else:
             tally.drop("beyond num_data", dialogue.id)
 
 
+def _read_sources(
+    config: Config, empty_answers: bool, tally: Tally
+) -> Iterator[tuple[int, Dialogue]]:
+    """Yield the dialogues of all sources by their weights, each with the source's number."""
+    settings = (config.on_bad_record, empty_answers, config.train_on)
+    for number, source in enumerate(config.sources):
+        dialogues = read_dialogues(files_of(source, config.cache_dir), tally, *settings)
+        if source.weight != 1.0:
+            dialogues = weighted(dialogues, source.weight, [config.seed, number], tally)
+        for dialogue in dialogues:
+            yield number, dialogue
+
+
 def _write_report(file: Path, tally: Tally, data_hash: str) -> None:
-    """Write the account of all records, also where it is about to be refused."""
+    """Write the counts of all records; called before the check that may refuse the data."""
     dropped = {
         cause: {"count": count, "first": tally.named.get(cause, [])}
         for cause, count in tally.dropped.items()
@@ -221,16 +230,16 @@ def _write_report(file: Path, tally: Tally, data_hash: str) -> None:
         partial.write_text(text + "\n", encoding="utf-8")
 
 
-def _check_account(tally: Tally, config: Config) -> None:
-    """Refuse data of which too much teaches nothing, or that does not add up."""
+def _check_dropped(tally: Tally, config: Config) -> None:
+    """Raise UserError if too many dialogues were dropped without a supervised token."""
     if tally.read != tally.kept + tally.dropped.total():
-        raise RuntimeError(f"records are lost: {tally}")
-    useless = sum(n for cause, n in tally.dropped.items() if cause.startswith(UNSUPERVISED))
-    share = useless / max(1, tally.kept + useless)
+        raise RuntimeError(f"the counts of read, kept and dropped records do not add up: {tally}")
+    dropped = sum(n for cause, n in tally.dropped.items() if cause.startswith(UNSUPERVISED_CAUSES))
+    share = dropped / max(1, tally.kept + dropped)
     if share > config.max_dropped or not tally.kept:
         raise UserError(
-            f"{data_shown(config)}: {useless} of {tally.kept + useless} dialogues ({share:.1%}) "
-            f"have nothing to learn; expected {config.max_dropped:.1%} at most. {tally}. Mend the "
-            f"data ({SHORT} of a T5's), give a larger --model_max_length, or allow more by "
-            "--max_dropped."
+            f"{_data_names(config)}: found {dropped} of {tally.kept + dropped} dialogues "
+            f"({share:.1%}) without a supervised token; expected at most {config.max_dropped:.1%}. "
+            f"{tally}. Correct the data ({SHORT} of a T5's), give a larger --model_max_length, or "
+            "allow more with --max_dropped."
         )

@@ -1,4 +1,4 @@
-"""Deals examples into windows: all micro-batches of one optimizer step over all ranks."""
+"""Cuts the data into windows: the micro-batches of one optimizer step over all ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,18 +21,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Window:
-    """One step's work: this rank's micro-batches and the counts over all ranks."""
+    """The micro-batches of one rank for one step, and counts over all ranks."""
 
-    step: int  # optimizer steps done before this one
-    epoch: float  # epochs done after it
+    step: int  # optimizer steps before this one
+    epoch: float  # epochs after this step
     micro_batches: list[MicroBatch]
     examples: int
-    tokens: int  # padding not counted; of pairs both sides
-    padded_tokens: int  # that are run: padding counted, what a row's examples share but once
-    busiest_tokens: int  # that are run, of the rank that has most
-    squared_tokens: int  # the sum of the examples' squared lengths, what they share but once
+    tokens: int  # without padding; both sides of pairs
+    padded_tokens: int  # computed tokens: with padding, shared prefixes once
+    busiest_tokens: int  # computed tokens of the rank with the most
+    squared_tokens: int  # sum of the examples' squared lengths, shared prefixes once
     supervised_tokens: int
-    ids: tuple[str, ...]
+    ids: tuple[str, ...]  # of the examples
 
     def micro_batches_on(self, device: torch.device) -> Iterator[tuple[MicroBatch, bool]]:
         """Yield the micro-batches on the device, each with whether it is the step's last."""
@@ -43,7 +43,7 @@ class Window:
 def windows(
     examples: Sequence[Example], layout: Layout, seed: int, collate: Collate, start: int = 0
 ) -> Iterator[Window]:
-    """Yield this rank's windows from step `start` on; an epoch's permutation is f(seed, epoch)."""
+    """Yield this rank's windows from step `start` on; the order depends on seed and epoch only."""
     for step, chosen in drawn(examples, layout, seed, start):
         epoch, index = divmod(step, layout.steps_per_epoch)
         assignment = assign_micro_batches(chosen, layout.world_size, layout.limits)
@@ -77,14 +77,14 @@ def drawn(
 
 
 def prefetched(items: Iterator[T]) -> Iterator[T]:
-    """Yield the items, each made in a thread while the one before it is used."""
-    with ThreadPoolExecutor(1) as other:
-        waiting = other.submit(next, items, None)
-        while (item := waiting.result()) is not None:
-            waiting = other.submit(next, items, None)
+    """Yield the items; a thread computes the next item while the current one is used."""
+    with ThreadPoolExecutor(1) as thread:
+        pending = thread.submit(next, items, None)
+        while (item := pending.result()) is not None:
+            pending = thread.submit(next, items, None)
             yield item
 
 
 def _random_seed(*key: int) -> int:
-    """Return a 63-bit seed: resuming needs no stored generator, only (seed, step, rank, slot)."""
+    """Return a 63-bit seed from (seed, step, rank, slot), so resume restores no random state."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))

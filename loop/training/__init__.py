@@ -1,1 +1,1 @@
-"""One step: loss, optimizer, evaluation, samples, micro-batch size."""
+"""The parts of a training step: loss, optimizer, evaluation, samples, micro-batch size."""

@@ -1,4 +1,4 @@
-"""Finds the largest micro-batch that fits in memory, by trying the longest examples first."""
+"""Finds the largest micro-batch that fits in memory, by passes over the longest examples."""
 
 import dataclasses
 from pathlib import Path
@@ -19,12 +19,12 @@ from loop.inputs.training_data import TrainingData
 from loop.training.loss import supervised_loss_sum
 from loop.training.optim import accumulating
 
-STEP = 64  # tokens: so coarse is the answer
-# Under ZeRO-3 a run's first pass records in which order weights are needed; only later ones keep
-# them and fetch them ahead (DeepSpeed 0.19.8, zero/partitioned_param_coordinator.py). On a CPU what
-# is gathered and let go leaves gaps as well: of SmolLM2-135M in fp32 on two ranks, 555 tokens took
-# 3.1 GiB in their first pass and 3.6 in the third (2026-11-26).
-REPEATED = 3
+TOKEN_MULTIPLE = 64  # the result is rounded down to a multiple of it
+# Under ZeRO-3 the first pass records the order of weights. Later passes keep and prefetch weights
+# (DeepSpeed 0.19.8, zero/partitioned_param_coordinator.py). On a CPU, gathering also fragments
+# memory: SmolLM2-135M in fp32 on two ranks took 3.1 GiB in the first pass of 555 tokens and 3.6 GiB
+# in the third (2026-11-26).
+ZERO3_PASSES = 3
 
 
 def fit_micro_batch(
@@ -35,46 +35,45 @@ def fit_micro_batch(
     accelerator: Accelerator,
     progress: dict[str, Any],
 ) -> Layout:
-    """Return the layout with the most tokens a micro-batch may have; every rank must call this.
+    """Return the layout with the largest token count per micro-batch that fits on every rank.
 
-    After `prepare`, with the optimizer's state in memory, and because under ZeRO-3 no pass can be
-    made before. The least of all ranks counts. A run that goes on keeps what it found.
-    Raises UserError where the longest example alone does not fit.
+    Every rank must call this, after `prepare`: then the optimizer state is in memory, and ZeRO-3
+    can run a pass. A resumed run keeps the token count of its checkpoint.
+    Raises UserError if the longest example alone does not fit.
     """
     if not config.auto_micro_batch:
         return layout
     each = -(-layout.global_batch_size // layout.world_size)
-    known = progress.get("auto_micro_batch") or {}
-    least = known.get("tokens", 0)
-    if _any_rank(accelerator, known != micro_batch_record(layout, config, accelerator, least)):
-        least = most_tokens(model, data, config, accelerator, each)
-    if least == 0:
+    saved = progress.get("auto_micro_batch") or {}
+    tokens = saved.get("tokens", 0)
+    if _any_rank(accelerator, saved != micro_batch_record(layout, config, accelerator, tokens)):
+        tokens = max_tokens(model, data, config, accelerator, each)
+    if tokens == 0:
         error = UserError(
             "--auto_micro_batch: the longest example alone does not fit in memory. Give a smaller "
             "--model_max_length, or --gradient_checkpointing True, or --q_lora True."
         )
         error.known_to_all = True
         raise error
-    limits = dataclasses.replace(layout.limits, examples=each, tokens=least)
+    limits = dataclasses.replace(layout.limits, examples=each, tokens=tokens)
     layout = dataclasses.replace(layout, micro_batch_size=each, accumulation=1, limits=limits)
     print_rank0(f"auto_micro_batch: {layout}")
     return layout
 
 
-def most_tokens(
-    model: Any, data: TrainingData, config: Config, accelerator: Accelerator, most: int
+def max_tokens(
+    model: Any, data: TrainingData, config: Config, accelerator: Accelerator, max_examples: int
 ) -> int:
-    """Return how many tokens, padding counted, fit in a micro-batch; 0 where no example does.
+    """Return the number of tokens, padding included, that fit in a micro-batch; 0 if none fits.
 
-    The memory that a pass takes grows with its tokens: twice as many examples are tried while they
-    will fit by what was seen so far, and what is left is reckoned from the last two. All ranks try
-    the same, and none goes on where it would not fit on another.
+    The number of examples doubles while the extrapolated peak fits. The result is extrapolated from
+    the last two peaks. All ranks try the same sizes, and stop when a size does not fit on one.
     """
-    examples = data.examples.longest(most)
-    # What the longest begin with alike, others may not.
+    examples = data.examples.longest(max_examples)
+    # The longest examples may share a prefix that others do not have.
     collate = dataclasses.replace(data.collator, sharing=False)
     if zero_stage(accelerator) == 3:
-        # What all sizes take alike is taken before the room is looked at.
+        # Allocates what does not depend on the size, before the free memory is read.
         shortest = collate(examples[-1:], 0).to(accelerator.device)
         _peak_of(model, shortest, config, accelerator)
     room, before = memory_room(accelerator.device), memory_used(accelerator.device)
@@ -82,8 +81,8 @@ def most_tokens(
     while True:
         batch = collate(examples[:count], 0).to(accelerator.device)
         tokens = batch.tokens
-        reckoned = peaks[-1] + (tokens - tried[-1]) * _slope(tried, peaks)
-        if _any_rank(accelerator, count > 1 and reckoned > room):
+        expected_peak = peaks[-1] + (tokens - tried[-1]) * _slope(tried, peaks)
+        if _any_rank(accelerator, count > 1 and expected_peak > room):
             break
         peak = _peak_of(model, batch, config, accelerator)
         if _any_rank(accelerator, peak is None or peak > room):
@@ -94,61 +93,60 @@ def most_tokens(
         count = min(2 * count, len(examples))
     if len(tried) == 1:
         return 0
-    reckoned = tried[-1] + (room - peaks[-1]) / max(1.0, _slope(tried, peaks))
-    # Nothing beyond the next size, which did not fit or is more than a window has.
-    mine = max(tried[1], int(min(reckoned, 2 * tried[-1])) // STEP * STEP)
-    return min(_of_all_ranks(accelerator, mine))
+    estimate = tried[-1] + (room - peaks[-1]) / max(1.0, _slope(tried, peaks))
+    # At most the next size, which did not fit or is larger than a window.
+    rounded = int(min(estimate, 2 * tried[-1])) // TOKEN_MULTIPLE * TOKEN_MULTIPLE
+    return min(_gather_numbers(accelerator, max(tried[1], rounded)))
 
 
 def _slope(tried: list[int], peaks: list[int]) -> float:
-    """Return the bytes that one token more takes, by the last two trials."""
+    """Return the bytes per additional token, from the last two trials."""
     if len(tried) < 2:
         return 0.0
     return (peaks[-1] - peaks[-2]) / max(1, tried[-1] - tried[-2])
 
 
 def _peak_of(model: Any, batch: Any, config: Config, accelerator: Accelerator) -> int | None:
-    """Return the most bytes held in a forward and a backward pass; None where they do not fit.
+    """Return the peak bytes of a forward and a backward pass; None if out of memory.
 
-    Raises UserError where they do not under ZeRO-3: others may wait within the pass, in a
-    collective that this rank no longer comes to, and cannot be told. It leaves, and its launcher
-    ends them. So every rank reckons a size before one of them tries it, all but the longest
-    example's, before which there is nothing to reckon by.
+    Under ZeRO-3 it raises UserError instead: other ranks may wait in a collective of the pass, so
+    this rank exits and its launcher ends them. Therefore all ranks extrapolate the peak of a size
+    before they try it; only the first size, the longest example, has no extrapolation.
     """
     device = accelerator.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     try:
-        for _ in range(REPEATED if zero_stage(accelerator) == 3 else 1):
-            _pass(model, batch, config, accelerator)
+        for _ in range(ZERO3_PASSES if zero_stage(accelerator) == 3 else 1):
+            _forward_backward(model, batch, config, accelerator)
     except (torch.OutOfMemoryError, MemoryError) as error:
         if zero_stage(accelerator) < 3:
             return None
         raise UserError(
             f"--auto_micro_batch: found too little memory for a micro-batch of {batch.tokens} "
-            "tokens, which was tried. Give --tokens_per_micro_batch with fewer in its place; where "
-            "one example has so many, a smaller --model_max_length, or --gradient_checkpointing "
-            "True, or --q_lora True."
+            "tokens. Give --tokens_per_micro_batch with fewer instead of --auto_micro_batch; if "
+            "one example has as many, a smaller --model_max_length, or "
+            "--gradient_checkpointing True, or --q_lora True."
         ) from error
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return proc_bytes("/proc/self/status", "VmHWM")
 
 
-def _pass(model: Any, batch: Any, config: Config, accelerator: Accelerator) -> None:
-    """Make a forward and a backward pass that leaves no gradient behind; it seeds itself."""
+def _forward_backward(model: Any, batch: Any, config: Config, accelerator: Accelerator) -> None:
+    """Run a forward and a backward pass that leaves no gradients; the micro-batch has a seed."""
     model.train()
     if zero_stage(accelerator) == 3:
-        # As in training, short of the step: what recomputes is reentrant there (load.py), and
-        # takes no other way back.
+        # As in training, without the step: checkpointing is reentrant under ZeRO-3
+        # (loop/model/load.py) and does not work with torch.autograd.grad.
         with accumulating(accelerator, model, last=False):
             accelerator.backward(supervised_loss_sum(model, batch, config.loss_chunk_tokens))
         forget_gradients(model)
         return
-    # Gradients that are returned are not summed up: hooks of DDP and DeepSpeed, which would reduce
-    # them, are not called, and a rank that runs out of memory leaves none waiting.
+    # torch.autograd.grad does not accumulate gradients, so the hooks of DDP and DeepSpeed that
+    # reduce them do not run, and no rank waits for one that is out of memory.
     inner = getattr(model, "module", model)  # DistributedDataParallel, DeepSpeedEngine
     loss = supervised_loss_sum(inner, batch, config.loss_chunk_tokens)
     trained = [parameter for parameter in inner.parameters() if parameter.requires_grad]
@@ -156,9 +154,10 @@ def _pass(model: Any, batch: Any, config: Config, accelerator: Accelerator) -> N
 
 
 def _any_rank(accelerator: Accelerator, mine: bool) -> bool:
-    """Return whether it is so on any rank; every rank must call this."""
-    return any(_of_all_ranks(accelerator, mine))
+    """Return whether `mine` is true on any rank; every rank must call this."""
+    return any(_gather_numbers(accelerator, mine))
 
 
-def _of_all_ranks(accelerator: Accelerator, mine: int) -> list[int]:
+def _gather_numbers(accelerator: Accelerator, mine: int) -> list[int]:
+    """Return the numbers of all ranks; every rank must call this."""
     return list(gather_object([mine])) if accelerator.num_processes > 1 else [mine]

@@ -1,4 +1,4 @@
-"""Evaluates while training runs: loss on what is held out, samples, the best, and when to end."""
+"""Evaluation during training: held-out loss, samples, best checkpoint and early stopping."""
 
 import math
 import time
@@ -34,12 +34,12 @@ from loop.training.loss import token_losses
 from loop.training.optim import lr_at
 from loop.training.samples import FILE, Sampler, read_prompts, write_samples
 
-TURNS = 8  # answers of a dialogue that are told apart; the last stands for all later ones, too
-AHEAD = 16  # micro-batches of a rank that are dealt at once
+ANSWER_POSITIONS = 8  # reported separately; the last includes all later answers
+MICRO_BATCHES_AT_ONCE = 16  # of a rank, balanced together
 
 
 class Evaluator:
-    """Evaluates where it is due, between two steps; training goes on as if it had not been.
+    """Evaluates between two steps, without an effect on training.
 
     Every rank must call its methods, after the same steps.
     """
@@ -59,7 +59,7 @@ class Evaluator:
         self.folder, self.known = Path(config.output_dir), saver.evaluation
         size = config.per_device_eval_batch_size or layout.limits.examples
         self.limits = replace(layout.limits, examples=size, finer=False)
-        # The places, among the dialogues read, behind the last one of each source.
+        # Cumulative number of dialogues after each source.
         held_out = data.held_out
         self.sources = [*accumulate(held_out.tally.sources)] if held_out else []
         prompts = read_prompts(config, accelerator)
@@ -67,43 +67,41 @@ class Evaluator:
         self.evaluates = config.eval_strategy != "no" and bool(data.held_out or prompts)
 
     def begin(self) -> None:
-        """Put the model into training mode; first make up for what a stop has cut off."""
+        """Put the model into training mode; first run an evaluation that a stop interrupted."""
         self.model.train()
         start, main = self.tracker.prior, self.accelerator.is_main_process
         if self.sampler.prompts and main:
-            kept = history_until(self.folder / FILE if start.step else None, start.step)
-            write_samples(self.folder, kept, afresh=True)
-        self._forget_lost()
-        owed = start.step and self._due(start.step)
-        if owed and self.known["evaluated_step"] != start.step:
+            earlier = history_until(self.folder / FILE if start.step else None, start.step)
+            write_samples(self.folder, earlier, replace=True)
+        self._forget_missing_best()
+        was_due = start.step and self._due(start.step)
+        if was_due and self.known["evaluated_step"] != start.step:
             done = self._evaluate(start.step, start.progress["epoch"])
             if not done:
                 self.saver.stop(start.step)
 
-    def until_early_stop(self, dealt: Iterator[Window]) -> Iterator[Window]:
-        """Yield the windows, up to where patience is over."""
-        while not self._is_enough() and (window := next(dealt, None)) is not None:
+    def until_early_stop(self, windows: Iterator[Window]) -> Iterator[Window]:
+        """Yield the windows until early stopping."""
+        while not self._out_of_patience() and (window := next(windows, None)) is not None:
             yield window
 
     def maybe_evaluate(self, window: Window) -> None:
-        """Evaluate where it is due; a stop that is asked for meanwhile is met by the saver."""
+        """Evaluate if it is due after this window; the saver handles a stop request meanwhile."""
         step = window.step + 1
         if self._due(step):
             with self.tracker.clock("evaluation"):
                 done = self._evaluate(step, window.epoch)
             if not done:
-                self.saver.last_step = (
-                    -1
-                )  # The run is not over: this is made up for when it goes on.
+                self.saver.last_step = -1  # not finished: the resumed run evaluates this step
 
     def finish(self) -> dict[str, Any]:
-        """Return what trainer_state.json tells; the best weights are in the model, if asked for.
+        """Load the best adapter, if configured, and return the evaluation's part of the state.
 
-        Raises UserError where the best checkpoint is not as it was written.
+        Raises UserError for a corrupt best checkpoint.
         """
         step, best = self.tracker.step, self.known["best_step"]
         if self.config.load_best_model_at_end and best not in (None, step):
-            self._put_best(storage.folder_of(self.folder, best))
+            self._load_best(storage.folder_of(self.folder, best))
         return {
             "global_step": step,
             "epoch": round(step / self.layout.steps_per_epoch, 4),
@@ -112,7 +110,8 @@ class Evaluator:
             "log_history": self.tracker.history,
         }
 
-    def _put_best(self, folder: Path) -> None:
+    def _load_best(self, folder: Path) -> None:
+        """Load a checkpoint's adapter into the model on all ranks."""
         adapter = {}
         with raise_on_all_ranks():
             if self.accelerator.is_main_process:
@@ -120,27 +119,27 @@ class Evaluator:
                     adapter = load_file(storage.verify(folder).folder / storage.ADAPTER)
                 except storage.CorruptCheckpoint as damage:
                     raise UserError(
-                        f"--load_best_model_at_end: {folder}: damaged: {damage}. Give "
-                        "False: the last adapter is saved then."
+                        f"--load_best_model_at_end: {folder}: damaged: {damage}. Give False to "
+                        "save the last adapter instead."
                     ) from None
-        print_rank0(f"the best evaluation's adapter is saved: {folder.name}")
+        print_rank0(f"saving the adapter with the lowest eval_loss: {folder.name}")
         adapter = optimizer_state.broadcast_tensors(adapter, self.accelerator.device)
         optimizer_state.load_trainable(self.accelerator.unwrap_model(self.model), adapter)
 
-    def _forget_lost(self) -> None:
-        """Have a best checkpoint that is not here, with an adapter to be saved, not count."""
+    def _forget_missing_best(self) -> None:
+        """Forget the best checkpoint if its folder is gone and its adapter will be needed."""
         best = self.known["best_step"]
         if not self.config.load_best_model_at_end or best is None:
             return
         if not broadcast_flag(storage.folder_of(self.folder, best).is_dir()):
-            self._tell(
-                f"note: checkpoint-{best}, the best so far, is not in {self.folder}; the best of "
-                "the evaluations from here on is kept"
+            self._print(
+                f"note: checkpoint-{best}, the best so far, is missing in {self.folder}; the best "
+                "of the remaining evaluations is kept instead"
             )
             self.known.update(best_metric=None, best_step=None, stale=0)
 
-    def _tell(self, line: str) -> None:
-        """Print a line above the bar; on the first rank."""
+    def _print(self, line: str) -> None:
+        """Print a line above the progress bar, on rank 0."""
         if self.accelerator.is_main_process:
             tqdm.write(line)
 
@@ -148,12 +147,12 @@ class Evaluator:
         interval = self.layout.interval(self.config.eval_strategy, self.config.eval_steps)
         return self.evaluates and (step % interval == 0 or step == self.layout.total_steps)
 
-    def _is_enough(self) -> bool:
+    def _out_of_patience(self) -> bool:
         patience = self.config.early_stopping_patience
         return patience is not None and self.known["stale"] >= patience
 
     def _evaluate(self, step: int, epoch: float) -> bool:
-        """Evaluate and tell; False where a stop was asked for before it was done."""
+        """Evaluate and log; return False after a stop request, without a result."""
         begun = time.perf_counter()
         with evaluating(self.model):
             sums = self._sums()
@@ -167,35 +166,38 @@ class Evaluator:
             entry = {"step": step, "epoch": round(epoch, 4), **self._figures(sums)}
             entry["eval_seconds"] = time.perf_counter() - begun
             self.tracker.add_evaluation(entry)
-            self._judge(step, entry["eval_loss"])
+            self._track_best(step, entry["eval_loss"])
         if rows and self.accelerator.is_main_process:
             write_samples(self.folder, rows)
             self.tracker.add_samples(step, rows)
         return True
 
     def _sums(self) -> Tensor | None:
-        """Return sums over all ranks [sources, TURNS, 3] float64: loss, right tokens, tokens."""
+        """Return sums over all ranks [sources, ANSWER_POSITIONS, 3] float64; None after a stop.
+
+        The last dimension is loss, correct tokens, tokens.
+        """
         device, count = self.accelerator.device, len(self.data.eval_sources)
-        sums = torch.zeros(count * TURNS, 3, dtype=torch.float64, device=device)
-        for part, groups in self._parts():
+        sums = torch.zeros(count * ANSWER_POSITIONS, 3, dtype=torch.float64, device=device)
+        for part, groups in self._micro_batches():
             if self.saver.is_asked():
                 return None
             batch = self.data.collator(part.examples, 0, part.groups).to(device)
             losses, predicted = token_losses(self.model, batch, self.config.loss_chunk_tokens)
-            right = predicted == batch.targets
-            values = torch.stack([losses, right, torch.ones_like(losses)], 1).double()
+            correct = predicted == batch.targets
+            values = torch.stack([losses, correct, torch.ones_like(losses)], 1).double()
             sums.index_add_(0, torch.tensor(groups, dtype=torch.int64, device=device), values)
         total: Tensor = self.accelerator.reduce(sums, reduction="sum")
-        return total.reshape(count, TURNS, 3).cpu()
+        return total.reshape(count, ANSWER_POSITIONS, 3).cpu()
 
-    def _parts(self) -> Iterator[tuple[ExampleBatch, list[int]]]:
+    def _micro_batches(self) -> Iterator[tuple[ExampleBatch, list[int]]]:
         """Yield this rank's micro-batches with the group of each supervised token.
 
-        As many on each rank, some perhaps empty, so that no rank waits for another one.
+        Every rank has the same number, some perhaps empty: passes may be collectives.
         """
         ranks = self.accelerator.num_processes
         held_out: Any = self.data.held_out or []
-        size = AHEAD * self.limits.examples * ranks
+        size = MICRO_BATCHES_AT_ONCE * self.limits.examples * ranks
         turn, record = 0, -1
         for begin in range(0, len(held_out), size):
             chosen, groups = held_out[begin : begin + size], {}
@@ -203,68 +205,70 @@ class Evaluator:
                 turn = turn + 1 if example.record == record else 0
                 record = example.record
                 groups[id(example)] = self._groups(example, turn)
-            for part in assign_micro_batches(chosen, ranks, self.limits).ranks[
-                self.accelerator.process_index
-            ]:
+            assigned = assign_micro_batches(chosen, ranks, self.limits)
+            for part in assigned.ranks[self.accelerator.process_index]:
                 yield part, [group for e in part.examples for group in groups[id(e)]]
 
     def _groups(self, example: Example, pair: int) -> list[int]:
-        """Return the group of each supervised token: its source, and which answer it is part of."""
-        first = bisect_right(self.sources, example.record) * TURNS
+        """Return the group of each supervised token: its source and the position of its answer."""
+        first = bisect_right(self.sources, example.record) * ANSWER_POSITIONS
+        last = ANSWER_POSITIONS - 1
         if example.is_pair:
-            return [first + min(pair, TURNS - 1)] * len(example.labels)
+            return [first + min(pair, last)] * len(example.labels)
         runs = groupby(example.labels[1:], key=lambda label: label != IGNORE_INDEX)
         lengths = [len([*run]) for supervised, run in runs if supervised]
-        turns = [[min(turn, TURNS - 1)] * length for turn, length in enumerate(lengths)]
-        return [first + turn for some in turns for turn in some]
+        positions = [[min(turn, last)] * length for turn, length in enumerate(lengths)]
+        return [first + position for answer in positions for position in answer]
 
     def _figures(self, sums: Tensor) -> dict[str, Any]:
-        loss, right, tokens = sums.sum((0, 1)).tolist()
+        """Return the log entry's figures from the sums of `_sums`."""
+        loss, correct, tokens = sums.sum((0, 1)).tolist()
         mean = loss / tokens
         figures = {
             "eval_loss": mean if math.isfinite(mean) else None,
             "eval_perplexity": math.exp(mean) if mean < 700 else None,
-            "eval_token_accuracy": right / tokens,
+            "eval_token_accuracy": correct / tokens,
             "eval_tokens": int(tokens),
         }
-        names = [str(turn + 1) for turn in range(TURNS - 1)] + [f"{TURNS} and later"]
-        for what, parts, labels in (
+        names = [str(turn + 1) for turn in range(ANSWER_POSITIONS - 1)]
+        names += [f"{ANSWER_POSITIONS} and later"]
+        for kind, parts, labels in (
             ("source", sums.sum(1), self.data.eval_sources),
             ("turn", sums.sum(0), names),
         ):
             rows = zip(labels, parts.tolist(), strict=True)
-            found = {label: row[0] / row[2] for label, row in rows if row[2]}
-            if len(found) > 1 and figures["eval_loss"] is not None:
-                figures[f"eval_loss_by_{what}"] = found
+            losses = {label: row[0] / row[2] for label, row in rows if row[2]}
+            if len(losses) > 1 and figures["eval_loss"] is not None:
+                figures[f"eval_loss_by_{kind}"] = losses
         return figures
 
-    def _judge(self, step: int, loss: float | None) -> None:
-        """Keep the best, and end the run where patience is over."""
+    def _track_best(self, step: int, loss: float | None) -> None:
+        """Record the best evaluation, and end the run after too many without improvement."""
         known = self.known
         if lr_at(step - 1, self.layout.total_steps, self.config) == 0.0:
-            return  # The warm-up's first step: nothing was learnt yet that could be saved.
+            return  # The first warm-up step changes no weight.
         if loss is not None and (known["best_metric"] is None or loss < known["best_metric"]):
             known.update(best_metric=loss, best_step=step, stale=0)
             if self.config.load_best_model_at_end:
                 self.saver.due_at = step
             return
         known["stale"] += 1
-        if self._is_enough():
+        if self._out_of_patience():
             self.saver.last_step = step
-            self._tell(
-                f"step {step}: {known['stale']} evaluations without a lesser eval_loss than step "
-                f"{known['best_step']}'s: the run ends here, as --early_stopping_patience says"
+            self._print(
+                f"step {step}: {known['stale']} evaluations without a lower eval_loss than at step "
+                f"{known['best_step']}; the run ends (--early_stopping_patience)"
             )
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Have the model without dropout and gradients, and then as it was."""
+    """Run the block without dropout and gradients; restore the modes of all modules afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     for module, _ in modes:
-        # bitsandbytes 0.50 (nn/modules.py, Linear4bit) packs a weight anew where it is in eval mode
-        # on a CPU, and training would go on with other products. It has no dropout.
+        # On a CPU, Linear4bit of bitsandbytes 0.50 (nn/modules.py) repacks its weight in eval mode,
+        # which changes later products in training. The layer has no dropout.
         if any(hasattr(weight, "quant_state") for weight in module.parameters(recurse=False)):
             module.training = True
     try:

@@ -1,4 +1,4 @@
-"""The loss: a sum over supervised tokens, and the scale that makes it the window's mean."""
+"""The loss: the sum over supervised tokens, and its scale for the mean of a window."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from data.batching.collate import MicroBatch
 
-# Settings of models that make something else of what their LM head gives (transformers 5.23).
+# Configuration keys of models that alter the logits of their LM head (transformers 5.23).
 AFTERWARDS = (
     *("final_logit_softcapping", "logits_scaling", "logit_scale", "unpadded_vocab_size"),
     *("logit_softcap", "output_multiplier", "lm_head_multiplier", "logits_soft_cap"),
 )
-# Where composite models keep the settings of what makes the logits (Gemma 3, T5Gemma).
+# Sub-configurations of composite models that may hold these keys (Gemma 3, T5Gemma).
 PARTS = ("text_config", "decoder")
 
 
@@ -25,9 +25,9 @@ def supervised_loss_sum(
 ) -> Tensor:
     """Return the summed cross-entropy of the supervised tokens, a scalar in fp32.
 
-    The LM head runs on supervised positions only, `chunk_tokens` of them at a time: logits [C, V]
-    in place of [B, T, V]; on all of them at once where the model needs to see its own logits, or
-    where `chunk_tokens` is 0.
+    The LM head runs on supervised positions only, `chunk_tokens` at a time, so logits are [C, V]
+    instead of [B, T, V]. It runs on all supervised positions at once if the model alters its
+    logits, or if `chunk_tokens` is 0.
     """
     torch.manual_seed(micro_batch.seed)
     wrapped: Any = getattr(model, "module", model)  # DistributedDataParallel, DeepSpeedEngine
@@ -48,9 +48,9 @@ def supervised_loss_sum(
 def token_losses(
     model: nn.Module, micro_batch: MicroBatch, chunk_tokens: int = 1024
 ) -> tuple[Tensor, Tensor]:
-    """Return each supervised token's loss and the id the model would give: [S] fp32, [S] int64.
+    """Return the loss and the predicted id of each supervised token: [S] fp32, [S] int64.
 
-    For evaluation, without gradients; by the LM head as in training, so that both losses are one.
+    For evaluation, without gradients. The LM head runs as in training, so both losses are equal.
     """
     wrapped: Any = getattr(model, "module", model)
     head = wrapped.get_output_embeddings()
@@ -79,9 +79,9 @@ def _compared(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def loss_scale(accelerator: Accelerator, supervised_tokens: int) -> float:
     """Return the factor that turns loss sums into the gradient of the window's mean loss.
 
-    `backward` divides by the accumulation (accelerate 1.15: accelerator.py, or DeepSpeed's
-    engine), and averaging gradients over ranks divides by the world size. Both are undone; what
-    is left is one division by the supervised tokens of the whole window, over all ranks.
+    `backward` divides by the gradient accumulation (accelerate 1.15: accelerator.py, or DeepSpeed's
+    engine), and averaging gradients over ranks divides by the world size. The factor undoes both,
+    and divides once by the supervised tokens of the window, over all ranks.
     """
     undone: int = accelerator.num_processes * accelerator.gradient_accumulation_steps
     return undone / supervised_tokens
@@ -90,8 +90,8 @@ def loss_scale(accelerator: Accelerator, supervised_tokens: int) -> float:
 class _FrozenHead(torch.autograd.Function):
     """The loss sum of hidden states [S, H] through a frozen head [V, H], a chunk at a time.
 
-    The gradient of the hidden states is made at once, so that no logits are kept for later, and
-    the weights, which ZeRO-3 gathers, are needed in the forward pass alone.
+    The forward pass computes the gradient of the hidden states. So no logits are kept, and the
+    weights, which ZeRO-3 gathers, are not needed in the backward pass.
     """
 
     @staticmethod
@@ -109,7 +109,7 @@ class _FrozenHead(torch.autograd.Function):
             probabilities = logits.sub_(log_sum).exp_()
             probabilities.scatter_add_(1, places, -torch.ones_like(log_sum))
             slot.copy_(probabilities.to(weight.dtype) @ weight)
-            del logits, probabilities  # else the next chunk's would lie beside them
+            del logits, probabilities  # free them before the next chunk
         ctx.save_for_backward(gradient)
         return loss
 
@@ -120,16 +120,16 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def changes_logits(config: Any) -> bool:
-    """Whether a model's configuration names something that is done to its LM head's logits."""
+    """Whether a model's configuration has a key that alters the logits of its LM head."""
     parts = [config, *(getattr(config, part, None) for part in PARTS)]
     return any(getattr(part, name, None) for part in parts for name in AFTERWARDS)
 
 
 def _in_chunks(head: Any, model: Any) -> bool:
-    """Whether the head can give the loss itself: its logits are the model's, as they are.
+    """Whether the loss can be computed in chunks: the model does not alter its head's logits.
 
-    ZeRO-3 gathers a head's weights once; one that has trained parts would need them again. In fp16
-    the gradient's small parts need the loss scale, which comes later.
+    Under ZeRO-3 a head with trained parameters would need its weights again in the backward pass.
+    In fp16 the gradient would underflow, as the loss scale is applied later.
     """
     parameters = [*head.parameters()]
     return (
@@ -145,7 +145,7 @@ def _is_frozen(head: Any) -> bool:
 
 
 def _loss_of(head: Any, hidden: Tensor, targets: Tensor, size: int) -> Any:
-    """Return the loss sum of hidden states [S, H], a chunk at a time, by the LM head."""
+    """Return the loss sum of hidden states [S, H] through the LM head, a chunk at a time."""
     if _is_frozen(head):
         apply: Any = _FrozenHead.apply
         return apply(hidden, head.weight, head.bias, targets, size)
@@ -161,9 +161,9 @@ def _loss_of(head: Any, hidden: Tensor, targets: Tensor, size: int) -> Any:
 def _in_place_of_logits(
     head: nn.Module, positions: Tensor, made: Callable[[Tensor], Any]
 ) -> Iterator[None]:
-    """Have the LM head give what is made of its hidden states [S, H], in place of logits.
+    """Make the LM head return `made(hidden states [S, H])` instead of logits.
 
-    It is made in a hook before DeepSpeed's, which gives ZeRO-3's gathered weights up.
+    The hook runs before DeepSpeed's own, which releases ZeRO-3's gathered weights.
     """
     kept: list[Tensor] = []
 
@@ -184,7 +184,7 @@ def _in_place_of_logits(
 
 @contextmanager
 def _head_sees(head: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Let the LM head see hidden states [B, T, H] at the flat `positions` [S] only."""
+    """Run the LM head on hidden states [B, T, H] at the flat `positions` [S] only."""
 
     def select(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (_selected(inputs[0], positions),)

@@ -1,4 +1,4 @@
-"""What the model answers to fixed prompts while it is trained: greedy, on all ranks in step."""
+"""Generates greedy answers to fixed prompts during training, on all ranks in lockstep."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -26,34 +26,40 @@ Row = dict[str, Any]  # step, prompt, answer
 
 
 def read_prompts(config: Config, accelerator: Accelerator) -> list[str]:
-    """Return the prompts: words, or the lines of files; every rank must call this.
+    """Return the prompts, given as text or as files with a prompt per line.
 
-    The first rank reads them for all. Raises UserError for a file that cannot be read or is empty.
+    Every rank must call this; rank 0 reads the files. Raises UserError for a file that cannot be
+    read or is empty.
     """
-    found: list[str] = []
+    prompts: list[str] = []
     with raise_on_all_ranks():
         for word in config.sample_prompts or () if accelerator.is_main_process else ():
-            found += _lines(Path(word).expanduser()) if is_file(word) else [word]
-    (found,) = broadcast_object_list([found])
-    return found
+            prompts += _lines(Path(word).expanduser()) if is_file(word) else [word]
+    (prompts,) = broadcast_object_list([prompts])
+    return prompts
 
 
 def _lines(file: Path) -> list[str]:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--sample_prompts {file}: cannot be read as UTF-8: {error}.") from None
+        raise UserError(
+            f"--sample_prompts {file}: cannot be read: {error}. Give a UTF-8 text file."
+        ) from None
     if not any(lines):
-        raise UserError(f"--sample_prompts {file}: found no line; expected one prompt a line.")
+        raise UserError(
+            f"--sample_prompts {file}: found no text; expected one prompt per line. Give another "
+            "file, or the prompt itself."
+        )
     return [line for line in lines if line]
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Answers prompts with the model as it is run in training; `size` of them at a time.
+    """Answers prompts with the model's training forward pass, `size` prompts at a time.
 
-    There is no cache of keys and values: each token runs the whole prompt again, through the
-    very attention and layout of training, which is what all backends have.
+    There is no cache of keys and values: each token runs the complete sequence again, with the
+    attention and layout of training, which all backends support.
     """
 
     data: TrainingData
@@ -62,18 +68,18 @@ class Sampler:
     prompts: Sequence[str]
     size: int
 
-    def rows(self, model: Any, step: int, asked: Callable[[], bool]) -> list[Row] | None:
-        """Return an answer to each prompt; None where a stop was asked for. Every rank calls it."""
+    def rows(self, model: Any, step: int, stop_asked: Callable[[], bool]) -> list[Row] | None:
+        """Return an answer to each prompt; None after a stop request. Every rank must call this."""
         tokenizer, rows = self.data.base.tokenizer, list[Row]()
         for begin in range(0, len(self.prompts), self.size):
             prompts = self.prompts[begin : begin + self.size]
-            answers = self._answers(model, [*map(self._ids, prompts)], asked)
+            answers = self._answers(model, [*map(self._ids, prompts)], stop_asked)
             if answers is None:
                 return None
             texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
             rows += [
-                {"step": step, "prompt": asked_for, "answer": text}
-                for asked_for, text in zip(prompts, texts, strict=True)
+                {"step": step, "prompt": question, "answer": text}
+                for question, text in zip(prompts, texts, strict=True)
             ]
         return rows
 
@@ -83,45 +89,47 @@ class Sampler:
         ids: list[int] = self.data.base.tokenizer(
             rendered.text,
             add_special_tokens=rendered.add_special_tokens,
-            split_special_tokens=template == "t5",  # as in training, which adds its own
+            split_special_tokens=template == "t5",  # as in training
         )["input_ids"]
         return ids
 
     def _answers(
-        self, model: Any, prompts: list[list[int]], asked: Callable[[], bool]
+        self, model: Any, prompts: list[list[int]], stop_asked: Callable[[], bool]
     ) -> list[list[int]] | None:
-        ends = self._ends(model)
+        """Return the ids of each answer; None after a stop request."""
+        end_ids = self._end_ids(model)
         answers: list[list[int]] = [[] for _ in prompts]
-        going = [*range(len(prompts))]
+        unfinished = [*range(len(prompts))]
         for _ in range(self.config.sample_tokens):
-            if asked():
+            if stop_asked():
                 return None
-            examples = [self._example(prompts[i], answers[i]) for i in going]
-            chosen = self._next(model, examples)
-            for i, token in zip(going, chosen, strict=True):
+            examples = [self._example(prompts[i], answers[i]) for i in unfinished]
+            tokens = self._next_tokens(model, examples)
+            for i, token in zip(unfinished, tokens, strict=True):
                 answers[i].append(token)
-            going = [i for i in going if answers[i][-1] not in ends]
-            if not going:
+            unfinished = [i for i in unfinished if answers[i][-1] not in end_ids]
+            if not unfinished:
                 break
         return answers
 
-    def _example(self, asked: list[int], answer: list[int]) -> Example:
-        """Return an example whose last supervised token, whatever it is, is the one to be found."""
+    def _example(self, prompt_ids: list[int], answer: list[int]) -> Example:
+        """Return an example with one supervised token more, a placeholder for the next token."""
         if self.data.base.config.is_encoder_decoder:
-            return Example("", asked, [*answer, 0], len(answer) + 1, is_pair=True)
-        ids = [*asked, *answer]
+            return Example("", prompt_ids, [*answer, 0], len(answer) + 1, is_pair=True)
+        ids = [*prompt_ids, *answer]
         return Example("", [*ids, 0], [*[IGNORE_INDEX] * len(ids), 0], 1)
 
-    def _next(self, model: Any, examples: list[Example]) -> list[int]:
-        """Return each one's likeliest next token: the first rank's, so that all ranks go on."""
+    def _next_tokens(self, model: Any, examples: list[Example]) -> list[int]:
+        """Return the likeliest next token of each example, as computed on rank 0."""
         batch = self.data.collator(examples, 0).to(self.accelerator.device)
         _, predicted = token_losses(model, batch, self.config.loss_chunk_tokens)
         counts = torch.tensor([example.supervised_tokens for example in examples])
         last = (counts.cumsum(0) - 1).to(predicted.device)
-        chosen: Tensor = broadcast(predicted[last].contiguous())
-        return [int(token) for token in chosen.tolist()]
+        tokens: Tensor = broadcast(predicted[last].contiguous())
+        return [int(token) for token in tokens.tolist()]
 
-    def _ends(self, model: Any) -> set[int]:
+    def _end_ids(self, model: Any) -> set[int]:
+        """Return the ids that end an answer."""
         generation = getattr(self.accelerator.unwrap_model(model), "generation_config", None)
         ends = getattr(generation, "eos_token_id", None) or []
         return {
@@ -130,7 +138,7 @@ class Sampler:
         }
 
 
-def write_samples(folder: Path, rows: list[Row], afresh: bool = False) -> None:
-    """Add the rows to samples.jsonl, or make it anew of them."""
-    with open(folder / FILE, "w" if afresh else "a", encoding="utf-8") as file:
+def write_samples(folder: Path, rows: list[Row], replace: bool = False) -> None:
+    """Append the rows to samples.jsonl, or replace its content with them."""
+    with open(folder / FILE, "w" if replace else "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

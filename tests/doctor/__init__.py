@@ -1,1 +1,1 @@
-"""Tests of doctor."""
+"""Tests of the doctor, `show` and the memory estimate."""

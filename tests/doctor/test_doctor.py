@@ -1,4 +1,4 @@
-"""The doctor finds every mistake in one call, and passes what is right."""
+"""The doctor reports every error in one call, and accepts correct flags."""
 
 import json
 import os
@@ -26,7 +26,7 @@ DDP = ("--accelerate_config", CONFIGS / "ddp.yaml")
 
 @pytest.fixture
 def right(tiny_model: Path, tmp_path: Path) -> list[str | Path]:
-    """Flags with which nothing is wrong."""
+    """Flags without errors."""
     texts = [["Hi", f"Hello number {n}, I am happy to be here."] for n in range(12)]
     data = write_dialogues(tmp_path / "data.json", *texts)
     flags = ["--model_name_or_path", tiny_model, "--data_path", data, "--mixed_precision", "no"]
@@ -35,18 +35,18 @@ def right(tiny_model: Path, tmp_path: Path) -> list[str | Path]:
 
 @pytest.fixture
 def doctor(right: list[str | Path], capsys: pytest.CaptureFixture[str]) -> Doctor:
-    """Run the doctor with flags added to those that are right; return what is wrong."""
+    """Run the doctor with flags added to the correct ones; return the errors."""
 
     def run(*flags: str | Path) -> list[str]:
         before = dict(os.environ)
-        told = []
+        errors = []
         try:
             main([str(word) for word in [*right, *flags]])
         except UserError as error:
-            told = problems(str(error))
+            errors = problems(str(error))
         assert dict(os.environ) == before
-        if told:
-            return told
+        if errors:
+            return errors
         assert capsys.readouterr().out.splitlines()[-1] == "ready"
         return []
 
@@ -54,7 +54,7 @@ def doctor(right: list[str | Path], capsys: pytest.CaptureFixture[str]) -> Docto
 
 
 def problems(text: str) -> list[str]:
-    """Return the numbered problems of a message, or its only one."""
+    """Return the numbered errors of a message, or its only one."""
     numbered = re.findall(r"^  \d+\. (.*)$", text, re.MULTILINE)
     return numbered or [text]
 
@@ -68,7 +68,7 @@ def deepspeed(folder: Path, **values: Any) -> Path:
     return write(folder / "ds.json", json.dumps({"zero_optimization": {"stage": 3}, **values}))
 
 
-# A seed's flags, and what is to be told of it; {here} is a folder with what they name.
+# Flags with an error, and a part of the expected message; {here} is the folder of wrong files.
 SEEDED = {
     "a flag that there is not": ("--lora_rank 8", "--lora_rank: unknown flag. Did you mean"),
     "a value out of range": ("--lora_dropout 1", "--lora_dropout: found 1.0; expected"),
@@ -84,8 +84,8 @@ SEEDED = {
         "--eval_data_path {here}/nowhere.jsonl: no such file",
     ),
     "a bad record": ("--data_path {here}/bad.json", 'bad.json: record 1 (id "b"): turn 0 has the'),
-    "nothing to learn": ("--model_max_length 8", "dialogues (100.0%) have nothing to learn"),
-    "another model's targets": ("--lora_target_modules query", "is named query; expected"),
+    "nothing to learn": ("--model_max_length 8", "dialogues (100.0%) without a supervised token"),
+    "another model's targets": ("--lora_target_modules query", "is named query. It has: "),
     "another model's template": ("--template t5", "--template: found t5 with"),
     "no such chat template": ("--chat_template {here}/no.jinja", "no.jinja: cannot be read"),
     "no such adapter": ("--lora_weight_path {here}/no", "adapter_config.json: cannot be read"),
@@ -148,25 +148,23 @@ def here(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def flags_of(seed: str, here: Path) -> tuple[list[str], str]:
-    """Return a seed's flags and what is to be told of it."""
-    flags, found = SEEDED[seed]
+    """Return the flags with an error, and a part of the expected message."""
+    flags, expected = SEEDED[seed]
     zero3, ddp = (" ".join(map(str, words)) for words in (ZERO3, DDP))
     places = {"here": here, "zero3": zero3, "ddp": ddp, "configs": CONFIGS}
-    return flags.format(**places).split(), found.format(**places)
+    return flags.format(**places).split(), expected.format(**places)
 
 
 @pytest.mark.parametrize("seed", SEEDED)
-def test_each_mistake_is_found_and_told_with_a_remedy(
-    seed: str, doctor: Doctor, here: Path
-) -> None:
+def test_each_error_is_reported_once(seed: str, doctor: Doctor, here: Path) -> None:
     flags, expected = flags_of(seed, here)
     found = doctor(*flags)
-    # Of FlashAttention two things are wrong on any machine without a GPU and the package.
+    # FlashAttention has two more errors on a machine without a GPU and the package.
     assert 1 <= len(found) <= (3 if "FlashAttention" in seed else 1), found
     assert [problem for problem in found if expected in problem], found
 
 
-def test_nothing_is_wrong_where_nothing_is_wrong(doctor: Doctor) -> None:
+def test_correct_flags_are_ready(doctor: Doctor) -> None:
     assert doctor() == []
     assert doctor("--gradient_checkpointing", "--q_lora", *ZERO3, "--num_processes", "2") == []
 
@@ -180,7 +178,7 @@ ALL = """
     --lora_target_modules query --template t5 --lora_weight_path {here}/no
     --output_dir {here}/bad.json {zero3}
 """
-TOLD = (
+EXPECTED = (
     "--lora_rank: unknown flag. Did you mean --lora_r",
     "--lora_dropout: found 1.0; expected a value",
     "--optim: found sgd",
@@ -209,10 +207,10 @@ TOLD = (
 )
 
 
-def test_all_of_25_mistakes_are_told_in_one_call(
+def test_25_errors_are_reported_in_one_call(
     right: list[str | Path], here: Path, tmp_path: Path
 ) -> None:
-    """The command starts cold, since the packages that it finds are not those of the others."""
+    """The command starts cold, since it finds other packages than the warm server."""
     for name, version in {"peft": "0.10.0", "dill": "0.0.1"}.items():
         installed(tmp_path / "old", name, version)
     zero3 = " ".join(map(str, ZERO3))
@@ -224,12 +222,12 @@ def test_all_of_25_mistakes_are_told_in_one_call(
     )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    told = problems(done.stderr)
-    assert not [text for text in TOLD if not any(text in problem for problem in told)]
-    assert len(told) == len(TOLD) == 25, told
+    found = problems(done.stderr)
+    assert not [text for text in EXPECTED if not any(text in problem for problem in found)]
+    assert len(found) == len(EXPECTED) == 25, found
 
 
-def test_each_bad_file_of_a_folder_is_told(doctor: Doctor, tmp_path: Path) -> None:
+def test_each_bad_file_of_a_folder_is_reported(doctor: Doctor, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     for name, text in {"a": '[{"id": 1}]', "b": "[]", "c": '[{"id": 2', "e": "nul"}.items():
@@ -242,7 +240,7 @@ def test_each_bad_file_of_a_folder_is_told(doctor: Doctor, tmp_path: Path) -> No
 
 
 def installed(folder: Path, name: str, version: str) -> Path:
-    """Have a package look as if it were installed in this version, without what it needs."""
+    """Make a package look installed in this version, without its dependencies."""
     place = folder / f"{name}-{version}.dist-info"
     place.mkdir(parents=True)
     write(place / "METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -258,12 +256,12 @@ def test_an_encoder_decoder_in_fp16_is_refused_and_one_in_bf16_is_not(
     assert [problem for problem in found if "whose activations overflow it" in problem]
 
 
-def test_a_gpu_that_lacks_what_is_asked_for_is_told(
+def test_a_gpu_without_the_requested_features_is_reported(
     doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is no GPU here: only what PyTorch would say of one is put in its place."""
+    """A fake GPU: torch.cuda's functions return a T4's properties."""
     properties = SimpleNamespace(name="Tesla T4", total_memory=16 * 2**30, major=7, minor=5)
-    said = {
+    properties_of_t4 = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "get_device_name": lambda: "Tesla T4",
@@ -273,7 +271,7 @@ def test_a_gpu_that_lacks_what_is_asked_for_is_told(
         "mem_get_info": lambda _: (15 * 2**30, 16 * 2**30),
         "memory_reserved": lambda _: 0,
     }
-    for name, value in said.items():
+    for name, value in properties_of_t4.items():
         monkeypatch.setattr(torch.cuda, name, value)
     launch = (*DDP, "--num_processes", "2", "--flash_attn", "--mixed_precision", "bf16")
     found = "\n".join(doctor(*launch))

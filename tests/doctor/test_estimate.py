@@ -1,4 +1,4 @@
-"""The estimate counts what is built and saved, and docs/memory.md holds what it gives."""
+"""The estimate equals what is built and saved, and docs/memory.md equals the estimate."""
 
 import json
 import re
@@ -41,7 +41,7 @@ LLAMA_2 = {
     "13B": (5120, 13824, 40, 40, 40),
     "70B": (8192, 28672, 80, 64, 8),
 }
-# What the table in docs/memory.md is for.
+# The settings of the tables in docs/memory.md.
 DOCUMENTED = DoctorConfig(per_device_train_batch_size=1, gradient_checkpointing=True)
 
 
@@ -99,14 +99,14 @@ def built(base: str, config: DoctorConfig, **lora: Any) -> Any:
     ],
     ids=str,
 )
-def test_parameters_are_counted_as_they_are_built(values: dict[str, Any], tmp_path: Path) -> None:
+def test_parameters_are_counted_as_in_a_built_model(values: dict[str, Any], tmp_path: Path) -> None:
     from torch import nn
 
     biased, tied = values.pop("biased", False), values.pop("tied", False)
     config = DoctorConfig(**values)
     base = llama(tmp_path / "m", attention_bias=biased, tie_word_embeddings=tied)
     shape = read_shape(base, config)
-    # On a built model LoRA's own Linears would count too: their weights are what is trained.
+    # The built model also has LoRA's own Linears; their weights are trained.
     model = built(base, config)
     parameters = list(model.parameters())
     assert sorted(shape.trained) == sorted(p.numel() for p in parameters if p.requires_grad)
@@ -160,8 +160,8 @@ def test_a_layer_keeps_what_autograd_saves(
         saved.append(sum(storage.nbytes() for storage in kept.values()))
         del output
     shape = read_shape(base, config)
-    there = next(backend for backend in backends() if backend.name == name)
-    one = launch(shape, config, there)
+    backend = next(backend for backend in backends() if backend.name == name)
+    one = launch(shape, config, backend)
     copies = one.autocast * 2 * one.adapter / shape.layers  # counted as part of the adapter
     assert saved[1] - saved[0] == 24 * layer_activations(one) + copies
 
@@ -170,11 +170,11 @@ def test_optimizer_state_and_gradients_divide_by_the_ranks_and_weights_do_not(se
     one, eight = (memory(run(seven, "zero2", ranks)) for ranks in (1, 8))
     assert eight["optimizer"] == one["optimizer"] / 8 > 0
     assert eight["base weights"] == one["base weights"] == 2 * 6_738_415_616
-    # The bucket is whole on every rank.
+    # The bucket is not partitioned.
     assert one["gradients"] - eight["gradients"] == 4 * sum(seven.trained) * 7 / 8
 
 
-def test_zero3_divides_the_weights_but_for_small_ones_and_the_scales(seven: Shape) -> None:
+def test_zero3_divides_the_weights_except_small_ones_and_the_scales(seven: Shape) -> None:
     norms = 2 * (2 * 32 + 1) * 4096
     for ranks in (2, 8):
         found = memory(run(seven, "zero3", ranks))
@@ -182,7 +182,7 @@ def test_zero3_divides_the_weights_but_for_small_ones_and_the_scales(seven: Shap
         codes = memory(run(seven, "zero3", ranks, q_lora=True))
         assert codes["4-bit scales"] == memory(run(seven, "zero2", q_lora=True))["4-bit scales"]
         assert codes["base weights"] < found["base weights"] / 3
-    # 4.127 bits a weight: 4, and by QLoRA's paper 0.127 of scales (Dettmers 2023, section 3).
+    # 4.127 bits per weight: 4, and 0.127 for scales (QLoRA, Dettmers 2023, section 3).
     bits = 8 * codes["4-bit scales"] / sum(seven.model.linears)
     assert bits == pytest.approx(0.127, abs=1e-3)
 
@@ -206,7 +206,7 @@ def test_communication_follows_ranks_and_micro_batches(seven: Shape) -> None:
     assert sent(run(seven, "zero2", global_batch_size=64)) == (2 * 4 * 8 + 2) * adapter * 7 / 8
     for name in ("ddp", "zero1", "zero2", "zero3"):
         assert sent(run(seven, name, ranks=1)) == 0
-    # Twice the weights, but for what stays from the forward pass to the backward.
+    # Twice the weights, except those that stay gathered from the forward to the backward pass.
     assert 1.5 < sent(run(seven, "zero3")) / (2 * 6_738_415_616 * 7 / 8) < 2
 
 
@@ -232,7 +232,7 @@ def test_communication_follows_ranks_and_micro_batches(seven: Shape) -> None:
     ],
     ids=str,
 )
-def test_mistakes_are_one_message(flags: tuple[str, ...], message: str, tmp_path: Path) -> None:
+def test_an_error_is_one_message(flags: tuple[str, ...], message: str, tmp_path: Path) -> None:
     (tmp_path / "fsdp.yaml").write_text("distributed_type: FSDP\n")
     llama(tmp_path / "m")
     (tmp_path / "five.yaml").write_text("distributed_type: DEEPSPEED\ndeepspeed_config: 5\n")
@@ -247,12 +247,12 @@ def test_mistakes_are_one_message(flags: tuple[str, ...], message: str, tmp_path
     assert "\n" not in str(caught.value)
 
 
-def test_every_accelerate_config_is_understood() -> None:
+def test_every_accelerate_config_can_be_read() -> None:
     for path in (ROOT / "accelerate_configs").glob("*.yaml"):
         assert read_backend(path).name == path.stem
 
 
-def test_the_documented_tables_are_what_the_estimate_gives(tmp_path: Path) -> None:
+def test_the_documented_tables_are_the_estimates(tmp_path: Path) -> None:
     text = DOCS.read_text()
     for size in LLAMA_2:
         shape = llama_2(tmp_path, size)
@@ -261,7 +261,7 @@ def test_the_documented_tables_are_what_the_estimate_gives(tmp_path: Path) -> No
         assert overview(shape, DOCUMENTED) in text
 
 
-def test_each_documented_formula_is_the_code_s() -> None:
+def test_each_documented_formula_is_in_the_code() -> None:
     def plain(text: str) -> str:
         return re.sub(r"\s|\b(run|shape|config|self)\.", "", text)
 
@@ -274,7 +274,7 @@ def test_each_documented_formula_is_the_code_s() -> None:
 
 
 def test_the_estimate_is_within_15_percent_of_what_was_measured(tmp_path: Path) -> None:
-    """The table in docs/memory.md, measured when all logits were made at once."""
+    """The table in docs/memory.md, measured when all logits were computed at once."""
     row = r"^\| (\w+) \| (Q?LoRA) \| (on|off) \| ([\d,]+) \| ([\d,]+) \|"
     rows = re.findall(row, DOCS.read_text(), re.MULTILINE)
     assert len(rows) == 16
@@ -299,7 +299,7 @@ def test_the_estimate_is_within_15_percent_of_what_was_measured(tmp_path: Path) 
         run = Run(read_shape(folder, config), config, backend, 1, 0.822)
         parts = memory(run)
         parts["loss, or one layer's backward"] = max(
-            estimate.whole_loss(run, run.supervised), layer_backward(run)
+            estimate.full_loss(run, run.supervised), layer_backward(run)
         )
         megabytes = sum(parts.values()) / 2**20
         assert f"{megabytes:,.0f}" == estimated

@@ -1,4 +1,4 @@
-"""The estimate counts what a T5 saves and holds, layer by layer and at a step's peak."""
+"""The estimate equals what a T5 saves per layer, and is close to the peak of a step."""
 
 import gc
 from collections.abc import Callable
@@ -142,7 +142,7 @@ def test_a_layer_of_either_stack_keeps_what_autograd_saves(
         counted.append(estimate_t5.kept_activations(run, run.shape.t5) + copies)
     for deeper in (1, 2):
         assert measured[deeper] - measured[0] == counted[deeper] - counted[0] > 0
-    # What is before the first trained weight saves nothing, which is counted all the same.
+    # Layers before the first trained weight save nothing, but are counted.
     assert measured[0] <= counted[0] < 1.15 * measured[0]
 
 
@@ -171,7 +171,7 @@ def held_and_most(told: Any) -> tuple[int, int]:
 def test_a_step_s_peak_is_within_15_percent_of_the_estimate(
     size: Size, precision: Any, base: Any, values: Any, checkpointing: bool, tmp_path: Path
 ) -> None:
-    """Read from the allocator, without what is there between steps: weights, gradients, moments."""
+    """Measured in the allocator, without weights, gradients and moments."""
     config = DoctorConfig(mixed_precision=precision, gradient_checkpointing=checkpointing, **values)
     t5(tmp_path, (3, 3), **LARGER, **base)
     run, model = estimated(tmp_path, config, size), built(tmp_path, config)
@@ -179,7 +179,7 @@ def test_a_step_s_peak_is_within_15_percent_of_the_estimate(
     with torch.autocast("cpu", torch.bfloat16, enabled=run.autocast):
         supervised_loss_sum(model, pairs).backward()  # A second step finds gradients.
     gc.collect()
-    # oneDNN would take scratch memory of its own: on some CPUs, for bf16.
+    # On some CPUs oneDNN takes scratch memory for bf16.
     with torch.backends.mkldnn.flags(enabled=False):
         with (
             profile(profile_memory=True) as forward,
@@ -211,7 +211,7 @@ def test_weights_beside_wo_are_in_4_bits_and_wo_in_fp32(precision: Any, tmp_path
 def test_on_a_gpu_attention_s_weights_are_not_kept_and_autocast_s_powers_are_wide(
     tmp_path: Path,
 ) -> None:
-    """From PyTorch's code; it was not measured."""
+    """From PyTorch's code; not measured."""
     t5(tmp_path, (2, 2), **FLAN)
     on_cpu = estimated(tmp_path, DoctorConfig(mixed_precision="bf16"), Size(2, 1024, 1024))
     on_gpu = replace(on_cpu, gpu=True)
@@ -227,20 +227,20 @@ def test_on_a_gpu_attention_s_weights_are_not_kept_and_autocast_s_powers_are_wid
 
 def test_the_micro_batch_that_takes_most_is_not_the_one_with_most_tokens(tmp_path: Path) -> None:
     base_config = t5(tmp_path, (2, 2), **FLAN)
-    model: Any = SimpleNamespace(unlike="", bare=None, base_config=base_config)
+    model: Any = SimpleNamespace(no_estimate="", bare=None, base_config=base_config)
     from loop.doctor.memory.shape import bare_model
 
     config = DoctorConfig(mixed_precision="bf16")
     model.bare = bare_model(str(tmp_path), base_config, config)
     many, long = Size(16, 60, 10), Size(1, 1000, 10)
-    ahead = forecast.Outlook(1e5, frozenset({many, long}), 0.3)
+    tokens = forecast.TokenForecast(1e5, frozenset({many, long}), 0.3)
     backend = next(backend for backend in backends() if backend.name == "single_gpu")
-    prepared: Any = SimpleNamespace(new_tokens=[])
-    found = forecast.largest_run(model, prepared, backend, 1, ahead, config)
+    data: Any = SimpleNamespace(base=SimpleNamespace(new_tokens=[]))
+    found = forecast.largest_run(model, data, backend, 1, tokens, config)
     assert found
     assert many.tokens > long.tokens
     assert found.size == long
-    assert found.supervised == 10  # all of the targets, whatever the share of both sides
+    assert found.supervised == 10  # all target tokens, whatever the share over both sides
 
 
 def test_the_doctor_estimates_a_t5_and_refuses_one_of_another_build(
@@ -249,9 +249,9 @@ def test_the_doctor_estimates_a_t5_and_refuses_one_of_another_build(
     t5(tmp_path, (2, 3), **FLAN)
     words = ["--estimate", "--model_name_or_path", str(tmp_path), "--max_target_length", "256"]
     main(words)
-    told = capsys.readouterr().out
-    assert "micro-batch 8 x (2048 + 256) tokens" in told
-    assert "LoRA r 8 on q v" in told
+    report = capsys.readouterr().out
+    assert "micro-batch 8 x (2048 + 256) tokens" in report
+    assert "LoRA r 8 on q v" in report
     file = ROOT / "accelerate_configs" / "zero3.yaml"
     main([*words, "--accelerate_config", str(file), "--q_lora", "True"])
     assert "zero3, QLoRA, bf16, rank of 8" in capsys.readouterr().out
@@ -261,7 +261,7 @@ def test_the_doctor_estimates_a_t5_and_refuses_one_of_another_build(
         main(words)
 
 
-def test_the_doctor_tells_a_t5_s_memory_by_part(
+def test_the_doctor_prints_a_t5_s_memory_by_part(
     tiny_t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[Any] = []
@@ -278,4 +278,4 @@ def test_the_doctor_tells_a_t5_s_memory_by_part(
     main([*words, "--accelerate_config", alone, "--report_to", "none"])
     table = dict(rows)
     assert "kept activations" in table["each rank"]
-    assert " + " in table["reckoned for"]
+    assert " + " in table["assuming"]

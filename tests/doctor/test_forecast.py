@@ -1,4 +1,4 @@
-"""What the doctor foresees is what training then does: steps, tokens, memory, disk, time."""
+"""The doctor's forecast of steps, tokens, memory, disk and time agrees with training."""
 
 import sys
 from dataclasses import replace
@@ -22,28 +22,28 @@ from tests.support.helpers import ROOT, command, write_dialogues
 __all__ = ["doctor", "right"]  # fixtures
 
 
-def test_without_a_flag_the_main_job_is_examined_as_launch_sh_would_start_it(
+def test_without_flags_the_main_job_is_examined_as_launch_sh_starts_it(
     chat_model: Path,
 ) -> None:
     done = command(sys.executable, "-m", "loop", "doctor", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    told = done.stdout
-    assert "accelerate_configs/zero2.yaml: DeepSpeed ZeRO-2; 1 rank\n" in told
-    assert "read 500 = kept 500" in told
-    assert "8 examples = 1 rank x 4 micro-batches of at most 2 examples" in told
-    assert "63 steps, 1.00 epochs" in told
-    assert "134,515,008; trained 2,442,240 (1.783 %)" in told
-    assert told.count("⟦") >= 3
-    assert "\033" not in told
-    assert told.splitlines()[-1] == "ready"
+    report = done.stdout
+    assert "accelerate_configs/zero2.yaml: DeepSpeed ZeRO-2; 1 rank\n" in report
+    assert "read 500 = kept 500" in report
+    assert "8 examples = 1 rank x 4 micro-batches of at most 2 examples" in report
+    assert "63 steps, 1.00 epochs" in report
+    assert "134,515,008; trained 2,442,240 (1.783 %)" in report
+    assert report.count("⟦") >= 3
+    assert "\033" not in report
+    assert report.splitlines()[-1] == "ready"
     page = (ROOT / "docs" / "training.md").read_text()
     (shown,) = (text for text in page.split("```") if text.startswith("text\nlaunch\n"))
     for line in shown.splitlines()[1:]:
-        if not line.startswith(("  output  ", "  needed  ")):  # which tell of runs/main_job
-            assert line in told
+        if not line.startswith(("  output  ", "  needed  ")):  # they depend on runs/main_job
+            assert line in report
 
 
-def test_colours_are_a_terminals(
+def test_only_a_terminal_gets_colours(
     doctor: Doctor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -54,7 +54,7 @@ def test_colours_are_a_terminals(
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_tokens_and_the_largest_micro_batch_are_those_of_the_windows(
+def test_forecast_tokens_and_micro_batches_are_those_of_the_windows(
     packed: bool, tiny_model: Path, tmp_path: Path
 ) -> None:
     texts = [["Hi", "Hello. " * (1 + 7 * n % 13)] for n in range(23)]
@@ -70,7 +70,7 @@ def test_tokens_and_the_largest_micro_batch_are_those_of_the_windows(
     layout = plan_layout(
         config, 23, SimpleNamespace(process_index=0, num_processes=2), prepared.base.packed
     )
-    found = forecast.outlook_of(prepared, layout, config)
+    found = forecast.forecast_tokens(prepared, layout, config)
     collate = replace(prepared.collator, sharing=False)
     everything = [*windows(prepared.examples, layout, config.seed, collate)]
     other = plan_layout(
@@ -85,15 +85,15 @@ def test_tokens_and_the_largest_micro_batch_are_those_of_the_windows(
     assert {size.tokens for size in found.sizes} == {*sizes}
     assert found.tokens == pytest.approx(sum(window.tokens for window in everything))
     supervised = sum(window.supervised_tokens for window in everything)
-    assert found.share == pytest.approx(supervised / found.tokens)
+    assert found.supervised_share == pytest.approx(supervised / found.tokens)
 
 
 def test_the_curve_is_the_learning_rate_of_each_step() -> None:
     config = Config(learning_rate=1.0, warmup_ratio=0.5)
     layout = plan_layout(config, 64, SimpleNamespace(process_index=0, num_processes=1))
     assert layout.total_steps == 24
-    ahead = forecast.Outlook(1000.0, frozenset(), 0.5)
-    *_, (name, text) = forecast.step_rows(layout, ahead, 64, config)
+    tokens = forecast.TokenForecast(1000.0, frozenset(), 0.5)
+    *_, (name, text) = forecast.step_rows(layout, tokens, 64, config)
     top, *lines, axis = text.splitlines()
     assert (name, top) == ("learning rate", "cosine, 1.00e+00 at most, warm-up: 12 steps")
     heights = [sum(" ▁▂▃▄▅▆▇█".index(line[1 + step]) for line in lines) for step in range(24)]
@@ -104,9 +104,9 @@ def test_the_curve_is_the_learning_rate_of_each_step() -> None:
 def test_time_is_the_tokens_over_the_trials_rate() -> None:
     config = Config()
     layout = plan_layout(config, 64, SimpleNamespace(process_index=0, num_processes=1))
-    ahead = forecast.Outlook(90_000.0, frozenset(), 0.5)
+    tokens = forecast.TokenForecast(90_000.0, frozenset(), 0.5)
     trial = Trial(startup=5.0, step=2.0, tokens_per_second=50.0, peak=2.0**30)
-    rows = dict(forecast.time_rows(trial, layout, ahead, 2.0**29))
+    rows = dict(forecast.time_rows(trial, layout, tokens, 2.0**29))
     assert rows["the run"].startswith("about 30 min 0 s;")
     assert rows["peak memory"].endswith("estimated 0.50 GiB")
 
@@ -122,15 +122,15 @@ def test_a_trial_runs_the_launch_and_leaves_nothing(
         TMPDIR=str(temporary),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    told = done.stdout[done.stdout.index("\ntime\n") :]
-    assert "tokens/s over all ranks" in told
-    assert "GiB on the first rank" in told
-    assert told.splitlines()[-1] == "ready"
+    report = done.stdout[done.stdout.index("\ntime\n") :]
+    assert "tokens/s over all ranks" in report
+    assert "GiB on rank 0" in report
+    assert report.splitlines()[-1] == "ready"
     assert not (tmp_path / "run").exists()
     assert not [*temporary.glob("lora-loop-trial-*")]
 
 
-def test_a_trial_that_fails_or_lacks_weights_says_why(
+def test_a_trial_without_weights_or_with_failing_training_reports_the_cause(
     broken_model: Path, doctor: Doctor, tiny_model: Path, tmp_path: Path
 ) -> None:
     (bare,) = doctor("--trial", "--model_name_or_path", without_weights(tiny_model, tmp_path))
@@ -153,7 +153,7 @@ def test_no_weights_are_needed(doctor: Doctor, tiny_model: Path, tmp_path: Path)
     assert doctor("--model_name_or_path", without_weights(tiny_model, tmp_path)) == []
 
 
-def test_what_the_output_folder_holds_is_told(
+def test_the_state_of_the_output_folder_is_reported(
     doctor: Doctor, right: list[str | Path], tmp_path: Path
 ) -> None:
     words = [str(word) for word in right[:-2]]
@@ -164,26 +164,26 @@ def test_what_the_output_folder_holds_is_told(
     assert done.returncode == 0, done.stderr
     four = ("--max_steps", "4", "--save_steps", "2")
     before = sorted(tmp_path.rglob("*"))
-    assert "holds this very run, finished; goes on from checkpoint-4" in output(doctor, *four)
+    assert "holds this run, finished; resumes from checkpoint-4" in output(doctor, *four)
     (found,) = doctor(*four, "--lora_r", "4")
     assert "other data or settings: --lora_r was 8, is 4" in found
     assert doctor(*four, "--lora_r", "4", "--resume_from_checkpoint", "False") == []
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "run" / "trainer_state.json").unlink()
-    assert "run: there already; goes on from checkpoint-4" in output(doctor, *four)
+    assert "run: exists; resumes from checkpoint-4" in output(doctor, *four)
 
 
-def test_a_new_folder_is_called_new_where_the_checkpoint_named_is_not_there(
+def test_a_new_folder_is_new_even_if_the_named_checkpoint_is_missing(
     doctor: Doctor, right: list[str | Path], tmp_path: Path
 ) -> None:
     words = [*right, "--resume_from_checkpoint", tmp_path / "no"]
     done = command(sys.executable, "-m", "loop", "doctor", *words, OMP_NUM_THREADS="1")
     assert "found no checkpoint; expected a folder" in done.stderr
-    assert "run: new; where to go on from: see below" in " ".join(done.stdout.split())
+    assert "run: new; no checkpoint to resume from: see below" in " ".join(done.stdout.split())
 
 
 def output(doctor: Doctor, *flags: str) -> str:
-    """Return what the report says of the output folder."""
+    """Return the report's line about the output folder."""
     found: list[str] = []
     original = forecast.disk_rows
 
@@ -203,10 +203,10 @@ def output(doctor: Doctor, *flags: str) -> str:
     [
         ({}, "no login: kept offline"),
         ({"WANDB_API_KEY": "x" * 40}, "found a login"),
-        ({"WANDB_MODE": "offline"}, "as WANDB_MODE says: offline"),
+        ({"WANDB_MODE": "offline"}, "WANDB_MODE is offline"),
     ],
 )
-def test_wandbs_login_is_looked_for(
+def test_the_login_of_wandb_is_reported(
     environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
@@ -227,4 +227,4 @@ def test_the_command_needs_a_config_json_only(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "zero3, LoRA, bf16, rank of 8" in done.stdout
-    assert "allocated at the peak" in done.stdout
+    assert "peak, allocated" in done.stdout

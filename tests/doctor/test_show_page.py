@@ -1,4 +1,4 @@
-"""The page of examples: every token once, marked as it is learnt, and no text that acts as HTML."""
+"""The HTML page shows every token once, marks supervised ones, and escapes all text."""
 
 import json
 from html.parser import HTMLParser
@@ -15,7 +15,7 @@ TRICKY = "<script>alert('x')</script> &amp; \"q\" </pre> naïve 日本 😀👩�
 
 
 class Read(HTMLParser):
-    """The page as a browser reads it: tokens of each block as (ids, learnt, text), and all tags."""
+    """A parsed page: the tokens of each block as (ids, supervised, text), and all tags."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -36,29 +36,29 @@ class Read(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.text += data
         if self.inside:
-            ids, learnt, text = self.blocks[-1][-1]
-            self.blocks[-1][-1] = (ids, learnt, text + data)
+            ids, supervised, text = self.blocks[-1][-1]
+            self.blocks[-1][-1] = (ids, supervised, text + data)
 
     def handle_endtag(self, tag: str) -> None:
         self.inside = False
 
 
-def display_path(page: Path) -> Read:
+def parsed(page: Path) -> Read:
     return Read(page.read_text(encoding="utf-8"))
 
 
 def check(read: Read, row: dict[str, Any], tokenizer: Any) -> None:
-    """Hold a block to its example: each id once, marked where it has a label, and the text."""
+    """Compare the page's only block with its example: ids, marks and text."""
     (block, *others) = read.blocks
     assert not others
     assert [number for ids, _, _ in block for number in ids] == row["input_ids"]
-    marked = [learnt for ids, learnt, _ in block for _ in ids]
+    marked = [supervised for ids, supervised, _ in block for _ in ids]
     assert marked == [label != IGNORE_INDEX for label in row["labels"]]
     text = tokenizer.decode(row["input_ids"], clean_up_tokenization_spaces=False)
     assert "".join(text for _, _, text in block) == text.replace("\0", "\u2400")
 
 
-def test_the_page_shows_every_token_and_marks_what_is_learnt(
+def test_the_page_shows_every_token_and_marks_supervised_ones(
     chat_model: Path, chat_tokenizer: Any, tmp_path: Path
 ) -> None:
     data = write_dialogues(tmp_path / "d.json", [TRICKY, f"{TRICKY}!"])
@@ -67,7 +67,7 @@ def test_the_page_shows_every_token_and_marks_what_is_learnt(
     done = command(*show, "--html", page)
     assert done.returncode == 0, done.stderr
     row = json.loads(command(*show, "--jsonl").stdout)
-    read = display_path(page)
+    read = parsed(page)
     check(read, row, chat_tokenizer)
     account = done.stderr.strip().splitlines()[-1]
     assert account in read.text
@@ -84,15 +84,15 @@ def test_the_page_shows_every_token_and_marks_what_is_learnt(
     assert json.loads(data.read_text(encoding="utf-8"))
 
 
-def test_of_a_pair_the_source_is_plain_and_the_target_marked(tiny_t5: Path, tmp_path: Path) -> None:
+def test_a_pair_has_an_unmarked_source_and_a_marked_target(tiny_t5: Path, tmp_path: Path) -> None:
     data = write_dialogues(tmp_path / "d.json", ["Why is it so, then?", "Because it is just so."])
     show = ["python", "-m", "loop", "show", "--data_path", data, "--model_name_or_path", tiny_t5]
     page = tmp_path / "page.html"
     assert command(*show, "--html", page).returncode == 0
     (pair,) = json.loads(command(*show, "--jsonl").stdout)["pairs"]
-    source, target = display_path(page).blocks
-    assert [n for ids, learnt, _ in source for n in ids if not learnt] == pair["input_ids"]
-    assert [n for ids, learnt, _ in target for n in ids if learnt] == pair["labels"]
+    source, target = parsed(page).blocks
+    assert [n for ids, supervised, _ in source for n in ids if not supervised] == pair["input_ids"]
+    assert [n for ids, supervised, _ in target for n in ids if supervised] == pair["labels"]
 
 
 def test_names_are_escaped_and_half_a_surrogate_pair_is_written(chat_tokenizer: Any) -> None:
@@ -116,4 +116,4 @@ def test_the_pieces_are_the_text(name: str, shared: Path, chat_tokenizer: Any) -
         whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         found = [*pieces(ids, tokenizer)]
         assert "".join(piece for _, _, piece in found) == whole
-        assert [n for first, behind, _ in found for n in range(first, behind)] == [*range(len(ids))]
+        assert [n for begin, end, _ in found for n in range(begin, end)] == [*range(len(ids))]

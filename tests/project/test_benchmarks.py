@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks.peers.environments import is_made
-from tests.support.helpers import command
+from tests.project.test_style import imports
+from tests.support.helpers import ROOT, command
 
 STEPS, WARM_UP = 4, 1
 PARTS = ("--tiny", "--runs", "1", "--steps", str(STEPS), "--warm_up", str(WARM_UP), "--batch", "3")
@@ -18,6 +19,14 @@ COLUMNS = {
     *("system", "supervised tokens/s", "least to most", "real tokens/s", "run tokens/s"),
     *("s a step", "peak RSS, MiB", "MFU, %", "loss, step 1", "this project is"),
 }
+
+
+def test_no_script_of_a_peer_hides_a_package_that_it_imports() -> None:
+    """The folder of a script comes first on sys.path."""
+    files = [*(ROOT / "benchmarks" / "peers").glob("*.py")]
+    for file in files:
+        taken = {name.partition(".")[0] for name in imports(file)} & {f.stem for f in files}
+        assert taken <= {"step_timer"}, file
 
 
 def measure(folder: Path, *flags: str) -> tuple[list[dict[str, str]], dict[str, Any]]:

@@ -20,7 +20,7 @@ from loop.distributed.signals import run_and_exit
 from loop.training import auto_micro_batch
 
 PER_TOKEN = 1000  # bytes
-real_pass, fit_once = auto_micro_batch._pass, train.fit_micro_batch
+real_pass, fit_once = auto_micro_batch._forward_backward, train.fit_micro_batch
 tried: list[int] = []
 
 
@@ -68,7 +68,7 @@ if __name__ == "__main__":
         peak_of(*arguments)
         return PER_TOKEN * tried[-1]
 
-    auto_micro_batch._pass, auto_micro_batch._peak_of, train.fit_micro_batch = (
+    auto_micro_batch._forward_backward, auto_micro_batch._peak_of, train.fit_micro_batch = (
         measured,
         peak,
         checked,

@@ -1,1 +1,1 @@
-"""Tests of training."""
+"""Tests of windows, loss, optimizer, evaluation and micro-batch size."""

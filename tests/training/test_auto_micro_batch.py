@@ -33,7 +33,7 @@ def alone() -> Any:
 
 
 class Measured:
-    """A pass over a model that takes memory in proportion to its tokens."""
+    """Replaces the pass by one whose peak memory is proportional to its tokens."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
         self.tokens: list[int] = []
@@ -53,17 +53,17 @@ def most(lengths: list[int]) -> int:
         examples=SimpleNamespace(longest=lambda count: examples[:count]),
         collator=Collator(0, None, lambda groups: {"groups": groups}),
     )
-    return auto_micro_batch.most_tokens(None, prepared, Config(), alone(), len(lengths))
+    return auto_micro_batch.max_tokens(None, prepared, Config(), alone(), len(lengths))
 
 
-def test_the_most_tokens_fit_and_no_trial_goes_beyond_the_room(
+def test_the_result_fits_and_no_trial_exceeds_the_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     room = 10_000 + PER_TOKEN * 1500
     measured = Measured(monkeypatch, room)
     found = most([100] * 64)
-    assert 1500 - auto_micro_batch.STEP <= found <= 1500
-    assert measured.tokens == [100, 200, 400, 800]  # 1,600 would not fit, and is not tried
+    assert 1500 - auto_micro_batch.TOKEN_MULTIPLE <= found <= 1500
+    assert measured.tokens == [100, 200, 400, 800]  # 1,600 do not fit and are not tried
 
 
 def test_the_longest_examples_are_tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,13 +95,13 @@ def test_what_is_found_keeps_a_real_pass_within_the_room(
 
     def peak_of(*arguments: Any) -> int:
         with allocated() as held:
-            auto_micro_batch._pass(*arguments)
+            auto_micro_batch._forward_backward(*arguments)
         return held.most
 
     monkeypatch.setattr(auto_micro_batch, "memory_room", lambda _: room)
     monkeypatch.setattr(auto_micro_batch, "memory_used", lambda _: 0)
     monkeypatch.setattr(auto_micro_batch, "_peak_of", peak_of)
-    tokens = auto_micro_batch.most_tokens(model, prepared, Config(), accelerator, len(examples))
+    tokens = auto_micro_batch.max_tokens(model, prepared, Config(), accelerator, len(examples))
     assert 200 <= tokens < 200 * 512
 
     def peak(tokens: int) -> int:
@@ -122,13 +122,13 @@ def test_the_peak_of_a_pass_counts_memory_that_is_given_back_before_it_ends(
             for place in range(0, size, mmap.PAGESIZE):
                 pages[place] = 1
 
-    monkeypatch.setattr(auto_micro_batch, "_pass", touch)
+    monkeypatch.setattr(auto_micro_batch, "_forward_backward", touch)
     before = auto_micro_batch.memory_used(torch.device("cpu"))
     # Half: a system short of memory may take other pages of this process meanwhile.
     assert (auto_micro_batch._peak_of(None, None, Config(), alone()) or 0) > before + size // 2
 
 
-def test_the_run_is_the_same_with_and_without(train: Train) -> None:
+def test_losses_are_the_same_with_and_without_auto_micro_batch(train: Train) -> None:
     flags = ("--global_batch_size", "2", "--lora_dropout", "0", "--logging_steps", "1")
     plain, auto = (
         log_of(train("plain", *flags)),
@@ -157,7 +157,7 @@ def test_on_two_ranks_the_search_leaves_no_trace(
     assert all(torch.equal(tensor, auto[name]) for name, tensor in plain.items())
 
 
-def test_it_says_so_where_the_longest_example_does_not_fit(
+def test_a_longest_example_that_does_not_fit_is_an_error(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auto_micro_batch, "memory_room", lambda _: 1)

@@ -1,4 +1,4 @@
-"""Under ZeRO-3, whose passes are made of collectives, all ranks try micro-batches together."""
+"""Under ZeRO-3, where a pass contains collectives, all ranks try the same micro-batches."""
 
 import json
 import re
@@ -15,13 +15,13 @@ from tests.support.matrix import share_all_file
 
 TEXTS = [["What is " + "very " * (n % 7) + "long?", "No " + "idea. " * n] for n in range(40)]
 FLAGS = "--max_steps 4 --logging_steps 1 --learning_rate 1e-2 --lora_dropout 0.1 --save_steps 2"
-EACH = 16  # examples of a rank in a step
+EACH = 16  # examples per rank and step
 Done = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
 def usual(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
-    """The flags of every run here: whole weights shared out, dropout on."""
+    """The flags of every run here: all weights partitioned, dropout on."""
     folder = tmp_path_factory.mktemp("data")
     data = write_dialogues(folder / "data.json", *TEXTS)
     flags = ["--model_name_or_path", tiny_model, "--data_path", data, *FLAGS.split()]
@@ -40,27 +40,27 @@ def run(output: Path, *flags: str | Path, room: str, config: str = "zero3", **en
 
 
 def kept(output: Path, step: int = 4) -> Any:
-    """Return what a checkpoint keeps of the search."""
+    """Return a checkpoint's record of the search."""
     file = output / f"checkpoint-{step}" / "progress.json"
     return json.loads(file.read_text())["auto_micro_batch"]
 
 
 def tried(done: Done) -> list[list[int]]:
-    """Return the tokens of each pass that each rank has tried."""
+    """Return for each rank the tokens of the passes that it tried."""
     lines = re.findall(r"tried on rank (\d): \[(.*)\]", done.stdout)
     return [[int(word) for word in words.split(", ") if word] for _, words in sorted(lines)]
 
 
 @pytest.fixture(scope="module")
 def found(usual: list[str | Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
-    """A run that has found its micro-batch, with less room on the second rank than on the first."""
+    """A finished run with less memory on rank 1 than on rank 0."""
     output = tmp_path_factory.mktemp("found") / "run"
     done = run(output, *usual, "--auto_micro_batch", room="100000 700")
     assert done.returncode == 0, done.stdout + done.stderr
     return output, done
 
 
-def test_all_ranks_try_the_same_and_the_one_with_the_least_room_counts(
+def test_all_ranks_try_the_same_and_the_smallest_room_decides(
     found: tuple[Path, Done],
 ) -> None:
     output, done = found
@@ -68,10 +68,10 @@ def test_all_ranks_try_the_same_and_the_one_with_the_least_room_counts(
     assert first == second
     assert len({*first}) > 2
     assert max(first) <= 700
-    assert 700 - auto_micro_batch.STEP <= kept(output)["tokens"] <= 700
+    assert 700 - auto_micro_batch.TOKEN_MULTIPLE <= kept(output)["tokens"] <= 700
 
 
-def test_losses_and_adapter_are_those_of_a_run_with_that_limit_by_flags(
+def test_losses_and_adapter_equal_a_run_with_the_same_limit_as_a_flag(
     found: tuple[Path, Done], usual: list[str | Path], tmp_path: Path
 ) -> None:
     output, _ = found
@@ -88,7 +88,7 @@ def test_losses_and_adapter_are_those_of_a_run_with_that_limit_by_flags(
     assert all(torch.equal(tensor, by_itself[name]) for name, tensor in by_flags.items())
 
 
-def test_a_run_that_goes_on_tries_nothing_and_ends_as_the_one_that_was_not_interrupted(
+def test_a_resumed_run_tries_nothing_and_equals_the_uninterrupted_run(
     found: tuple[Path, Done], usual: list[str | Path], tmp_path: Path
 ) -> None:
     output, _ = found
@@ -111,7 +111,7 @@ def test_too_little_memory_on_one_rank_is_one_message_and_exit_code_2_on_all(
         room="100000 1",
         LORA_LOOP_STATUS_FILE=str(status),
     )
-    # Ranks that know of it leave with 0 once the first has written the code (signals.py).
+    # All ranks know the error and exit with 0 after rank 0 has written the code (signals.py).
     assert done.returncode == 0, done.stdout + done.stderr
     assert status.read_text().startswith("2 --auto_micro_batch: the longest example alone does")
     assert done.stderr.count("the longest example alone does not fit in memory") == 1
@@ -120,7 +120,7 @@ def test_too_little_memory_on_one_rank_is_one_message_and_exit_code_2_on_all(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_runs_out_of_memory_within_a_pass_says_so_and_leaves_none_waiting(
+def test_out_of_memory_in_a_pass_is_an_error_and_leaves_no_rank_waiting(
     rank: int, usual: list[str | Path], tmp_path: Path
 ) -> None:
     rooms = ["100000", "100000"]
@@ -142,7 +142,7 @@ def test_a_rank_that_runs_out_of_memory_within_a_pass_says_so_and_leaves_none_wa
         ("zero3_offload", ("--q_lora", "True", "--gradient_checkpointing", "True")),
     ],
 )
-def test_recomputing_4_bit_weights_and_offload_change_nothing_of_that(
+def test_the_result_is_the_same_with_checkpointing_4_bit_weights_and_offload(
     config: str, more: tuple[str, ...], usual: list[str | Path], tmp_path: Path
 ) -> None:
     *flags, _, _ = usual  # without DeepSpeed's file, which offloads nothing

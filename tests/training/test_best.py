@@ -1,4 +1,4 @@
-"""The best checkpoint is kept and saved, and a run without gain ends early."""
+"""The best checkpoint is kept and its adapter saved; a run without improvement ends early."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ __all__ = ["held_out", "train"]
 
 
 @pytest.mark.parametrize("kind", ["decoder", "T5"])
-def test_the_best_checkpoint_outlives_the_limit_and_its_adapter_is_saved(
+def test_the_best_checkpoint_survives_the_limit_and_its_adapter_is_saved(
     kind: str, request: pytest.FixtureRequest, held_out: Path, tmp_path: Path
 ) -> None:
     model = request.getfixturevalue("tiny_t5" if kind == "T5" else "tiny_model")
@@ -29,11 +29,11 @@ def test_the_best_checkpoint_outlives_the_limit_and_its_adapter_is_saved(
     flags = (*LOG, "--eval_data_path", held_out, "--eval_steps", "1", "--data_path", data)
     flags += ("--warmup_ratio", "0.4", "--save_steps", "1", "--save_total_limit", "1")
     flags += ("--load_best_model_at_end", "True")
-    # Rates at which what is held out is soon worse; at which one it is depends on the CPU.
+    # Learning rates that soon raise the held-out loss; which one does depends on the CPU.
     for rate in ("1", "30", "3", "5", "2", "8"):
         output = trainer(model, tmp_path)(f"run-{rate}", *flags, "--learning_rate", rate)
         losses = [entry["eval_loss"] for entry in evaluations(output)]
-        best = losses.index(min(losses[1:])) + 1  # The first step, of rate 0, learns nothing.
+        best = losses.index(min(losses[1:])) + 1  # Step 1 has learning rate 0.
         if best < 6:
             break
     assert best < 6
@@ -71,7 +71,9 @@ def test_under_zero3_the_best_checkpoints_adapter_is_saved(
     assert same(tmp_path / "run", tmp_path / f"run/checkpoint-{best}")
 
 
-def test_without_gain_the_run_ends_early_and_normally(train: Train, tmp_path: Path) -> None:
+def test_without_improvement_the_run_ends_early_and_is_finished(
+    train: Train, tmp_path: Path
+) -> None:
     flags = ("--learning_rate", "3", "--eval_steps", "1", "--early_stopping_patience", "2")
     output = train("run", *flags, "--max_steps", "20", "--warmup_ratio", "0.4")
     losses = [entry["eval_loss"] for entry in evaluations(output)]
@@ -80,14 +82,14 @@ def test_without_gain_the_run_ends_early_and_normally(train: Train, tmp_path: Pa
     state = json.loads((output / "trainer_state.json").read_text())
     assert (state["finished"], state["global_step"], state["max_steps"]) == (True, ended, 20)
     assert [folder.name for folder in list_folders(output)] == [f"checkpoint-{ended}"]
-    # A kill between the last checkpoint and the adapter changes nothing.
+    # A kill between the last checkpoint and the final save changes nothing.
     run = shutil.copytree(output, tmp_path / "again")
     cut_off(run, after=ended)
     train("again", *flags, "--max_steps", "20", "--warmup_ratio", "0.4")
     assert same(run, output)
 
 
-def test_a_damaged_best_checkpoint_is_named(
+def test_a_corrupt_best_checkpoint_is_named(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     finish = evaluation.Evaluator.finish

@@ -1,4 +1,4 @@
-"""Evaluation is exact whatever the layout, and training goes on as if there were none."""
+"""Evaluation is exact for every layout and does not change training."""
 
 import json
 import math
@@ -28,7 +28,7 @@ from tests.support.matrix import share_all_file
 Train = Callable[..., Path]
 Entry = dict[str, Any]
 LOG = ("--logging_steps", "1", "--lora_dropout", "0.3", "--max_steps", "6")
-# Eleven dialogues in micro-batches of three: some hold less than others, and on two ranks one none.
+# Eleven dialogues in micro-batches of three: one has fewer, and on two ranks one is empty.
 SHORT, LONG = "Hello there, it is good to see you. ", "So it is, and so it will be for long. "
 ELEVEN = [["Hi " * n, SHORT * (n % 4 + 1), "And?", LONG * (n % 3 + 1)] for n in range(1, 12)]
 TRAINED = [["Hi, who is it? " * n, LONG * n] for n in range(1, 3)]
@@ -46,7 +46,7 @@ def train(tiny_model: Path, held_out: Path, tmp_path: Path) -> Train:
 
 
 def evaluations(output: Path) -> list[Entry]:
-    """Return a run's evaluations, without what depends on the clock."""
+    """Return a run's evaluations without their times."""
     found = [entry for entry in log_of(output) if "eval_loss" in entry]
     return [{k: v for k, v in e.items() if not k.endswith("seconds")} for e in found]
 
@@ -61,7 +61,7 @@ def prepared_for(model: Path, data: Path, *flags: str) -> TrainingData:
 
 
 def plain_figures(model: Any, prepared: TrainingData) -> tuple[float, float]:
-    """Return loss and accuracy, dialogue by dialogue, each whole."""
+    """Return loss and accuracy, computed one dialogue at a time with all logits."""
     loss, right, count = 0.0, 0, 0
     for example in prepared.held_out or []:
         ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels)
@@ -104,7 +104,7 @@ def test_two_ranks_evaluate_as_one_and_as_the_plain_model(
     begun = ("--data_path", data, "--learning_rate", "0.1", "--max_steps", "8")
     start = trainer(model, tmp_path)("start", *begun)
     flags: list[str | Path] = ["--model_name_or_path", model, "--data_path", data]
-    # So small a rate that the weights stay what they are, whatever the gradient's last digits.
+    # The learning rate is too small to change the weights.
     flags += ["--lora_weight_path", start, "--learning_rate", "1e-30", "--mixed_precision", "no"]
     flags += ["--max_steps", "2", "--eval_data_path", held_out, "--eval_steps", "1"]
     flags += ["--per_device_eval_batch_size", "3", "--sample_tokens", "4"]
@@ -128,7 +128,7 @@ def test_two_ranks_evaluate_as_one_and_as_the_plain_model(
 
 
 @pytest.mark.parametrize("more", [(), ("--q_lora", "True"), ("--gradient_checkpointing", "True")])
-def test_training_is_the_same_with_evaluation_and_without(
+def test_training_is_the_same_with_and_without_evaluation(
     more: tuple[str, ...], train: Train, tmp_path: Path
 ) -> None:
     sampled = ("--sample_prompts", "Hi", "--sample_tokens", "2", "--eval_steps", "1")
@@ -141,7 +141,7 @@ def test_training_is_the_same_with_evaluation_and_without(
     assert losses[0] == losses[1]
 
 
-def test_trackers_get_evaluations_by_source_and_the_parts_make_the_whole(
+def test_trackers_get_losses_by_source_whose_mean_is_the_total(
     train: Train, held_out: Path, tmp_path: Path
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -165,7 +165,7 @@ def test_trackers_get_evaluations_by_source_and_the_parts_make_the_whole(
 
 
 @pytest.mark.parametrize("config", ["zero3", pytest.param("zero2", marks=pytest.mark.slow)])
-def test_training_on_two_ranks_is_the_same_with_evaluation_and_without(
+def test_training_on_two_ranks_is_the_same_with_and_without_evaluation(
     config: str, tiny_model: Path, held_out: Path, tmp_path: Path
 ) -> None:
     data = write_dialogues(tmp_path / "data.json", *[["Hi", "Yo " * n] for n in range(1, 6)])
@@ -183,7 +183,7 @@ def test_training_on_two_ranks_is_the_same_with_evaluation_and_without(
 
 
 def at_evaluation(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a signal come in the middle of this evaluation, counted from 1."""
+    """Send SIGTERM in the middle of the given evaluation, counted from 1."""
     sums, losses = evaluation.Evaluator._sums, evaluation.token_losses
     begun: list[int] = []
 
@@ -193,7 +193,7 @@ def at_evaluation(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def interrupted(*arguments: Any) -> Any:
         begun[-1] += 1
-        assert not (len(begun) == number and begun[-1] == 3), "it goes on though asked to stop"
+        assert not (len(begun) == number and begun[-1] == 3), "it continues after a stop request"
         if len(begun) == number and begun[-1] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return losses(*arguments)
@@ -203,12 +203,12 @@ def at_evaluation(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("number", "step"), [(1, 2), (3, 6)])
-def test_a_stop_during_an_evaluation_is_met_at_once_and_made_up_for(
+def test_a_stop_interrupts_an_evaluation_and_the_resumed_run_repeats_it(
     number: int, step: int, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ("--eval_steps", "2", "--per_device_eval_batch_size", "2")
     reference = train("reference", *flags)
-    for _ in range(2):  # The second time while the first one's evaluation is made up for.
+    for _ in range(2):  # The second stop interrupts the repeated evaluation.
         with monkeypatch.context() as patch:
             at_evaluation(number, patch)
             with pytest.raises(Stopped, match=f"SIGTERM was received; checkpoint-{step} is saved"):
@@ -221,7 +221,7 @@ def test_a_stop_during_an_evaluation_is_met_at_once_and_made_up_for(
     assert steps[0] == steps[1]
 
 
-def test_a_killed_run_evaluates_at_the_same_steps_and_knows_the_best(
+def test_a_killed_run_evaluates_at_the_same_steps_and_keeps_the_best(
     train: Train, tmp_path: Path
 ) -> None:
     flags = ("--eval_steps", "2", "--save_steps", "2", "--load_best_model_at_end", "True")
@@ -241,7 +241,7 @@ def test_a_killed_run_evaluates_at_the_same_steps_and_knows_the_best(
 
 
 @pytest.mark.parametrize("kind", ["decoder", "T5"])
-def test_the_held_out_part_is_whole_dialogues_not_trained_on_and_stays_when_data_grows(
+def test_held_out_dialogues_are_complete_not_trained_on_and_stay_when_data_grows(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     model = request.getfixturevalue("tiny_t5" if kind == "T5" else "tiny_model")

@@ -1,4 +1,4 @@
-"""A window has one loss and one gradient, however it is dealt, split, packed and run."""
+"""Loss and gradient of a window do not depend on assignment, split, packing or chunks."""
 
 import functools
 from itertools import product
@@ -90,15 +90,15 @@ def test_every_layout_gives_the_plain_loss_and_gradient(
 
 
 def test_no_dialogue_of_a_row_sees_another(models: dict[str, Any], window: list[Example]) -> None:
-    """The first one's logits do not change with what lies behind or before it."""
+    """A dialogue's logits do not depend on the dialogues before or after it in its row."""
     model, one = models["packed"], window[0]
     length, _ = one.lengths
     alone = model(**ROW([one], 0).model_inputs).logits
     rows = [ROW(part, 0).model_inputs for part in ([*window[1:3], one], [one, *window[1:3]])]
-    own = length - rows[0]["row"].groups[0][0]  # what it does not share with those before it
-    behind = model(**rows[0]).logits[:, -own:]
+    own = length - rows[0]["row"].groups[0][0]  # tokens after the shared prefix
+    after = model(**rows[0]).logits[:, -own:]
     before = model(**rows[1]).logits[:, :length]
-    assert torch.allclose(behind, alone[:, -own:], atol=1e-5)
+    assert torch.allclose(after, alone[:, -own:], atol=1e-5)
     assert torch.allclose(before, alone, atol=1e-5)
     as_one = model(**{**rows[0], "row": None}).logits
     assert not torch.allclose(as_one[:, -own:], alone[:, -own:], atol=1e-2)
@@ -128,7 +128,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_models_of_many_kinds_give_in_one_row_what_they_give_padded(
+def test_models_of_many_kinds_have_the_same_loss_packed_and_padded(
     kind: str, window: list[Example]
 ) -> None:
     config = AutoConfig.for_model(kind, **SMALL | KINDS[kind])
@@ -147,7 +147,7 @@ def test_models_of_many_kinds_give_in_one_row_what_they_give_padded(
 @pytest.mark.parametrize(
     "kind", ["mamba", "gemma2", "bloom", "t5", "falcon_h1", "llama4_text", "nemotron"]
 )
-def test_models_that_see_other_positions_elsewhere_are_padded(kind: str) -> None:
+def test_models_that_mix_positions_outside_attention_are_padded(kind: str) -> None:
     assert not can_pack(AutoConfig.for_model(kind))
 
 
@@ -156,7 +156,7 @@ def test_compiled_layers_give_the_same_loss_and_gradient(
     tiny_model: Path, window: list[Example], plain: tuple[float, dict[str, torch.Tensor]]
 ) -> None:
     model = adapted(tiny_model, "packed")
-    implementation(True, False, compiled=True)  # in the place of the one that it was loaded with
+    implementation(True, False, compiled=True)  # instead of the one it was loaded with
     _compile_layers(model)
     sums = [supervised_loss_sum(model, ROW(part, 0)) for part in (window[:3], window[3:])]
     loss = torch.stack(sums).sum() / sum(e.supervised_tokens for e in window)

@@ -1,4 +1,4 @@
-"""The head on supervised positions, in chunks, gives the plain loss and the plain gradients."""
+"""The LM head in chunks of supervised positions has the plain loss and gradients."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def model(tiny_model: Path) -> Any:
 
 
 def plain_loss_sum(model: Any, examples: list[Example], pad_id: int) -> torch.Tensor:
-    """Compute the loss the slow way: full logits, an attention mask, labels shifted by hand."""
+    """Return the loss from full logits, with an attention mask and shifted labels."""
     longest = max(len(example.input_ids) for example in examples)
     pads = [longest - len(example.input_ids) for example in examples]
     rows = zip(examples, pads, strict=True)
@@ -81,7 +81,9 @@ def test_one_micro_batch_equals_its_parts(model: Any, examples: list[Example]) -
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_micro_batch_without_examples_weighs_nothing(model: Any, frozen: bool) -> None:
+def test_a_micro_batch_without_examples_has_zero_loss_and_gradients(
+    model: Any, frozen: bool
+) -> None:
     model.lm_head.requires_grad_(not frozen)
     loss = supervised_loss_sum(model, collate([], 2, seed=0))
     assert loss.item() == 0
@@ -110,7 +112,7 @@ def test_the_head_runs_on_supervised_positions_only_a_chunk_at_a_time(
     assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 1000)  # as it was
 
 
-def test_a_model_that_changes_its_logits_is_shown_all_of_them(
+def test_a_model_that_alters_its_logits_gets_all_supervised_ones(
     model: Any, examples: list[Example]
 ) -> None:
     plain = supervised_loss_sum(model, collate(examples, 2, seed=0))

@@ -1,10 +1,10 @@
-"""What the loss holds: the estimate's word against the allocator's."""
+"""The estimate of the memory of the loss equals what the allocator measures."""
 
 from dataclasses import replace
 
 import pytest
 
-from loop.doctor.memory.estimate import loss, whole_loss
+from loop.doctor.memory.estimate import full_loss, loss
 from loop.doctor.memory.shape import Shape, read_shape
 from tests.doctor.test_estimate import DOCUMENTED, llama, run
 from tests.support.helpers import allocated
@@ -36,7 +36,7 @@ def test_the_loss_holds_what_the_chunks_allocate(precision: str, small: Shape) -
     # The hidden states were there before, and are half of what the formula has beside the logits.
     expected = loss(one) - states.nbytes
     assert held.most == pytest.approx(expected, rel=0.02)
-    assert held.most < whole_loss(one, supervised) / 3
+    assert held.most < full_loss(one, supervised) / 3
 
 
 def test_logits_are_whole_where_the_loss_makes_them_whole(small: Shape) -> None:

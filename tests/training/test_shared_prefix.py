@@ -203,10 +203,10 @@ def test_a_window_counts_computed_tokens_and_the_log_has_the_shared_share() -> N
         name: getattr(window, name)
         for name in ("tokens", "padded_tokens", "busiest_tokens", "squared_tokens")
     } | {"supervised_tokens": window.supervised_tokens}
-    told = rates(count, 2.0, 1, Work(linear=10, head=0, trained=0, attention=0, peak=1.0))
-    assert told["shared_share"] == pytest.approx(1 - 108 / 528)
-    assert told["padding_share"] == told["rank_imbalance"] == 0.0
-    assert told["mfu"] == pytest.approx(4 * 10 * 108 / 2)
+    entry = rates(count, 2.0, 1, Work(linear=10, head=0, trained=0, attention=0, peak=1.0))
+    assert entry["shared_share"] == pytest.approx(1 - 108 / 528)
+    assert entry["padding_share"] == entry["rank_imbalance"] == 0.0
+    assert entry["mfu"] == pytest.approx(4 * 10 * 108 / 2)
 
 
 def test_flash_attention_shares_no_prefixes() -> None:

@@ -1,4 +1,4 @@
-"""A T5 that can answer learns a second task by LoRA, new tokens and all, and keeps it."""
+"""A T5 learns a second task with LoRA and new tokens."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A window is the same whatever its layout; every example is seen once an epoch."""
+"""Windows do not depend on the layout; every example is seen once per epoch."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -83,7 +83,7 @@ def test_every_example_is_seen_once_an_epoch_in_a_new_order() -> None:
     ]
 
 
-def test_ranks_and_slots_have_seeds_of_their_own() -> None:
+def test_each_rank_and_slot_has_its_own_seed() -> None:
     seeds = [
         batch.seed
         for rank in (0, 1)
@@ -96,7 +96,7 @@ def test_ranks_and_slots_have_seeds_of_their_own() -> None:
 def test_neighbours_in_length_share_a_micro_batch() -> None:
     window = run(0, 1, global_batch_size=11, per_device_train_batch_size=3)[0]
     padded = sum(batch.model_inputs["input_ids"].numel() for batch in window.micro_batches)
-    assert window.tokens == 51  # of 62, the last of each not run
+    assert window.tokens == 51  # of 62: the last token of each is only a target
     assert padded == 60  # 110 as one batch
 
 
@@ -147,7 +147,7 @@ def padded(parts: list[list[Example]]) -> int:
     )
 
 
-def test_the_pairs_of_a_micro_batch_have_similar_lengths_on_both_sides() -> None:
+def test_pairs_of_a_micro_batch_have_similar_lengths_on_both_sides() -> None:
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 500, (128, 2)).tolist()
     pairs = [Example(str(s), [1] * s, [1] * t, t, is_pair=True) for s, t in sizes]

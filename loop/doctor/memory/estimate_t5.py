@@ -1,6 +1,6 @@
-"""What a micro-batch adds to a T5's memory: formulas from transformers' blocks, as for decoders.
+"""Estimates the memory that a micro-batch of a T5 takes, with formulas over transformers' blocks.
 
-docs/memory.md derives them, in the same words. Bytes throughout.
+docs/memory.md has the same formulas and their derivation. Units are bytes.
 """
 
 from loop.doctor.memory.run import Run
@@ -8,9 +8,9 @@ from loop.doctor.memory.shape import T5, Reads
 
 
 def kept_activations(run: Run, t5: T5) -> int:
-    """Return the bytes that lie between the forward and the backward pass of a micro-batch."""
+    """Return the bytes kept between the forward and the backward pass of a micro-batch."""
     source, target = sides(run)
-    # Each stack's last norm, and the mask of the dropout behind it.
+    # The last norm of each stack, and the mask of the following dropout.
     ends = (source + target) * (norm(run) + t5.dropout * run.shape.hidden)
     if run.config.gradient_checkpointing:
         return ends + checkpoints(run, t5) + biases(run)
@@ -25,10 +25,10 @@ def sides(run: Run) -> tuple[int, int]:
 
 
 def checkpoints(run: Run, t5: T5) -> int:
-    """Return the bytes of what checkpointed layers begin with: inputs and the encoder's output.
+    """Return the bytes of the inputs of checkpointed layers and of the encoder's output.
 
-    peft 0.21 has the embedding's output begin the gradients (peft_model.py,
-    _prepare_model_for_gradient_checkpointing): it stays, with the mask of the dropout behind it.
+    peft 0.21 makes the embedding's output require a gradient (peft_model.py,
+    _prepare_model_for_gradient_checkpointing), so it is kept with the following dropout's mask.
     """
     source, target = sides(run)
     inputs = stream(run) * (source * t5.encoder + target * t5.decoder) + run.width * source
@@ -37,12 +37,12 @@ def checkpoints(run: Run, t5: T5) -> int:
 
 
 def stream(run: Run) -> int:
-    """Return the bytes of a number that runs past the layers: `wo` in fp32 makes it fp32."""
+    """Return the bytes of an element of the residual stream; under QLoRA `wo` makes it fp32."""
     return 4 if run.config.q_lora else run.width
 
 
 def norm(run: Run) -> int:
-    """Return the bytes a token that a norm saves: its input, in fp32 too, and a reciprocal root."""
+    """Return the bytes per token that a norm saves: input, its fp32 copy, and reciprocal root."""
     narrow = stream(run) if stream(run) < 4 else 0
     return (4 + narrow) * run.shape.hidden + 4
 
@@ -50,7 +50,7 @@ def norm(run: Run) -> int:
 def encoder_layer(run: Run, t5: T5) -> int:
     """Return the bytes that autograd saves in an encoder layer, without LoRA (transformers 5.23).
 
-    Linears with frozen weights save nothing, nor do residual sums.
+    Linears with frozen weights and residual sums save nothing.
     """
     rows, source = run.size.rows, run.size.source
     token = 2 * (norm(run) + t5.dropout * run.shape.hidden) + feed_forward(run, t5)
@@ -66,24 +66,24 @@ def decoder_layer(run: Run, t5: T5) -> int:
     token += linear_inputs(run, t5, attentions=2)
     itself = attention(run, t5, target, target)
     crosswise = attention(run, t5, target, source) + bias(run, t5, target, source)
-    # The targets' pads need no mask, so that all rows share one.
+    # The padding of targets needs no mask, so all rows share one.
     return rows * (target * token + itself + crosswise) + bias(run, t5, target, target)
 
 
 def materialised(run: Run, t5: T5) -> bool:
-    """Whether attention's weights are there whole.
+    """Whether attention computes its complete weight matrix.
 
-    On a CPU PyTorch's attention has no dropout but in the plain kind, which computes in fp32 (torch
-    2.13, aten/src/ATen/native/transformers/attention.cpp).
+    On a CPU only PyTorch's plain attention has dropout; it computes in fp32 (torch 2.13,
+    aten/src/ATen/native/transformers/attention.cpp).
     """
     return t5.dropout and not run.gpu
 
 
 def attention(run: Run, t5: T5, queries: int, keys: int) -> int:
-    """Return the bytes that the attention of one row saves: query, key, value and what follows.
+    """Return the bytes that the attention of one row saves.
 
-    That is its weights, their dropout's mask and what is left of them; else the output, and a
-    logarithm a head.
+    Query, key and value; then the weights, their dropout mask and the masked weights, or without
+    materialised weights the output and a logarithm per head.
     """
     inner, heads = run.shape.query, run.shape.heads
     if materialised(run, t5):
@@ -92,15 +92,15 @@ def attention(run: Run, t5: T5, queries: int, keys: int) -> int:
 
 
 def bias(run: Run, t5: T5, queries: int, keys: int) -> int:
-    """Return the bytes of positions and mask in one matrix a head, which the quicker kinds save."""
+    """Return the bytes of the bias, a matrix per head, which fused attention kernels save."""
     return 0 if materialised(run, t5) else run.width * run.shape.heads * queries * keys
 
 
 def feed_forward(run: Run, t5: T5) -> int:
-    """Return the bytes a token of activation, gate and dropout, without the linears' inputs.
+    """Return the bytes per token of activation, gate and dropout, without the linears' inputs.
 
-    transformers writes `gelu_new` as a sum of powers, of which four tensors are saved. On GPUs
-    autocast computes powers in fp32, and what comes of them (torch 2.13, ATen/autocast_mode.h).
+    transformers computes `gelu_new` with powers, for which four tensors are saved. On GPUs autocast
+    computes powers and their results in fp32 (torch 2.13, ATen/autocast_mode.h).
     """
     width = run.width
     powers = t5.activation == "gelu_new"
@@ -111,7 +111,7 @@ def feed_forward(run: Run, t5: T5) -> int:
 
 
 def linear_inputs(run: Run, t5: T5, attentions: int) -> int:
-    """Return the bytes a token that one layer's linears save under ZeRO-3, as a decoder's do."""
+    """Return the bytes per token that one layer's linears save under ZeRO-3 (see estimate.py)."""
     if run.backend.stage < 3 or run.config.q_lora:
         return 0
     outputs = attentions * run.shape.query if materialised(run, t5) else 0
@@ -119,28 +119,28 @@ def linear_inputs(run: Run, t5: T5, attentions: int) -> int:
 
 
 def lora(run: Run, t5: T5, reads: Reads) -> int:
-    """Return the bytes a token that LoRA targets save, as a decoder's do."""
+    """Return the bytes per token that LoRA targets save (see lora_inputs of estimate.py)."""
     outputs = run.width * run.config.lora_r * len(reads.targets)
     if run.config.lora_dropout > 0:
         return outputs + (1 + run.width) * sum(reads.targets)
     if run.backend.stage == 3 and not run.config.q_lora:
-        return outputs  # The inputs are counted there.
+        return outputs  # linear_inputs counts the inputs
     inputs = sum(reads.inputs) + (sum(reads.outputs) if materialised(run, t5) else 0)
     return outputs + run.width * inputs
 
 
 def biases(run: Run) -> int:
-    """Return the bytes of positions and masks, which checkpointing keeps for all layers."""
+    """Return the bytes of position biases and masks, kept once for all checkpointed layers."""
     rows, source, target = run.size.rows, run.size.source, run.size.target
     places = source * source + target * target + target * source
     return (run.width * run.shape.heads + rows) * places
 
 
 def layer_backward(run: Run, t5: T5) -> int:
-    """Return the bytes that one layer's backward pass needs for itself: gradients, and more.
+    """Return the bytes that one layer's backward pass adds: the gradients that flow through it.
 
-    With checkpointing all its activations; with QLoRA its largest weight, dequantised. When an
-    encoder's layer is run, what the decoder's kept is gone.
+    Checkpointing adds the layer's activations, QLoRA its largest weight, dequantised. When an
+    encoder layer runs backward, the decoder's kept activations are freed.
     """
     source, target = sides(run)
     flowing = run.width * (3 * run.shape.intermediate + 2 * run.shape.hidden)
@@ -150,7 +150,7 @@ def layer_backward(run: Run, t5: T5) -> int:
         crosswise = source * lora(run, t5, t5.crosswise) + target * lora(run, t5, t5.target)
         encoder += encoder_layer(run, t5) + source * lora(run, t5, t5.own) // t5.encoder
         decoder += decoder_layer(run, t5) + crosswise // t5.decoder
-        gone = stream(run) * run.shape.hidden * target
+        freed = stream(run) * run.shape.hidden * target
     else:
-        gone = decoder_layer(run, t5)
-    return plain + max(decoder, encoder - t5.decoder * gone)
+        freed = decoder_layer(run, t5)
+    return plain + max(decoder, encoder - t5.decoder * freed)

@@ -1,4 +1,4 @@
-"""One run as the estimate sees it: shape, flags, backend, ranks, and its largest micro-batch."""
+"""The run that is estimated: model shape, flags, backend, ranks, and largest micro-batch."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -8,14 +8,14 @@ from loop.distributed.layout import global_batch_size
 from loop.doctor.memory.shape import Backend, Shape, Weights
 from loop.model.dtypes import BYTES
 
-# DeepSpeed's own value, in elements (deepspeed 0.19, runtime/zero/config.py): a parameter this
-# small is whole on every rank.
-PERSISTENT = 100_000
+# ZeRO-3 does not partition smaller parameters (deepspeed 0.19, runtime/zero/config.py:
+# stage3_param_persistence_threshold).
+PERSISTENT_ELEMENTS = 100_000
 
 
 @dataclass(frozen=True)
 class Size:
-    """A micro-batch: its rows, and the tokens of each, padding counted; of pairs both sides'."""
+    """The size of a micro-batch: rows and tokens per row, with padding; pairs have two sides."""
 
     rows: int
     source: int
@@ -23,7 +23,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """The tokens that are run."""
+        """The tokens of all rows."""
         return self.rows * (self.source + self.target)
 
     def __str__(self) -> str:
@@ -33,19 +33,20 @@ class Size:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: a model's shape, the flags, an accelerate config, and how many ranks."""
+    """One run: a model's shape, the flags, an accelerate config, and the number of ranks."""
 
     shape: Shape
     config: Config
     backend: Backend
     ranks: int
-    share: float = 1.0  # of the tokens, supervised; of pairs, of the targets'
-    most: Size | None = None  # the largest micro-batch; none: all that the flags allow
-    gpu: bool = True  # what a T5's attention keeps depends on the device
+    share: float = 1.0  # supervised tokens of all tokens; for pairs, of the targets
+    largest: Size | None = None  # micro-batch; None: the largest that the flags allow
+    gpu: bool = True  # a T5's attention keeps other tensors on a CPU
 
     @property
     def world(self) -> int:
-        return self.ranks if self.backend.several else 1
+        """The world size."""
+        return self.ranks if self.backend.multi_rank else 1
 
     @property
     def width(self) -> int:
@@ -54,15 +55,17 @@ class Run:
 
     @property
     def accumulated(self) -> int:
-        """The bytes of a gradient that is summed over micro-batches (deepspeed_config.py)."""
+        """The bytes of an accumulated gradient's element (deepspeed_config.py)."""
         return 4 if self.config.precision == "bf16" else self.width
 
     @property
     def autocast(self) -> bool:
+        """Whether the run computes under autocast."""
         return self.backend.stage == 0 and self.width == 2
 
     @property
     def adapter(self) -> int:
+        """The elements of the adapter."""
         return sum(self.shape.trained)
 
     @property
@@ -72,7 +75,7 @@ class Run:
         longest = config.max_target_length or config.model_max_length
         target = longest if self.shape.t5 else 0
         full = Size(config.per_device_train_batch_size, config.model_max_length, target)
-        return self.most or full
+        return self.largest or full
 
     @property
     def tokens(self) -> int:
@@ -81,45 +84,47 @@ class Run:
 
     @property
     def supervised(self) -> int:
-        learnt = self.size.rows * self.size.target if self.shape.t5 else self.tokens
-        return ceil(self.share * learnt)
+        """The supervised tokens of the largest micro-batch."""
+        candidates = self.size.rows * self.size.target if self.shape.t5 else self.tokens
+        return ceil(self.share * candidates)
 
     @property
     def chunked(self) -> bool:
-        """Whether the loss is made of so many tokens at a time (loop/training/loss.py)."""
+        """Whether the loss is computed in chunks of tokens (loop/training/loss.py)."""
         trained = self.shape.head_trained and self.backend.stage == 3
         plain = self.shape.plain_logits and self.config.loss_chunk_tokens > 0
         return plain and self.config.precision != "fp16" and not trained
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches a rank runs each step."""
+        """The micro-batches of a rank in each step."""
         batch = global_batch_size(self.config, self.world)
         return ceil(batch / (self.world * self.config.per_device_train_batch_size))
 
     def stored(self, weights: Weights) -> list[int]:
-        """Return the elements of each frozen tensor as stored: codes lie two in a byte."""
+        """Return the elements of each frozen tensor as stored; a byte holds two 4-bit codes."""
         packed = 2 * self.width if self.config.q_lora else 1
-        # Beside 4-bit weights in fp32 (fp32.py), which is two elements of a narrower kind.
+        # fp32 next to 4-bit weights (loop/model/quantization.py): two elements of 16 bits.
         wide = 4 // self.width if self.config.q_lora else 1
         codes = [ceil(n / packed) for n in weights.linears]
         return [*codes, *(wide * n for n in weights.held), *weights.others]
 
     @property
     def base(self) -> int:
+        """The elements of the base model as stored."""
         return sum(self.stored(self.shape.model))
 
     @property
-    def whole(self) -> int:
-        """The elements that ZeRO-3 leaves whole on every rank."""
+    def persistent(self) -> int:
+        """The elements that ZeRO-3 does not partition."""
         return sum(n for n in (*self.stored(self.shape.model), *self.shape.trained) if small(n))
 
     @property
     def gathers(self) -> bool:
-        """Whether weights are brought together for each use."""
+        """Whether weights are gathered for each use."""
         return self.backend.stage == 3 and (self.world > 1 or self.backend.offload_param)
 
 
 def small(elements: int) -> bool:
-    """Whether ZeRO-3 keeps a parameter whole."""
-    return elements <= PERSISTENT
+    """Whether ZeRO-3 keeps a complete copy of a parameter on each rank."""
+    return elements <= PERSISTENT_ELEMENTS

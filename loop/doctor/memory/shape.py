@@ -1,4 +1,4 @@
-"""What the estimate knows: a model's shape from its config.json, and an accelerate config."""
+"""Reads the inputs of the estimate: a model's shape from config.json, and accelerate configs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +11,21 @@ from loop.config.flags import ROOT, Config, Precision
 from loop.model.base import meta_model, read_base_config
 from loop.model.lora_targets import ALL_LINEAR, target_names
 
-# Those whose blocks are T5's (transformers 5.23, models/mt5/modeling_mt5.py); Flan-T5 and ByT5 call
-# themselves t5. UMT5's and LongT5's attention and Switch's experts are others.
-KINDS = ("t5", "mt5")
-# Targets that read one tensor: a norm's output; the encoder's, which all decoder layers read.
-ONE_INPUT = {"q": "norm", "k": "norm", "v": "norm", "wi_0": "norm", "wi_1": "norm"}
-CROSS, ENCODED = "EncDecAttention", "the encoder's output"
+# Model types with T5's blocks (transformers 5.23, models/mt5/modeling_mt5.py). Flan-T5 and ByT5
+# have the type t5. UMT5 and LongT5 have another attention, Switch has experts.
+T5_TYPES = ("t5", "mt5")
+# T5 targets of one block that read the same tensor, a norm's output.
+T5_SAME_INPUT = {"q": "norm", "k": "norm", "v": "norm", "wi_0": "norm", "wi_1": "norm"}
+CROSS_ATTENTION = "EncDecAttention"
+ENCODER_OUTPUT = "the encoder's output"  # read by all decoder layers
 
 
 @dataclass(frozen=True)
 class Reads:
-    """LoRA targets that read tokens of one side, each by the width of its input.
+    """LoRA targets that read tokens of one side, each as the width of its input.
 
-    inputs: once for targets that read one tensor; outputs: attention's, which `o` reads.
+    inputs: the widths, once for targets that read the same tensor. outputs: the widths of
+    attention outputs, which `o` reads.
     """
 
     targets: tuple[int, ...]
@@ -33,9 +35,9 @@ class Reads:
 
 @dataclass(frozen=True)
 class T5:
-    """The two stacks of a T5, and what is trained on which side.
+    """The two stacks of a T5, and the LoRA targets by the side that they read.
 
-    activation: transformers' name. dropout: whether the base has any.
+    activation: transformers' name. dropout: whether the base model has dropout.
     """
 
     encoder: int  # layers
@@ -43,31 +45,31 @@ class T5:
     gated: bool
     activation: str
     dropout: bool
-    own: Reads  # the encoder's
-    crosswise: Reads  # the decoder's keys and values of the source
-    target: Reads
+    own: Reads  # the encoder's targets
+    crosswise: Reads  # keys and values of cross-attention, which read the source
+    target: Reads  # the decoder's other targets
 
 
 def t5_of(base_config: Any, targets: dict[str, Any]) -> T5 | None:
-    """Return what is known of a T5 and its LoRA targets, modules by name; None for a decoder."""
-    if base_config.model_type not in KINDS:
+    """Return the stacks of a T5 and its LoRA targets, modules by name; None for a decoder."""
+    if base_config.model_type not in T5_TYPES:
         return None
-    sorted_out: dict[str, dict[str, Any]] = {"own": {}, "crosswise": {}, "target": {}}
+    by_side: dict[str, dict[str, Any]] = {"own": {}, "crosswise": {}, "target": {}}
     for name, module in targets.items():
-        sorted_out[_reader(name)][name] = module
+        by_side[_side(name)][name] = module
     return T5(
         encoder=base_config.num_layers,
         decoder=base_config.num_decoder_layers,
         gated=base_config.is_gated_act,
         activation=base_config.dense_act_fn,
         dropout=base_config.dropout_rate > 0,
-        **{reader: _reads(modules) for reader, modules in sorted_out.items()},
+        **{side: _reads(modules) for side, modules in by_side.items()},
     )
 
 
-def _reader(name: str) -> str:
+def _side(name: str) -> str:
     """Return the field of T5 that a module belongs to."""
-    if CROSS in name and name.endswith((".k", ".v")):
+    if CROSS_ATTENTION in name and name.endswith((".k", ".v")):
         return "crosswise"
     return "own" if name.startswith("encoder.") else "target"
 
@@ -80,36 +82,36 @@ def _reads(targets: dict[str, Any]) -> Reads:
         width = module.weight.shape[1]
         if own == "o":
             outputs.append(width)
-        elif _reader(name) == "crosswise":
-            inputs[ENCODED, ""] = width
+        elif _side(name) == "crosswise":
+            inputs[ENCODER_OUTPUT, ""] = width
         else:
-            inputs[parent, ONE_INPUT.get(own, own)] = width
+            inputs[parent, T5_SAME_INPUT.get(own, own)] = width
     widths = tuple(module.weight.shape[1] for module in targets.values())
     return Reads(widths, tuple(inputs.values()), tuple(outputs))
 
 
 CONFIGS = ROOT / "accelerate_configs"
-# One process; YAML reads a bare NO as false, and so does the precision below.
-ALONE = ("NO", False)
-# LLaMA's names, which config classes of other families map theirs to.
-NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# Targets that read the same tensor, and the one whose input attention keeps as its own output.
-SHARED = {"q_proj": "x", "k_proj": "x", "v_proj": "x", "gate_proj": "x", "up_proj": "x"}
-KEPT_ANYWAY = "o_proj"
+# Values of distributed_type for one process. YAML reads a bare NO as false, in mixed_precision too.
+SINGLE_PROCESS = ("NO", False)
+# LLaMA's names in config.json; config classes of other families map theirs to these.
+REQUIRED_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# Targets of one block that read the same tensor.
+SAME_INPUT = {"q_proj": "x", "k_proj": "x", "v_proj": "x", "gate_proj": "x", "up_proj": "x"}
+INPUT_KEPT_BY_ATTENTION = "o_proj"  # attention keeps its output, which is this target's input
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The frozen parameters of a model or of one layer, each by its elements."""
+    """The frozen parameters of a model or of one layer, in elements."""
 
-    linears: tuple[int, ...]  # what QLoRA holds in 4 bits: every Linear but the LM head
-    held: tuple[int, ...]  # and but those that it holds in fp32: T5's `wo`
+    linears: tuple[int, ...]  # in 4 bits under QLoRA: every Linear but the LM head and `held`
+    held: tuple[int, ...]  # in fp32 under QLoRA: T5's `wo`
     others: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the formulas know of a LLaMA-like model or a T5, and of its adapter."""
+    """The sizes of a LLaMA-like model or a T5, and of its adapter, for the formulas."""
 
     hidden: int
     intermediate: int
@@ -118,7 +120,7 @@ class Shape:
     query: int  # width of all query heads together
     key: int  # width of all key heads together, and of all value heads
     vocabulary: int
-    plain_logits: bool  # the LM head's, as they are: the loss can be made in chunks
+    plain_logits: bool  # the model does not alter the LM head's logits: the loss runs in chunks
     head_trained: bool
     model: Weights
     layer: Weights
@@ -130,21 +132,21 @@ class Shape:
 
 @dataclass(frozen=True)
 class Backend:
-    """What an accelerate config asks for."""
+    """The settings of an accelerate config that the estimate uses."""
 
     name: str
-    stage: int  # of ZeRO; 0 without DeepSpeed
+    stage: int  # ZeRO stage; 0 without DeepSpeed
     offload_optimizer: bool
     offload_param: bool
-    several: bool  # several ranks are possible
+    multi_rank: bool  # allows several ranks
     precision: Precision
 
 
 def read_shape(base: str, config: Config) -> Shape:
-    """Return the shape of the model in the folder or on the hub, and of the flags' adapter.
+    """Return the shape of a model, in a folder or on the hub, and of the adapter.
 
-    Raises UserError for a model that is neither LLaMA-like nor a T5, and targets that it does not
-    have.
+    Raises UserError for a model that is neither LLaMA-like nor a T5, and for LoRA targets that the
+    model does not have.
     """
     base_config = read_base_config(base, config)
     check_shape(base, base_config)
@@ -152,28 +154,27 @@ def read_shape(base: str, config: Config) -> Shape:
 
 
 def check_shape(base: str, base_config: Any) -> None:
-    """Raise UserError for a model that the estimate does not know."""
-    if base_config.model_type in KINDS:
+    """Raise UserError for a model that the estimate does not cover."""
+    if base_config.model_type in T5_TYPES:
         return
-    missing = [name for name in NEEDED if getattr(base_config, name, None) is None]
+    missing = [name for name in REQUIRED_KEYS if getattr(base_config, name, None) is None]
     if missing or base_config.is_encoder_decoder:
         raise UserError(
             f"{base}: found a {base_config.model_type} model without "
             f"{', '.join(missing) or 'a decoder of its own'}; the estimate expects one built "
-            f"like LLaMA, or of the kinds {', '.join(KINDS)}."
+            f"like LLaMA, or of the kinds {', '.join(T5_TYPES)}."
         )
 
 
 def shape_of(model: Any, base_config: Any, config: Config) -> Shape:
-    """Return the shape of a model on the meta device, and of the flags' adapter."""
-    from loop.training.loss import (
-        changes_logits,
-    )  # here, since a wrong accelerate config needs no torch
+    """Return the shape of a model on the meta device, and of the adapter."""
+    # Here: it imports torch, and errors of an accelerate config are reported without.
+    from loop.training.loss import changes_logits
 
     heads = base_config.num_attention_heads
     head = getattr(base_config, "head_dim", None) or base_config.hidden_size // heads
     groups = getattr(base_config, "num_key_value_heads", None) or heads
-    targets = adapted(model, config)
+    targets = lora_targets(model, config)
     t5 = t5_of(base_config, targets)
     return Shape(
         hidden=base_config.hidden_size,
@@ -195,7 +196,7 @@ def bare_model(base: str, base_config: Any, config: Config) -> Any:
 
 
 def _weights(model: Any, layers: int, targets: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Return the fields of Shape that are counted; a tied weight counts once."""
+    """Return the fields of Shape with counts of elements; a tied weight counts once."""
     from torch import nn
 
     head = model.get_output_embeddings()
@@ -213,17 +214,17 @@ def _weights(model: Any, layers: int, targets: dict[str, Any], config: Config) -
             tuple(p.numel() for p in frozen if id(p) not in four_bit | held),
         )
 
-    # A list of experts may be as long, but it lies inside a layer.
-    # A T5's decoder has the larger layers.
-    whole = model.get_decoder() if model.config.is_encoder_decoder else model
-    layers = len(whole.block) if model.config.is_encoder_decoder else layers
-    stacks = [m for m in whole.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    # The layers of a T5's decoder are larger than the encoder's.
+    stack = model.get_decoder() if model.config.is_encoder_decoder else model
+    layers = len(stack.block) if model.config.is_encoder_decoder else layers
+    # The first list is the layers; a list of experts of the same length is inside a layer.
+    stacks = [m for m in stack.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     inputs: dict[tuple[str, str], int] = {}
     trained = list(biases.values())
     for name, module in targets.items():
         parent, _, own = name.rpartition(".")
-        if own != KEPT_ANYWAY:
-            inputs[parent, SHARED.get(own, own)] = module.weight.shape[1]
+        if own != INPUT_KEPT_BY_ATTENTION:
+            inputs[parent, SAME_INPUT.get(own, own)] = module.weight.shape[1]
         trained += pair_of(module, config)
     return {
         "head_trained": any(module is head for module in targets.values()),
@@ -240,29 +241,29 @@ def pair_of(module: Any, config: Config) -> list[int]:
     return [config.lora_r * width for width in module.weight.shape]
 
 
-def adapted(model: Any, config: Config) -> dict[str, Any]:
-    """Return the modules that get a LoRA pair, by the rules of peft 0.21, tuners_utils.py.
+def lora_targets(model: Any, config: Config) -> dict[str, Any]:
+    """Return the modules that get a LoRA pair, by name, as in peft 0.21 (tuners_utils.py).
 
     Raises UserError for a target that the model does not have.
     """
     from torch import nn
 
     head = model.get_output_embeddings()
-    asked = target_names(model, config.lora_target_modules)
-    if asked == ALL_LINEAR:
+    names = target_names(model, config.lora_target_modules)
+    if names == ALL_LINEAR:
         linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         return {name: m for name, m in linears.items() if m is not head}
     modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
     return {
         name: module
-        for target in asked
+        for target in names
         for name, module in modules.items()
         if name == target or name.endswith(f".{target}")
     }
 
 
 def trained_biases(model: Any, targets: dict[str, Any], config: Config) -> dict[int, int]:
-    """Return the elements of each trained bias of the base model, by its id."""
+    """Return the elements of each trained bias of the base model, by the id of the parameter."""
     if config.lora_bias == "none":
         return {}
     chosen = targets if config.lora_bias == "lora_only" else dict(model.named_modules())
@@ -271,31 +272,31 @@ def trained_biases(model: Any, targets: dict[str, Any], config: Config) -> dict[
 
 
 def read_backend(path: Path) -> Backend:
-    """Return what an accelerate config asks for by its own keys.
+    """Return the backend of an accelerate config.
 
-    Raises UserError for a file that cannot be read, and for backends that the loop has not.
+    Raises UserError for a file that cannot be read, and for an unsupported backend.
     """
     where, values = f"--accelerate_config {path}", read_accelerate(path)
     kind = values["distributed_type"]
     zero = values.get("deepspeed_config") or {} if kind == "DEEPSPEED" else {"zero_stage": 0}
     if "deepspeed_config_file" in zero:
         raise UserError(
-            f"{where}: found deepspeed_config_file; the estimate reads zero_stage and the offload "
-            "devices only. Give one of accelerate_configs/."
+            f"{where}: found deepspeed_config_file; expected zero_stage and offload devices, which "
+            "is all that the estimate reads. Give one of accelerate_configs/."
         )
     stage = zero.get("zero_stage", 2)
     precision: Any = values.get("mixed_precision") or "no"
     if type(stage) is not int or stage not in range(4) or precision not in get_args(Precision):
         raise UserError(
             f"{where}: found zero_stage {stage} and mixed_precision {precision}; expected stage "
-            "1, 2 or 3 and precision no, bf16 or fp16."
+            "1, 2 or 3 and precision no, bf16 or fp16. Give one of accelerate_configs/."
         )
     return Backend(
         name=path.stem,
         stage=stage,
         offload_optimizer=zero.get("offload_optimizer_device", "none") != "none",
         offload_param=zero.get("offload_param_device", "none") != "none",
-        several=kind not in ALONE,
+        multi_rank=kind not in SINGLE_PROCESS,
         precision=precision,
     )
 
@@ -303,7 +304,7 @@ def read_backend(path: Path) -> Backend:
 def read_accelerate(path: Path) -> dict[str, Any]:
     """Return the keys of an accelerate config.
 
-    Raises UserError for a file that cannot be read, and for backends that the loop has not.
+    Raises UserError for a file that cannot be read, and for an unsupported backend.
     """
     where = f"--accelerate_config {path}"
     try:
@@ -317,11 +318,11 @@ def read_accelerate(path: Path) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}.") from None
     kind = values.get("distributed_type") if isinstance(values, dict) else None
-    if kind not in (*ALONE, "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"):
-        fitting = "zero3.yaml" if kind == "FSDP" else ""  # It shares out the base model, too.
+    if kind not in (*SINGLE_PROCESS, "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"):
+        similar = "zero3.yaml" if kind == "FSDP" else ""  # Both partition the base model.
         raise UserError(
             f"{where}: found distributed_type {kind}; expected NO, MULTI_GPU or DEEPSPEED. "
-            f"Give {'' if fitting else 'one of '}accelerate_configs/{fitting}."
+            f"Give {'' if similar else 'one of '}accelerate_configs/{similar}."
         )
     zero = values.get("deepspeed_config") or {}
     if kind == "DEEPSPEED" and not isinstance(zero, dict):
@@ -333,19 +334,19 @@ def read_accelerate(path: Path) -> dict[str, Any]:
 
 
 def backends() -> list[Backend]:
-    """Return those of accelerate_configs/ that are for GPUs in one machine, smallest first.
+    """Return the backends of accelerate_configs/ for the GPUs of one machine, by stage.
 
-    A user's own file that the estimate does not understand is named in a note, and left out.
+    A file that the estimate cannot read is skipped with a note.
     """
     found = []
     for path in sorted(CONFIGS.glob("*.yaml")):
         try:
             backend = read_backend(path)
         except UserError as error:
-            print(f"note: left out: {str(error).removeprefix('--accelerate_config ')}")
+            print(f"note: skipped: {str(error).removeprefix('--accelerate_config ')}")
             continue
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        # What a file leaves out is one machine with GPUs, as for accelerate.
+        # accelerate's defaults are one machine, with GPUs.
         if values.get("num_machines", 1) == 1 and not values.get("use_cpu"):
             found.append(backend)
-    return sorted(found, key=lambda b: (b.stage, b.several, b.offload_optimizer))
+    return sorted(found, key=lambda b: (b.stage, b.multi_rank, b.offload_optimizer))

@@ -1,6 +1,6 @@
-"""`doctor --estimate`: memory by part and bytes sent, of one config or of all, as tables.
+"""`doctor --estimate`: prints memory by part and bytes sent, for one accelerate config or for all.
 
-It reads the model's config.json, not its weights; a folder with that file alone will do.
+It reads the model's config.json only; the weights may be missing.
 """
 
 import dataclasses
@@ -16,19 +16,19 @@ from loop.model.base import find_base_model
 from loop.model.lora_targets import USUAL
 from loop.monitor.formatting import gib, table
 
-RANKS = 8  # of a launch that is only estimated
+DEFAULT_RANKS = 8
 
 
 def print_estimate(config: DoctorConfig) -> None:
-    """Print the estimate; raises UserError where nothing can be estimated."""
+    """Print the estimate; raises UserError for an unsupported model or backend."""
     if config.deepspeed:
         raise UserError(
-            f"found --deepspeed {config.deepspeed}; the estimate knows the stages and offloads of "
+            f"found --deepspeed {config.deepspeed}; the estimate reads stage and offload of "
             "accelerate configs only. Give --accelerate_config, such as "
             "accelerate_configs/zero3.yaml."
         )
-    named = config.accelerate_config
-    backend = read_backend(Path(named)) if named else None
+    file = config.accelerate_config
+    backend = read_backend(Path(file)) if file else None
     base = find_base_model(config)
     shape = read_shape(base, config)
     print(f"{display_path(base)}: {counts(shape)}\n{setting(shape, config)}\n")
@@ -39,14 +39,16 @@ def print_estimate(config: DoctorConfig) -> None:
 
 
 def launch(shape: Shape, config: DoctorConfig, backend: Backend) -> Run:
-    """Return the run; the flags' precision goes before the accelerate config's, as in training."""
+    """Return the run; a precision flag overrides the accelerate config, as in training."""
     if not (config.mixed_precision or config.bf16 or config.fp16):
         config = dataclasses.replace(config, mixed_precision=backend.precision)
-    return Run(shape, config, backend, config.num_processes or RANKS, config.supervised_share)
+    return Run(
+        shape, config, backend, config.num_processes or DEFAULT_RANKS, config.supervised_share
+    )
 
 
 def counts(shape: Shape) -> str:
-    """Say how many parameters there are, of each kind."""
+    """Return the numbers of base, 4-bit and trained parameters as text."""
     linears = sum(shape.model.linears)
     others = sum(shape.model.held) + sum(shape.model.others)
     return (
@@ -56,7 +58,7 @@ def counts(shape: Shape) -> str:
 
 
 def setting(shape: Shape, config: DoctorConfig) -> str:
-    """Say which settings the numbers depend on."""
+    """Return the settings that the numbers depend on as text."""
     target = config.max_target_length or config.model_max_length
     sides = f"({config.model_max_length} + {target})" if shape.t5 else config.model_max_length
     names = config.lora_target_modules or USUAL[shape.t5 is not None]
@@ -71,18 +73,18 @@ def setting(shape: Shape, config: DoctorConfig) -> str:
 
 def parts(run: Run) -> str:
     """Return the table of one run's parts."""
-    found = memory(run)
+    bytes_by_part = memory(run)
     kind = "QLoRA" if run.config.q_lora else "LoRA"
     rows = [[f"{run.backend.name}, {kind}, {run.config.precision}, rank of {run.world}", "GiB"]]
-    rows += [[name, gib(size)] for name, size in found.items()]
-    rows.append(["allocated at the peak", gib(sum(found.values()))])
+    rows += [[name, gib(size)] for name, size in bytes_by_part.items()]
+    rows.append(["peak, allocated", gib(sum(bytes_by_part.values()))])
     rows.append(["main memory, offloaded", gib(host_memory(run))])
     rows.append(["sent each step", gib(sent(run))])
     return table(rows)
 
 
 def overview(shape: Shape, config: DoctorConfig) -> str:
-    """Return the table of all configs, LoRA and QLoRA side by side."""
+    """Return the table of all configs, with LoRA and QLoRA."""
     rows = [
         ["GiB a rank", "", "LoRA", "", "", "QLoRA", "", ""],
         ["config", "ranks", *("GPU", "host", "sent/step") * 2],

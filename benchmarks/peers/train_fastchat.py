@@ -1,9 +1,11 @@
-"""Trains with FastChat's train_lora or train_lora_t5; runs in the environment of peers.py.
+"""Trains the benchmark's plan with FastChat's train_lora or train_lora_t5, in its own environment.
 
-python benchmarks/peers/fastchat.py SETTINGS.json
+python benchmarks/peers/train_fastchat.py SETTINGS.json
 
-Its own file is run as it is, but for three things: the ids and labels are the plan's, padded as
-FastChat pads, so that all systems learn the same tokens; their order is kept; steps are timed.
+benchmarks/step/measure.py writes the settings and starts this file. FastChat's code runs unchanged
+except for three things. Ids and labels are the plan's, padded as FastChat pads, so that all systems
+train on the same tokens. Their order is kept. Steps are timed. The file is not named fastchat.py:
+its folder comes first on sys.path and would hide the package.
 """
 
 import json
@@ -13,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Imported by FastChat whether used or not; its LoRA on one device uses neither.
+# FastChat always imports these packages. LoRA on one device uses neither.
 STUBS = (
     *("deepspeed", "deepspeed.zero", "deepspeed.runtime", "deepspeed.runtime.zero"),
     *("deepspeed.runtime.zero.partition_parameters", "flash_attn"),
@@ -27,7 +29,7 @@ def main(settings: str) -> None:
     for name in STUBS:
         sys.modules[name] = _stub(name)
     import torch
-    from timed_trainer import Steps, timed
+    from step_timer import Steps, timed
 
     if asked["pairs"]:
         from fastchat.train import train_lora_t5 as train_lora
@@ -51,25 +53,25 @@ def _padded(rows: list[Any], tokenizer: Any, longest: int) -> dict[str, Any]:
     """Return what FastChat's `preprocess` returns: every dialogue padded to model_max_length."""
     import torch
 
-    made = []
+    examples = []
     for ids, labels in rows:
         pads = longest - len(ids)
-        whole = {
+        padded = {
             "input_ids": [*ids, *[tokenizer.pad_token_id] * pads],
             "labels": [*labels, *[-100] * pads],
             "attention_mask": [1] * len(ids) + [0] * pads,
         }
-        made.append({name: torch.tensor(values) for name, values in whole.items()})
-    return {"train_dataset": made, "eval_dataset": None}
+        examples.append({name: torch.tensor(values) for name, values in padded.items()})
+    return {"train_dataset": examples, "eval_dataset": None}
 
 
 def _pairs(rows: list[Any], tokenizer: Any, _: int) -> dict[str, Any]:
-    """Return pairs, and the collator of FastChat's T5, which pads to the longest."""
+    """Return the pairs, and the collator of FastChat's T5, which pads to the longest."""
     from fastchat.train.train_flant5 import DataCollatorForSupervisedDataset
 
-    made = [{"input_ids": ids, "labels": labels} for ids, labels in rows]
+    pairs = [{"input_ids": ids, "labels": labels} for ids, labels in rows]
     collator = DataCollatorForSupervisedDataset(tokenizer=tokenizer)
-    return {"train_dataset": made, "eval_dataset": None, "data_collator": collator}
+    return {"train_dataset": pairs, "eval_dataset": None, "data_collator": collator}
 
 
 def _flags(asked: dict[str, Any], steps: int, gpu: bool) -> list[str]:
@@ -98,7 +100,8 @@ def _flags(asked: dict[str, Any], steps: int, gpu: bool) -> list[str]:
 
 
 def _stub(name: str) -> ModuleType:
-    """Return a module that has any name one asks it for, and looks installed from nowhere."""
+    """Return a module that has every attribute, with a spec but no file."""
+
     module = ModuleType(name)
     module.__spec__ = ModuleSpec(name, None)
     module.__path__ = []

@@ -1,6 +1,9 @@
-"""Trains with TRL's SFTTrainer what step_time.py asks for; runs in the environment of peers.py.
+"""Trains the benchmark's plan with TRL's SFTTrainer, in TRL's own environment.
 
-python benchmarks/peers/trl.py SETTINGS.json
+python benchmarks/peers/train_trl.py SETTINGS.json
+
+benchmarks/step/measure.py writes the settings and starts this file. It is not named trl.py: its
+folder comes first on sys.path and would hide the package.
 """
 
 import json
@@ -12,7 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from timed_trainer import Steps, timed
+from step_timer import Steps, timed
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -24,8 +27,8 @@ def main(settings: str) -> None:
     rows = [
         {"input_ids": ids, "labels": labels} for step in plan for ids, labels in step["examples"]
     ]
-    # The examples' order within a step and the steps' order are kept: a short last window of an
-    # epoch would move what follows, so step_time.py and loss_curve.py ask for whole ones.
+    # The Trainer cuts the list into steps of equal size. A short last window of an epoch would
+    # shift all later steps, so run.py and loss_curve.py refuse a plan that has one.
     tokenizer = AutoTokenizer.from_pretrained(asked["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     steps = Steps()
@@ -42,7 +45,7 @@ def main(settings: str) -> None:
 
 
 def _model(asked: dict[str, Any]) -> tuple[Any, LoraConfig | None]:
-    """Return the base model and what adapter TRL is to add, or the model with one that is given."""
+    """Return the base model and the adapter that TRL adds, or the model with a given adapter."""
     dtype = torch.bfloat16 if asked["precision"] == "bf16" else torch.float32
     options: dict[str, Any] = {}
     if asked["kind"] == "qlora":
@@ -74,7 +77,7 @@ def _config(asked: dict[str, Any], steps: int) -> SFTConfig:
         max_steps=steps,
         per_device_train_batch_size=1 if packing else asked["batch"],
         packing=packing,
-        # Packed, a step holds one row: about the tokens of the dialogues of an unpacked one.
+        # With packing a step is one row, with about the tokens of an unpacked step.
         max_length=asked["packed_length"] if packing else asked["max_length"],
         learning_rate=asked["learning_rate"],
         lr_scheduler_type="cosine",
