@@ -231,11 +231,11 @@ def print_answer(speaker: Speaker, turns: tuple[Turn, ...], name: str, system: s
     if not speaker.config.compare:
         return speaker.answer(turns, name, system, speaker.streamer(name))
     answers = {who: speaker.answer(turns, who, system) for who in speaker.names}
-    print(side_by_side(answers))
+    print(answers_in_columns(answers))
     return answers[name]
 
 
-def side_by_side(answers: dict[str, str]) -> str:
+def answers_in_columns(answers: dict[str, str]) -> str:
     """Return a table with a column for each answer, as wide as the terminal."""
     separator = " | "
     columns = shutil.get_terminal_size((100, 24)).columns - len(separator) * (len(answers) - 1)

@@ -28,18 +28,18 @@ NO_EVALUATION_DATA = "there is no evaluation data; give --eval_data_path or --ev
 # Accepted on the command line, in YAML files and in files of older versions; --help lists none.
 ALIASES = {
     "evaluation_strategy": "eval_strategy",
-    "load_best_model_at_end": "load_best_model_at_end",
-    "max_nonfinite_steps": "max_nonfinite_steps",
+    "load_best_at_end": "load_best_model_at_end",
+    "max_bad_steps": "max_nonfinite_steps",
     "report": "data_report",
-    "allow_resume_mismatch": "allow_resume_mismatch",
-    "train_on": "train_on",
+    "resume_anyway": "allow_resume_mismatch",
+    "supervise": "train_on",
 }
 
 
 def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings, which an older version may have written, under the current flag names.
 
-    >>> with_current_names({"train_on": "all", "--allow_resume_mismatch": True, "seed": 1})
+    >>> with_current_names({"supervise": "all", "--resume_anyway": True, "seed": 1})
     {'train_on': 'all', '--allow_resume_mismatch': True, 'seed': 1}
     """
     old = {f"{dashes}{a}": f"{dashes}{b}" for dashes in ("", "--") for a, b in ALIASES.items()}

@@ -1,4 +1,4 @@
-"""Damaged compressed files are read up to the damage, and invalid tables are named."""
+"""Truncated or invalid compressed files are read up to the damage, and invalid tables are named."""
 
 import gzip
 import json

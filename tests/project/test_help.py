@@ -68,7 +68,7 @@ def test_training_flags_are_grouped_and_numbers_have_their_unit(
 def test_every_flag_of_data_has_a_value_and_a_default(name: str) -> None:
     text = importlib.import_module(f"data.preparation.{name}").flags().format_help()
     assert text.startswith(f"usage: python -m data {name} --in FILE ...")
-    assert {"files", "how it is run", name} <= {*re.findall(r"^(\w[\w ]+):$", text, re.MULTILINE)}
+    assert {"files", "execution", name} <= {*re.findall(r"^(\w[\w ]+):$", text, re.MULTILINE)}
     found = flags_of(text)
     assert len(found) >= 8
     required = {"--in", "--out" if name != "stats" else "", "--model_name_or_path"}
