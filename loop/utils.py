@@ -1,4 +1,4 @@
-"""Trainable weights gathered from ZeRO on every rank, and the adapter saved by the first."""
+"""Gathers trainable weights from ZeRO on every rank; rank 0 saves and checks the adapter."""
 
 import json
 import re
@@ -15,33 +15,19 @@ from torch import Tensor, nn
 Tensors = dict[str, Tensor]
 
 
-def file_name(name: str) -> str:
-    """Return the name that peft gives a parameter in a file: without that of its adapter."""
-    return re.sub(r"\.default(?=\.|$)", "", name)
-
-
-def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return what a whole adapter holds, by peft's names, from the model's own parameters."""
-    return {
-        file_name(name): tuple(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
 def trained_parameters(model: nn.Module, keep: bool = True) -> Tensors:
-    """Return the trainable parameters whole, in fp32, on the CPU; every rank must call this.
+    """Return the gathered trainable parameters, in fp32, on the CPU; every rank must call this.
 
-    Under DeepSpeed they come from the fp32 master, gathered over the ranks one at a time. A rank
-    that does not `keep` them takes part and returns nothing: it needs memory for one of them.
+    DeepSpeed: read from the fp32 master weights, gathered one parameter at a time. A rank without
+    `keep` takes part and returns nothing: it needs memory for one parameter only.
     """
     return gather_trained(model, lambda parameter: parameter, None, keep)
 
 
 def gather_trained(model: nn.Module, plain: Any, moment: str | None, keep: bool) -> Tensors:
-    """Gather each trainable parameter, or one moment of it; every rank must call this.
+    """Gather each trainable parameter, or one of its moments; every rank must call this.
 
-    plain: the tensor of a parameter that DeepSpeed does not partition.
+    plain: returns the tensor of a parameter that DeepSpeed does not partition.
     """
     state = {}
     for name, parameter in model.named_parameters():
@@ -62,8 +48,13 @@ def gather_trained(model: nn.Module, plain: Any, moment: str | None, keep: bool)
     return state
 
 
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Return whether DeepSpeed partitions the parameter, or its fp32 master, over the ranks."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
 def gathered(parameter: nn.Parameter) -> Any:
-    """Gather a parameter that ZeRO-3 has shared out; the first rank's changes are kept."""
+    """Gather a parameter that ZeRO-3 partitions, for a `with` block; rank 0's changes are kept."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
@@ -72,15 +63,24 @@ def gathered(parameter: nn.Parameter) -> Any:
 
 
 def use_whole(module: nn.Module, parameter: nn.Parameter) -> None:
-    """Have ZeRO-3 gather a parameter for a module that uses it while another one holds it."""
+    """Make ZeRO-3 gather a parameter for a module that uses it but does not own it."""
     from deepspeed.runtime.zero import register_external_parameter
 
     register_external_parameter(module, parameter)
 
 
-def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether DeepSpeed holds the parameter, or its fp32 master, in parts on several ranks."""
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the unpartitioned shapes of the trainable parameters, by their names in a file."""
+    return {
+        file_name(name): tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def file_name(name: str) -> str:
+    """Return the name that peft gives a parameter in a file: without the adapter's name."""
+    return re.sub(r"\.default(?=\.|$)", "", name)
 
 
 def save_adapter(
@@ -91,11 +91,11 @@ def save_adapter(
     folder: Path,
     safetensors: bool = True,
 ) -> None:
-    """Write adapter_config.json and the weights that peft loads, on the first rank.
+    """Write adapter_config.json and the adapter's weights as peft loads them, on rank 0.
 
     state: the gathered parameters, by the model's names; expected: shapes, by names in the file.
 
-    The file is opened again and checked. Raises RuntimeError where it is not what was trained.
+    The file is read back and checked. Raises RuntimeError if it differs from what is expected.
     """
     if not accelerator.is_main_process:
         return
@@ -133,11 +133,11 @@ def _check_saved(
         raise RuntimeError(f"{file}: not finite: {', '.join(infinite[:5])}")
     lora_b = [tensor for name, tensor in saved.items() if "lora_B" in name or "embedding_B" in name]
     if not any(tensor.any() for tensor in lora_b):
-        raise RuntimeError(f"{file}: every lora_B is zero: the adapter has learnt nothing")
+        raise RuntimeError(f"{file}: every lora_B is zero: the adapter is not trained")
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
+    """Write JSON atomically."""
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(file)

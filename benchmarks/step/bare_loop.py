@@ -107,9 +107,9 @@ def plan(job: Job) -> dict[str, Any]:
     dealt: list[Example] = []
     collator = job.prepared.collator
 
-    def recorded(examples: Sequence[Example], seed: int) -> Any:
+    def recorded(examples: Sequence[Example], *rest: Any) -> Any:
         dealt.extend(examples)
-        return collator(examples, seed)
+        return collator(examples, *rest)
 
     needed = flops_of(job.prepared.base.config)
     steps = []

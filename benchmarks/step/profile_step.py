@@ -24,12 +24,12 @@ from data.batching.collate import Collator, MicroBatch
 from loop.config.flags import Config
 from loop.config.load import read_config
 from loop.inputs.training_data import read_training_data
+from loop.model.dtypes import torch_dtype
 from loop.model.kernels import keep_memory, replace_dropout
 from loop.model.load import leave_inputs
 from loop.model.packed_attention import implementation, row_inputs
 from loop.training.loss import supervised_loss_sum
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STEPS, BATCH = 4, 8
 # An operation belongs to the first kind of which its name contains a word.
 KINDS = {
@@ -57,7 +57,7 @@ def main(precision: str = "fp32", *flags: str) -> None:
     }
     found = {}
     for name, (ours, collator, loss_sum) in variants.items():
-        model = adapted(prepared.base.name, ours, DTYPES[precision])
+        model = adapted(prepared.base.name, ours, torch_dtype(precision))
         batches = [collator(part, 0) for part in chosen]
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss_sum(model, batches[0]).backward()

@@ -1,1 +1,1 @@
-"""Examples become micro-batches: balanced over ranks, with shared prefixes."""
+"""Micro-batches: collation, balance over ranks, shared prefixes."""

@@ -1,31 +1,42 @@
-"""Splits a window into micro-batches and gives them to ranks: little padding, even work."""
+"""Splits a window into micro-batches and assigns them to ranks: little padding, even work."""
 
 from bisect import bisect
-from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import ceil
-from operator import itemgetter
 
-from data.batching.shared_prefix import sort_by_prefix, tokens_saved
+from data.batching.shared_prefix import PrefixGroup, prefix_groups, sort_by_prefix, tokens_saved
 from data.encoding.encode import Example
 
-Examples = list[Example]  # of one micro-batch; may be empty
-
-# What a micro-batch more costs, in padded tokens: as often the weights are read from memory.
+# The cost of one more micro-batch in padded tokens: the weights are read from memory once more.
 # Measured on a CPU (benchmarks/RESULTS.md, Padding of pairs).
-OVERHEAD = 112
-SWAPS, NEAR = 4, 4  # swaps a rank, and lengths that each example is tried with, at most
+MICRO_BATCH_COST_TOKENS = 112
+MAX_SWAPS_PER_RANK = 4
+# An example is compared with this many of the next shorter and of the next longer candidates.
+SWAP_CANDIDATES = 4
+
+
+@dataclass(frozen=True)
+class ExampleBatch:
+    """The examples of one micro-batch before collation; there may be none.
+
+    tokens: computed tokens, padding included, a shared prefix counted once.
+    groups: the prefix groups of the examples, in order; None if prefixes are not shared.
+    """
+
+    examples: list[Example]
+    tokens: int
+    groups: list[PrefixGroup] | None = None
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one micro-batch may hold, and how it is run.
+    """The maximum size of a micro-batch, and its form.
 
-    examples, tokens: at most so many, padding counted; a longer example runs alone.
-    packed: in one row without padding, else padded to the longest.
-    finer: split further where that saves more padding than it costs.
-    sharing: what a row's examples begin with alike is run once; `tokens` counts it each time.
+    examples, tokens: maximum per micro-batch, padding included; a longer example runs alone.
+    packed: one row without padding; otherwise examples are padded to the longest.
+    finer: split further if that saves more padding than it costs.
+    sharing: a prefix that examples of a row share is computed once; `tokens` counts it each time.
     """
 
     examples: int
@@ -34,75 +45,87 @@ class Limits:
     finer: bool = False
     sharing: bool = False
 
-    def cost(self, part: Examples) -> int:
-        """Return the tokens that one micro-batch runs, padding counted."""
+    def batch(self, examples: list[Example]) -> ExampleBatch:
+        """Return the micro-batch of these examples, with its cost and its prefix groups."""
         if not self.packed:
-            return padded_tokens(part)
-        return packed_tokens(part) - (tokens_saved(part)[0] if self.sharing else 0)
+            return ExampleBatch(examples, padded_tokens(examples))
+        if not self.sharing:
+            return ExampleBatch(examples, packed_tokens(examples))
+        groups = prefix_groups(examples)
+        saved, _ = tokens_saved(groups)
+        return ExampleBatch(examples, packed_tokens(examples) - saved, groups)
+
+    def allows(self, examples: list[Example]) -> bool:
+        """Return whether the examples keep the limit of tokens; a single one always does."""
+        count = packed_tokens if self.packed else padded_tokens
+        return not self.tokens or len(examples) < 2 or count(examples) <= self.tokens
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """A window's micro-batches by rank and slot, as many for each rank.
+    """The micro-batches of a window by rank and slot; each rank has the same number of slots."""
 
-    tokens: what each rank runs, padding counted, and what a row shares once.
-    """
+    ranks: list[list[ExampleBatch]]
 
-    ranks: list[list[Examples]]
-    tokens: list[int]
+    @property
+    def tokens(self) -> list[int]:
+        """Computed tokens of each rank, padding included, a shared prefix counted once."""
+        return [sum(batch.tokens for batch in rank) for rank in self.ranks]
+
+    @property
+    def squared_tokens(self) -> int:
+        """The sum of squared lengths, to which attention's work is proportional."""
+        batches = [batch for rank in self.ranks for batch in rank]
+        squares = sum(e.run_tokens**2 for batch in batches for e in batch.examples)
+        return squares - sum(tokens_saved(batch.groups or [])[1] for batch in batches)
 
 
 def assign_micro_batches(chosen: list[Example], world_size: int, limits: Limits) -> Assignment:
-    """Deal a window's examples out; the same on every rank, and the gradient depends on none of it.
+    """Assign a window's examples to micro-batches and ranks.
 
-    Micro-batches of like work run at the same time on all ranks, and each rank's sum is about even.
+    All ranks compute the same assignment, and the window's gradient does not depend on it. The
+    micro-batches of one slot run at the same time on all ranks and have similar sizes; the sums
+    over the slots are about equal.
     """
-    cost = packed_tokens if limits.packed else padded_tokens
     slots = ceil(len(chosen) / (world_size * limits.examples))
     if limits.tokens:
-        least = sum(example.run_tokens for example in chosen)
-        slots = max(slots, ceil(least / (world_size * limits.tokens)))
+        unpadded = sum(example.run_tokens for example in chosen)
+        slots = max(slots, ceil(unpadded / (world_size * limits.tokens)))
     while True:
         parts = _parts(chosen, slots * world_size, limits)
-        if not limits.tokens or all(len(p) < 2 or cost(p) <= limits.tokens for p in parts):
+        if all(map(limits.allows, parts)):
             break
         slots += 1
-    dealt = _to_ranks(parts, world_size, limits.cost)
+    assignment = _to_ranks(parts, world_size, limits)
     while limits.finer and not limits.packed and slots * world_size < len(chosen):
         slots *= 2
-        finer = _to_ranks(_parts(chosen, slots * world_size, limits), world_size, limits.cost)
-        dealt = min(dealt, finer, key=_busiest)
-    return _evened(dealt, limits) if limits.packed and world_size > 1 else dealt
+        finer = _to_ranks(_parts(chosen, slots * world_size, limits), world_size, limits)
+        assignment = min(assignment, finer, key=_busiest_cost)
+    return _evened(assignment, limits) if limits.packed and world_size > 1 else assignment
 
 
-def packed_tokens(part: Examples) -> int:
-    """Return the tokens of one micro-batch in one row, each example by itself."""
-    return sum(example.run_tokens for example in part)
+def packed_tokens(examples: list[Example]) -> int:
+    """Return the tokens of one micro-batch in one row, without shared prefixes."""
+    return sum(example.run_tokens for example in examples)
 
 
-def padded_tokens(part: Examples) -> int:
+def padded_tokens(examples: list[Example]) -> int:
     """Return the tokens of one micro-batch, padded to the longest on each side."""
-    return len(part) * sum(
-        max((example.lengths[side] for example in part), default=0) for side in range(2)
+    return len(examples) * sum(
+        max((example.lengths[side] for example in examples), default=0) for side in range(2)
     )
 
 
-def squares(chosen: list[Example], dealt: Assignment, limits: Limits) -> int:
-    """Return the sum of the examples' squared lengths, by which attention's work grows."""
-    parts = [part for rank in dealt.ranks for part in rank] if limits.sharing else []
-    return sum(e.run_tokens**2 for e in chosen) - sum(tokens_saved(part)[1] for part in parts)
+def _parts(chosen: list[Example], count: int, limits: Limits) -> list[list[Example]]:
+    return _even_parts(chosen, count, limits) if limits.packed else _similar_parts(chosen, count)
 
 
-def _parts(chosen: list[Example], count: int, limits: Limits) -> list[Examples]:
-    return _even(chosen, count, limits) if limits.packed else _alike(chosen, count)
+def _even_parts(chosen: list[Example], count: int, limits: Limits) -> list[list[Example]]:
+    """Split examples into parts of even tokens: the longest first, each to the smallest part.
 
-
-def _even(chosen: list[Example], count: int, limits: Limits) -> list[Examples]:
-    """Split examples into parts of even tokens: the longest first, each to the emptiest part.
-
-    In a part those that begin alike lie side by side.
+    Within a part, examples with a common prefix are neighbours.
     """
-    parts: list[Examples] = [[] for _ in range(count)]
+    parts: list[list[Example]] = [[] for _ in range(count)]
     open_parts = [(0, number) for number in range(count)]
     for example in sorted(chosen, key=lambda e: -e.run_tokens):
         tokens, number = heappop(open_parts)
@@ -112,11 +135,11 @@ def _even(chosen: list[Example], count: int, limits: Limits) -> list[Examples]:
     return [sort_by_prefix(part) for part in parts]
 
 
-def _alike(chosen: list[Example], count: int) -> list[Examples]:
-    """Split examples into parts of like size and like lengths, the longest first.
+def _similar_parts(chosen: list[Example], count: int) -> list[list[Example]]:
+    """Split examples into parts of similar size and similar lengths, the longest first.
 
-    Each half of them is sorted anew, by the side of the pairs whose padding it cuts most. Of
-    dialogues, which have one side, that is one order by length.
+    The examples are halved recursively. Each half is sorted by the length that saves most padding:
+    of pairs the source, the target or the longer of both. Dialogues have one length.
     """
     if count == 1:
         return [chosen]
@@ -128,79 +151,84 @@ def _alike(chosen: list[Example], count: int) -> list[Examples]:
         ((order[:middle], order[middle:]) for order in orders),
         key=lambda halves: sum(map(padded_tokens, halves)),
     )
-    return _alike(halves[0], half) + _alike(halves[1], count - half)
+    return _similar_parts(halves[0], half) + _similar_parts(halves[1], count - half)
 
 
-def _busiest(dealt: Assignment) -> int:
-    """Return what the busiest rank takes, in padded tokens."""
-    return max(dealt.tokens) + OVERHEAD * len(dealt.ranks[0])
+def _busiest_cost(assignment: Assignment) -> int:
+    """Return the cost of the busiest rank in padded tokens."""
+    return max(assignment.tokens) + MICRO_BATCH_COST_TOKENS * len(assignment.ranks[0])
 
 
-def _evened(dealt: Assignment, limits: Limits) -> Assignment:
-    """Swap examples between the busiest and the idlest rank for as long as that helps.
+def _evened(assignment: Assignment, limits: Limits) -> Assignment:
+    """Swap examples between the busiest and the idlest rank while that lowers the maximum.
 
-    No slot's largest micro-batch grows: under ZeRO-2 and -3 the ranks wait for it, slot by slot.
+                  slot 0     slot 1
+        busiest   [a  b]     [c  D]      D moves to the idlest rank, e to the busiest. D is longer
+        idlest    [e  f]     [g  h]      by about half of the difference between both ranks.
+
+    Invariant: the idlest rank's micro-batch does not outgrow the largest of its slot, because under
+    ZeRO-2 and ZeRO-3 all ranks wait for the largest, slot by slot.
     """
-    ranks, loads = [[*rank] for rank in dealt.ranks], [*dealt.tokens]
-    costs = [[limits.cost(part) for part in rank] for rank in ranks]
-    most = [max(slot) for slot in zip(*costs, strict=True)]
-    for _ in range(SWAPS * len(ranks)):
-        busy, idle = (side(range(len(loads)), key=loads.__getitem__) for side in (max, min))
-        rooms = [a - b for a, b in zip(most, costs[idle], strict=True)]
-        places = _best_swap(ranks[busy], ranks[idle], (loads[busy] - loads[idle]) / 2, rooms)
+    ranks = [[*rank] for rank in assignment.ranks]
+    largest = [max(batch.tokens for batch in slot) for slot in zip(*ranks, strict=True)]
+    for _ in range(MAX_SWAPS_PER_RANK * len(ranks)):
+        loads = Assignment(ranks).tokens
+        busy, idle = loads.index(max(loads)), loads.index(min(loads))
+        if busy == idle:
+            break
+        places = _best_swap(ranks[busy], ranks[idle], (loads[busy] - loads[idle]) / 2, largest)
         if places is None:
             break
-        (slot, n), (other, m) = places
-        mine, theirs = [*ranks[busy][slot]], [*ranks[idle][other]]
-        mine[n], theirs[m] = theirs[m], mine[n]
-        moved = [(busy, slot, sort_by_prefix(mine)), (idle, other, sort_by_prefix(theirs))]
-        found = [limits.cost(part) for _, _, part in moved]
-        after = [loads[r] - costs[r][at] + c for (r, at, _), c in zip(moved, found, strict=True)]
-        if (
-            max(after) >= loads[busy]
-            or found[1] > most[other]
-            or (limits.tokens and len(theirs) > 1 and packed_tokens(theirs) > limits.tokens)
-        ):
+        (busy_slot, n), (idle_slot, m) = places
+        old = ranks[busy][busy_slot], ranks[idle][idle_slot]
+        longer, shorter = ([*batch.examples] for batch in old)
+        longer[n], shorter[m] = shorter[m], longer[n]
+        new = [limits.batch(sort_by_prefix(examples)) for examples in (longer, shorter)]
+        busy_load = loads[busy] - old[0].tokens + new[0].tokens
+        idle_load = loads[idle] - old[1].tokens + new[1].tokens
+        lowers_maximum = max(busy_load, idle_load) < loads[busy]
+        if not (lowers_maximum and new[1].tokens <= largest[idle_slot] and limits.allows(shorter)):
             break
-        for (rank, at, part), cost, load in zip(moved, found, after, strict=True):
-            ranks[rank][at], costs[rank][at], loads[rank] = part, cost, load
-    return Assignment(ranks, loads)
+        ranks[busy][busy_slot], ranks[idle][idle_slot] = new
+    return Assignment(ranks)
+
+
+Place = tuple[int, int]  # the slot of a micro-batch, and the index of an example in it
 
 
 def _best_swap(
-    busy: list[Examples], idle: list[Examples], wanted: float, rooms: list[int]
-) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Return the places of two examples whose lengths differ by what is wanted, as nearly as any.
+    busy: list[ExampleBatch], idle: list[ExampleBatch], wanted: float, largest: list[int]
+) -> tuple[Place, Place] | None:
+    """Return the places of two examples whose lengths differ by about the wanted number of tokens.
 
-    A place is a micro-batch's number and the example's in it. rooms: what each of the idle rank's
-    micro-batches may grow by.
+    The first is the busy rank's, and longer. largest: tokens that a micro-batch of the idle rank
+    may have, by slot; without shared prefixes the swap keeps to it.
     """
-    there = sorted(
-        (example.run_tokens, slot, n)
-        for slot, part in enumerate(idle)
-        for n, example in enumerate(part)
+    candidates = sorted(
+        (example.run_tokens, slot, m)
+        for slot, batch in enumerate(idle)
+        for m, example in enumerate(batch.examples)
     )
+    room = [most - batch.tokens for most, batch in zip(largest, idle, strict=True)]
     swaps = [
-        (abs(example.run_tokens - tokens - wanted), (slot, n), (other, m))
-        for slot, part in enumerate(busy)
-        for n, example in enumerate(part)
-        for at in [bisect(there, (example.run_tokens - wanted, 0, 0))]
-        for tokens, other, m in there[max(at - NEAR, 0) : at + NEAR]
-        if 0 < example.run_tokens - tokens <= rooms[other]
+        (abs(example.run_tokens - tokens - wanted), (busy_slot, n), (idle_slot, m))
+        for busy_slot, batch in enumerate(busy)
+        for n, example in enumerate(batch.examples)
+        for at in [bisect(candidates, (example.run_tokens - wanted, 0, 0))]
+        for tokens, idle_slot, m in candidates[max(at - SWAP_CANDIDATES, 0) : at + SWAP_CANDIDATES]
+        if 0 < example.run_tokens - tokens <= room[idle_slot]
     ]
     return min(swaps)[1:] if swaps else None
 
 
-def _to_ranks(
-    parts: list[Examples], world_size: int, cost: Callable[[Examples], int]
-) -> Assignment:
-    """Give each slot's parts to the ranks, the largest to the one with the least so far."""
-    ranks: list[list[Examples]] = [[] for _ in range(world_size)]
+def _to_ranks(parts: list[list[Example]], world_size: int, limits: Limits) -> Assignment:
+    """Assign the parts slot by slot, the largest part of a slot to the rank with the least work."""
+    ranks: list[list[ExampleBatch]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
-    sized = sorted(((cost(part), part) for part in parts), key=itemgetter(0), reverse=True)
-    for begin in range(0, len(sized), world_size):
-        waiting = sorted(range(world_size), key=loads.__getitem__)
-        for rank, (tokens, part) in zip(waiting, sized[begin : begin + world_size], strict=True):
-            ranks[rank].append(part)
-            loads[rank] += tokens
-    return Assignment(ranks, loads)
+    batches = sorted(map(limits.batch, parts), key=lambda batch: -batch.tokens)
+    for begin in range(0, len(batches), world_size):
+        least_loaded = sorted(range(world_size), key=loads.__getitem__)
+        for rank, batch in zip(least_loaded, batches[begin : begin + world_size], strict=True):
+            ranks[rank].append(batch)
+            loads[rank] += batch.tokens
+    return Assignment(ranks)

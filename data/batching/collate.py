@@ -1,4 +1,4 @@
-"""Puts the examples of one micro-batch together and lists its supervised positions."""
+"""Collates the examples of a micro-batch into tensors and lists its supervised positions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.batching.shared_prefix import prefix_groups
+from data.batching.shared_prefix import PrefixGroup, prefix_groups
 from data.encoding.encode import IGNORE_INDEX, Example
 
 
@@ -15,13 +15,12 @@ from data.encoding.encode import IGNORE_INDEX, Example
 class MicroBatch:
     """One forward pass of one rank: B examples of at most T tokens, S of them supervised.
 
-    model_inputs: input_ids [B, T] int64, padded on the right, or [1, T] with what tells the
-    examples of the row apart, of which groups may share what they begin with; of pairs also
-    attention_mask [B, T] and decoder_input_ids [B, U], in which `positions` and `targets` are
-    found then.
-    positions: [S] int64, the flat indices into B x T whose next token is supervised.
+    model_inputs: input_ids [B, T] int64, padded on the right; or one row [1, T] with the inputs
+    that separate its examples; or pairs: input_ids, attention_mask [B, T] and decoder_input_ids
+    [B, U].
+    positions: [S] int64, flat indices into B x T (of pairs B x U) whose next token is supervised.
     targets: [S] int64, those next tokens.
-    seed: of everything random in this forward pass (dropout).
+    seed: for all randomness of this forward pass (dropout).
     """
 
     model_inputs: dict[str, Any]
@@ -31,7 +30,7 @@ class MicroBatch:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are run, padding counted; of pairs both sides."""
+        """Computed tokens, padding included; of pairs both sides."""
         sides = ("input_ids", "decoder_input_ids")
         return sum(x.numel() for name, x in self.model_inputs.items() if name in sides)
 
@@ -46,19 +45,19 @@ class MicroBatch:
         return MicroBatch(inputs, positions, targets, self.seed)
 
 
-# The groups of a row: of each, how many tokens its examples share, and how many each has beside.
+# The prefix groups of a row: for each the shared tokens, then the own tokens of each example.
 Groups = Sequence[Sequence[int]]
-# What tells a model where the examples of a row begin.
+# Returns the model inputs that separate the examples of a row.
 RowInputs = Callable[[Groups], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes micro-batches for one model.
+    """Collates micro-batches for one model.
 
-    decoder_start_id: an encoder-decoder's, else None. row_inputs: of a model that runs examples in
-    one row, else None, and they are padded. sharing: whether what a row's examples begin with alike
-    is run once.
+    decoder_start_id: of an encoder-decoder, else None. row_inputs: for a model that takes examples
+    in one row; None: examples are padded. sharing: whether a shared prefix of a row is computed
+    once.
     """
 
     pad_id: int
@@ -66,21 +65,30 @@ class Collator:
     row_inputs: RowInputs | None = None
     sharing: bool = False
 
-    def __call__(self, examples: Sequence[Example], seed: int) -> MicroBatch:
-        """Return a micro-batch; no example at all gives one of weight zero."""
+    def __call__(
+        self, examples: Sequence[Example], seed: int, groups: Sequence[PrefixGroup] | None = None
+    ) -> MicroBatch:
+        """Return a micro-batch; without examples its weight is zero.
+
+        groups: the prefix groups of the examples; with `sharing` they are computed if not given.
+        """
         if self.row_inputs is not None:
-            return collate_row(examples, self.pad_id, seed, self.row_inputs, self.sharing)
+            if not self.sharing:
+                groups = [PrefixGroup(0, [example]) for example in examples]
+            elif groups is None:
+                groups = prefix_groups(examples)
+            return collate_row(groups, self.pad_id, seed, self.row_inputs)
         if self.decoder_start_id is None:
             return collate(examples, self.pad_id, seed)
         return collate_pairs(examples, self.pad_id, self.decoder_start_id, seed)
 
 
 def collate(examples: Sequence[Example], pad_id: int, seed: int) -> MicroBatch:
-    """Pad to the longest example; none at all gives a micro-batch of weight zero, one pad token.
+    """Pad to the longest example; no examples give one pad token of weight zero.
 
-    The last supervised token is a target alone. There is no attention mask: under a causal mask no
-    real token sees a pad on its right, and pads carry no label. Padding is known by length, never
-    by id: the pad may be a real token.
+    The last supervised token is a target only. There is no attention mask: under a causal mask no
+    real token sees a pad on its right, and pads have no label. Padding is located by length, never
+    by id: the pad token may also be a real token.
 
     >>> batch = collate([Example("a", [5, 6, 7], [-100, 6, 7], 2)], pad_id=0, seed=1)
     >>> batch.model_inputs["input_ids"].tolist()
@@ -88,50 +96,46 @@ def collate(examples: Sequence[Example], pad_id: int, seed: int) -> MicroBatch:
     >>> batch.positions.tolist(), batch.targets.tolist()
     ([0, 1], [6, 7])
     """
-    rows = [_run(example) for example in examples]
+    rows = [_computed(example) for example in examples]
     input_ids = _padded([ids for ids, _ in rows], pad_id)
-    next_labels = _padded([following for _, following in rows], IGNORE_INDEX).flatten()
+    next_labels = _padded([labels for _, labels in rows], IGNORE_INDEX).flatten()
     positions = torch.nonzero(next_labels != IGNORE_INDEX).flatten()
     return MicroBatch({"input_ids": input_ids}, positions, next_labels[positions], seed)
 
 
 def collate_row(
-    examples: Sequence[Example],
-    pad_id: int,
-    seed: int,
-    row_inputs: RowInputs,
-    sharing: bool = False,
+    groups: Sequence[PrefixGroup], pad_id: int, seed: int, row_inputs: RowInputs
 ) -> MicroBatch:
-    """Put examples behind each other in one row [1, T]; none at all gives one pad token.
+    """Concatenate examples in one row [1, T], a shared prefix once; no groups give one pad token.
 
-    >>> two = [Example("a", [5, 6, 9], [-100, 6, -100], 1), Example("b", [7, 8, 2], [7, 8, 2], 1)]
-    >>> batch = collate_row(two, 0, 1, lambda groups: {"groups": groups})
-    >>> batch.model_inputs["input_ids"].tolist(), batch.model_inputs["groups"]
+    >>> a, b = Example("a", [5, 6, 9], [-100, 6, -100], 1), Example("b", [7, 8, 2], [7, 8, 2], 1)
+    >>> groups = [PrefixGroup(0, [a]), PrefixGroup(0, [b])]
+    >>> batch = collate_row(groups, 0, 1, lambda lengths: {"lengths": lengths})
+    >>> batch.model_inputs["input_ids"].tolist(), batch.model_inputs["lengths"]
     ([[5, 7, 8]], [[0, 1], [0, 2]])
-    >>> batch.positions.tolist(), batch.targets.tolist()  # 7 begins the row's second example
+    >>> batch.positions.tolist(), batch.targets.tolist()  # 7 is the first token of b
     ([0, 1, 2], [6, 8, 2])
     """
-    alike = prefix_groups(examples) if sharing else [(0, [example]) for example in examples]
-    ids, labels, groups = [], [], []
-    for shared, group in alike:
-        rows = [_run(example) for example in group]
+    ids, labels, lengths = [], [], []
+    for shared, examples in groups:
+        rows = [_computed(example) for example in examples]
         ids += rows[0][0][:shared] + [token for row, _ in rows for token in row[shared:]]
         labels += [IGNORE_INDEX] * shared
-        labels += [label for _, following in rows for label in following[shared:]]
-        groups.append([shared, *(len(row) - shared for row, _ in rows)])
-    if not examples:
-        ids, labels, groups = [pad_id], [IGNORE_INDEX], [[0, 1]]
-    next_labels = torch.tensor(labels)
-    positions = torch.nonzero(next_labels != IGNORE_INDEX).flatten()
-    inputs = {"input_ids": torch.tensor([ids]), **row_inputs(groups)}
-    return MicroBatch(inputs, positions, next_labels[positions], seed)
+        labels += [label for _, next_labels in rows for label in next_labels[shared:]]
+        lengths.append([shared, *(len(row) - shared for row, _ in rows)])
+    if not groups:
+        ids, labels, lengths = [pad_id], [IGNORE_INDEX], [[0, 1]]
+    flat = torch.tensor(labels)
+    positions = torch.nonzero(flat != IGNORE_INDEX).flatten()
+    inputs = {"input_ids": torch.tensor([ids]), **row_inputs(lengths)}
+    return MicroBatch(inputs, positions, flat[positions], seed)
 
 
 def collate_pairs(examples: Sequence[Example], pad_id: int, start_id: int, seed: int) -> MicroBatch:
-    """Pad sources and targets each to its longest: input_ids [B, T], decoder_input_ids [B, U].
+    """Pad sources and targets to their longest: input_ids [B, T], decoder_input_ids [B, U].
 
-    The decoder reads its start token and the target but its last id, and its `positions` lie in
-    B x U. The encoder sees all of its input, so its pads need a mask.
+    The decoder reads its start token and the target without its last id; `positions` are indices
+    into B x U. The encoder attends to its full input, so its pads need a mask.
 
     >>> pair = Example("a", [5, 6, 1], [7, 8, 1], 3, is_pair=True)
     >>> batch = collate_pairs([pair], pad_id=0, start_id=0, seed=1)
@@ -153,14 +157,14 @@ def collate_pairs(examples: Sequence[Example], pad_id: int, start_id: int, seed:
     return MicroBatch(inputs, positions, labels.flatten()[positions], seed)
 
 
-def _run(example: Example) -> tuple[list[int], list[int]]:
-    """Return a dialogue's tokens that are run, and for each the label of the one behind it."""
+def _computed(example: Example) -> tuple[list[int], list[int]]:
+    """Return the computed tokens of a dialogue, and for each the label of the next token."""
     length, _ = example.lengths
     return example.input_ids[:length], example.labels[1 : length + 1]
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Return the rows as [B, T] int64, padded on the right; no row at all as [1, 1]."""
+    """Return the rows as [B, T] int64, padded on the right; no rows as [1, 1]."""
     longest = max(map(len, rows), default=1)
     padded = torch.full((max(1, len(rows)), longest), value)
     for row, ids in zip(padded, rows, strict=False):

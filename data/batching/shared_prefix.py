@@ -1,68 +1,100 @@
-"""Finds what the dialogues of a row begin with alike, like a system prompt: it is run once."""
+"""Groups the dialogues of a row by their shared prefixes, such as a system prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 from data.encoding.encode import Example
 
-# Tokens; fewer are not worth the cut.
-MIN_PREFIX_TOKENS = 16
+MIN_PREFIX_TOKENS = 16  # computing a shorter prefix once saves less than the extra cut costs
+
+
+class PrefixGroup(NamedTuple):
+    """Examples whose first `shared` tokens are equal and computed once; a group of one shares 0."""
+
+    shared: int
+    examples: list[Example]
+
+
+class _Span(NamedTuple):
+    """The examples `begin` to `end` (exclusive) of a row, with `shared` tokens in common."""
+
+    begin: int
+    end: int
+    shared: int
+
+    @property
+    def saved(self) -> int:
+        """Tokens that sharing saves: all examples but the first skip the prefix."""
+        return self.shared * (self.end - self.begin - 1)
 
 
 def sort_by_prefix(examples: Sequence[Example]) -> list[Example]:
-    """Return the examples in an order in which those that begin alike are neighbours."""
+    """Return the examples sorted by token ids: those with a common prefix become neighbours."""
     return sorted(examples, key=lambda example: example.input_ids)
 
 
-def prefix_groups(examples: Sequence[Example]) -> list[tuple[int, list[Example]]]:
-    """Return neighbours that begin alike as groups, each with how many tokens all of it share.
+def prefix_groups(examples: Sequence[Example]) -> list[PrefixGroup]:
+    """Partition a row into groups of neighbours that share a prefix, in the row's order.
 
-    None of a group learns from these: the state of a token that predicts a supervised one is each
-    dialogue's own, where the loss finds it. Neighbours become one group, those first that share
-    most, unless they would share more apart.
+    Links join neighbours; a link's length is the number of tokens that both may share. Links are
+    visited from the longest to the shortest, and each merges its two groups unless the
+    merged group saves fewer tokens than the two apart:
+
+        examples    a    b    c    d    e
+        links         90   90   20   80
+        groups      [a    b    c]  [d    e]     c-d: 4 * 20 saved together, 2 * 90 + 80 apart
+
+    Invariant: a group shares its shortest link, which is the last one that was merged.
+
+    A shared token predicts no supervised token: the state of a token that does is computed for each
+    dialogue, since the loss reads it there.
 
     >>> a, b, c = [
     ...     Example(name, [*range(20), token, 0], [-100] * 20 + [token, 0], 2)
     ...     for name, token in (("a", 20), ("b", 30), ("c", 40))
     ... ]
     >>> c.input_ids[0] = 7
-    >>> [(shared, len(group)) for shared, group in prefix_groups([a, b, c])]
+    >>> [(group.shared, len(group.examples)) for group in prefix_groups([a, b, c])]
     [(19, 2), (0, 1)]
     """
     links = [
         min(
-            _common(one.input_ids, other.input_ids),
+            _common_prefix(one.input_ids, other.input_ids),
             one.unsupervised_prefix,
             other.unsupervised_prefix,
         )
         for one, other in pairwise(examples)
     ]
-    # Of a group: where the one that ends here begins, where the one that begins here ends.
-    first, behind = [*range(len(examples))], [*range(1, len(examples) + 1)]
-    shared = [0] * len(examples)
-    for last in sorted(range(len(links)), key=lambda n: -links[n]):
-        left, right, link = first[last], last + 1, links[last]
-        end = behind[right]
-        apart = shared[left] * (last - left) + shared[right] * (end - right - 1)
-        if link >= MIN_PREFIX_TOKENS and link * (end - left - 1) >= apart:
-            shared[left], behind[left], first[end - 1] = link, end, left
+    # The span of an example. It is kept up to date for the first and the last example of a span,
+    # and only these are read.
+    spans = [_Span(n, n + 1, 0) for n in range(len(examples))]
+    for n in sorted(range(len(links)), key=lambda n: -links[n]):
+        left, right = spans[n], spans[n + 1]
+        merged = _Span(left.begin, right.end, links[n])
+        if merged.shared >= MIN_PREFIX_TOKENS and merged.saved >= left.saved + right.saved:
+            spans[merged.begin] = spans[merged.end - 1] = merged
     groups, begin = [], 0
     while begin < len(examples):
-        groups.append((shared[begin], [*examples[begin : behind[begin]]]))
-        begin = behind[begin]
+        _, end, shared = spans[begin]
+        groups.append(PrefixGroup(shared, [*examples[begin:end]]))
+        begin = end
     return groups
 
 
-def tokens_saved(examples: Sequence[Example]) -> tuple[int, int]:
-    """Return how many tokens of a row are not run once more, and the sum of their squares."""
-    groups = [(shared, len(group) - 1) for shared, group in prefix_groups(examples)]
-    return sum(n * more for n, more in groups), sum(n * n * more for n, more in groups)
+def tokens_saved(groups: Iterable[PrefixGroup]) -> tuple[int, int]:
+    """Return the tokens that sharing saves, and the sum of the squared lengths that it saves."""
+    repeats = [(shared, len(examples) - 1) for shared, examples in groups]
+    return sum(n * count for n, count in repeats), sum(n * n * count for n, count in repeats)
 
 
-def _common(one: list[int], other: list[int]) -> int:
-    """Return how many ids two lists begin with alike."""
+def _common_prefix(one: list[int], other: list[int]) -> int:
+    """Return the length of the common prefix of two lists.
+
+    A binary search: Python compares slices faster than single items.
+    """
     low, high = 0, min(len(one), len(other))
-    while low < high:  # by halves, since lists are compared faster than their ids one by one
+    while low < high:
         middle = (low + high + 1) // 2
         if one[low:middle] == other[low:middle]:
             low = middle

@@ -1,1 +1,1 @@
-"""Records of any known form become dialogues with roles and supervision."""
+"""Dialogues with roles and supervision, from records of any known format."""

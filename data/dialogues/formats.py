@@ -1,4 +1,4 @@
-"""Knows the forms that people keep dialogues in, and gives each in ShareGPT's."""
+"""Converts records of the known dialogue formats to ShareGPT."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any, Literal, NoReturn
 from data.errors import BadRecord
 
 Role = Literal["system", "user", "assistant", "tool"]
-# Every name of a role that is read, whichever form it is used in.
+# All role names that are accepted, in any format.
 ROLES: dict[str, Role] = {
     "human": "user",
     "user": "user",
@@ -20,19 +20,19 @@ ROLES: dict[str, Role] = {
     "bard": "assistant",
     "function_call": "assistant",
     "system": "system",
-    "developer": "system",  # what OpenAI calls it since its o1 models
+    "developer": "system",  # OpenAI's name since its o1 models
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
 }
-# ShareGPT's own name of each.
+# ShareGPT's name of each role.
 SHAREGPT: dict[Role, str] = {
     "system": "system",
     "user": "human",
     "assistant": "gpt",
     "tool": "tool",
 }
-# Who may speak after whom; a system turn stands first, before the user's.
+# The roles that may follow a role; a system turn is first, before the user's.
 AFTER: dict[Role, tuple[Role, ...]] = {
     "user": ("assistant",),
     "assistant": ("user", "assistant", "tool"),
@@ -42,9 +42,9 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def as_sharegpt(record: Any) -> dict[str, Any]:
-    """Return the record in ShareGPT form; one that is in it already comes back itself.
+    """Return the record in ShareGPT format; a ShareGPT record is returned itself.
 
-    Known by their keys: ShareGPT (also with role and content), OpenAI messages, alpaca.
+    The keys decide the format: ShareGPT (also with role and content), OpenAI messages, alpaca.
     Raises BadRecord.
     """
     if not isinstance(record, dict):
@@ -61,9 +61,9 @@ def as_sharegpt(record: Any) -> dict[str, Any]:
 
 
 def turn_roles(record: dict[str, Any], surrogates: bool = False) -> list[Role]:
-    """Return the role of each turn of a ShareGPT record; raises BadRecord for one of no use.
+    """Return the role of each turn of a ShareGPT record; raises BadRecord for an invalid one.
 
-    `surrogates`: text that holds half a surrogate pair is of use, too.
+    surrogates: whether text with half a surrogate pair is valid.
     """
     turns = _list(record, "conversations")
     roles: list[Role] = []
@@ -74,13 +74,13 @@ def turn_roles(record: dict[str, Any], surrogates: bool = False) -> list[Role]:
         roles.append(_role(turn, "from", number))
         text = _text(turn, "value", f"turn {number}: ")
         if not surrogates and LONE_SURROGATE.search(text):
-            found = f'turn {number}: "value" holds half a surrogate pair'
+            found = f'turn {number}: "value" has half a surrogate pair'
             _bad("lone surrogate", f"{found}; expected text")
     return roles
 
 
 def from_sharegpt(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the record itself, or with from and value for role and content."""
+    """Return the record; turns with role and content become turns with from and value."""
     turns = _list(record, "conversations")
     if any(isinstance(turn, dict) and "from" not in turn and "role" in turn for turn in turns):
         return {**record, "conversations": _turns(turns)}
@@ -88,7 +88,7 @@ def from_sharegpt(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_messages(record: dict[str, Any]) -> dict[str, Any]:
-    """Return OpenAI messages as ShareGPT; the calls of tools follow the text of their turn."""
+    """Return OpenAI messages as ShareGPT; tool calls follow the text of their turn."""
     return _replaced(record, ("messages",), _turns(_list(record, "messages")))
 
 
@@ -107,7 +107,7 @@ def from_alpaca(record: dict[str, Any]) -> dict[str, Any]:
             _bad("history is not pairs", f"{place} is {kind(pair)}; {expected}")
         for speaker, text in zip(("human", "gpt"), pair, strict=True):
             if not isinstance(text, str):
-                _bad("value is not text", f"{place} holds {kind(text)}; expected strings")
+                _bad("value is not text", f"{place} has {kind(text)}; expected strings")
             turns.append({"from": speaker, "value": text})
     question, given = _text(record, "instruction"), ""
     if record.get("input") is not None:
@@ -128,7 +128,7 @@ def _replaced(
 
 
 def _turns(messages: list[Any]) -> list[dict[str, Any]]:
-    """Return messages of role and content as turns of from and value."""
+    """Return messages with role and content as turns with from and value."""
     turns = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
@@ -157,13 +157,13 @@ def _content(message: dict[str, Any], number: int) -> str:
 
 
 def _calls(message: dict[str, Any], number: int) -> list[str]:
-    """Return the calls of tools as text, their arguments as JSON whether it is packed or not."""
+    """Return tool calls as text; arguments may be an object or a string of JSON."""
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
         _bad(
             "tool call of no use", f'turn {number}: "tool_calls" is {kind(calls)}; expected a list'
         )
-    if message.get("function_call"):  # its older form: one call
+    if message.get("function_call"):  # the older format: one call
         calls = [*calls, {"function": message["function_call"]}]
     texts = []
     for call in calls:
@@ -173,10 +173,10 @@ def _calls(message: dict[str, Any], number: int) -> list[str]:
             _bad("tool call of no use", f"turn {number}: a tool call is {kind(call)}; {expected}")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
-            # A model's own words may be no JSON: they are kept as the string that they are.
+            # A model may write invalid JSON: it stays a string.
             with suppress(ValueError, RecursionError):
                 parsed = json.loads(arguments)
-                json.dumps([[[parsed]]])  # what can just be read may be too deep to be written
+                json.dumps([[[parsed]]])  # may be nested too deep to be written
                 arguments = parsed
         named = {"name": function["name"], "arguments": arguments}
         texts.append(f"<tool_call>\n{json.dumps(named, ensure_ascii=False)}\n</tool_call>")
@@ -214,7 +214,7 @@ def _bad(cause: str, explanation: str) -> NoReturn:
 
 
 def kind(value: Any) -> str:
-    """Return what a JSON value is, in words; a table's file may hold other kinds."""
+    """Return the kind of a JSON value in words; a table may have other types."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
     kinds |= {int: "a number", float: "a number", type(None): "null"}
     return kinds.get(type(value), f"a {type(value).__name__}")
@@ -224,12 +224,12 @@ Turns = list[dict[str, Any]]
 
 
 def speaker(turn: dict[str, Any]) -> Role:
-    """Return who speaks, whatever the role is called."""
+    """Return the role of a turn."""
     return ROLES[turn["from"]]
 
 
 def until_empty(turns: Turns) -> Turns:
-    """Return the turns before the first one without text; a system turn without is left out."""
+    """Return the turns before the first empty one; an empty system turn is left out."""
     if turns and speaker(turns[0]) == "system" and not turns[0]["value"].strip():
         turns = turns[1:]
     filled = [bool(turn["value"].strip()) for turn in turns]
@@ -237,21 +237,21 @@ def until_empty(turns: Turns) -> Turns:
 
 
 def from_first_user(turns: Turns) -> Turns:
-    """Return the turns without those before the first of the user; a leading system turn stays."""
+    """Return the turns from the first user turn on, with a leading system turn."""
     system = turns[:1] if turns and speaker(turns[0]) == "system" else []
     speakers = [speaker(turn) for turn in turns]
     return system + turns[speakers.index("user") :] if "user" in speakers else []
 
 
 def to_last_answer(turns: Turns) -> Turns:
-    """Return the turns without those behind the assistant's last."""
+    """Return the turns up to the assistant's last."""
     while turns and speaker(turns[-1]) != "assistant":
         turns = turns[:-1]
     return turns
 
 
 def alternate(turns: Turns) -> bool:
-    """Say whether user and assistant take turns; answers and tools may follow one another."""
+    """Return whether user and assistant alternate; several answers or tool turns may follow."""
     roles = [speaker(turn) for turn in turns]
     roles = roles[1:] if roles[:1] == ["system"] else roles
     follow = all(after in AFTER.get(before, ()) for before, after in pairwise(roles))

@@ -1,4 +1,4 @@
-"""Reads and validates ShareGPT dialogues; every error names file, record and remedy."""
+"""Reads and validates ShareGPT dialogues; each error names file, record and remedy."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ from data.dialogues.formats import AFTER, SHAREGPT, Role, as_sharegpt, turn_role
 from data.errors import BadRecord, UserError
 from data.files.read import find_files, read_records
 
-NAMED = 5  # ids that are told of each cause
+IDS_PER_CAUSE = 5  # ids that are kept and printed for each cause
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a dialogue; of the assistant's only those `supervised` are learnt."""
+    """One message of a dialogue; an assistant turn is trained if it is `supervised`."""
 
     role: Role
     text: str
@@ -27,9 +27,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Turns, the user's first; `id` is the record's own or its index in the file.
+    """The turns of a dialogue, a user turn first.
 
-    `system` is the text of a leading system turn, which replaces the template's own.
+    id: of the record, or its index in the file.
+    system: text of a leading system turn; it replaces the template's own.
     """
 
     id: str
@@ -38,18 +39,18 @@ class Dialogue:
 
     @property
     def share(self) -> float:
-        """A number from 0 up to 1 that its content decides, and nothing else."""
+        """A number in [0, 1) that depends only on the content."""
         system = [] if self.system is None else [["system", self.system]]
         return share_of([*system, *([turn.role, turn.text] for turn in self.turns)])
 
 
 @dataclass
 class Tally:
-    """Where every record went: read = kept + dropped; `noted` counts what was altered.
+    """Counts of records: read = kept + dropped, each counted where it happens.
 
-    Each of the three is counted where it happens. `named` are the first ids of each cause. Of
-    `answers` that are to be learnt, `ended` are learnt to their end. `sources`: how many dialogues
-    each of them gave, in their order.
+    dropped: by cause. noted: alterations. named: the first ids of each cause.
+    answers: supervised answers; ended: those that are trained including EOS.
+    sources: dialogues of each source, in order.
     """
 
     read: int = 0
@@ -65,28 +66,28 @@ class Tally:
         """Count a record as dropped."""
         self.dropped[cause] += 1
         named = self.named.setdefault(cause, [])
-        if len(named) < NAMED:
+        if len(named) < IDS_PER_CAUSE:
             named.append(identity[:40])
 
     def add(self, other: "Tally") -> None:
-        """Count what another has counted, too; sources are not added."""
+        """Add the counts of another tally, but for `sources`."""
         self.read, self.kept = self.read + other.read, self.kept + other.kept
         self.answers, self.ended = self.answers + other.answers, self.ended + other.ended
         self.dropped.update(other.dropped)
         self.noted.update(other.noted)
         for cause, ids in other.named.items():
-            self.named[cause] = [*self.named.get(cause, []), *ids][:NAMED]
+            self.named[cause] = [*self.named.get(cause, []), *ids][:IDS_PER_CAUSE]
 
     def __str__(self) -> str:
         causes = ", ".join(map(self._cause, sorted(self.dropped)))
         text = f"read {self.read} = kept {self.kept} + dropped {self.dropped.total()}"
         text += f" ({causes})" if causes else ""
         if self.answers:
-            text += f"; {self.ended} of {self.answers} answers learnt to their end"
+            text += f"; {self.ended} of {self.answers} answers trained incl. EOS"
         return text + "".join(f"; {note}: {n}" for note, n in sorted(self.noted.items()))
 
     def _cause(self, cause: str) -> str:
-        count, named = self.dropped[cause], self.named.get(cause, [])[:NAMED]
+        count, named = self.dropped[cause], self.named.get(cause, [])[:IDS_PER_CAUSE]
         ids = ", ".join(named) + ", …" * (count > len(named))
         return f"{cause}: {count}" + f" [{ids}]" * bool(named)
 
@@ -98,17 +99,17 @@ def read_dialogues(
     empty_answers: bool = False,
     train_on: Literal["all", "last"] = "all",
 ) -> Iterator[Dialogue]:
-    """Yield the dialogues of files and folders one at a time, and count every record.
+    """Yield the dialogues of files and folders one at a time, and count each record.
 
-    Raises UserError for a file that cannot be read and, unless `on_bad_record` is "skip", for a bad
-    record; also where nothing was kept. `empty_answers` are kept only where asked for.
+    empty_answers: whether answers without text are valid. Raises UserError for a file that cannot
+    be read, for a bad record unless `on_bad_record` is "skip", and if there is no dialogue.
     """
-    found = 0
+    count = 0
     for path in find_files(paths):
         for dialogue in read_file(path, tally, on_bad_record, empty_answers, train_on):
-            found += 1
+            count += 1
             yield dialogue
-    if not found:
+    if not count:
         records = f"{tally.read} records, all dropped ({tally})" if tally.read else "no records"
         names = ", ".join(map(str, paths))
         raise UserError(f"{names}: found {records}; expected at least one ShareGPT dialogue.")
@@ -121,7 +122,7 @@ def read_file(
     empty_answers: bool = False,
     train_on: Literal["all", "last"] = "all",
 ) -> Iterator[Dialogue]:
-    """Yield the dialogues of one file, of which there may be none; else as `read_dialogues`."""
+    """Yield the dialogues of one file, like `read_dialogues`; there may be none."""
     placed = ((record, f"{path}: record {index}") for index, record in read_records(path))
     return dialogues_of(placed, tally, on_bad_record, empty_answers, train_on)
 
@@ -133,7 +134,9 @@ def dialogues_of(
     empty_answers: bool = False,
     train_on: Literal["all", "last"] = "all",
 ) -> Iterator[Dialogue]:
-    """Yield the dialogues of parsed values, each with its place ("file: record 7"); count all.
+    """Yield the dialogues of parsed values, and count each value.
+
+    records: parsed values with their places ("file: record 7").
 
     Raises UserError for a bad record unless `on_bad_record` is "skip".
     """
@@ -155,13 +158,13 @@ def dialogues_of(
 
 
 def share_of(content: Sequence[Sequence[str]]) -> float:
-    """Return the number from 0 up to 1 that roles and texts decide; by it a part is held out."""
+    """Return a number in [0, 1) that depends on roles and texts; it decides what is held out."""
     digest = hashlib.sha256(json.dumps(content).encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
 
 
 def _last_only(dialogue: Dialogue) -> Dialogue:
-    """Return the dialogue with its last answer supervised and no other."""
+    """Return the dialogue with only its last answer supervised."""
     answers = [n for n, turn in enumerate(dialogue.turns) if turn.role == "assistant"]
     turns = tuple(
         replace(turn, supervised=turn.supervised and n == max(answers, default=-1))
@@ -181,7 +184,7 @@ def _identity(record: Any) -> str:
 
 
 def _parse_record(record: Any, number: str, empty_answers: bool) -> tuple[Dialogue, bool]:
-    """Return the dialogue and whether a first turn that was not human was skipped."""
+    """Return the dialogue, and whether a leading assistant turn was skipped."""
     if isinstance(record, BadRecord):
         raise record
     record = as_sharegpt(record)
@@ -193,7 +196,7 @@ def _parse_record(record: Any, number: str, empty_answers: bool) -> tuple[Dialog
         for place, (turn, role) in enumerate(zip(turns, roles, strict=True))
     ]
     system = parsed.pop(0).text if parsed[0].role == "system" else None
-    # As FastChat does: dialogues scraped in mid-thread often open with an answer.
+    # Like FastChat: dialogues scraped in mid-thread often begin with an answer.
     skip = bool(parsed) and parsed[0].role == "assistant"
     parsed = parsed[1:] if skip else parsed
     if not parsed:
@@ -218,7 +221,7 @@ def _turn(turn: dict[str, Any], role: Role, number: int, empty_answers: bool) ->
 
 
 def _is_supervised(turn: dict[str, Any], number: int) -> bool:
-    """Whether a turn is to be learnt, as its "train" or "weight" says, if it has one."""
+    """Return whether a turn is supervised: its "train" or "weight", true by default."""
     train, weight = turn.get("train"), turn.get("weight")
     if train not in (None, True, False) or weight not in (None, 0, 1):
         found = f'"train" {train!r}' if train not in (None, True, False) else f'"weight" {weight!r}'

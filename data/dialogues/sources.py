@@ -1,4 +1,4 @@
-"""What --data_path names: files, folders and hub data sets, and how much of each is taken."""
+"""Resolves --data_path: files, folders and hub data sets, each with a weight."""
 
 import os
 import re
@@ -15,29 +15,29 @@ from data.dialogues.sharegpt import Dialogue, Tally
 from data.errors import UserError
 from data.files.read import find_files, kind_of
 
-MOST = 1000.0  # times that a dialogue may be taken
-BLOCK = 1024  # dialogues of which a share is drawn at once
-# owner/name, then perhaps /configuration and @split.
+MAX_WEIGHT = 1000.0  # times that a dialogue may be taken
+BLOCK_DIALOGUES = 1024  # dialogues of which a share is drawn at once
+# owner/name[/configuration][@split]
 HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(/(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
-COLLECTIVE_TIMEOUT = 5.0  # seconds that the hub may take to answer
+HUB_TIMEOUT = 5.0  # seconds
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file, a folder or a hub data set, and how often each of its dialogues is taken."""
+    """A file, a folder or a hub data set; each of its dialogues is taken `weight` times."""
 
     name: str
     weight: float = 1.0
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether the name is a data set's, since nothing here has it."""
+        """Whether the name is that of a hub data set: no such path exists."""
         path = Path(self.name).expanduser()
         return not path.exists() and not kind_of(path) and bool(HUB.fullmatch(self.name))
 
 
 def parse_source(word: str) -> Source:
-    """Return the source that `path:0.3`, or a path alone, stands for; raises UserError."""
+    """Parse `path:0.3`, or a path alone; raises UserError."""
     name, colon, tail = word.rpartition(":")
     if not colon or Path(word).expanduser().exists():
         return Source(word)
@@ -45,19 +45,16 @@ def parse_source(word: str) -> Source:
         weight = float(tail)
     except ValueError:
         return Source(word)
-    if not name or not 0.0 < weight <= MOST:
+    if not name or not 0.0 < weight <= MAX_WEIGHT:
         raise UserError(
             f"--data_path {word}: found the weight {tail}; expected one above 0 and up to "
-            f"{MOST:g}: 0.3 takes three of ten dialogues, 2 takes each twice."
+            f"{MAX_WEIGHT:g}: 0.3 takes three of ten dialogues, 2 takes each twice."
         )
     return Source(name, weight)
 
 
 def files_of(source: Source, cache_dir: str | None = None) -> list[Path]:
-    """Return the files that hold the source's records, a hub data set's after its download.
-
-    Raises UserError.
-    """
+    """Return the files of the source's records; a hub data set is downloaded. Raises UserError."""
     if not source.is_on_hub:
         return find_files([Path(source.name).expanduser()])
     return _downloaded(source.name, cache_dir)
@@ -66,14 +63,14 @@ def files_of(source: Source, cache_dir: str | None = None) -> list[Path]:
 def weighted(
     dialogues: Iterable[Dialogue], weight: float, seed: Sequence[int], tally: Tally
 ) -> Iterator[Dialogue]:
-    """Yield each dialogue as often as its source's weight says, and count those that are not.
+    """Yield each dialogue `weight` times, and count those that are dropped.
 
-    A share is drawn from each block of dialogues, so that all of n dialogues come to n x weight,
-    rounded down, in one pass.
+    Of a fraction, a random share of each block of dialogues is taken. One pass over n dialogues
+    yields n x weight dialogues, rounded down.
     """
     rest, rng, before = iter(dialogues), np.random.default_rng(seed), 0
     copies, share = divmod(weight, 1.0)
-    while block := [*islice(rest, BLOCK)]:
+    while block := [*islice(rest, BLOCK_DIALOGUES)]:
         end = before + len(block)
         drawn = int(end * share + 1e-9) - int(before * share + 1e-9)
         chosen = {*rng.permutation(len(block))[:drawn].tolist()}
@@ -82,15 +79,15 @@ def weighted(
             times = int(copies) + (number in chosen)
             if times == 0:
                 tally.drop("beyond its source's weight", dialogue.id)
-            for more in range(times):
-                if more:  # A copy counts as read, so that read = kept + dropped.
+            for copy in range(times):
+                if copy:  # a copy counts as read, so that read = kept + dropped
                     tally.read += 1
                     tally.noted["copies by weight"] += 1
                 yield dialogue
 
 
 def _downloaded(name: str, cache_dir: str | None) -> list[Path]:
-    """Return a hub data set's Arrow files, from the cache where the hub cannot be asked."""
+    """Return a hub data set's Arrow files, from the cache if the hub cannot be reached."""
     import datasets
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
@@ -101,21 +98,21 @@ def _downloaded(name: str, cache_dir: str | None) -> list[Path]:
     reason = ""
     try:
         try:
-            HfApi().dataset_info(found["name"], timeout=COLLECTIVE_TIMEOUT)
+            HfApi().dataset_info(found["name"], timeout=HUB_TIMEOUT)
         except HfHubHTTPError:
             raise
-        except Exception as error:  # No route, no name server, offline mode: each its own class.
-            reason = f", which cannot be asked ({' '.join(str(error).split())[:100]})"
-            # It would ask again for about 25 s before it looks into its cache (datasets 5.2).
+        except Exception as error:  # no route, no name server, offline mode: different classes
+            reason = f", which cannot be reached ({' '.join(str(error).split())[:100]})"
+            # Otherwise it retries for about 25 s before it reads its cache (datasets 5.2).
             datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
         loaded = datasets.load_dataset(
             found["name"], found["config"], split=found["split"] or "train", cache_dir=cache_dir
         )
-    except Exception as error:  # Its own classes, and those of every reader that it has.
-        said = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+    except Exception as error:  # its own classes, and those of all its readers
+        detail = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise UserError(
             f"--data_path {name}: no such file or folder, and as a data set of the "
-            f"hub{reason} it cannot be had: {said}. Give a path, or "
+            f"hub{reason} it cannot be loaded: {detail}. Give a path, or "
             "owner/name[/configuration][@split]."
         ) from None
     return [Path(file["filename"]) for file in loaded.cache_files]

@@ -1,1 +1,1 @@
-"""Dialogues become token ids and labels, by template and tokenizer."""
+"""Token ids and labels from dialogues, by template and tokenizer."""

@@ -1,18 +1,17 @@
-"""Keeps encoded examples in Arrow's columns: in memory, or in a file for as long as it fits.
+"""Stores encoded examples as Arrow columns, in memory or in a file.
 
-A file is Arrow's own form, and behind it its last part's place and checksum. That part holds the
-account and the checksums of the others, each with one batch: they are checked when first read. So
-a file of any size is open at once, in little memory.
+A file is an Arrow IPC file, followed by offset and checksum of its last part. The last part holds
+the tally and the checksums of the other parts, one per record batch. A batch is checked when it is
+first read, so a file of any size opens at once and takes little memory.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from heapq import nlargest
 from importlib.metadata import version
@@ -27,11 +26,12 @@ import pyarrow.compute as pc
 from data.dialogues.sharegpt import Dialogue, Tally
 from data.encoding.encode import Example
 from data.errors import RunError, UserError
+from data.files.lock import locked
 
-FORMAT = "lora-loop encoded data 4"  # to be raised when what a file holds is laid out anew
+FORMAT = "lora-loop encoded data 4"  # raise it when the layout of a file changes
 OURS = FORMAT[:22].encode()
-# What decides ids beside the key: this folder's code from record to token, and these libraries.
-ROOT = Path(__file__).parents[1]  # of the package `data`, which CODE is part of
+# Ids depend on the key, on this code from record to token, and on these libraries.
+ROOT = Path(__file__).parents[1]  # the package `data`
 CODE = (
     *("errors", "files/read", "files/json_stream"),
     *("dialogues/formats", "dialogues/sharegpt", "dialogues/sources"),
@@ -39,7 +39,7 @@ CODE = (
     *("encoding/token_offsets", "encoding/tokenizer"),
 )
 LIBRARIES = ("tokenizers", "transformers")
-BATCH = 1024  # examples that are held while a file is written
+BATCH = 1024  # examples in a record batch, and in memory while a file is written
 COLUMNS = {
     "id": pa.string(),
     "input_ids": pa.list_(pa.int32()),
@@ -51,17 +51,17 @@ COLUMNS = {
 }
 SCHEMA = pa.schema([*COLUMNS.items()])
 SIDES = ("input_ids", "labels")
-PLACE, CHECKSUM = 8, 4  # bytes at a file's end: where its last part begins, and that part's sum
+PLACE, CHECKSUM = 8, 4  # bytes at the end of a file: offset and checksum of its last part
 
 
 class CorruptCache(Exception):
-    """Bytes that are not those that were written."""
+    """The bytes of the file are not those that were written."""
 
 
 class Examples(Sequence[Example]):
-    """Examples in Arrow's record batches, read where they lie; `tally` is the account of all.
+    """Examples in Arrow record batches, memory-mapped from a file; `tally` counts their records.
 
-    Raises CorruptCache where the account is not as it was written.
+    Raises CorruptCache if the last part, which holds the tally, is damaged.
     """
 
     def __init__(self, source: Any, file: Path | None = None) -> None:
@@ -90,7 +90,7 @@ class Examples(Sequence[Example]):
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Return an example, its ids as lists; raises Fault where they have been damaged."""
+        """Return an example, its ids as lists; raises RunError if its batch is damaged."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = self.places[index]
@@ -101,7 +101,7 @@ class Examples(Sequence[Example]):
         return Example(name, ids, labels, *rest)
 
     def held_out(self, fraction: float) -> tuple["Examples", "Examples"]:
-        """Return what is trained on and what is held out: whole dialogues, by their content."""
+        """Return the training and the held-out examples; a dialogue's content decides its side."""
         batches = map(self.reader.get_batch, range(len(self.parts)))
         shares = [share for batch in batches for share in batch.column("share").to_pylist()]
         both = copy(self), copy(self)
@@ -110,7 +110,7 @@ class Examples(Sequence[Example]):
         return both
 
     def longest(self, count: int) -> list[Example]:
-        """Return the longest examples, pairs by both sides; of the others only that."""
+        """Return the longest examples, pairs by the sum of both sides; only lengths are read."""
         lengths: list[int] = []
         for number in range(len(self.parts)):
             columns = self.reader.get_batch(number)
@@ -122,11 +122,11 @@ class Examples(Sequence[Example]):
         return [self[i] for i in order]
 
     def record_batches(self) -> Iterator[Any]:
-        """Yield the file's record batches; raises Fault where one has been damaged."""
+        """Yield the file's record batches; raises RunError for a damaged one."""
         return map(self._batch, range(len(self.parts)))
 
     def _batch(self, number: int) -> Any:
-        """Return a batch; when it is first read its bytes must be those that were written."""
+        """Return a batch, after a check of its checksum when it is first read."""
         if number not in self.batches:
             begin, end, checksum = self.parts[number]
             if zlib.crc32(self.source[begin:end]) != checksum:
@@ -145,16 +145,16 @@ class Examples(Sequence[Example]):
 
 
 def in_memory(examples: Iterable[Example], tally: Tally) -> Examples:
-    """Return the examples in memory, in a tenth of what lists of Python's numbers take."""
+    """Return the examples in memory; they take a tenth of lists of Python integers."""
     sink = BytesIO()
     _write(sink, {}, _batches(examples), tally)
     return Examples(pa.py_buffer(sink.getvalue()))
 
 
 def read_cache(path: str, key: dict[str, Any], silent: bool = False) -> Examples | None:
-    """Return what the file keeps; None where there is none, or where it has to be made anew.
+    """Return the examples of the file; None if it is missing or has to be encoded again.
 
-    Raises UserError for a file of another kind, which is not ours to overwrite.
+    Raises UserError for a file of another kind, which must not be overwritten.
     """
     file = Path(path).expanduser()
     if not file.exists():
@@ -165,9 +165,9 @@ def read_cache(path: str, key: dict[str, Any], silent: bool = False) -> Examples
         if OURS not in head:
             raise UserError(
                 f"--preprocessed_path {path}: found a file of another kind; expected none, or "
-                "one that this flag has made. Give another file name."
+                "one that this flag has written. Give another file name."
             )
-        why = "of an older format"
+        why = "an older format"
         if FORMAT.encode() in head:
             examples = Examples(pa.memory_map(str(file)).read_buffer(), file)
             why = _difference(examples.key, _plain(key))
@@ -178,19 +178,19 @@ def read_cache(path: str, key: dict[str, Any], silent: bool = False) -> Examples
     if not why:
         return examples
     if not silent:
-        print(f"note: --preprocessed_path {path}: {why}; made anew")
+        print(f"note: --preprocessed_path {path}: {why}; encoded again")
     return None
 
 
 def write_cache(path: str, key: dict[str, Any], examples: Iterable[Example], tally: Tally) -> None:
-    """Write the examples, a batch of them at a time, as `write_batches` does."""
+    """Write the examples in batches, like `write_batches`."""
     write_batches(path, key, _batches(examples), tally)
 
 
 def write_batches(path: str, key: dict[str, Any], batches: Iterable[Any], tally: Tally) -> None:
-    """Write record batches of BATCH rows, but for the last, whole or not at all.
+    """Write record batches atomically; all but the last have BATCH rows.
 
-    Raises UserError where the file cannot be written.
+    Raises UserError if the file cannot be written.
     """
     file = Path(path).expanduser()
     partial = file.with_name(f".{file.name}.partial")
@@ -209,25 +209,22 @@ def write_batches(path: str, key: dict[str, Any], batches: Iterable[Any], tally:
 
 @contextmanager
 def locked_cache(path: str) -> Iterator[None]:
-    """Wait until no other process makes the file; the kernel ends the claim of one that dies.
+    """Hold the lock of the file, after any other process that writes it.
 
-    Raises UserError where nothing can be written.
+    Raises UserError if the lock file cannot be created.
     """
     file = Path(path).expanduser()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(file.with_name(f".{file.name}.lock"), "w")  # noqa: SIM115
-    except OSError as error:
-        raise _unwritable(path, error) from None
-    with lock:
-        # Some network disks have no locks: then each makes the file, and the last one stays.
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            # Without locks each process writes the file, and the last one's stays.
+            stack.enter_context(locked(file.with_name(f".{file.name}.lock")))
+        except OSError as error:
+            raise _unwritable(path, error) from None
         yield
 
 
-class _Summed:
-    """A file that sums up what is written into it, part by part."""
+class _Checksummed:
+    """A file that computes a checksum of each part that is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sum, self.begin, self.closed = file, 0, 0, False
@@ -250,16 +247,16 @@ class _Summed:
 
 def _write(file: Any, key: dict[str, Any], batches: Iterable[Any], tally: Tally) -> None:
     facts = {"format": FORMAT, "key": json.dumps(key)}
-    count, sink = 0, _Summed(file)
+    count, sink = 0, _Checksummed(file)
     with pa.ipc.new_file(pa.PythonFile(sink, "w"), SCHEMA.with_metadata(facts)) as writer:
         for batch in batches:
             count += batch.num_rows
             writer.write_batch(batch)
             sink.end_part()
-        # The account is known at the end only: it goes with a batch of no example.
-        account = {"tally": json.dumps([*vars(tally).values()]), "count": str(count)}
-        account["parts"] = json.dumps(sink.parts)
-        writer.write_batch(_arrow([]), custom_metadata=account)
+        # The tally is known only at the end: it is metadata of an empty batch.
+        last = {"tally": json.dumps([*vars(tally).values()]), "count": str(count)}
+        last["parts"] = json.dumps(sink.parts)
+        writer.write_batch(_arrow([]), custom_metadata=last)
     sink.write(sink.begin.to_bytes(PLACE, "little"))
     file.write(sink.sum.to_bytes(CHECKSUM, "little"))
 
@@ -276,7 +273,7 @@ def _arrow(examples: Sequence[Example]) -> Any:
 
 
 def _plain(key: dict[str, Any]) -> dict[str, Any]:
-    """Return the key as it comes back from JSON, and what else decides the ids."""
+    """Return the key as JSON returns it, with hash and versions of the code that encodes."""
     plain: dict[str, Any] = json.loads(json.dumps(key))
     return {**plain, "code": _code_sha256(), **{name: version(name) for name in LIBRARIES}}
 
@@ -290,19 +287,19 @@ def _code_sha256() -> str:
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return f"made of another {', '.join(changed)}" if changed else ""
+    return f"encoded with other {', '.join(changed)}" if changed else ""
 
 
 def _unwritable(path: str, error: OSError) -> UserError:
     return UserError(
         f"--preprocessed_path {path}: cannot be written: {error.strerror}. Give another file, or "
-        "leave it out."
+        "leave the flag out."
     )
 
 
-PIECE = 16_384  # dialogues: what a kill may cost
-Piece = tuple[str, dict[str, Any], int]  # its file, its key, the dialogues before it
-# Yields the examples of dialogues, and counts them.
+PIECE = 16_384  # dialogues in a piece: the most that a kill may cost
+Piece = tuple[str, dict[str, Any], int]  # file, key, number of dialogues before it
+# Yields the examples of dialogues, and counts them in the tally.
 Encode = Callable[[Iterator[Dialogue], Tally], Iterator[Example]]
 
 
@@ -314,16 +311,16 @@ def encode_in_pieces(
     tally: Tally,
     size: int = PIECE,
 ) -> None:
-    """Encode the dialogues and keep all examples in the file, as `write_cache` does.
+    """Encode the dialogues in pieces, and write all examples to the file, like `write_cache`.
 
-    Pieces that an earlier run with this key has kept are not encoded again; their dialogues are
-    only read. tally: of what reads the dialogues; what encoding counts is added.
+    Pieces that an earlier run with this key has finished are not encoded again; their dialogues are
+    only read. tally: counts of the reader; the counts of encoding are added.
 
-    Raises UserError where the file cannot be written, Fault for a piece that was damaged since.
+    Raises UserError if the file cannot be written, RunError for a damaged piece.
     """
     file = Path(path).expanduser()
     pieces: list[Piece] = []
-    rest, done, taken = iter(dialogues), 0, 0
+    rest, done, reused = iter(dialogues), 0, 0
     while True:
         name = str(file.with_name(f"{_prefix(file)}{len(pieces)}"))
         of_piece = {**key, "piece": len(pieces), "dialogues": size}
@@ -331,13 +328,13 @@ def encode_in_pieces(
         kept = read_cache(name, of_piece, silent=True)
         if kept is not None:
             deque(some, maxlen=0)
-            taken += some.count
+            reused += some.count
         else:
-            if taken:
-                print(f"encoding: going on behind dialogue {taken:,}")
-                taken = 0
-            account = Tally()
-            write_cache(name, of_piece, encode(some, account), account)
+            if reused:
+                print(f"encoding: resumed after dialogue {reused:,}")
+                reused = 0
+            counted = Tally()
+            write_cache(name, of_piece, encode(some, counted), counted)
             kept = _opened(name, of_piece)
         tally.add(kept.tally)
         pieces.append((name, of_piece, done))
@@ -356,7 +353,7 @@ def _prefix(file: Path) -> str:
 
 
 class _Counted:
-    """Dialogues, and how many of them have been taken."""
+    """An iterator of dialogues that counts them."""
 
     def __init__(self, dialogues: Iterator[Dialogue]) -> None:
         self.dialogues, self.count = dialogues, 0
@@ -372,15 +369,15 @@ class _Counted:
 
 def _opened(name: str, key: dict[str, Any]) -> Examples:
     kept = read_cache(name, key)
-    if kept is None:  # on a disk without locks
-        raise UserError(f"{name}: it changes while it is used. Run again.")
+    if kept is None:  # a file system without locks
+        raise UserError(f"{name}: it changed while it was used. Run again.")
     return kept
 
 
 def _joined(pieces: Sequence[Piece]) -> Iterator[Any]:
-    """Yield all pieces' record batches, full ones but for the last; `record` counts over all.
+    """Yield the record batches of all pieces, BATCH rows each but the last; `record` is shifted.
 
-    One piece is open at a time: the pages of a mapped file count as this process' memory.
+    One piece is open at a time: the pages of a mapped file count as memory of this process.
     """
     waiting: list[Any] = []
     for name, key, before in pieces:

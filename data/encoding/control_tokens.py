@@ -1,7 +1,7 @@
-"""Encodes rendered dialogues so that control tokens come from the template alone.
+"""Encodes rendered dialogues so that only the template's control tokens become control tokens.
 
-Text like "</s>" in a message is a message's text: were it read as a control token, a user could
-end an answer, or begin one.
+Text such as "</s>" in a message stays text. As a control token it would let a user end or begin an
+answer.
 """
 
 import copy
@@ -15,7 +15,7 @@ from data.encoding.token_offsets import Placed, Tiles, places
 
 
 class Encoder:
-    """Encodes with one tokenizer, and with a copy of it where messages hold control tokens."""
+    """Encodes with a tokenizer, and with a copy of it if messages contain control tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -29,36 +29,44 @@ class Encoder:
         self.proved = False
 
     def __call__(self, rendered: Sequence[Rendered]) -> list[Placed]:
-        """Return ids, the supervised spans, and where each id stands: characters, or bytes.
-
-        A template's own control tokens are found as ever.
-        """
+        """Return ids, supervised spans, and the place of each id, in characters or in bytes."""
         quoting = [self._quotes(item) for item in rendered]
         plain = [item for item, quotes in zip(rendered, quoting, strict=True) if not quotes]
-        encoded = self._quickly(plain) if plain else iter(())
+        encoded = self._without_offsets(plain) if plain else iter(())
         both = zip(rendered, quoting, strict=True)
         return [self._literally(item) if quotes else next(encoded) for item, quotes in both]
 
     def _quotes(self, item: Rendered) -> bool:
         return any(_inside(match, item) for match in self.pattern.finditer(item.text))
 
-    def _quickly(self, items: Sequence[Rendered]) -> Iterator[Placed]:
-        """Encode without offsets where the tokens' bytes tell their places, else with them."""
-        self.tiles = self.tiles or Tiles(self.tokenizer)
-        if not self.tiles.usable:
-            yield from self._encoded(self.tokenizer, items)
-            return
-        tiled = self.tiles.encode(items, self.tokenizer.split_special_tokens)
-        both = [*zip(items, tiled, strict=True)]
-        shown = [(item, found[0]) for item, found in both if found][: not self.proved]
-        for item, ids in shown:  # A tokenizer may do more than its backend: seen by a first text.
-            self.proved = self.tiles.usable = next(self._encoded(self.tokenizer, [item]))[0] == ids
-        if shown and not self.proved:
-            yield from self._encoded(self.tokenizer, items)
-            return
-        others = [item for item, found in both if found is None]
-        rest = self._encoded(self.tokenizer, others) if others else iter(())
-        yield from (next(rest) if found is None else found for found in tiled)
+    def _without_offsets(self, items: Sequence[Rendered]) -> Iterator[Placed]:
+        """Place tokens by their bytes if these make up the text, otherwise by offsets.
+
+        Three cases, from fast to slow: a text that its tokens' bytes make up; a text that they do
+        not, which is encoded once more; a tokenizer whose tokens cannot be used so at all.
+        """
+        tiles = self.tiles = self.tiles or Tiles(self.tokenizer)
+        if not tiles.usable:
+            return self._encoded(self.tokenizer, items)
+        tiled = tiles.encode(items, self.tokenizer.split_special_tokens)
+        if not self._is_proved(items, tiled):
+            tiles.usable = False
+            return self._encoded(self.tokenizer, items)
+        untiled = [item for item, placed in zip(items, tiled, strict=True) if placed is None]
+        encoded = self._encoded(self.tokenizer, untiled)
+        return (placed or next(encoded) for placed in tiled)
+
+    def _is_proved(self, items: Sequence[Rendered], tiled: Sequence[Placed | None]) -> bool:
+        """Compare ids with the tokenizer's own once, for the first text that is placed by bytes.
+
+        A tokenizer may do more than its backend, which returned these ids.
+        """
+        for item, placed in zip(items, tiled, strict=True):
+            if placed and not self.proved:
+                own_ids, _, _ = next(self._encoded(self.tokenizer, [item]))
+                self.proved = own_ids == placed[0]
+                return self.proved
+        return True
 
     def _encoded(self, tokenizer: Any, items: Sequence[Rendered], **how: Any) -> Iterator[Placed]:
         encoded = tokenizer(
@@ -74,10 +82,10 @@ class Encoder:
             yield ids, item.spans, places(offsets)
 
     def _literally(self, item: Rendered) -> Placed:
-        """Encode a dialogue whose messages hold control tokens, as the text that they are.
+        """Encode a dialogue whose messages contain control tokens; these stay text.
 
-        A tokenizer reads special tokens everywhere or nowhere. So the template's own are put into
-        the text as other characters, which a copy of the tokenizer knows in their place.
+        A tokenizer parses special tokens everywhere or nowhere. Here it parses none. The template's
+        own are replaced by unused characters, which a copy of the tokenizer has as tokens.
         """
         own = [match for match in self.pattern.finditer(item.text) if not _inside(match, item)]
         unused = unused_characters(item.text, len(self.control))
@@ -95,7 +103,7 @@ class Encoder:
         return [originals.get(one, one) for one in ids], spans, placed
 
     def _copy(self, marks: dict[str, str]) -> tuple[Any, dict[int, int]]:
-        """Return a tokenizer that also knows the marks, and the ids that they stand for."""
+        """Return a copy of the tokenizer with the marks as tokens, and the ids they stand for."""
         from tokenizers import AddedToken
 
         key = repr(marks)
@@ -107,16 +115,16 @@ class Encoder:
                 copied.add_tokens([AddedToken(mark, special=False, **how)])
             to_id = self.tokenizer.convert_tokens_to_ids
             ids = {copied.convert_tokens_to_ids(m): to_id(name) for name, m in marks.items()}
-            self.copies = {key: (copied, ids)}  # the marks are nearly always the same
+            self.copies = {key: (copied, ids)}  # nearly all dialogues use the same marks
         return self.copies[key]
 
 
 def _inside(match: re.Match[str], item: Rendered) -> bool:
-    """Whether a control token's name is at least partly a message's text."""
+    """Return whether at least a part of a control token's text belongs to a message."""
     first = bisect_right(item.messages, match.start(), key=lambda span: span[1])
     return first < len(item.messages) and item.messages[first][0] < match.end()
 
 
 def _shifted(place: int, shifts: Sequence[tuple[int, int]]) -> int:
-    """Return where a place of the text is when the control tokens before it have been replaced."""
+    """Return a place of the text after the control tokens before it are replaced by marks."""
     return place - shifts[bisect_right(shifts, place, key=lambda shift: shift[0]) - 1][1]

@@ -1,4 +1,4 @@
-"""Turns rendered dialogues into token ids and labels; masks come from character offsets."""
+"""Encodes dialogues as token ids and labels; masks are computed from character offsets."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,30 +15,30 @@ from data.encoding.token_offsets import Placed, Places
 from data.errors import UserError
 
 IGNORE_INDEX = -100
-ENCODE_BATCH = 128  # dialogues a tokenizer call: enough to keep its threads busy
+ENCODE_BATCH = 128  # dialogues per tokenizer call: enough to keep its threads busy
 
 
 @dataclass(frozen=True)
 class Example:
     """A dialogue as token ids; `labels` equal `input_ids` where supervised, else -100.
 
-    A pair, for an encoder-decoder: `input_ids` are its source, `labels` its target, whole.
+    A pair, for an encoder-decoder: `input_ids` are its source, `labels` its complete target.
     """
 
     id: str
     input_ids: list[int]
     labels: list[int]
     supervised_tokens: int
-    record: int = 0  # the dialogue's place among those kept by the reader
+    record: int = 0  # index of the dialogue among those kept by the reader
     is_pair: bool = False
-    share: float = 0.0  # the dialogue's, by which a part of them is held out
+    share: float = 0.0  # of the dialogue, in [0, 1): decides whether it is held out
 
     @cached_property
     def lengths(self) -> tuple[int, int]:
-        """Tokens that are run: of the encoder and the decoder, or of a dialogue and none.
+        """Computed tokens of encoder and decoder, or of a dialogue and 0.
 
-        A dialogue is run up to the token that predicts its last supervised one. No earlier token
-        sees what stands behind, and nothing is learnt from it.
+        A dialogue is computed up to the token that predicts its last supervised one. Later tokens
+        affect neither the earlier ones nor the loss.
         """
         if self.is_pair:
             return len(self.input_ids), len(self.labels)
@@ -49,18 +49,18 @@ class Example:
 
     @cached_property
     def unsupervised_prefix(self) -> int:
-        """Tokens that a dialogue begins with and that predict no supervised one, of those run."""
+        """Length of the unsupervised prefix: leading tokens that predict no supervised one."""
         supervised = map(IGNORE_INDEX.__ne__, islice(self.labels, 1, None))
         return min(next(compress(count(), supervised), len(self.labels)), self.run_tokens - 1)
 
     @property
     def run_tokens(self) -> int:
-        """Tokens that are run, both sides of a pair."""
+        """Computed tokens, both sides of a pair."""
         return sum(self.lengths)
 
     @property
     def sides(self) -> tuple[int, int]:
-        """All tokens of the dialogue and none, or of a pair's source and target."""
+        """All tokens of the dialogue and 0, or of a pair's source and target."""
         return len(self.input_ids), len(self.labels) * self.is_pair
 
     @property
@@ -76,10 +76,10 @@ def encode_dialogues(
     max_length: int,
     tally: Tally,
 ) -> Iterator[Example]:
-    """Encode dialogues, cut on the right at `max_length` tokens; those with no label are dropped.
+    """Encode dialogues, truncated on the right to `max_length` tokens; drop those without labels.
 
-    Raises UserError for a tokenizer without character offsets, and for answers that do not end with
-    a control token.
+    Raises UserError for a tokenizer without character offsets, and for an answer that does not end
+    with a control token.
     """
     check_fast(tokenizer)
     encoder = Encoder(tokenizer)
@@ -103,7 +103,7 @@ def encode_dialogues(
 def _encoded_ahead(
     dialogues: Iterable[Dialogue], template: TemplateName, encoder: Encoder
 ) -> Iterator[tuple[int, list[Dialogue], list[Rendered], list[Placed]]]:
-    """Yield batches with their places while the next one is encoded, outside Python's lock."""
+    """Yield encoded batches with the index of their first dialogue; a thread encodes the next."""
     with ThreadPoolExecutor(1) as other:
         waiting = None
         for begin, batch in batches(dialogues):
@@ -117,7 +117,7 @@ def _encoded_ahead(
 
 
 def batches(dialogues: Iterable[Dialogue]) -> Iterator[tuple[int, list[Dialogue]]]:
-    """Yield the dialogues in tokenizer calls, each with the place of its first."""
+    """Yield batches of ENCODE_BATCH dialogues, each with the index of its first."""
     rest, begin = iter(dialogues), 0
     while batch := [*islice(rest, ENCODE_BATCH)]:
         yield begin, batch
@@ -125,10 +125,10 @@ def batches(dialogues: Iterable[Dialogue]) -> Iterator[tuple[int, list[Dialogue]
 
 
 def check_fast(tokenizer: Any) -> None:
-    """Raise UserError for a tokenizer that does not know which characters a token stands for."""
+    """Raise UserError for a tokenizer without character offsets."""
     if not tokenizer.is_fast:
         raise UserError(
-            f"{type(tokenizer).__name__} has no character offsets, which exact masks need. "
+            f"{type(tokenizer).__name__} has no character offsets; exact masks need them. "
             "Use a model with a fast tokenizer (a tokenizer.json)."
         )
 
@@ -136,15 +136,15 @@ def check_fast(tokenizer: Any) -> None:
 def _count_ends(
     dialogue: Dialogue, ends: list[int], answers: int, cut: bool, encoder: Encoder, tally: Tally
 ) -> None:
-    """Count the answers and those whose end token is supervised: all, but for what was cut off."""
+    """Count answers, and those with a supervised end token: all but the truncated ones."""
     tally.answers += answers
     tally.ended += len(ends)
-    odd = next((end for end in ends if end not in encoder.control_ids), None)
-    if odd is not None or (len(ends) < answers and not cut):
-        found = "nothing" if odd is None else repr(encoder.tokenizer.convert_ids_to_tokens(odd))
+    other = next((end for end in ends if end not in encoder.control_ids), None)
+    if other is not None or (len(ends) < answers and not cut):
+        found = "nothing" if other is None else repr(encoder.tokenizer.convert_ids_to_tokens(other))
         raise UserError(
             f"dialogue {dialogue.id}: found {found} at an answer's end; expected a control token "
-            "of the tokenizer, which the model would learn to stop with. Use another --template."
+            "of the tokenizer, with which the model ends an answer. Use another --template."
         )
 
 
@@ -157,17 +157,17 @@ def _why_unsupervised(rendered: Rendered, max_length: int) -> str:
 def label(
     input_ids: list[int], placed: Places, spans: Sequence[Span]
 ) -> tuple[list[int], list[int]]:
-    """Return the ids whose places overlap a span, -100 elsewhere, and each span's last id.
+    """Return labels (ids that overlap a span, -100 elsewhere) and the last id of each span.
 
     >>> label([5, 6, 7], ([0, 0, 3], [0, 3, 5]), [(3, 5)])
     ([-100, -100, 7], [7])
-    >>> label([5, 6], ([0, 2], [2, 5]), [(3, 5)])  # one that straddles
+    >>> label([5, 6], ([0, 2], [2, 5]), [(3, 5)])  # 6 straddles the span's start
     ([-100, 6], [6])
     """
     labels, last_ids, (starts, ends) = [IGNORE_INDEX] * len(input_ids), list[int](), placed
-    # A search in place of a walk: of all that is done in Python, that took the longest.
+    # Binary search: a loop over the tokens took most of the time that is spent in Python.
     for start, end in spans:
-        first, behind = bisect_right(ends, start), bisect_left(starts, end)
-        labels[first:behind] = input_ids[first:behind]
-        last_ids += input_ids[bisect_left(ends, end, first, max(first, behind)) : behind]
+        first, stop = bisect_right(ends, start), bisect_left(starts, end)
+        labels[first:stop] = input_ids[first:stop]
+        last_ids += input_ids[bisect_left(ends, end, first, max(first, stop)) : stop]
     return labels, last_ids

@@ -1,4 +1,4 @@
-"""Turns dialogues into (source, target) pairs for encoder-decoder models: one pair an answer."""
+"""Encodes dialogues as (source, target) pairs for encoder-decoder models, one pair per answer."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -9,19 +9,19 @@ from data.dialogues.sharegpt import Dialogue, Tally
 from data.encoding.encode import Example, batches, check_fast
 from data.encoding.templates import T5_SYSTEM, Rendered, render
 
-SHORTEST = 5  # ids; a pair with so few on either side is dropped, as FastChat does
-SHORT = f"pairs of {SHORTEST} ids or fewer on a side, dropped"
+DROPPED_IDS = 5  # a pair with so few ids on either side is dropped, like in FastChat
+SHORT = f"pairs of {DROPPED_IDS} ids or fewer on a side, dropped"
 NONE_LEFT = "no pair left"
 UNKNOWN = "targets with a token that stands for unknown characters"
 
 
 @dataclass(frozen=True)
 class PairLimits:
-    """Most ids of a side, EOS included; a source is cut on the left, a target on the right."""
+    """Maximum ids of a side with EOS; a source is truncated on the left, a target on the right."""
 
     source: int
     target: int
-    keep_header: bool  # what is cut of a source lies behind its header
+    keep_header: bool  # keep the header when truncating a source
 
 
 LONGEST = 1 << 40
@@ -31,14 +31,14 @@ NO_LIMIT = PairLimits(LONGEST, LONGEST, keep_header=False)
 def encode_pairs(
     dialogues: Iterable[Dialogue], tokenizer: Any, limits: PairLimits, fastchat: bool, tally: Tally
 ) -> Iterator[Example]:
-    """Yield a pair for each answer; `labels` are the target's ids, with the source in input_ids.
+    """Yield a pair for each answer: `input_ids` is the source, `labels` is the target.
 
     Raises UserError for a tokenizer without character offsets.
     """
     check_fast(tokenizer)
     encode = _fastchat_pairs if fastchat else _pairs
     for record, (dialogue, pairs) in enumerate(encode(dialogues, tokenizer, limits, tally)):
-        kept = [pair for pair in pairs if min(map(len, pair)) > SHORTEST]
+        kept = [pair for pair in pairs if min(map(len, pair)) > DROPPED_IDS]
         tally.noted.update([SHORT] * (len(pairs) - len(kept)))
         tally.noted.update([UNKNOWN for _, target in kept if tokenizer.unk_token_id in target])
         tally.answers += len(kept)
@@ -58,20 +58,20 @@ Pairs = list[tuple[list[int], list[int]]]
 def _pairs(
     dialogues: Iterable[Dialogue], tokenizer: Any, limits: PairLimits, tally: Tally
 ) -> Iterator[tuple[Dialogue, Pairs]]:
-    """Yield each dialogue with its pairs: it is read once, and each answer once more."""
+    """Yield each dialogue with its pairs; the dialogue is encoded once, each answer once more."""
     before, after = _special_ids(tokenizer)
-    for _, some in batches(dialogues):
-        batch = [render(dialogue, "t5", tokenizer) for dialogue in some]
-        answers = [item.text[start:end] for item in batch for start, end in item.spans]
+    for _, batch in batches(dialogues):
+        rendered = [render(dialogue, "t5", tokenizer) for dialogue in batch]
+        answers = [item.text[start:end] for item in rendered for start, end in item.spans]
         targets = iter(_ids(tokenizer, answers) if answers else [])
-        whole = tokenizer(
-            [item.text for item in batch],
+        encoded = tokenizer(
+            [item.text for item in rendered],
             add_special_tokens=False,
             split_special_tokens=True,
             return_offsets_mapping=True,
             verbose=False,
         )
-        columns = zip(some, batch, whole["input_ids"], whole["offset_mapping"], strict=True)
+        columns = zip(batch, rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True)
         for dialogue, item, ids, offsets in columns:
             ends, pairs = [end for _, end in offsets], []
             for span in item.spans:
@@ -87,15 +87,15 @@ def _pairs(
 def _before(
     item: Rendered, start: int, ids: list[int], ends: list[int], tokenizer: Any
 ) -> list[int]:
-    """Return the ids of the text before an answer, as that text alone would have them.
+    """Return the ids of the text before an answer, encoded as if the text ended there.
 
-    The space before the answer may have gone into the answer's first token.
+    The space before the answer may be part of the answer's first token.
     """
-    whole = bisect_right(ends, start)
-    while whole and ends[whole - 1] > start:
-        whole -= 1
-    left = item.text[ends[whole - 1] if whole else 0 : start]
-    return ids[:whole] + (_ids(tokenizer, [left])[0] if left else [])
+    count = bisect_right(ends, start)  # tokens that end before the answer
+    while count and ends[count - 1] > start:
+        count -= 1
+    rest = item.text[ends[count - 1] if count else 0 : start]
+    return ids[:count] + (_ids(tokenizer, [rest])[0] if rest else [])
 
 
 def _cut_source(ids: list[int], header: int, room: int, tally: Tally) -> list[int]:
@@ -116,7 +116,7 @@ def _cut_target(
 
 
 def _ids(tokenizer: Any, texts: list[str], control_tokens: bool = False) -> list[list[int]]:
-    """Return the ids of texts; "</s>" in a text is text, unless control tokens are to be found."""
+    """Return the ids of texts; "</s>" in a text is text unless `control_tokens`."""
     encoded = tokenizer(
         texts,
         add_special_tokens=False,
@@ -128,20 +128,20 @@ def _ids(tokenizer: Any, texts: list[str], control_tokens: bool = False) -> list
 
 
 def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the ids that the tokenizer puts before and after a text."""
+    """Return the ids that the tokenizer adds before and after a text."""
     inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
-    place = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
-    return whole[:place], whole[place + len(inner) :]
+    outer = tokenizer("a", add_special_tokens=True)["input_ids"]
+    place = next(i for i in range(len(outer)) if outer[i : i + len(inner)] == inner)
+    return outer[:place], outer[place + len(inner) :]
 
 
 def _fastchat_pairs(
     dialogues: Iterable[Dialogue], tokenizer: Any, limits: PairLimits, tally: Tally
 ) -> Iterator[tuple[Dialogue, Pairs]]:
-    """Yield the pairs that FastChat 0.2.36 makes (train_flant5.py), its wrong cuts included.
+    """Yield the pairs of FastChat 0.2.36 (train_flant5.py), including its misplaced cuts.
 
-    Turns are found by the lengths of the pieces tokenised alone, each counted as at most the limit
-    less one: behind a longer turn all cuts are misplaced. An answer ends with a newline.
+    Turns are located by the lengths of the pieces, tokenised alone. A length counts as at most the
+    limit minus one, so after a longer turn all cuts are misplaced. An answer ends with a newline.
     """
     end, most = [tokenizer.eos_token_id], limits.source
     for dialogue in dialogues:
@@ -149,16 +149,17 @@ def _fastchat_pairs(
         for number, turn in enumerate(dialogue.turns):
             last = number == len(dialogue.turns) - 1
             if turn.role == "user":
-                asked = f"### Human: {turn.text}\n### Assistant: "
-                pieces.append(turn.text if last else asked)
+                question = f"### Human: {turn.text}\n### Assistant: "
+                pieces.append(turn.text if last else question)
             else:
                 pieces.append(f"{turn.text}\n")
-        whole = _ids(tokenizer, ["".join(pieces)], control_tokens=True)[0]
-        lengths = [min(len(ids), most - 1) for ids in _ids(tokenizer, pieces, control_tokens=True)]
+        ids = _ids(tokenizer, ["".join(pieces)], control_tokens=True)[0]
+        encoded = _ids(tokenizer, pieces, control_tokens=True)
+        lengths = [min(len(piece), most - 1) for piece in encoded]
         start, pairs = lengths[0], []
         for turn, length in zip(dialogue.turns, lengths[1:], strict=True):
             if turn.role == "assistant" and turn.supervised:
-                source = whole[:start][-most:]
-                pairs.append((source + end, whole[start : start + length][:most] + end))
+                source = ids[:start][-most:]
+                pairs.append((source + end, ids[start : start + length][:most] + end))
             start += length
         yield dialogue, pairs

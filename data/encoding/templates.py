@@ -1,4 +1,4 @@
-"""Renders a dialogue as text and says which characters of it are supervised."""
+"""Renders a dialogue as text, with the character spans that are supervised."""
 
 import re
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-# FastChat 0.2.36, fastchat/conversation.py, `one_shot`, which train_flant5.py falls back to.
+# FastChat 0.2.36, fastchat/conversation.py, `one_shot`, the default of train_flant5.py.
 T5_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
@@ -34,9 +34,9 @@ T5_NAMES = {"user": "Human", "tool": "Tool"}
 class Rendered:
     """A dialogue as text, with the half-open character spans that are supervised.
 
-    add_special_tokens: whether the tokenizer still has to add its own BOS, or EOS.
-    messages: the spans of what people wrote, in order; all else is the template's.
-    header: characters of the t5 template's header.
+    add_special_tokens: whether the tokenizer has to add BOS or EOS.
+    messages: the spans of the messages, in order; other text is the template's.
+    header: length of the t5 template's header in characters.
     """
 
     text: str
@@ -52,7 +52,7 @@ def default_template(tokenizer: Any) -> TemplateName:
 
 
 def render(dialogue: Dialogue, template: TemplateName, tokenizer: Any) -> Rendered:
-    """Render a dialogue; an answer's span ends with the token that closes it."""
+    """Render a dialogue; an answer's span includes the token that ends it."""
     if template == "vicuna":
         return _render_vicuna(dialogue, tokenizer)
     if template == "t5":
@@ -61,7 +61,7 @@ def render(dialogue: Dialogue, template: TemplateName, tokenizer: Any) -> Render
 
 
 def render_text(dialogue: Dialogue, template: TemplateName, tokenizer: Any) -> Rendered:
-    """Render a dialogue without looking for its answers: quick where only its length counts."""
+    """Render a dialogue without spans: faster if only its length is needed."""
     if template != "chat":
         return render(dialogue, template, tokenizer)
     text = _apply(tokenizer, _messages(dialogue))
@@ -71,9 +71,9 @@ def render_text(dialogue: Dialogue, template: TemplateName, tokenizer: Any) -> R
 def prompt(
     turns: tuple[Turn, ...], template: TemplateName, tokenizer: Any, system: str | None = None
 ) -> Rendered:
-    """Render turns that end with the user's, up to where the assistant's answer begins.
+    """Render turns that end with the user's, with the generation prompt.
 
-    A `system` text replaces the template's own.
+    system: replaces the template's own system text.
     """
     dialogue = Dialogue("", turns, system)
     if template == "vicuna":
@@ -90,7 +90,7 @@ def _render_vicuna(dialogue: Dialogue, tokenizer: Any) -> Rendered:
     messages = [(0, len(text) - 1)]
     for turn in dialogue.turns:
         text += f"{turn.role.upper()}:"
-        # The space belongs to the answer: SentencePiece joins it to the word.
+        # The space belongs to the answer: SentencePiece joins it to the first word.
         start, end = len(text), len(text) + 1 + len(turn.text)
         messages.append((start + 1, end))
         if turn.role != "assistant":
@@ -104,13 +104,15 @@ def _render_vicuna(dialogue: Dialogue, tokenizer: Any) -> Rendered:
 
 def _render_t5(dialogue: Dialogue) -> Rendered:
     text = header = (dialogue.system or T5_SYSTEM) + "\n\n"
-    spans, asked = [], "### Assistant: "
+    spans, generation_prompt = [], "### Assistant: "
     for turn in dialogue.turns:
         if turn.role != "assistant":
-            text = text.removesuffix(asked) if turn.role == "tool" else text
-            text += f"### {T5_NAMES[turn.role]}: {turn.text}\n{asked}"
+            text = text.removesuffix(generation_prompt) if turn.role == "tool" else text
+            text += f"### {T5_NAMES[turn.role]}: {turn.text}\n{generation_prompt}"
             continue
-        text += "" if text.endswith(asked) else asked  # a second answer in a row
+        text += (
+            "" if text.endswith(generation_prompt) else generation_prompt
+        )  # a second answer in a row
         if turn.supervised:
             spans.append((len(text), len(text) + len(turn.text)))
         text += f"{turn.text}\n"
@@ -118,23 +120,25 @@ def _render_t5(dialogue: Dialogue) -> Rendered:
 
 
 def _render_chat(dialogue: Dialogue, tokenizer: Any) -> Rendered:
-    """Render by the model's own chat template; an answer ends with the control token behind it."""
+    """Render with the model's chat template; an answer's span includes the next control token."""
     messages = _messages(dialogue)
     text = _apply(tokenizer, messages)
-    shown = _filled_in(text, messages, tokenizer) or _changed_one_by_one(dialogue, text, tokenizer)
+    shown = _locate_by_marks(text, messages, tokenizer) or _locate_by_changes(
+        dialogue, text, tokenizer
+    )
     end_token, spans = control_tokens(tokenizer), []
     skipped = len(messages) - len(dialogue.turns)
     for number, (start, end) in enumerate(shown):
         if messages[number]["role"] != "assistant":
             continue
-        # What closes an answer stands before the next turn's text.
-        later = (place[0] for place in shown[number + 1 :] if place[0] < place[1])
+        # The token that ends an answer is before the next turn's text.
+        later = (span[0] for span in shown[number + 1 :] if span[0] < span[1])
         limit = min(later, default=len(text))
         closing = end_token.search(text, end, limit)
         if start == end or closing is None:
-            lost = "does not show" if start == end else "does not close with a special token"
+            fault = "does not show" if start == end else "does not close with a special token"
             raise UserError(
-                f"dialogue {dialogue.id}: the model's chat template {lost} the answer in turn "
+                f"dialogue {dialogue.id}: the model's chat template {fault} the answer in turn "
                 f"{number}, so it cannot be supervised exactly. Use --template vicuna."
             )
         if dialogue.turns[number - skipped].supervised:
@@ -143,10 +147,11 @@ def _render_chat(dialogue: Dialogue, tokenizer: Any) -> Rendered:
     return Rendered(text, tuple(spans), add_special_tokens=False, messages=written)
 
 
-def _filled_in(text: str, messages: Messages, tokenizer: Any) -> list[Span] | None:
-    """Return where each message stands, if the template only puts them, or trimmed, in places.
+def _locate_by_marks(text: str, messages: Messages, tokenizer: Any) -> list[Span] | None:
+    """Return the span of each message, for a template that inserts messages as they are or trimmed.
 
-    The places are found by rendering marks; filled with the messages they must give the text.
+    The template is rendered with a mark for each message. The result, with the messages in place of
+    the marks, must equal the text; otherwise None.
     """
     between = _between(tokenizer, tokenizer.chat_template, tuple(m["role"] for m in messages))
     if between is None:
@@ -165,15 +170,18 @@ def _filled_in(text: str, messages: Messages, tokenizer: Any) -> list[Span] | No
 
 @lru_cache(maxsize=256)
 def _between(tokenizer: Any, template: str, roles: tuple[str, ...]) -> tuple[str, ...] | None:
-    """Return what the template puts around messages of these roles; None if not only around."""
+    """Return the template's text before, between and after messages of these roles.
+
+    None if it changes, repeats or drops a message.
+    """
     marks = unused_characters(template, len(roles))
     marked = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
     between = re.split(f"([{''.join(marks)}])", _apply(tokenizer, marked))
     return tuple(between[::2]) if between[1::2] == marks else None
 
 
-def _changed_one_by_one(dialogue: Dialogue, text: str, tokenizer: Any) -> list[Span]:
-    """Return where each message stands: what two renderings do not share, one with a stand-in.
+def _locate_by_changes(dialogue: Dialogue, text: str, tokenizer: Any) -> list[Span]:
+    """Return the span of each message: the text that changes if another message takes its place.
 
     Raises UserError for a template that shows a message in more than one place.
     """
@@ -186,7 +194,7 @@ def _changed_one_by_one(dialogue: Dialogue, text: str, tokenizer: Any) -> list[S
         if start < end and shown and start < max(end for _, end in shown):
             raise UserError(
                 f"dialogue {dialogue.id}: the model's chat template shows turn {number} in more "
-                "than one place, so answers cannot be told from it. Use --template vicuna."
+                "than one place, so answers cannot be located. Use --template vicuna."
             )
         shown.append((start, end))
     return shown
@@ -210,16 +218,16 @@ def _apply(tokenizer: Any, messages: Messages, generation: bool = False) -> str:
     except TemplateError as error:
         raise UserError(
             f"the model's chat template refuses a dialogue of {len(messages)} turns: {error}. "
-            "Use --template vicuna, or take out what it refuses (often the system turn)."
+            "Use --template vicuna, or remove what it refuses (often the system turn)."
         ) from None
     return text
 
 
 @lru_cache(maxsize=1)
 def _dated(template: str) -> str:
-    """Return the template with one day in place of today, which Llama 3's tells: its own default.
+    """Return the template with a fixed date instead of today: Llama 3's own default.
 
-    With the day of the run in it, a run that goes on tomorrow would have other ids.
+    With today's date, a run that is resumed tomorrow would have other ids.
     """
     return re.sub(
         r"strftime_now\(\s*(['\"])(.*?)\1\s*\)",
@@ -229,19 +237,19 @@ def _dated(template: str) -> str:
 
 
 def unused_characters(text: str, count: int) -> list[str]:
-    """Return so many private-use characters that the text does not hold; raises UserError."""
+    """Return `count` private-use characters that are not in the text; raises UserError."""
     private = chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
     found = [*islice((char for char in map(chr, private) if char not in text), count)]
     if len(found) < count:
         raise UserError(
-            f"a dialogue of {len(text):,} characters holds nearly every private-use character; "
-            f"expected {count} that it does not hold. Take the dialogue out."
+            f"a dialogue of {len(text):,} characters has nearly every private-use character; "
+            f"expected {count} that it does not have. Remove the dialogue."
         )
     return found
 
 
 def _difference(text: str, changed: str) -> tuple[int, int]:
-    """Return the span of `text` between its common beginning and common end with `changed`.
+    """Return the span of `text` between its common prefix and its common suffix with `changed`.
 
     >>> _difference("<a>yes</a><b>", "<a>?</a><b>")
     (3, 6)
@@ -255,7 +263,7 @@ def _difference(text: str, changed: str) -> tuple[int, int]:
     return start, len(text) - end
 
 
-@lru_cache(maxsize=8)  # asked for with every dialogue
+@lru_cache(maxsize=8)  # called for each dialogue
 def control_tokens(tokenizer: Any) -> re.Pattern[str]:
     """Return a pattern of the tokenizer's control tokens, the longest first."""
     added = tokenizer.added_tokens_decoder.values()

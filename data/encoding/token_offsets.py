@@ -1,7 +1,7 @@
-"""Where tokens stand in a text, from the bytes that each is: a third quicker than offsets.
+"""Locates tokens in a text by the bytes of each token: a third faster than offsets.
 
-A tokenizer's offsets are two of Python's numbers for each token, and keep the tokenizers library
-from its quickest way. Bytes are proved for each text: put together they must be the text.
+Offsets are two Python integers per token, and exclude the fastest call of the tokenizers library.
+The bytes are verified for each text: concatenated, they must equal the text.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from typing import Any
 
 from data.encoding.templates import Rendered, Span
 
-# Each token's first character and the one behind its last; both never fall. Or so in bytes.
+# Start and end (exclusive) of each token, in characters or in bytes; neither decreases.
 Places = tuple[Sequence[int], Sequence[int]]
 Placed = tuple[list[int], Sequence[Span], Places]  # ids, spans, places, of one unit
 
 
 def places(offsets: Sequence[Span]) -> Places:
-    """Return offsets as places, without what stands for no character at the end: a closing EOS."""
+    """Return offsets as places, without trailing tokens that have no characters, such as EOS."""
     count = len(offsets)
     while count and offsets[count - 1][1] == 0:
         count -= 1
@@ -27,22 +27,22 @@ def places(offsets: Sequence[Span]) -> Places:
 
 
 class Tiles:
-    """The bytes of a tokenizer's tokens; `usable` until they are seen not to make up texts."""
+    """Places tokens by their bytes; `usable` is false once these do not make up most texts."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.backend = tokenizer.backend_tokenizer
         self.usable = hasattr(self.backend, "encode_batch_fast")
         self.bytes_of = _BytesOf(tokenizer)
         inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = tokenizer("a", add_special_tokens=True)["input_ids"]
-        starts = range(len(whole) - len(inner) + 1)
-        before = next((n for n in starts if whole[n : n + len(inner)] == inner), None)
-        # How many ids the tokenizer itself puts around a text.
-        self.before, self.after = before or 0, len(whole) - len(inner) - (before or 0)
+        outer = tokenizer("a", add_special_tokens=True)["input_ids"]
+        starts = range(len(outer) - len(inner) + 1)
+        before = next((n for n in starts if outer[n : n + len(inner)] == inner), None)
+        # The number of ids that the tokenizer adds before and after a text.
+        self.before, self.after = before or 0, len(outer) - len(inner) - (before or 0)
         self.usable &= before is not None
 
     def encode(self, items: Sequence[Rendered], split_special_tokens: bool) -> list[Placed | None]:
-        """Return ids, spans and places in bytes; None for a text that its tokens do not make up."""
+        """Return ids, spans and places in bytes; None for a text that is not its tokens' bytes."""
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = split_special_tokens
@@ -56,18 +56,18 @@ class Tiles:
     def _placed(self, item: Rendered, ids: list[int]) -> Placed | None:
         before, after = (self.before, self.after) if item.add_special_tokens else (0, 0)
         tiles = [self.bytes_of[one] for one in ids[before : len(ids) - after]]
-        made, text = b"".join(tiles), item.text.encode("utf-8", "surrogatepass")
-        # SentencePiece puts a space before a text.
-        lead = len(made) - len(text)
-        if made != (b" " + text if lead == 1 else text):
+        joined, text = b"".join(tiles), item.text.encode("utf-8", "surrogatepass")
+        # SentencePiece adds a space before a text.
+        lead = len(joined) - len(text)
+        if joined != (b" " + text if lead == 1 else text):
             return None
         ends = [*accumulate(map(len, tiles), initial=-lead)]
-        around = [0] * before
-        return ids, _in_bytes(item, len(text)), (around + ends[:-1], around + ends[1:])
+        added = [0] * before
+        return ids, _in_bytes(item, len(text)), (added + ends[:-1], added + ends[1:])
 
 
 class _BytesOf(dict[int, bytes]):
-    """The bytes of a token by its id, found when it is first asked for."""
+    """Token id -> bytes, computed at the first access."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
@@ -91,23 +91,23 @@ class _BytesOf(dict[int, bytes]):
 
 
 def _letters() -> dict[str, int]:
-    """Return GPT-2's letters for bytes: those that can be seen stand for themselves."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = (byte for byte in range(256) if byte not in seen)
-    return {chr(byte): byte for byte in seen} | {chr(256 + n): b for n, b in enumerate(others)}
+    """Return GPT-2's letter -> byte map; printable bytes map to themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
 LETTERS = _letters()
 
 
 def _in_bytes(item: Rendered, size: int) -> Sequence[Span]:
-    """Return the spans counted in bytes."""
+    """Return the spans in bytes."""
     if size == len(item.text):  # one byte a character
         return item.spans
-    text, at, done, found = item.text, 0, 0, []
+    text, at, done, spans = item.text, 0, 0, []
     for start, end in item.spans:
         first = at + len(text[done:start].encode("utf-8", "surrogatepass"))
         at = first + len(text[start:end].encode("utf-8", "surrogatepass"))
         done = end
-        found.append((first, at))
-    return found
+        spans.append((first, at))
+    return spans

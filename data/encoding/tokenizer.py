@@ -1,4 +1,4 @@
-"""The tokenizer and the template that training will take, from a model's folder and flags."""
+"""Loads the tokenizer and the template of training, from a model's folder and flags."""
 
 import argparse
 import json
@@ -12,24 +12,24 @@ from data.encoding.encode import check_fast
 from data.encoding.templates import TemplateName, default_template
 from data.errors import UserError
 
-# What SentencePiece's vocabulary of T5 has no piece for, or takes for a space.
+# Characters that T5's SentencePiece vocabulary lacks, or turns into a space.
 CHARACTERS = "{}<\\^`~\n\t"
-# A lone new token gets it: of two peft can be told that the LM head is not the embedding's matrix
-# (loop/model/new_tokens.py, places). It is a private-use character, which no T5 knows either.
+# A second new token if there is only one: with two, peft keeps the LM head apart from the embedding
+# (loop/model/new_tokens.py, places). A private-use character, which no T5 vocabulary has.
 COMPANION = "\ue000"
-# FastChat 0.2.36, train_flant5.py, in its order. Its space doubles the length of a text.
+# FastChat 0.2.36, train_flant5.py, in its order. The space token doubles the length of a text.
 FASTCHAT_PAD, FASTCHAT_CHARACTERS = "[PAD]", "<{\n}` \\^\t"
 
 
 def with_missing_characters(tokenizer: Any) -> tuple[Any, list[int]]:
-    """Return a tokenizer that keeps every character of `CHARACTERS`, and the ids that are new.
+    """Return a tokenizer that keeps all characters of `CHARACTERS`, and its new ids.
 
-    One that lacks none is returned as it is. In the other, white space is kept, too: T5's own
-    splits at it, loses runs of it and any before a new token. What is white but no space, newline
-    or tab becomes a space, and a carriage return before a newline goes. A text of words with one
-    space between them has the ids that it had.
+    A tokenizer that lacks none of them is returned unchanged. Otherwise white space is kept, too:
+    T5's own tokenizer merges runs of it and loses it before a new token. White space other than
+    space, newline and tab becomes a space; a carriage return before a newline is removed. The ids
+    of a text of words with single spaces do not change.
     """
-    missing = [c for c in CHARACTERS if c not in _there_and_back(tokenizer, f"a{c}b")]
+    missing = [c for c in CHARACTERS if c not in _round_trip(tokenizer, f"a{c}b")]
     if not missing:
         return tokenizer, []
     if len(missing) == 1:
@@ -38,10 +38,10 @@ def with_missing_characters(tokenizer: Any) -> tuple[Any, list[int]]:
     tokenizer = _rebuilt(tokenizer)
     tokenizer.add_tokens([AddedToken(c, normalized=False, special=False) for c in missing])
     backend = tokenizer.backend_tokenizer
-    given = _keeping_spaces(backend)
+    kept = _keeping_spaces(backend)
     backend.normalizer = normalizers.Sequence(
-        # The new tokens are cut out before: a carriage return before a newline ends its piece.
-        [*given, normalizers.Replace(Regex(r"\r\z"), ""), normalizers.Replace(Regex(r"\s"), " ")]
+        # New tokens are split off before: a carriage return before a newline ends its piece.
+        [*kept, normalizers.Replace(Regex(r"\r\z"), ""), normalizers.Replace(Regex(r"\s"), " ")]
     )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     backend.decoder = decoders.Metaspace(prepend_scheme="first", split=True)
@@ -60,9 +60,9 @@ def with_fastchat_tokens(tokenizer: Any) -> tuple[Any, list[int]]:
 
 
 def _keeping_spaces(backend: Any) -> list[Any]:
-    """Return the normalizers but for those that make one space of several, or strip a text.
+    """Return the normalizers that neither merge spaces nor strip a text.
 
-    Pegasus' and mBART-50's tokenizers have such a one (transformers 5.23).
+    Pegasus' and mBART-50's tokenizers have others (transformers 5.23).
     """
     if backend.normalizer is None:
         return []
@@ -73,14 +73,14 @@ def _keeping_spaces(backend: Any) -> list[Any]:
 
 
 def _normalizer(state: dict[str, Any]) -> Any:
-    made = normalizers.Sequence([])
-    made.__setstate__(json.dumps({"type": "Sequence", "normalizers": [state]}).encode())
-    return made
+    normalizer = normalizers.Sequence([])
+    normalizer.__setstate__(json.dumps({"type": "Sequence", "normalizers": [state]}).encode())
+    return normalizer
 
 
-def _there_and_back(tokenizer: Any, text: str) -> str:
+def _round_trip(tokenizer: Any, text: str) -> str:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    # A `<` is not there because an `<unk>` is.
+    # Without special tokens: the `<` of `<unk>` is no `<` of the text.
     decoded: str = tokenizer.decode(
         ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -88,10 +88,10 @@ def _there_and_back(tokenizer: Any, text: str) -> str:
 
 
 def _rebuilt(tokenizer: Any) -> Any:
-    """Return a tokenizer of the generic class, which is saved and read as it is.
+    """Return a tokenizer of the generic class, which is saved and loaded unchanged.
 
-    T5's own class makes its splitting anew whenever it is read (transformers 5.23,
-    models/t5/tokenization_t5.py), so a change of it would be lost.
+    T5's own class rebuilds its pre-tokenizer at each load (transformers 5.23,
+    models/t5/tokenization_t5.py), which would undo the change.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -107,24 +107,24 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cl
 
 
 def add_flags(flags: argparse._ArgumentGroup) -> None:
-    """Add the flags that name a template."""
+    """Add --template and --chat_template."""
     flags.add_argument("--template", choices=("vicuna", "chat", "t5"), help="default: as training")
     flags.add_argument(
-        "--chat_template", type=Path, metavar="FILE", help="in place of the model's own"
+        "--chat_template", type=Path, metavar="FILE", help="instead of the model's chat template"
     )
 
 
-@lru_cache(maxsize=1)  # one a process: transforms run in others
+@lru_cache(maxsize=1)  # one per process: transforms run in workers
 def load_tokenizer(
     name: str, template: TemplateName = "chat", chat_template: str | None = None
 ) -> Any:
     """Return the tokenizer of a model's folder, for a template; raises UserError.
 
-    chat_template: Jinja in place of the tokenizer's own.
+    chat_template: Jinja text instead of the tokenizer's own.
     """
     if not Path(name).is_dir():
         raise UserError(f"--model_name_or_path {name}: no such folder.")
-    from transformers import AutoTokenizer  # here, since a mistake in flags need not wait for it
+    from transformers import AutoTokenizer  # here: errors in flags do not wait for it
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -155,7 +155,7 @@ def template_of(given: argparse.Namespace) -> tuple[TemplateName, str | None]:
 
 
 def _default(name: str) -> TemplateName:
-    """Return training's default: the folder's config.json knows an encoder-decoder."""
+    """Return the default of training: "t5" if config.json is an encoder-decoder's."""
     tokenizer = load_tokenizer(name)
     try:
         known = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))

@@ -1,1 +1,1 @@
-"""Records from files of any format, and files written atomically."""
+"""Reads records from files of any format; atomic writes, hashes and locks."""

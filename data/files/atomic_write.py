@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and never over what was read."""
+"""Writes files atomically, and refuses output paths that are inputs."""
 
 import os
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from data.errors import UserError
 
 @contextmanager
 def written_whole(path: Path, flag: str) -> Iterator[Path]:
-    """Yield a file beside the path, which takes its place if nothing is raised, else goes.
+    """Yield a temporary file that replaces the path at the end, or is removed on an error.
 
-    It is made at once, so that what cannot be written is told before the work. Raises UserError.
+    It is created at once: a path that cannot be written fails before the work. Raises UserError.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -30,14 +30,14 @@ def written_whole(path: Path, flag: str) -> Iterator[Path]:
 
 
 def place_of(path: Path) -> Path:
-    """Return the path without links; one that leads to itself stays, to be told when it is read."""
+    """Return the path without links; a link to itself stays, and fails when it is read."""
     return Path(os.path.realpath(path))
 
 
 def check_output(flag: str, path: Path, taken: dict[Path, str]) -> None:
-    """Raise UserError for a folder, or a file that is `taken` (resolved, by what it is)."""
+    """Raise UserError if the path is a folder or in `taken`: resolved path -> what it is."""
     found = "a folder" if path.is_dir() else taken.get(place_of(path))
-    if found is None and path.exists():  # by another name: a hard link
+    if found is None and path.exists():  # a hard link has another name
         found = next((what for file, what in taken.items() if _same(file, path)), None)
     if found:
         raise UserError(f"{flag} {path}: it is {found}. Give another file.")

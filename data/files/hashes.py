@@ -1,4 +1,4 @@
-"""SHA-256 of files, remembered for as long as a file is the one that was read."""
+"""SHA-256 of files, cached while a file does not change."""
 
 import hashlib
 import json
@@ -10,17 +10,16 @@ from typing import Any
 
 from data.errors import UserError
 
-# A file that changed so shortly before it was read may have changed once more meanwhile, with the
-# same time: some file systems count in steps of two seconds (FAT).
-UNSURE = 3 * 10**9  # nanoseconds
+# A file that changed less than this before it was read may change again without a new time stamp:
+# FAT counts in steps of two seconds.
+UNSETTLED_NANOSECONDS = 3 * 10**9
 
 
 def file_sha256(file: Path, memory: Path | None = None) -> str:
     """Return the SHA-256 of a file; raises UserError where it cannot be read.
 
-    memory: a file that keeps it, so that a file that has not changed need not be read again. What
-    tells it: name, size, inode, and the times of its content and of its inode, which nobody can set
-    back. One that changed just now is read again next time.
+    memory: a file that caches hashes. An entry is valid while name, size, inode, mtime and ctime
+    are equal; ctime cannot be set back. A file that has just changed is read again next time.
     """
     try:
         before = _state(file)
@@ -30,7 +29,7 @@ def file_sha256(file: Path, memory: Path | None = None) -> str:
         with open(file, "rb") as opened:
             began = time.time_ns()
             found = hashlib.file_digest(opened, "sha256").hexdigest()
-        settled = began - max(before[2:4]) > UNSURE
+        settled = began - max(before[2:4]) > UNSETTLED_NANOSECONDS
         if memory and settled and _state(file) == before:
             _remember(memory, str(file.resolve()), {"state": before, "sha256": found})
         return found
@@ -47,14 +46,14 @@ def _remembered(memory: Path | None) -> dict[str, Any]:
     try:
         known = json.loads(memory.read_text(encoding="utf-8")) if memory else {}
     except (OSError, ValueError):
-        return {}  # none yet, or none of use: the files are read
+        return {}  # missing or unreadable: the files are read
     return known if isinstance(known, dict) else {}
 
 
-def _remember(memory: Path, name: str, fact: dict[str, Any]) -> None:
-    """Add a fact, if that can be written; of several processes the last one's stay."""
+def _remember(memory: Path, name: str, entry: dict[str, Any]) -> None:
+    """Add an entry if the file can be written; of several processes the last one's entries stay."""
     partial = memory.with_name(f"{memory.name}.{os.getpid()}.partial")
     with suppress(OSError):
         memory.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(_remembered(memory) | {name: fact}), encoding="utf-8")
+        partial.write_text(json.dumps(_remembered(memory) | {name: entry}), encoding="utf-8")
         partial.replace(memory)

@@ -1,4 +1,4 @@
-"""Reads JSON values from a stream one at a time, and goes on behind those that are broken."""
+"""Reads JSON values from a stream one at a time, and resumes after broken ones."""
 
 import codecs
 import gzip
@@ -13,23 +13,23 @@ from typing import Any, cast
 
 from data.errors import BadRecord, UserError
 
-LARGEST = 8 << 20  # characters of a record; more is counted as bad, so that memory is bounded
+LARGEST = 8 << 20  # characters of a record; a larger one is bad, which bounds memory
 CHUNK = 1 << 20
-DEEPEST = 200  # levels; what reads them later has a limit near 1,000
-DEEP = f"it has more than {DEEPEST} levels of objects and lists, one in the other"
+DEEPEST = 200  # levels; later readers have a limit near 1,000
+DEEP = f"it has more than {DEEPEST} nested levels of objects and lists"
 SPACE = re.compile(r"[ \t\r\n]*")
 SCALAR_END = re.compile(r"[,\]]")
-# A string, to the end of the text where it is not closed, or a bracket.
+# A string, up to the end of the text if it is not closed, or a bracket.
 STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
-# A byte that is not UTF-8, as the decoder lets it through.
+# A byte that is not UTF-8, as the decoder escapes it (PEP 383).
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
-# An error in so many of the last characters may be gone when more have been read: "tru", "\\u00".
-CUT = 12
-A_LINE = "; a file that does not begin with [ has one record a line"
+# An error this close to the end may be a cut value ("tru", "\\u00"), complete after more is read.
+CUT_CHARACTERS = 12
+ONE_PER_LINE = "; a file that does not begin with [ has one record per line"
 
 
 def json_records(stream: BufferedIOBase, path: Path) -> Iterator[Any]:
-    """Yield each parsed value, or a BadRecord, of an array or of one value a line.
+    """Yield each parsed value or BadRecord, from an array or from one value per line.
 
     Raises UserError for an empty file and one in UTF-16.
     """
@@ -41,14 +41,14 @@ def json_records(stream: BufferedIOBase, path: Path) -> Iterator[Any]:
 
 
 def check_utf8(head: bytes, path: Path) -> None:
-    """Raise UserError for a file that begins as UTF-16 or -32 does, be it without a mark."""
+    """Raise UserError for a file that begins like UTF-16 or -32, with or without a mark."""
     bare = len(head) == 4 and (head[::2] == b"\0\0") != (head[1::2] == b"\0\0")
     if bare or head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise UserError(f"{path}: found UTF-16 or UTF-32; expected UTF-8. Save the file as UTF-8.")
 
 
 class _Window:
-    """The part of a text that is being looked at: characters from `at` on, more as asked for."""
+    """A part of a text, read on demand; `at` is the position of the parser."""
 
     def __init__(self, stream: BufferedIOBase, path: Path) -> None:
         self.stream, self.text, self.at, self.line = stream, "", 0, 1
@@ -62,7 +62,7 @@ class _Window:
         self.text = self.text.removeprefix("\ufeff")
 
     def more(self) -> bool:
-        """Read on, as much again as there is; say whether there was anything."""
+        """Double the unparsed text; return whether anything was read."""
         if self.ended:
             return False
         self.line += self.text.count("\n", 0, self.at)
@@ -75,7 +75,7 @@ class _Window:
     def _read(self, size: int) -> bytes:
         pieces: list[bytes] = []
         try:
-            # In pieces: of a damaged file all is read that stands before the damage.
+            # In pieces: everything before the damage is read.
             while size > 0 and not self.damage and (piece := self.stream.read1(size)):
                 pieces.append(piece)
                 size -= len(piece)
@@ -84,7 +84,7 @@ class _Window:
         return b"".join(pieces)
 
     def skip_space(self) -> str:
-        """Go to the next character that is no white space, and return it."""
+        """Move to the next character that is not white space, and return it."""
         while True:
             self.at = cast(re.Match[str], SPACE.match(self.text, self.at)).end()
             if self.at < len(self.text):
@@ -93,7 +93,7 @@ class _Window:
                 return ""
 
     def place(self, offset: int = 0) -> str:
-        """Return line and column of a character, counted from where the window stands."""
+        """Return line and column of a character, by its offset from `at`."""
         end = self.at + offset
         line = self.line + self.text.count("\n", 0, end)
         return f"line {line}, column {end - self.text.rfind(chr(10), 0, end)}"
@@ -101,7 +101,7 @@ class _Window:
 
 def _lines(window: _Window) -> Iterator[Any]:
     while window.skip_space():
-        # Only "\n" ends a line: str.splitlines also cuts at U+2028, which JSON strings may hold.
+        # Only "\n" ends a line: str.splitlines also splits at U+2028, which is valid in JSON.
         size = len(window.text) - window.at
         end = window.text.find("\n", window.at)
         while end < 0 and size <= LARGEST and window.more():
@@ -124,8 +124,8 @@ def _lines(window: _Window) -> Iterator[Any]:
             if rest < len(line):
                 value = _invalid(window, "extra data", rest)
         except json.JSONDecodeError as error:
-            goes_on = A_LINE if error.pos >= len(line.rstrip()) else ""
-            value = _invalid(window, error.msg + goes_on, error.pos)
+            hint = ONE_PER_LINE if error.pos >= len(line.rstrip()) else ""
+            value = _invalid(window, error.msg + hint, error.pos)
         except (ValueError, RecursionError) as error:
             value = _invalid(window, str(error), 0)
         yield _checked(value, line, window)
@@ -135,7 +135,7 @@ def _lines(window: _Window) -> Iterator[Any]:
 
 
 def _array(window: _Window) -> Iterator[Any]:
-    while window.skip_space() == "[":  # files that were put together hold several
+    while window.skip_space() == "[":  # concatenated files have several arrays
         window.at += 1
         mark = window.skip_space()
         while mark != "]":
@@ -150,12 +150,12 @@ def _array(window: _Window) -> Iterator[Any]:
                 window.at += 1
                 mark = window.skip_space()
             elif mark not in ("", "]"):
-                found = "expected , or ] after a record; nothing behind this place was read"
+                found = "expected , or ] after a record; nothing after this place was read"
                 yield _invalid(window, found + window.damage, 0)
                 return
         window.at += 1
     if window.text[window.at :].strip() or window.damage:
-        found = "text after the array's end; nothing behind this place was read"
+        found = "text after the array's end; nothing after this place was read"
         yield _invalid(window, found + window.damage, 0)
 
 
@@ -165,18 +165,18 @@ def _broken_off(window: _Window) -> BadRecord:
 
 
 def _record(window: _Window) -> tuple[Any, int | None]:
-    """Return the record that begins here and where it ends: None where that cannot be told."""
+    """Return the record that begins here and its end, None if the end is unknown."""
     while True:
         size = len(window.text) - window.at
         try:
             value, end = _decode(window.text, window.at)
             if end < len(window.text) or window.ended or not window.more():
                 return value, end
-            continue  # A number may go on behind what has been read.
+            continue  # A number may continue after the text that has been read.
         except json.JSONDecodeError as error:
             offset = error.pos - window.at
             unterminated = error.msg.startswith("Unterminated")
-            if unterminated or offset >= size - CUT:
+            if unterminated or offset >= size - CUT_CHARACTERS:
                 if size <= LARGEST and window.more():
                     continue
                 if size > LARGEST:
@@ -184,13 +184,16 @@ def _record(window: _Window) -> tuple[Any, int | None]:
             if unterminated or offset >= len(window.text[window.at :].rstrip()):
                 return _broken_off(window), None
             bad = _invalid(window, error.msg, offset)
-        except (ValueError, RecursionError) as error:  # thousands of digits, nesting, doubled keys
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # thousands of digits, nesting, duplicate keys
             bad = _invalid(window, str(error), 0)
         return bad, _end_of_record(window)
 
 
 def _end_of_record(window: _Window) -> int | None:
-    """Return where a record ends that cannot be parsed, by its brackets; None if it does not."""
+    """Return the end of a record that cannot be parsed, by its brackets; None if it has none."""
     if window.text[window.at] not in '{["':
         found = SCALAR_END.search(window.text, window.at)
         return found.start() if found else None
@@ -201,7 +204,7 @@ def _end_of_record(window: _Window) -> int | None:
             if mark[0] != '"':
                 depth += 1 if mark in "[{" else -1
             if depth <= 0:
-                # A bracket that closes what is around the record is not the record's.
+                # A bracket that closes the surrounding array is not part of the record.
                 return match.start() if depth < 0 else match.end()
         if len(window.text) - window.at > 2 * LARGEST or not window.more():
             return None
@@ -214,8 +217,8 @@ def _decode(text: str, start: int) -> tuple[Any, int]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     parsed = dict(pairs)
     if len(parsed) < len(pairs):
-        double = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {json.dumps(double)[:40]} stands twice in one object")
+        duplicate = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"duplicate key {json.dumps(duplicate)[:40]} in one object")
     return parsed
 
 
@@ -233,7 +236,7 @@ def _checked(value: Any, text: str, window: _Window) -> Any:
 
 
 def _deeper(value: Any, text: str, most: int) -> bool:
-    """Whether a value has more than so many levels of objects and lists."""
+    """Return whether a value has more than `most` levels of objects and lists."""
     if text.count("[") + text.count("{") <= most:
         return False
     level = [value]

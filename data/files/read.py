@@ -1,4 +1,4 @@
-"""Reads records one at a time from the files that people keep dialogues in, whatever their size."""
+"""Reads records one at a time from JSON, JSONL, CSV, Parquet and Arrow files of any size."""
 
 import csv
 import gzip
@@ -15,21 +15,21 @@ from data.errors import BadRecord, UserError
 from data.files.json_stream import CHUNK, ESCAPED_BYTE, LARGEST, check_utf8, json_records
 
 KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow")
-# What `datasets` writes beside the Arrow files of a folder.
-BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")
-PACKED = (".gz", ".zst")
-ROWS = 256  # of a table that are held as Python's objects at once
+# Files without records that `datasets` writes next to the Arrow files of a folder.
+ARROW_METADATA = ("dataset_info.json", "state.json", "dataset_dict.json")
+COMPRESSIONS = (".gz", ".zst")
+ROWS_AT_ONCE = 256  # rows of a table that are Python objects at the same time
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files, those of a folder in the order of their names; raises UserError."""
+    """Return the files, those of a folder sorted by name; raises UserError."""
     found: list[Path] = []
     for path in paths:
         try:
             inside = [file for file in sorted(path.rglob("*")) if kind_of(file)]
             inside = [file for file in inside if not file.is_dir()]  # a broken link is an error
             if any(kind_of(file) == ".arrow" for file in inside):
-                inside = [file for file in inside if file.name not in BESIDE_ARROW]
+                inside = [file for file in inside if file.name not in ARROW_METADATA]
             folder = path.is_dir()
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
@@ -43,18 +43,18 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def kind_of(path: Path) -> str | None:
-    """Return the suffix that says how records are kept, without that of a compression."""
+    """Return the suffix that names the format, without that of a compression."""
     name = path.name.lower()
-    for packed in PACKED:
-        name = name.removesuffix(packed)
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
     return next((kind for kind in KINDS if name.endswith(kind)), None)
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (index, parsed value or BadRecord) for each record of the file.
 
-    A text file that begins with [ is an array, any other one record a line. Raises UserError for a
-    file that cannot be read, is empty, or changes meanwhile.
+    A text file that begins with [ is an array; any other has one record per line. Raises UserError
+    for a file that cannot be read, is empty, or changes while it is read.
     """
     kind = kind_of(path)
     try:
@@ -82,36 +82,36 @@ def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
         if path.name.lower().endswith(".gz"):
             yield gzip.GzipFile(fileobj=raw)
         elif path.name.lower().endswith(".zst"):
-            yield io.BufferedReader(_Unpacked(raw), CHUNK)
+            yield io.BufferedReader(_Decompressed(raw), CHUNK)
         else:
             yield raw
 
 
-class _Unpacked(io.RawIOBase):
-    """Frames of zstd one behind the other; raises EOFError for one that is damaged or cut off.
+class _Decompressed(io.RawIOBase):
+    """Decompresses consecutive zstd frames; raises EOFError for a damaged or truncated one.
 
-    The package's own reader (zstandard 0.25) takes one that is cut off for whole.
+    The package's own reader (zstandard 0.25) accepts a truncated frame as complete.
     """
 
     def __init__(self, packed: io.BufferedReader) -> None:
         import zstandard
 
         self.packed, self.error = packed, zstandard.ZstdError
-        self.unpack = zstandard.ZstdDecompressor().decompressobj
-        self.frame, self.raw, self.within = self.unpack(), b"", False
+        self.new_frame = zstandard.ZstdDecompressor().decompressobj
+        self.frame, self.raw, self.within = self.new_frame(), b"", False
         self.waiting = io.BytesIO()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer with what comes next, at least a byte before the end."""
+        """Fill the buffer with the next bytes: at least one, unless the file ends."""
         while not (size := self.waiting.readinto(buffer)):
-            # So little that what it unpacks to is bounded, by 128 KiB for each 4 bytes.
+            # Few bytes, since each 4 of them may decompress to 128 KiB.
             self.raw = self.raw or self.packed.read(256)
             if not self.raw:
                 if self.within:
-                    raise EOFError("its last frame is cut off")
+                    raise EOFError("its last frame is truncated")
                 return 0
             try:
                 self.waiting, self.within = io.BytesIO(self.frame.decompress(self.raw)), True
@@ -120,7 +120,7 @@ class _Unpacked(io.RawIOBase):
             self.raw = b""
             if self.frame.eof:
                 self.raw, self.within = self.frame.unused_data, False
-                self.frame = self.unpack()
+                self.frame = self.new_frame()
         return size
 
 
@@ -130,14 +130,14 @@ def _parquet(path: Path) -> Iterator[Any]:
 
     try:
         with parquet.ParquetFile(path) as opened:
-            for batch in opened.iter_batches(batch_size=ROWS):
+            for batch in opened.iter_batches(batch_size=ROWS_AT_ONCE):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a whole Parquet file: {error}.") from None
+        raise UserError(f"{path}: not a complete Parquet file: {error}.") from None
 
 
 def _arrow(path: Path) -> Iterator[Any]:
-    """Yield the rows of an Arrow file or stream, such as `datasets` writes."""
+    """Yield the rows of an Arrow file or stream, the formats of `datasets`."""
     import pyarrow as pa
 
     try:
@@ -149,16 +149,16 @@ def _arrow(path: Path) -> Iterator[Any]:
                 mapped.seek(0)
                 batches = pa.ipc.open_stream(mapped)
             for batch in batches:
-                for start in range(0, batch.num_rows, ROWS):
-                    yield from batch.slice(start, ROWS).to_pylist()
+                for start in range(0, batch.num_rows, ROWS_AT_ONCE):
+                    yield from batch.slice(start, ROWS_AT_ONCE).to_pylist()
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        if getattr(error, "errno", None):  # of the disk; of a file that is cut off it has none
+        if getattr(error, "errno", None):  # an error of the disk; a truncated file gives no errno
             raise
-        raise UserError(f"{path}: not a whole Arrow file: {error}.") from None
+        raise UserError(f"{path}: not a complete Arrow file: {error}.") from None
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON has it: dates and such as text, what is no number as null."""
+    """Return a value as JSON: dates and other types as text, NaN and infinities as null."""
     if isinstance(value, dict):
         return {key: plain(one) for key, one in value.items()}
     if isinstance(value, list):
@@ -178,7 +178,7 @@ def _csv(stream: io.BufferedIOBase, path: Path) -> Iterator[Any]:
             if None in row or None in row.values():
                 yield BadRecord("not valid CSV", "its row has more or fewer fields than the header")
             elif any(ESCAPED_BYTE.search(value) for value in row.values()):
-                yield BadRecord("not UTF-8", "it holds a byte that is not; save the file as UTF-8")
+                yield BadRecord("not UTF-8", "found another byte; save the file as UTF-8")
             else:
                 yield row
     except (csv.Error, EOFError, zlib.error) as error:

@@ -1,1 +1,1 @@
-"""`python -m data clean|split|convert|stats`: dialogues prepared before training."""
+"""`python -m data clean|split|convert|stats`: prepares dialogues before training."""

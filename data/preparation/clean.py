@@ -1,6 +1,6 @@
-"""`python -m data clean`: from raw ShareGPT dialogues to clean ones, each change and loss counted.
+"""`python -m data clean`: cleans raw ShareGPT dialogues, and counts each change and each loss.
 
-Cleaning what is clean changes nothing: each message is cleaned until nothing changes any more.
+Cleaning is idempotent: the rules for messages are repeated until nothing changes.
 """
 
 import argparse
@@ -30,22 +30,22 @@ from data.preparation.languages import UNKNOWN, check_languages, language_of
 from data.preparation.near_duplicates import signature
 from data.preparation.text_rules import masked
 
-# In their order. The first five change messages, the next two dialogues, the others drop some.
+# In order. The first five change messages, the next two shorten dialogues, the others drop them.
 RULES = {
-    "invisible": "invisible characters are removed, unusual spaces and line ends made usual",
-    "html": "HTML becomes Markdown",
-    "residue": 'leftovers of web pages are removed: "Copy code", "1 / 2", "12 chars / 2 words"',
-    "fences": "empty code fences are removed",
-    "newlines": "three line breaks and more become two, messages are stripped",
-    "empty": "a dialogue ends before its first empty message",
-    "trim": "a dialogue goes from the first user's to the last assistant's message",
-    "plugins": "dialogues with plug-ins are dropped",
-    "alternation": "dialogues are dropped where user and assistant do not take turns",
-    "short": "dialogues of fewer than 16 characters are dropped",
-    "blocked": "dialogues are dropped where an answer has one of --blocked_words",
-    "ids": "a dialogue with the id of an earlier one is dropped",
-    "content": "a dialogue with all the messages of an earlier one is dropped",
-    "near": "a dialogue that is nearly as an earlier one is dropped (--near_threshold)",
+    "invisible": "remove invisible characters; replace unusual spaces and line ends",
+    "html": "convert HTML to Markdown",
+    "residue": 'remove leftovers of web pages: "Copy code", "1 / 2", "12 chars / 2 words"',
+    "fences": "remove empty code fences",
+    "newlines": "reduce three or more line breaks to two, and strip messages",
+    "empty": "end a dialogue before its first empty message",
+    "trim": "trim a dialogue to the first user's and the last assistant's message",
+    "plugins": "drop dialogues with plug-ins",
+    "alternation": "drop dialogues in which user and assistant do not alternate",
+    "short": "drop dialogues of fewer than 16 characters",
+    "blocked": "drop dialogues with one of --blocked_words in an answer",
+    "ids": "drop a dialogue with the id of an earlier one",
+    "content": "drop a dialogue with the same messages as an earlier one",
+    "near": "drop a near duplicate of an earlier dialogue (--near_threshold)",
 }
 STEPS: dict[str, Callable[[str], str]] = {
     "invisible": text_rules.without_unseen,
@@ -54,14 +54,14 @@ STEPS: dict[str, Callable[[str], str]] = {
     "fences": text_rules.without_empty_fences,
     "newlines": text_rules.without_blank_runs,
 }
-PASSES = 20
-FEWEST = 16  # characters
+MAX_PASSES = 20
+MIN_CHARACTERS = 16
 BLOCKED_WORDS = Path(__file__).parent / "blocked_words.txt"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides what becomes of a dialogue."""
+    """The settings on which the result of a dialogue depends."""
 
     rules: tuple[str, ...]
     blocked_words: tuple[str, ...] = ()
@@ -74,15 +74,17 @@ NO_EXCHANGE = "no question and answer"
 
 
 class _Unsettled(Exception):
-    """A message that each pass changes anew, or that cannot be parsed."""
+    """A message that each pass changes again, or that cannot be parsed."""
 
 
 def main(argv: list[str]) -> None:
-    """Clean the files and print the account."""
+    """Clean the files and print the counts; raises UserError."""
     given = flags().parse_args(argv)
     settings = _settings(given)
     if not 0 < given.near_threshold <= 1:
-        raise UserError(f"--near_threshold {given.near_threshold}: expected a share up to 1.")
+        raise UserError(
+            f"--near_threshold {given.near_threshold}: expected a number above 0, up to 1."
+        )
     job = Job(
         "clean",
         given.inputs,
@@ -98,15 +100,17 @@ def main(argv: list[str]) -> None:
 
 
 def clean(settings: Settings, record: Any, place: str) -> Result:
-    """Return the record cleaned, or why it is dropped; raises BadRecord."""
+    """Return the cleaned record, or the cause for which it is dropped; raises BadRecord."""
     empty = isinstance(record, dict) and record.get("conversations") == []
     record = record if empty else as_sharegpt(record)
     number = place.rpartition(" ")[2]
     identity = number if record.get("id") is None else str(record["id"])
-    identity = identity.encode("utf-8", "replace").decode()  # half a surrogate pair is not printed
+    identity = identity.encode(
+        "utf-8", "replace"
+    ).decode()  # half a surrogate pair cannot be printed
     if empty:
         return Result(identity, dropped=(NO_EXCHANGE,))
-    turn_roles(record, surrogates=True)  # the rule for invisible characters takes them out
+    turn_roles(record, surrogates=True)  # the rule `invisible` removes them
     turns: Turns = record["conversations"]
     if "plugins" in settings.rules and record.get("plugins"):
         return Result(identity, dropped=("plug-ins",))
@@ -119,17 +123,17 @@ def clean(settings: Settings, record: Any, place: str) -> Result:
     if settings.personal == "report":
         found = [masked(turn["value"])[1] for turn in turns]
         noted |= {f"has {kind}" for kind in set().union(*found)}
-    known: list[tuple[str, bytes]] = []
+    digests: list[tuple[str, bytes]] = []
     if "ids" in settings.rules and record.get("id") not in (None, ""):
-        known.append(("duplicate id", digest(["id", identity])))
+        digests.append(("duplicate id", digest(["id", identity])))
     if "content" in settings.rules:
-        spoken = [part for turn in turns for part in (speaker(turn), turn["value"])]
-        known.append(("duplicate content", digest(spoken)))
+        content = [part for turn in turns for part in (speaker(turn), turn["value"])]
+        digests.append(("duplicate content", digest(content)))
     return Result(
         identity,
         ({**record, "conversations": turns},),
         noted=tuple(sorted(noted)),
-        exact=tuple(known),
+        exact=tuple(digests),
         near=signature("\n".join(turn["value"] for turn in turns))
         if "near" in settings.rules
         else b"",
@@ -137,35 +141,35 @@ def clean(settings: Settings, record: Any, place: str) -> Result:
 
 
 def _cleaned(turns: Turns, settings: Settings) -> tuple[Turns, set[str]]:
-    """Return the turns after the rules that change them, and which of these did."""
+    """Apply the rules that change turns; return the turns and the rules that changed them."""
     noted: set[str] = set()
     if "trim" in settings.rules:
         before, turns = len(turns), from_first_user(turns)
         noted |= {"trim"} if len(turns) < before else set()
-    made: Turns = []
+    cleaned: Turns = []
     for turn in turns:
         text, changed = _settled(turn["value"], settings)
         noted |= changed
-        made.append(turn if text == turn["value"] else {**turn, "value": text})
+        cleaned.append(turn if text == turn["value"] else {**turn, "value": text})
     if "empty" in settings.rules:
-        before, made = len(made), until_empty(made)
-        noted |= {"empty"} if len(made) < before else set()
+        before, cleaned = len(cleaned), until_empty(cleaned)
+        noted |= {"empty"} if len(cleaned) < before else set()
     if "trim" in settings.rules:
-        before, made = len(made), to_last_answer(made)
-        noted |= {"trim"} if len(made) < before else set()
-    return made, noted
+        before, cleaned = len(cleaned), to_last_answer(cleaned)
+        noted |= {"trim"} if len(cleaned) < before else set()
+    return cleaned, noted
 
 
 def _settled(text: str, settings: Settings) -> tuple[str, set[str]]:
-    """Apply the rules for messages until none changes anything."""
+    """Apply the rules for messages until none changes the text."""
     noted: set[str] = set()
-    for _ in range(PASSES):
+    for _ in range(MAX_PASSES):
         before = text
         for rule, step in STEPS.items():
             if rule in settings.rules:
                 try:
                     after = step(text)
-                except (RecursionError, AssertionError, ValueError) as error:  # of parsers
+                except (RecursionError, AssertionError, ValueError) as error:  # of the parsers
                     raise _Unsettled from error
                 if after != text:
                     noted.add(rule)
@@ -179,14 +183,14 @@ def _settled(text: str, settings: Settings) -> tuple[str, set[str]]:
 
 
 def _rejected(turns: Turns, settings: Settings) -> str | None:
-    """Return why the dialogue is dropped, if it is."""
+    """Return the cause for which the dialogue is dropped, or None."""
     rules = settings.rules
     if not {"user", "assistant"} <= {speaker(turn) for turn in turns}:
         return NO_EXCHANGE
     if "alternation" in rules and not alternate(turns):
         return "wrong alternation"
     texts = [turn["value"] for turn in turns]
-    if "short" in rules and sum(map(len, texts)) < FEWEST:
+    if "short" in rules and sum(map(len, texts)) < MIN_CHARACTERS:
         return "too short"
     if "blocked" in rules:
         answers = (turn["value"] for turn in turns if speaker(turn) == "assistant")
@@ -203,36 +207,44 @@ def _rejected(turns: Turns, settings: Settings) -> str | None:
 
 def flags() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    made = parser("clean", "From raw ShareGPT dialogues to clean ones.")
-    own = made.add_argument_group("clean")
+    command = parser("clean", "Clean raw ShareGPT dialogues and remove duplicates.")
+    own = command.add_argument_group("clean")
     width = max(map(len, RULES))
-    made.epilog = "rules:\n" + "\n".join(f"  {n:{width}}  {what}" for n, what in RULES.items())
-    made.epilog += "\nA dialogue without a question or without an answer is always dropped."
-    own.add_argument("--skip", nargs="+", default=[], metavar="RULE", help="leave out rules")
+    command.epilog = "rules:\n" + "\n".join(f"  {n:{width}}  {what}" for n, what in RULES.items())
+    command.epilog += "\nA dialogue without a question or without an answer is always dropped."
+    own.add_argument("--skip", nargs="+", default=[], metavar="RULE", help="rules to leave out")
     own.add_argument(
         "--blocked_words",
         type=Path,
         default=BLOCKED_WORDS,
         metavar="FILE",
-        help="a phrase a line (default: data/preparation/blocked_words.txt)",
+        help="one phrase per line (default: data/preparation/blocked_words.txt)",
     )
     own.add_argument(
-        "--keep_languages", nargs="+", default=[], metavar="CODE", help="en de ...: drop all others"
+        "--keep_languages",
+        nargs="+",
+        default=[],
+        metavar="CODE",
+        help="en de ...: drop other languages",
     )
     own.add_argument(
-        "--skip_languages", nargs="+", default=[], metavar="CODE", help="zh ...: drop these"
+        "--skip_languages",
+        nargs="+",
+        default=[],
+        metavar="CODE",
+        help="zh ...: drop these languages",
     )
     own.add_argument(
         "--personal",
         choices=("report", "mask", "off"),
         default="off",
-        help="count, or mask, e-mail addresses, phone numbers, keys and cards",
+        help="count or mask e-mail addresses, phone numbers, keys and cards",
     )
     own.add_argument(
         "--near_threshold", type=float, default=0.9, metavar="SHARE",
-        help="of 5-grams that are alike, from which on a dialogue is a near duplicate",
+        help="share of common 5-grams from which on a dialogue is a near duplicate",
     )  # fmt: skip
-    return made
+    return command
 
 
 def _settings(given: argparse.Namespace) -> Settings:

@@ -1,4 +1,4 @@
-"""`python -m data convert`: dialogues of any known form to ShareGPT's."""
+"""`python -m data convert`: converts dialogues of a known format to ShareGPT."""
 
 import argparse
 import sys
@@ -25,7 +25,7 @@ READERS = {"sharegpt": from_sharegpt, "messages": from_messages, "alpaca": from_
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides how records are read; `columns`: (part, name of the column) pairs."""
+    """The settings on which a conversion depends; `columns`: (part, column name) pairs."""
 
     format: str
     columns: tuple[tuple[str, str], ...]
@@ -34,25 +34,25 @@ class Settings:
 
 def flags() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    made = parser("convert", "Dialogues of any known form to ShareGPT's.")
-    own = made.add_argument_group("convert")
-    own.add_argument("--format", choices=FORMATS, default="auto", help="auto: by their keys")
+    command = parser("convert", "Convert dialogues of a known format to ShareGPT.")
+    own = command.add_argument_group("convert")
+    own.add_argument("--format", choices=FORMATS, default="auto", help="auto: by the keys")
     own.add_argument(
         "--columns", nargs="+", default=[], metavar="PART=NAME",
-        help="of a table: user=question assistant=answer [system=...] [id=...]",
+        help="columns of a table: user=question assistant=answer [system=...] [id=...]",
     )  # fmt: skip
     own.add_argument(
         "--oasst_paths", choices=("best", "all"), default="best",
-        help="best: the best-ranked reply at each step; all: a dialogue for each last answer",
+        help="best: the best-ranked reply at each turn; all: one dialogue per final answer",
     )  # fmt: skip
-    return made
+    return command
 
 
 def main(argv: list[str]) -> None:
     """Convert the files; raises UserError."""
     given = flags().parse_args(argv)
-    form = "columns" if given.columns and given.format == "auto" else given.format
-    settings = Settings(form, _columns(given.columns, form), given.oasst_paths)
+    format_ = "columns" if given.columns and given.format == "auto" else given.format
+    settings = Settings(format_, _columns(given.columns, format_), given.oasst_paths)
     job = Job(
         name="convert",
         inputs=given.inputs,
@@ -66,10 +66,10 @@ def main(argv: list[str]) -> None:
     print(summary(run(job)), file=sys.stderr)
 
 
-def _columns(words: list[str], form: str) -> tuple[tuple[str, str], ...]:
-    if form != "columns":
+def _columns(words: list[str], format_: str) -> tuple[tuple[str, str], ...]:
+    if format_ != "columns":
         if words:
-            raise UserError(f"--columns: --format {form} has none. Leave one of them out.")
+            raise UserError(f"--columns: --format {format_} has no columns. Leave one of them out.")
         return ()
     pairs = tuple((part, name) for part, _, name in (word.partition("=") for word in words))
     parts = [part for part, _ in pairs]
@@ -84,21 +84,21 @@ def _columns(words: list[str], form: str) -> tuple[tuple[str, str], ...]:
 
 
 def convert(settings: Settings, record: Any, place: str) -> Result:
-    """Return the record's dialogues in ShareGPT form; raises BadRecord."""
+    """Return the record's dialogues in ShareGPT format; raises BadRecord."""
     number = place.rpartition(" ")[2]
     tree = isinstance(record, dict) and isinstance(record.get("prompt"), dict)
     if settings.format == "oasst" or (settings.format == "auto" and tree):
         return _from_tree(record, number, settings.oasst_paths)
     if settings.format == "auto":
-        made = as_sharegpt(record)
+        converted = as_sharegpt(record)
     elif not isinstance(record, dict):
         raise BadRecord("record is not an object", f"found {kind(record)}; expected an object")
     elif settings.format == "columns":
-        made = _from_columns(record, dict(settings.columns))
+        converted = _from_columns(record, dict(settings.columns))
     else:
-        made = READERS[settings.format](record)
-    turn_roles(made)
-    return Result(str(made.get("id", number)), (made,))
+        converted = READERS[settings.format](record)
+    turn_roles(converted)
+    return Result(str(converted.get("id", number)), (converted,))
 
 
 def _from_columns(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _from_columns(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any
 
 
 def _from_tree(tree: Any, number: str, paths: str) -> Result:
-    """Return the dialogues of an OpenAssistant tree, `prompt` and its `replies`; deleted: none."""
+    """Return the dialogues of an OpenAssistant tree; deleted messages are left out."""
     prompt = tree.get("prompt") if isinstance(tree, dict) else None
     if not isinstance(prompt, dict):
         raise BadRecord("not a tree", 'expected an object with "message_tree_id" and "prompt"')
@@ -150,7 +150,7 @@ def _role(message: dict[str, Any]) -> str:
 
 
 def _replies(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the replies that stand, the best-ranked first, those without a rank last."""
+    """Return the replies that are not deleted, by rank; those without a rank are last."""
     replies = message.get("replies") or []
     if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
         raise BadRecord("replies of no use", '"replies" is not a list of objects; expected one')
@@ -173,13 +173,13 @@ def _best_path(prompt: dict[str, Any]) -> Iterator[Messages]:
     while path and (replies := _replies(path[-1])):
         path.append(replies[0])
     if len(path) % 2:
-        path = path[:-1]  # a question that nobody answered
+        path = path[:-1]  # a question without an answer
     if path:
         yield tuple(path)
 
 
 def _all_paths(prompt: dict[str, Any]) -> Iterator[Messages]:
-    """Yield a path for each answer that no answered question follows."""
+    """Yield a path for each answer without a question that is answered in turn."""
     waiting: list[Messages] = [] if prompt.get("deleted") else [(prompt,)]
     while waiting:
         path = waiting.pop()

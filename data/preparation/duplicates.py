@@ -1,4 +1,4 @@
-"""Knows dialogues that were there before, exactly or nearly, by an SQLite file: flat memory."""
+"""Finds exact and near duplicates of earlier dialogues in constant memory, with SQLite."""
 
 import sqlite3
 from collections.abc import Iterable
@@ -17,9 +17,9 @@ NEAR = "near duplicate"
 
 
 class Seen:
-    """The digests and signatures of those that were not seen before; tables of a base.
+    """Tables of digests and signatures of the distinct dialogues so far.
 
-    near_threshold: the share of a signature that two must have alike.
+    near_threshold: minimum share of equal signature values of near duplicates.
     """
 
     def __init__(self, base: sqlite3.Connection, near_threshold: float) -> None:
@@ -27,7 +27,7 @@ class Seen:
         base.executescript(TABLES)
 
     def cause(self, exact: Iterable[tuple[str, bytes]], near: bytes) -> str | None:
-        """Return the first cause that was seen before; where there is none, this is seen now.
+        """Return the first cause that makes this a duplicate; otherwise None, and add it.
 
         exact: (cause, digest) pairs. near: a MinHash signature [n] uint32 as bytes.
         """
@@ -56,21 +56,21 @@ class Seen:
             f"WHERE band IN ({marks})",
             bands,
         )
-        alike = (np.mean(np.frombuffer(value, np.uint32) == signature) for (value,) in found)
-        return any(share >= self.near_threshold for share in alike)
+        shares = (np.mean(np.frombuffer(value, np.uint32) == signature) for (value,) in found)
+        return any(share >= self.near_threshold for share in shares)
 
 
 def digest(parts: Iterable[str]) -> bytes:
-    """Return 16 bytes that tell these texts from all others."""
-    made = blake2b(digest_size=16)
+    """Return a 16-byte digest of a sequence of texts."""
+    hashed = blake2b(digest_size=16)
     for part in parts:
         encoded = part.encode("utf-8", "surrogatepass")
-        made.update(f"{len(encoded)}:".encode() + encoded)
-    return made.digest()
+        hashed.update(f"{len(encoded)}:".encode() + encoded)
+    return hashed.digest()
 
 
 def _bands(signature: NDArray[np.uint32]) -> list[int]:
-    """Return a number for each band of the signature; near duplicates share one at least."""
+    """Return a number for each band of the signature; near duplicates share at least one."""
     rows = signature.reshape(BANDS, -1).astype(np.uint64)
     mixed = np.arange(1, BANDS + 1, dtype=np.uint64)
     for column in rows.T:

@@ -1,29 +1,29 @@
-"""Shows how long dialogues are: as lines of text, and as a picture."""
+"""Draws a histogram of lengths, as lines of text and as a PNG."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-BAR = 40  # characters of the longest bar
-PARTS = 4  # bars of the picture for each doubling of the length
+BAR_CHARACTERS = 40  # of the longest bar
+BARS_PER_DOUBLING = 4  # of the picture
 
 
 def quantile(lengths: Mapping[int, int], share: float) -> int:
-    """Return the least length that this share of all reaches at most; 0 of none.
+    """Return the smallest length that this share of all does not exceed; 0 without lengths.
 
     >>> quantile({10: 1, 20: 2, 90: 1}, 0.5)
     20
     """
     ordered = sorted(lengths.items())
-    wanted = share * sum(lengths.values())
+    target = share * sum(lengths.values())
     sums = accumulate(count for _, count in ordered)
-    found = (length for (length, _), sum_ in zip(ordered, sums, strict=True) if sum_ >= wanted)
-    return next(found, 0)
+    reached = (length for (length, _), sum_ in zip(ordered, sums, strict=True) if sum_ >= target)
+    return next(reached, 0)
 
 
 def doublings(lengths: Mapping[int, int]) -> dict[int, int]:
-    """Return how many are of each power of two up to the next, from the least to the greatest.
+    """Return the count of lengths from each power of two up to the next.
 
     >>> doublings({5: 2, 7: 1, 20: 1})
     {4: 3, 8: 0, 16: 1}
@@ -36,7 +36,7 @@ def doublings(lengths: Mapping[int, int]) -> dict[int, int]:
 
 
 def as_text(bins: Mapping[int, int]) -> list[str]:
-    """Return a line with a bar for each doubling of the length.
+    """Return one line with a bar for each doubling of the length.
 
     >>> as_text({1: 2, 2: 1})
     ['1 - 1  2 ########################################', '2 - 3  1 ####################']
@@ -45,7 +45,7 @@ def as_text(bins: Mapping[int, int]) -> list[str]:
     wide, most = max(map(len, spans), default=0), max(bins.values(), default=1)
     figures = len(f"{most:,}")
     return [
-        f"{span:>{wide}}  {count:>{figures},} {'#' * -(-BAR * count // most)}".rstrip()
+        f"{span:>{wide}}  {count:>{figures},} {'#' * -(-BAR_CHARACTERS * count // most)}".rstrip()
         for span, count in zip(spans, bins.values(), strict=True)
     ]
 
@@ -53,13 +53,16 @@ def as_text(bins: Mapping[int, int]) -> list[str]:
 def write_picture(
     lengths: Mapping[int, int], unit: str, title: str, limits: Sequence[int], file: Path
 ) -> None:
-    """Write a PNG with a logarithmic axis of lengths, and a line at each limit."""
-    from matplotlib.figure import Figure  # here, since nothing else needs it
+    """Write a PNG with a logarithmic axis of lengths and a line at each limit."""
+    from matplotlib.figure import Figure  # here: slow to import
 
     shown = {max(length, 1): count for length, count in lengths.items()}
     longest = max(shown)
-    first, behind = min(shown).bit_length() - 1, longest.bit_length()
-    edges = [2 ** (step / PARTS) for step in range(PARTS * first, PARTS * behind + 1)]
+    first, last = min(shown).bit_length() - 1, longest.bit_length()
+    edges = [
+        2 ** (step / BARS_PER_DOUBLING)
+        for step in range(BARS_PER_DOUBLING * first, BARS_PER_DOUBLING * last + 1)
+    ]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.hist([*shown], edges, weights=[*shown.values()], color="#4c78a8")

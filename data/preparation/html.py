@@ -1,4 +1,4 @@
-"""Turns the HTML of a message into Markdown, and leaves code that merely looks like it alone."""
+"""Converts the HTML of a message to Markdown, but not code that looks like HTML."""
 
 import re
 from typing import Any, cast
@@ -10,10 +10,10 @@ BLOCK = "p div pre ul ol li dl dt dd h1 h2 h3 h4 h5 h6 blockquote table thead tb
 INLINE = "a b strong i em u s del code kbd samp sub sup span q mark small cite"
 MATH = """math semantics annotation mrow mi mo mn ms mtext mspace msup msub msubsup mfrac msqrt
 mroot mover munder munderover mtable mtr mtd mstyle mpadded mphantom menclose"""
-LOOK_BACK = 200  # characters
-DEEPEST = 100  # no page is nested so far, and the parsers' recursion is bounded
+LOOK_BACK_CHARACTERS = 200
+MAX_NESTING = 100  # no page is nested deeper; it bounds the recursion of the parsers
 VOID = {"br", "hr", "img"}
-# These make a page or a picture: whoever writes them in a message writes about the code itself.
+# Tags of pages and pictures: a message with one of them is about the code itself.
 PAGE = """html head body script style form input select option textarea label button meta link
 title nav header footer main section article aside canvas svg iframe template video audio"""
 SOURCE = {*PAGE.split()}
@@ -37,11 +37,11 @@ LABEL = re.compile(r"\A\s*([\w+#.-]{1,20}?)\s*(?:Copy code|\Z)")
 
 
 def split_fences(text: str) -> list[str]:
-    """Return what is outside and inside of code fences in turn, outside first; joined, the text."""
+    """Return the text in pieces, alternately outside and inside of code fences, outside first."""
     if "```" not in text and "~~~" not in text:
         return [text]
     pieces, at, opened = [], 0, None
-    # Every line of the text is behind a line break in what is searched: offsets are the text's.
+    # A leading line break lets FENCE match at the first line; offsets are those in the text.
     for mark in FENCE.finditer("\n" + text):
         ticks, info = mark.groups()
         if opened is None:
@@ -58,7 +58,7 @@ def split_fences(text: str) -> list[str]:
 
 
 def html_to_markdown(text: str) -> str:
-    """Convert each HTML element outside of code; a tag that is not closed stays as it is."""
+    """Convert each HTML element outside of code; a tag that is not closed stays."""
     if "</" not in text:
         return text
     pieces = split_fences(text)
@@ -70,7 +70,7 @@ def _converted(text: str) -> str:
     parts, at = [""], 0
     for start, end, block in _elements(text):
         before, element = text[at:start], _markdown(text[start:end])
-        # What stood there as text, `&lt;b&gt;`, must not become a tag in its turn.
+        # Escaped text such as `&lt;b&gt;` must not become a tag.
         if _elements(element):
             element = TOKEN.sub(lambda m: m[0] if m["code"] else "\\" + m[0], element)
         at = end
@@ -88,7 +88,7 @@ def _converted(text: str) -> str:
 
 
 def _elements(text: str) -> list[tuple[int, int, bool]]:
-    """Return start and end of each outermost element and whether it is a block; none in source."""
+    """Return (start, end, is block) of each outermost element; none if the text is source code."""
     found: list[tuple[int, int, bool]] = []
     stack: list[str] = []
     start = at = 0
@@ -96,12 +96,14 @@ def _elements(text: str) -> list[tuple[int, int, bool]]:
         at = token.end()
         if token["code"]:
             if stack and "</" in token["code"]:
-                at = token.start() + 1  # backticks in different elements are not a pair
+                at = token.start() + 1  # backticks of different elements are not a pair
             continue
         name, end = token["name"].lower(), bool(token["end"])
         if "pre" in stack and not (end and name == "pre"):
             continue
-        line = text[max(0, token.start() - LOOK_BACK) : token.start()].rpartition("\n")[2]
+        line = text[max(0, token.start() - LOOK_BACK_CHARACTERS) : token.start()].rpartition("\n")[
+            2
+        ]
         laid_out = bool(line) and line.isspace() and name in LAID_OUT
         laid_out = laid_out or (not stack and IN_STRING.search(line) is not None)
         if name in SOURCE or laid_out or IN_SOURCE.search(token["rest"] or ""):
@@ -111,7 +113,7 @@ def _elements(text: str) -> list[tuple[int, int, bool]]:
         if not end:
             start = start if stack else token.start()
             stack.append(name)
-            if len(stack) > DEEPEST:
+            if len(stack) > MAX_NESTING:
                 return []
         elif name in stack:
             first = stack[0]
@@ -131,7 +133,7 @@ def _markdown(html: str) -> str:
 
 
 class _Converter(MarkdownConverter):
-    """Fences that are longer than any in the code, with the language that the page names."""
+    """Writes fences longer than any in the code, with the language that the page names."""
 
     def convert_pre(self, element: Any, text: str, parent_tags: set[str]) -> str:
         code = element.find("code")

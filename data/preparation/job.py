@@ -1,36 +1,37 @@
-"""Runs a preparation from files to one file: on all cores, in flat memory, resumable, accounted."""
+"""Runs a preparation on all cores in constant memory; it is resumable, and counts all records."""
 
 import argparse
-import fcntl
 import json
 import os
 import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
 from data.dialogues.sharegpt import Tally
 from data.errors import BadRecord, UserError
 from data.files.atomic_write import place_of, written_whole
+from data.files.lock import LockHeld, locked
 from data.files.read import find_files, plain
 from data.preparation.duplicates import Seen
 from data.preparation.parallel import Chunk, chunks, in_order, refused
 
-NAMED = 1000  # ids that are kept of each cause; beyond that there is a count
-LONGEST_ID = 100  # characters
+MAX_IDS_PER_CAUSE = 1000  # with more dropped records, the report has their count
+MAX_ID_CHARACTERS = 100
+LOCK_TIMEOUT = 5.0  # seconds that the workers of a killed run may take to end
 TABLES = "CREATE TABLE IF NOT EXISTS progress (key TEXT, state TEXT);"
 
 
 class _Output:
-    """A file of records on its way: a partial one beside it, of which so many bytes are sure."""
+    """An output file of records; it is written to a partial file and renamed at the end."""
 
     stream: BinaryIO
 
@@ -41,31 +42,31 @@ class _Output:
         self.kept = 0
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add a record."""
+        """Append a record."""
         line = _encoded(record)
         separator = (b",\n" if self.kept else b"[\n") if self.array else b""
         self.stream.write(separator + line + (b"" if self.array else b"\n"))
         self.kept += 1
 
-    def sure(self) -> dict[str, int]:
-        """Have all that was written outlast a kill, and return how much that is."""
+    def sync(self) -> dict[str, int]:
+        """Flush to disk, and return the size so far."""
         self.stream.flush()
         os.fsync(self.stream.fileno())
         return {"bytes": self.stream.tell(), "kept": self.kept}
 
     def finish(self) -> None:
-        """Put the file in its place, whole."""
+        """Complete the file and rename it to its path."""
         if self.array:
             self.stream.write(b"\n]\n" if self.kept else b"[]\n")
-        self.sure()
+        self.sync()
         self.partial.replace(self.path)
 
 
 class Journal:
-    """The partial outputs, and beside them the account and the fingerprints, in step.
+    """The partial outputs, and an SQLite file with the matching counts and fingerprints.
 
-    outputs: the file of what is kept and, where there is one, that of what is held out.
-    Memory stays flat: what duplicates are known by lies in an SQLite file.
+    outputs: the file of the kept records and, if there is one, that of the held-out ones.
+    Memory is constant: the fingerprints of duplicates are in the SQLite file.
     """
 
     def __init__(self, outputs: list[Path], key: dict[str, Any], near_threshold: float) -> None:
@@ -79,26 +80,26 @@ class Journal:
         self.noted: Counter[str] = Counter()
 
     def __enter__(self) -> "Journal":
-        found = self._state()
-        if found is None:
+        saved = self._saved_state()
+        if saved is None:
             self._remove()
         self.base = sqlite3.connect(self.file, isolation_level=None)
         self.base.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + TABLES)
         self.seen = Seen(self.base, self.near_threshold)
         self.base.execute("BEGIN")
-        nothing = [{"bytes": 0, "kept": 0}] * len(self.outputs)
-        sure = found["outputs"] if found else nothing
-        for output, state in zip(self.outputs, sure, strict=True):
+        empty = [{"bytes": 0, "kept": 0}] * len(self.outputs)
+        states = saved["outputs"] if saved else empty
+        for output, state in zip(self.outputs, states, strict=True):
             output.stream = open(output.partial, "ab")
             output.stream.truncate(state["bytes"])
-            output.stream.seek(0, os.SEEK_END)  # else tell() says what it said before
+            output.stream.seek(0, os.SEEK_END)  # truncate() does not move the position
             output.kept = state["kept"]
-        if found is None:
+        if saved is None:
             self.base.execute("INSERT INTO progress VALUES (?, '')", (self.key,))
         else:
-            self.done, self.read = found["done"], found["read"]
-            self.dropped, self.noted = Counter(found["dropped"]), Counter(found["noted"])
-            self.named = found["named"]
+            self.done, self.read = saved["done"], saved["read"]
+            self.dropped, self.noted = Counter(saved["dropped"]), Counter(saved["noted"])
+            self.named = saved["named"]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -106,8 +107,8 @@ class Journal:
             output.stream.close()
         self.base.close()
 
-    def _state(self) -> dict[str, Any] | None:
-        """Return what an earlier run of the same has left, None where it left nothing of use."""
+    def _saved_state(self) -> dict[str, Any] | None:
+        """Return the state of an interrupted run of the same job, None if there is none."""
         if not all(file.exists() for file in (self.file, *(o.partial for o in self.outputs))):
             return None
         try:
@@ -121,11 +122,11 @@ class Journal:
         except (sqlite3.Error, ValueError):
             return None
         pairs = zip(self.outputs, state["outputs"], strict=True)
-        whole = all(output.partial.stat().st_size >= sure["bytes"] for output, sure in pairs)
-        return state if whole else None
+        complete = all(output.partial.stat().st_size >= saved["bytes"] for output, saved in pairs)
+        return state if complete else None
 
     def add(self, result: "Result") -> None:
-        """Write what the record gives, unless it is a duplicate, and count it."""
+        """Write the records of a result unless they are duplicates, and count them."""
         self.done += 1
         cause = self.seen.cause(result.exact, result.near) if result.records else None
         dropped = result.dropped
@@ -136,16 +137,16 @@ class Journal:
                 self.outputs[result.held_out].write(record)
             self.noted.update(result.noted)
         self.read += len(result.records) + len(result.dropped)
-        for one in dropped:
-            self.dropped[one] += 1
-            named = self.named.setdefault(one, [])
-            if len(named) < NAMED:
-                named.append(result.id.encode("utf-8", "replace").decode()[:LONGEST_ID])
+        for reason in dropped:
+            self.dropped[reason] += 1
+            named = self.named.setdefault(reason, [])
+            if len(named) < MAX_IDS_PER_CAUSE:
+                named.append(result.id.encode("utf-8", "replace").decode()[:MAX_ID_CHARACTERS])
 
     def commit(self) -> None:
-        """Have all that was added until now outlast a kill."""
+        """Write all added results to disk, so that a kill does not lose them."""
         state = {
-            "outputs": [output.sure() for output in self.outputs],
+            "outputs": [output.sync() for output in self.outputs],
             **{name: getattr(self, name) for name in ("done", "read")},
             **{name: getattr(self, name) for name in ("dropped", "noted", "named")},
         }
@@ -154,7 +155,7 @@ class Journal:
         self.base.execute("BEGIN")
 
     def account(self) -> dict[str, Any]:
-        """Return read, kept and dropped: by cause the ids, or a count where there are many."""
+        """Return read, kept and dropped: by cause the ids, or their number if there are many."""
         dropped: dict[str, Any] = {}
         for cause, count in sorted(self.dropped.items()):
             named = self.named[cause]
@@ -166,36 +167,38 @@ class Journal:
         return {**account, "dropped": dropped, "noted": noted}
 
     def finish(self) -> None:
-        """Put the outputs in their places, whole, and remove what was beside them."""
-        for output in reversed(self.outputs):  # The first that is there says that all are.
+        """Rename the outputs to their paths, and remove the journal."""
+        for output in reversed(
+            self.outputs
+        ):  # the first output is last: it shows that all are complete
             output.finish()
         self.base.close()
         self._remove()
 
     def _remove(self) -> None:
-        for tail in ("", "-wal", "-shm"):  # SQLite would read another file's into a new one
+        for tail in ("", "-wal", "-shm"):  # SQLite would read old ones with a new file
             self.file.with_name(self.file.name + tail).unlink(missing_ok=True)
 
 
 def _encoded(record: dict[str, Any]) -> bytes:
     try:
         text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-    except ValueError:  # NaN and Infinity: Python reads them, but they are no JSON
+    except ValueError:  # NaN and Infinity: Python parses them, but they are not JSON
         record = plain(record)
         text = json.dumps(record, ensure_ascii=False)
     try:
         return text.encode("utf-8")
-    except UnicodeEncodeError:  # Half a surrogate pair is no UTF-8; escaped it can be read again.
+    except UnicodeEncodeError:  # half a surrogate pair is not UTF-8; escaped, it can be read
         return json.dumps(record).encode("ascii")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one record: read = records + dropped.
+    """The result of one record: read = records + dropped.
 
-    dropped: a cause for each item that is not written. noted: what was changed, to be counted.
-    exact: (cause, digest) pairs; the record is dropped for the first that an earlier one had too.
-    near: a MinHash signature [n] uint32 as bytes, by which near duplicates are known.
+    dropped: a cause for each item that is not written. noted: changes to count.
+    exact: (cause, digest) pairs; the first digest that an earlier record has drops this one.
+    near: a MinHash signature [n] uint32 as bytes, to find near duplicates.
     held_out: whether it is written to the job's second output.
     """
 
@@ -208,15 +211,15 @@ class Result:
     held_out: bool = False
 
 
-# A parsed value and its place ("file: record 7"), which errors name; raises BadRecord.
+# Takes a parsed value and its place for errors ("file: record 7"); raises BadRecord.
 Transform = Callable[[Any, str], Result]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A preparation: `settings` are all that decides its result beside the data.
+    """A preparation; its result depends on the data and `settings` only.
 
-    held_out: the output of the results that say so.
+    held_out: the output of results with `held_out`.
     """
 
     name: str
@@ -232,12 +235,12 @@ class Job:
 
     @property
     def outputs(self) -> dict[str, Path]:
-        """The files that are written, by the flags that name them."""
+        """The output files by flag."""
         return {"--out": self.out} | ({"--eval_out": self.held_out} if self.held_out else {})
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Ends each flag's text with its default, unless the text tells it."""
+    """Appends the default to each flag's text, unless the text names it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
@@ -247,15 +250,15 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def parser(name: str, description: str, out: bool = True) -> argparse.ArgumentParser:
-    """Return a parser with the flags that every preparation has; `out`: it writes records."""
-    made = argparse.ArgumentParser(
+    """Return a parser with the flags of all preparations; out: with --out for records."""
+    command = argparse.ArgumentParser(
         f"python -m data {name}",
         usage=f"python -m data {name} --in FILE ... {'--out FILE ' * out}[--flag value ...]",
         description=description,
         allow_abbrev=False,
         formatter_class=_Help,
     )
-    files = made.add_argument_group("files")
+    files = command.add_argument_group("files")
     files.add_argument(
         "--in", dest="inputs", type=Path, nargs="+", required=True, metavar="FILE",
         help="files or folders: JSON, JSONL, CSV, Parquet, also .gz and .zst",
@@ -263,16 +266,16 @@ def parser(name: str, description: str, out: bool = True) -> argparse.ArgumentPa
     if out:
         text = "x.jsonl, or x.json: an array"
         files.add_argument("--out", type=Path, required=True, metavar="FILE", help=text)
-    text = "a JSON file for the account: read = kept + dropped, by cause"
+    text = "write a JSON file with the counts: read = kept + dropped, by cause"
     files.add_argument("--report", type=Path, metavar="FILE", help=text)
-    how = made.add_argument_group("how it is run")
+    how = command.add_argument_group("execution")
     how.add_argument(
         "--on_bad_record", choices=("fail", "skip"), default="fail",
-        help="stop at a record that is wrong, or drop and count it",
+        help="stop at an invalid record, or drop and count it",
     )  # fmt: skip
-    text = "worker processes; 0: one a core, the most"
+    text = "worker processes; 0: one per core, the maximum"
     how.add_argument("--processes", type=_count, default=0, metavar="N", help=text)
-    return made
+    return command
 
 
 def _count(word: str) -> int:
@@ -284,7 +287,7 @@ def _count(word: str) -> int:
 def run(job: Job) -> dict[str, Any]:
     """Write the output and the report, and return the report.
 
-    A run that was killed goes on where it was when it is started again. Raises UserError.
+    A killed run is resumed when it is started again. Raises UserError.
     """
     files = find_files(job.inputs)
     key = {
@@ -297,12 +300,11 @@ def run(job: Job) -> dict[str, Any]:
         _check_outputs(job, files)
         with ExitStack() as stack:
             for out in outputs:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_claimed(out))
+                stack.enter_context(locked_output(out))
             journal = stack.enter_context(Journal(outputs, key, job.near_threshold))
             _write(job, files, journal)
             account = journal.account()
-            if job.report:  # first, so that a run goes on from here when it cannot be written
+            if job.report:  # first: if this fails, the next run resumes here
                 with written_whole(job.report, "--report") as partial:
                     text = json.dumps(account, indent=1, ensure_ascii=False)
                     partial.write_text(text + "\n", encoding="utf-8")
@@ -314,7 +316,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def summary(account: dict[str, Any]) -> str:
-    """Return a report in a line: read = kept + dropped, by cause."""
+    """Return a report as one line: read = kept + dropped, by cause."""
     found = account["dropped"].items()
     dropped = Counter({cause: n if isinstance(n, int) else len(n) for cause, n in found})
     noted = Counter(account["noted"])
@@ -340,7 +342,7 @@ def _check_outputs(job: Job, files: list[Path]) -> None:
 def _write(job: Job, files: list[Path], journal: Journal) -> None:
     done = journal.done
     if done:
-        print(f"{job.name}: going on behind record {done:,}", file=sys.stderr)
+        print(f"{job.name}: resumed after record {done:,}", file=sys.stderr)
     last = time.monotonic()
     with tqdm(desc=job.name, unit=" records", initial=done, disable=None) as progress:
         work = partial(_transformed, job.transform, job.skip_bad)
@@ -368,26 +370,13 @@ def _transformed(transform: Transform, skip_bad: bool, chunk: Chunk) -> list[Res
     return results
 
 
-class _claimed:
-    """A lock on an output file, which the kernel releases when the process ends."""
-
-    def __init__(self, out: Path) -> None:
-        self.out, self.path = out, out.with_name(f".{out.name}.lock")
-        self.lock: IO[str] | None = None
-
-    def __enter__(self) -> None:
-        self.lock = open(self.path, "w")
+@contextmanager
+def locked_output(out: Path) -> Iterator[None]:
+    """Hold the lock on an output file; raises UserError if another run holds it."""
+    lock = out.with_name(f".{out.name}.lock")
+    with ExitStack() as stack:
         try:
-            # Not flock: processes that this one has forked, and that outlive it, would hold it.
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who held it may have removed the file that was opened just before.
-            held = self.path.exists() and self.path.samefile(f"/dev/fd/{self.lock.fileno()}")
-        except (BlockingIOError, PermissionError):  # either, by POSIX
-            held = False
-        if not held:
-            raise UserError(f"--out {self.out}: another run is writing it.")
-
-    def __exit__(self, *_: object) -> None:
-        if self.lock:
-            self.path.unlink(missing_ok=True)
-            self.lock.close()
+            stack.enter_context(locked(lock, timeout=LOCK_TIMEOUT, unlink=True))
+        except LockHeld as holder:
+            raise UserError(f"--out {out}: another run is writing it: {holder}.") from None
+        yield

@@ -1,4 +1,4 @@
-"""Tells the language of a dialogue by a detector that is loaded only when it is asked for."""
+"""Detects the language of a dialogue; the detector is loaded at the first use."""
 
 import difflib
 import functools
@@ -8,22 +8,22 @@ from typing import Any
 from data.errors import UserError
 from data.preparation.html import split_fences
 
-ENOUGH = 2000  # characters; more make the answer slower, not better
+MAX_CHARACTERS = 2000  # more make detection slower, not better
 UNKNOWN = ("und", "zxx")  # undetermined; no linguistic content (ISO 639-2)
 
 
 def language_of(texts: Iterable[str]) -> str:
-    """Return the ISO 639-1 code of the language that most of the text outside of code is in."""
+    """Return the ISO 639-1 code of the main language of the text outside of code fences."""
     text = ""
     for part in texts:
-        text += " ".join(split_fences(part[:ENOUGH])[::2]) + "\n"
-        if len(text) > ENOUGH:
+        text += " ".join(split_fences(part[:MAX_CHARACTERS])[::2]) + "\n"
+        if len(text) > MAX_CHARACTERS:
             break
-    return str(_detector().classify(text[:ENOUGH])[0])
+    return str(_detector().classify(text[:MAX_CHARACTERS])[0])
 
 
 def check_languages(codes: Iterable[str]) -> None:
-    """Raise UserError for a code that the detector does not know."""
+    """Raise UserError for a code that the detector does not support."""
     codes = list(codes)
     if not codes:
         return

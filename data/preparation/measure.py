@@ -1,4 +1,4 @@
-"""Counts what a chunk of dialogues holds: rounds, tokens, languages; counts of chunks add up."""
+"""Counts rounds, tokens and languages of a chunk of dialogues; counts of chunks are additive."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,14 +17,14 @@ from data.preparation.languages import language_of
 from data.preparation.near_duplicates import signature
 from data.preparation.parallel import Chunk
 
-NAMED = 1000  # ids that are kept of each cause
+IDS_PER_CAUSE = 1000  # ids that are kept for each cause
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is counted and how; without a tokenizer lengths are characters.
+    """Settings of a count; without a tokenizer, lengths are in characters.
 
-    limits: the lengths at which dialogues might be cut.
+    limits: candidates for --model_max_length.
     """
 
     tokenizer: str | None
@@ -36,24 +36,24 @@ class Settings:
 
 @dataclass
 class Cut:
-    """What a limit takes away; lengths in tokens."""
+    """Losses by truncation to a limit, in tokens."""
 
-    examples: int = 0  # that are longer
-    tokens: int = 0  # that are beyond it
-    supervised: int = 0  # of these
-    nothing_left: int = 0  # examples of which no supervised token is left
+    examples: int = 0  # longer than the limit
+    tokens: int = 0  # beyond the limit
+    supervised: int = 0  # supervised tokens beyond the limit
+    nothing_left: int = 0  # examples without a supervised token within the limit
 
 
 @dataclass
 class Counts:
-    """What was found; `seen`: of each dialogue what a duplicate is known by."""
+    """The counts; `seen`: digests and signature of each dialogue, to find duplicates."""
 
     tally: Tally = field(default_factory=Tally)
     dialogues: int = 0
     rounds: int = 0
     answers: int = 0
     examples: int = 0
-    length: int = 0  # of all together, in tokens or characters
+    length: int = 0  # of all examples, in tokens or characters
     supervised: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
@@ -61,7 +61,7 @@ class Counts:
     seen: list[tuple[tuple[tuple[str, bytes], ...], bytes]] = field(default_factory=list)
 
     def add(self, other: "Counts") -> None:
-        """Add what another chunk holds, but for `seen`."""
+        """Add the counts of another chunk, but for `seen`."""
         mine, more = self.tally, other.tally
         for name in ("read", "kept", "answers", "ended"):
             setattr(mine, name, getattr(mine, name) + getattr(more, name))
@@ -69,7 +69,7 @@ class Counts:
         mine.noted += more.noted
         for cause, ids in more.named.items():
             named = mine.named.setdefault(cause, [])
-            named += ids[: NAMED - len(named)]
+            named += ids[: IDS_PER_CAUSE - len(named)]
         for name in ("dialogues", "rounds", "answers", "examples", "length", "supervised"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.lengths += other.lengths
@@ -81,10 +81,10 @@ class Counts:
 
 
 def measure(settings: Settings, chunk: Chunk) -> Counts:
-    """Return the counts of a chunk, read and encoded as training does; raises UserError."""
+    """Return the counts of a chunk, read and encoded like in training; raises UserError."""
     counts = Counts(cuts={limit: Cut() for limit in settings.limits})
     pairs = settings.template == "t5"
-    dialogues = _noted(
+    dialogues = _counted(
         dialogues_of(chunk, counts.tally, settings.on_bad_record, empty_answers=pairs), counts
     )
     if settings.tokenizer is None:
@@ -101,8 +101,8 @@ def measure(settings: Settings, chunk: Chunk) -> Counts:
     return counts
 
 
-def _noted(dialogues: Iterator[Dialogue], counts: Counts) -> Iterator[Dialogue]:
-    """Count what needs no tokenizer as the dialogues go by."""
+def _counted(dialogues: Iterator[Dialogue], counts: Counts) -> Iterator[Dialogue]:
+    """Yield the dialogues, and count what needs no tokenizer."""
     for dialogue in dialogues:
         roles = Counter(turn.role for turn in dialogue.turns)
         texts = [turn.text for turn in dialogue.turns]
@@ -110,9 +110,9 @@ def _noted(dialogues: Iterator[Dialogue], counts: Counts) -> Iterator[Dialogue]:
         counts.rounds += roles["user"]
         counts.answers += roles["assistant"]
         counts.languages[language_of(texts)] += 1
-        spoken = [part for turn in dialogue.turns for part in (turn.role, turn.text)]
-        known = (("duplicate content", digest(spoken)),)
-        counts.seen.append((known, signature("\n".join(texts))))
+        content = [part for turn in dialogue.turns for part in (turn.role, turn.text)]
+        digests = (("duplicate content", digest(content)),)
+        counts.seen.append((digests, signature("\n".join(texts))))
         yield dialogue
 
 
@@ -120,14 +120,14 @@ def _count_characters(dialogue: Dialogue, counts: Counts) -> None:
     counts.tally.kept += 1
     counts.examples += 1
     length = len(dialogue.system or "") + sum(len(turn.text) for turn in dialogue.turns)
-    learnt = [turn for turn in dialogue.turns if turn.role == "assistant" and turn.supervised]
+    trained = [turn for turn in dialogue.turns if turn.role == "assistant" and turn.supervised]
     counts.length += length
     counts.lengths[length] += 1
-    counts.supervised += sum(len(turn.text) for turn in learnt)
+    counts.supervised += sum(len(turn.text) for turn in trained)
 
 
 def _count_tokens(example: Example, counts: Counts) -> None:
-    """Count an example; of a pair a limit is that of each side, and the longer one its length."""
+    """Count an example; a limit applies to each side of a pair, its length is the longer side."""
     counts.examples += 1
     counts.length += example.tokens
     counts.supervised += example.supervised_tokens
@@ -147,6 +147,6 @@ def _count_tokens(example: Example, counts: Counts) -> None:
 
 
 def _supervised_before(labels: Sequence[int]) -> Any:
-    """Return how many supervised tokens stand before each place, and before the end [n + 1]."""
-    learnt = np.asarray(labels) != IGNORE_INDEX
-    return np.concatenate(([0], np.cumsum(learnt)))
+    """Return the number of supervised tokens before each position and before the end, [n + 1]."""
+    supervised = np.asarray(labels) != IGNORE_INDEX
+    return np.concatenate(([0], np.cumsum(supervised)))

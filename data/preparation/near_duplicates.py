@@ -1,4 +1,4 @@
-"""MinHash signatures of dialogues, by which those that differ in little are known."""
+"""MinHash signatures of dialogues, to find near duplicates."""
 
 import functools
 
@@ -7,35 +7,35 @@ from datasketch import MinHash
 from numpy.typing import NDArray
 
 PERMUTATIONS = 128
-GRAM = 5  # words
-FEWEST = 50  # words; in shorter dialogues one word is too large a share
-# Only so many of the smallest hashes go into a signature: two sets that are alike agree in these,
-# too, and the 128 permutations of every gram would take most of the time.
-SAMPLE = 256
-LONGEST = 1 << 18  # bytes that are looked at, so that memory is bounded
+GRAM_WORDS = 5
+MIN_WORDS = 50  # one word is too large a share of a shorter dialogue
+# A signature is computed from the smallest hashes only: similar sets agree in these, too, and 128
+# permutations of every gram would take most of the time.
+SAMPLE_HASHES = 256
+MAX_BYTES = 1 << 18  # of a text, to bound memory
 BASE = 0x9E3779B1
 
 
 def signature(text: str) -> bytes:
-    """Return 128 uint32 as bytes, nothing for a text of fewer than 50 words."""
+    """Return a signature [128] uint32 as bytes; empty for a text of fewer than 50 words."""
     words = _words(text)
-    if len(words) < FEWEST:
+    if len(words) < MIN_WORDS:
         return b""
-    count = len(words) - GRAM + 1
+    count = len(words) - GRAM_WORDS + 1
     grams = words[:count].copy()
-    for offset in range(1, GRAM):
+    for offset in range(1, GRAM_WORDS):
         grams *= np.uint32(BASE)
         grams += words[offset : offset + count]
     hashes = np.sort(_mixed(grams))
     different = np.append(True, hashes[1:] != hashes[:-1])
     sketch = MinHash(PERMUTATIONS, hashfunc=int, permutations=_permutations(), scheme="affine32")
-    sketch.update_batch(hashes[different][:SAMPLE].tolist())
+    sketch.update_batch(hashes[different][:SAMPLE_HASHES].tolist())
     return bytes(sketch.hashvalues.tobytes())
 
 
 def _words(text: str) -> NDArray[np.uint32]:
-    """Return a hash of each word; a sign of a script without spaces is a word of its own."""
-    data = text.lower().encode("utf-8", "surrogatepass")[:LONGEST]
+    """Return a hash of each word [n] uint32; in scripts without spaces a character is a word."""
+    data = text.lower().encode("utf-8", "surrogatepass")[:MAX_BYTES]
     kind = np.frombuffer(data.translate(KINDS), np.uint8)
     begins = kind == 2
     begins[1:] |= (kind[1:] == 1) & (kind[:-1] == 0)
@@ -43,7 +43,7 @@ def _words(text: str) -> NDArray[np.uint32]:
     starts = np.flatnonzero(begins)
     if not len(starts):
         return np.zeros(0, np.uint32)
-    # sum of byte * BASE ** offset, from sums over the whole text: numpy has no loop over words.
+    # The sum of byte * BASE ** offset in the word, from powers of the offset in the text: one call.
     powers, inverses = _powers()
     values = np.frombuffer(data.translate(VALUES), np.uint8)
     sums = np.add.reduceat(values * powers[: len(data)], starts, dtype=np.uint32)
@@ -51,7 +51,7 @@ def _words(text: str) -> NDArray[np.uint32]:
 
 
 def _mixed(hashes: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Spread each bit over all (the finalizer of MurmurHash3)."""
+    """Mix the bits (the finalizer of MurmurHash3)."""
     hashes = (hashes ^ (hashes >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     hashes = (hashes ^ (hashes >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return hashes ^ (hashes >> np.uint32(16))
@@ -59,20 +59,20 @@ def _mixed(hashes: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 @functools.cache
 def _powers() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Return BASE ** n and BASE ** -n modulo 2 ** 32; BASE is odd, so that it has an inverse."""
+    """Return BASE ** n and BASE ** -n modulo 2 ** 32; an odd BASE has an inverse."""
     bases = (BASE, pow(BASE, -1, 1 << 32))
-    one, two = (np.cumprod(np.full(LONGEST, base), dtype=np.uint32) for base in bases)
+    one, two = (np.cumprod(np.full(MAX_BYTES, base), dtype=np.uint32) for base in bases)
     return one, two
 
 
 @functools.cache
 def _permutations() -> NDArray[np.uint32]:
-    made: NDArray[np.uint32] = MinHash(PERMUTATIONS, scheme="affine32").permutations
-    return made
+    permutations: NDArray[np.uint32] = MinHash(PERMUTATIONS, scheme="affine32").permutations
+    return permutations
 
 
 def _kind(byte: int) -> int:
-    """Return whether a byte of UTF-8 parts words (0), is in one (1) or begins one (2)."""
+    """Return whether a byte of UTF-8 separates words (0), is in one (1) or begins one (2)."""
     if byte < 0x80:
         return int(chr(byte).isalnum())
     # From U+3000 on: Chinese, Japanese, Korean; emoji.

@@ -1,4 +1,4 @@
-"""Gives records in chunks to several processes, and takes what they make of them in order."""
+"""Processes chunks of records in several processes, and yields the results in order."""
 
 import multiprocessing
 import os
@@ -16,16 +16,16 @@ from typing import Any, TypeVar
 from data.errors import BadRecord, RunError, UserError
 from data.files.read import read_records
 
-CHUNK = 256  # records that a process is given at a time, unless they are large
-LARGE = 1 << 20  # characters of a chunk, with which it ends
-IN_FLIGHT = 32 << 20  # characters of all the chunks that are held in memory, but for the last one
-# Records as they were parsed, each with its place: "file: record 7".
+CHUNK = 256  # records per chunk, unless they are large
+LARGE = 1 << 20  # characters at which a chunk ends
+IN_FLIGHT = 32 << 20  # characters of all chunks in memory, but for the last one
+# Parsed records, each with its place: "file: record 7".
 Chunk = list[tuple[Any, str]]
-Made = TypeVar("Made")
+R = TypeVar("R")
 
 
 def chunks(files: list[Path], done: int = 0) -> Iterator[tuple[Chunk, int]]:
-    """Yield the records behind the first `done` in chunks, each with its size in characters."""
+    """Yield chunks of the records after the first `done`, each with its size in characters."""
     records = ((record, f"{f}: record {index}") for f in files for index, record in read_records(f))
     chunk: Chunk = []
     size = 0
@@ -40,7 +40,7 @@ def chunks(files: list[Path], done: int = 0) -> Iterator[tuple[Chunk, int]]:
 
 
 def characters(record: Any) -> int:
-    """Return about how many characters a parsed value takes, however deep it is."""
+    """Return about how many characters a parsed value has; not recursive."""
     count, waiting = 0, [record]
     while waiting:
         value = waiting.pop()
@@ -54,11 +54,11 @@ def characters(record: Any) -> int:
 
 
 def in_order(
-    work: Callable[[Chunk], Made], given: Iterable[tuple[Chunk, int]], processes: int
-) -> Iterator[Made]:
-    """Yield what the work makes of each chunk, in their order; 0 processes: one a core, the most.
+    work: Callable[[Chunk], R], given: Iterable[tuple[Chunk, int]], processes: int
+) -> Iterator[R]:
+    """Yield work(chunk) for each chunk, in order; 0 processes: one per core, the maximum.
 
-    Raises what the work raises, and Fault where a process dies.
+    Raises what `work` raises, and RunError if a process dies.
     """
     cores = len(os.sched_getaffinity(0))
     processes = min(processes, cores) or cores
@@ -66,8 +66,8 @@ def in_order(
         for chunk, _ in given:
             yield work(chunk)
         return
-    with ProcessPoolExecutor(processes, initializer=_alone) as pool:
-        waiting: deque[tuple[Future[Made], int]] = deque()
+    with ProcessPoolExecutor(processes, initializer=_initialize_worker) as pool:
+        waiting: deque[tuple[Future[R], int]] = deque()
         held = 0
         try:
             for chunk, size in given:
@@ -91,34 +91,36 @@ def in_order(
 
 @contextmanager
 def _no_ctrl_c() -> Iterator[None]:
-    """Hold Ctrl-C back while processes start: they inherit that, and leave it to the parent.
+    """Block SIGINT while processes start: they inherit the mask, and the parent handles it.
 
-    To have them ignore it once they run comes too late for one that is told of it before. Another
-    thread of the parent may take the signal, and Python then interrupts the main one although it
-    blocks it: a pool that is interrupted while it starts never ends its processes.
+    If workers ignored it only once they run, one that gets it earlier would die. Another thread of
+    the parent may receive the signal, and Python then interrupts the main thread although it blocks
+    it; a pool that is interrupted while it starts never ends its processes. So a handler delays it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    came: list[int] = []
-    in_main = current_thread() is main_thread()  # no other may set what is done about a signal
-    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) if in_main else 0
+    pending: list[int] = []
+    in_main = current_thread() is main_thread()  # only this thread may set a handler
+    handler = (
+        signal.signal(signal.SIGINT, lambda number, _: pending.append(number)) if in_main else 0
+    )
     try:
         yield
     finally:
         if in_main:
             signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if came:
+        if pending:
             signal.raise_signal(signal.SIGINT)
 
 
-def _alone() -> None:
-    """Have a tokenizer use one thread, as there is a process a core; do not outlive the parent."""
+def _initialize_worker() -> None:
+    """Limit a tokenizer to one thread, since each core has a process; end with the parent."""
     os.environ["RAYON_NUM_THREADS"] = "1"
     Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """End when the parent has been killed: it would be waited for, in vain, and in full memory."""
+    """Exit when the parent is killed: its workers would wait forever, and keep their memory."""
     parent = multiprocessing.parent_process()
     if parent:
         parent.join()
@@ -126,7 +128,7 @@ def _end_with_parent() -> None:
 
 
 def refused(place: str, bad: BadRecord) -> UserError:
-    """Return the error that a bad record is, unless such records are to be dropped."""
+    """Return the error for a bad record under --on_bad_record fail."""
     return UserError(
         f"{place}: {bad}. Correct the record, or drop all such records with --on_bad_record skip."
     )

@@ -1,4 +1,4 @@
-"""`python -m data split`: dialogues cut at whole rounds, so that each piece fits the model."""
+"""`python -m data split`: cuts dialogues between rounds into pieces that fit the model."""
 
 import argparse
 import hashlib
@@ -25,7 +25,7 @@ NO_FIT = "round longer than a piece may be"
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides how dialogues are cut; `held_out` is a share of all dialogues."""
+    """The settings on which the pieces depend; `held_out` is a share of all dialogues."""
 
     tokenizer: str
     template: TemplateName
@@ -36,40 +36,40 @@ class Settings:
 
     @property
     def kind(self) -> tuple[str, TemplateName, str | None]:
-        """What tells its tokenizer from others."""
+        """The arguments of load_tokenizer."""
         return self.tokenizer, self.template, self.chat_template
 
 
-# A text of more characters for each token that fits is looked at in part, to bound memory.
-CHARACTERS = 64
-# A user's turn and all that follows it up to the next: its place among the turns, and they.
+# Of a text with more characters per allowed token, only a prefix is encoded, to bound memory.
+CHARACTERS_PER_TOKEN = 64
+# A user's turn and all turns up to the next: the index of the first, and the turns.
 Turns = list[dict[str, Any]]
 Round = tuple[int, Turns]
 
 
 def flags() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    made = parser("split", "Dialogues cut at whole rounds, so that each piece fits the model.")
-    own = made.add_argument_group("split")
+    command = parser("split", "Cut dialogues between rounds into pieces that fit the model.")
+    own = command.add_argument_group("split")
     own.add_argument(
         "--model_name_or_path", required=True, metavar="FOLDER",
-        help="whose tokenizer and template count the tokens",
+        help="model whose tokenizer and template count the tokens",
     )  # fmt: skip
     add_flags(own)
     own.add_argument(
         "--model_max_length", type=int, default=2048, metavar="TOKENS",
-        help="tokens of a piece at most",
+        help="maximum tokens of a piece",
     )  # fmt: skip
     own.add_argument(
         "--long_round", choices=("drop", "truncate"), default="drop",
-        help="a round that alone does not fit; truncate: cut its last answer. The default is drop, "
-        "since an answer that was cut teaches the model to stop in mid-sentence",
+        help="a round that alone does not fit; truncate: cut its last answer. The default "
+        "is drop: a cut answer trains the model to stop in mid-sentence",
     )  # fmt: skip
-    text = "the share of dialogues to hold out, such as 0.02"
+    text = "share of dialogues to hold out, such as 0.02"
     own.add_argument("--eval", type=float, metavar="SHARE", help=text)
-    text = "file for these; default: --out with .eval before its suffix"
+    text = "file for held-out dialogues; default: --out with .eval before its suffix"
     own.add_argument("--eval_out", type=Path, metavar="FILE", help=text)
-    return made
+    return command
 
 
 def main(argv: list[str]) -> None:
@@ -105,14 +105,14 @@ def _check(given: argparse.Namespace) -> None:
 
 @lru_cache(maxsize=1)
 def load_encoder(*kind: Any) -> Encoder:
-    """Return what encodes for training."""
+    """Return the encoder of training."""
     return Encoder(load_tokenizer(*kind))
 
 
 def _fingerprint(tokenizer: Any) -> str:
-    known = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
-    known += str(tokenizer.special_tokens_map)
-    return hashlib.sha256(known.encode()).hexdigest()
+    parts = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template)
+    text = "".join(map(str, (*parts, tokenizer.special_tokens_map)))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def split(settings: Settings, record: Any, place: str) -> Result:
@@ -140,7 +140,7 @@ def split(settings: Settings, record: Any, place: str) -> Result:
 
 
 def _rounds(turns: Turns, roles: list[Role]) -> tuple[Turns, list[Round], int]:
-    """Return the system turns that open a dialogue, its rounds, and how many turns are in none."""
+    """Return leading system turns, the rounds, and the number of turns that are in neither."""
     starts = [number for number, role in enumerate(roles) if role == "user"]
     if not starts:
         raise BadRecord("no human turn", "found no human turn; expected one")
@@ -151,15 +151,15 @@ def _rounds(turns: Turns, roles: list[Role]) -> tuple[Turns, list[Round], int]:
 
 
 def _share(turns: Turns, roles: list[Role]) -> float:
-    """Return a number from 0 up to 1 that the dialogue's content decides, and nothing else."""
+    """Return a number in [0, 1) that depends only on the dialogue's content."""
     return share_of([[role, turn["value"]] for role, turn in zip(roles, turns, strict=True)])
 
 
 def _pieces(settings: Settings, system: Turns, rounds: list[Turns]) -> Iterator[tuple[int, int]]:
-    """Yield the rounds of each piece, as many as fit; (n, n) where round n alone does not fit.
+    """Yield (first, end) of the longest pieces that fit; (n, n) if round n alone does not fit.
 
-    Each piece is really encoded, and so is the one of a round more, which does not fit. Where its
-    rounds stand among the tokens of all of them is only where the search begins.
+    Each piece is encoded, and so is the piece with one more round, which does not fit. The token
+    positions of the rounds in the complete dialogue are only the start of the search.
     """
 
     @cache
@@ -170,14 +170,14 @@ def _pieces(settings: Settings, system: Turns, rounds: list[Turns]) -> Iterator[
     def fits(first: int, end: int) -> bool:
         return encoded(first, end).length <= settings.max_length
 
-    whole = encoded(0, len(rounds))
-    if whole.length <= settings.max_length:
+    complete = encoded(0, len(rounds))
+    if complete.length <= settings.max_length:
         yield 0, len(rounds)
         return
-    at = _positions(whole, rounds)
+    at = _positions(complete, rounds)
     first = 0
     while first < len(rounds):
-        # What stands before the first question is part of each piece.
+        # The text before the first question is part of each piece.
         end = bisect_right(at, at[first] + settings.max_length - at[0]) - 1
         end = min(max(end, first + 1), len(rounds))
         while end > first and not fits(first, end):
@@ -190,32 +190,32 @@ def _pieces(settings: Settings, system: Turns, rounds: list[Turns]) -> Iterator[
 
 @lru_cache(maxsize=1)
 def bytewise(*kind: Any) -> bool:
-    """Whether every token of a text stands for one of its bytes at least: byte-level BPE, plain."""
-    made = json.loads(load_tokenizer(*kind).backend_tokenizer.to_str())
-    steps = made["pre_tokenizer"] or {}
+    """Return whether each token is at least one byte of the text: byte-level BPE alone."""
+    state = json.loads(load_tokenizer(*kind).backend_tokenizer.to_str())
+    steps = state["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
-    # A normalizer may lengthen a text, and so does a space put before it.
-    plain = made["normalizer"] is None and not any(one.get("add_prefix_space") for one in steps)
+    # A normalizer may lengthen a text; a prefix space does.
+    plain = state["normalizer"] is None and not any(one.get("add_prefix_space") for one in steps)
     kinds = {one.get("type") for one in steps}
-    return plain and made["model"]["type"] == "BPE" and kinds <= {"ByteLevel", "Split", "Digits"}
+    return plain and state["model"]["type"] == "BPE" and kinds <= {"ByteLevel", "Split", "Digits"}
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A dialogue as text and tokens, where it is much too long only its beginning's.
+    """A dialogue as text and tokens; if it is much too long, only a prefix is encoded.
 
-    length: of its tokens, for a T5 of its pairs' longest side; a bound of it where they are far too
-    many, or fit in any case.
+    length: number of tokens, for a T5 of the longest side of its pairs. It is a bound if the
+    dialogue is much too long, or short enough without encoding.
     """
 
     text: str
-    looked_at: int
+    encoded_characters: int
     tokens: Any
     length: int
 
 
 def _encoded(settings: Settings, turns: Turns) -> _Encoded:
-    """Encode a dialogue as data.encode does, as far as that is needed to know whether it fits."""
+    """Encode a dialogue like training, as far as needed to know whether it fits."""
     tokenizer = load_tokenizer(*settings.kind)
     parsed = [Turn(ROLES[turn["from"]], turn["value"]) for turn in turns]
     system = parsed.pop(0).text if parsed[0].role == "system" else None
@@ -233,45 +233,49 @@ def _encoded(settings: Settings, turns: Turns) -> _Encoded:
     most = len(text.encode()) + special * tokenizer.num_special_tokens_to_add()
     if most <= settings.max_length and bytewise(*settings.kind):
         return _Encoded(text, len(text), None, most)
-    many = CHARACTERS * settings.max_length
-    for looked_at in [many, len(text)] if len(text) > many else [len(text)]:
-        tokens = tokenizer(text[:looked_at], add_special_tokens=special, verbose=False)
+    many = CHARACTERS_PER_TOKEN * settings.max_length
+    for encoded_characters in [many, len(text)] if len(text) > many else [len(text)]:
+        tokens = tokenizer(text[:encoded_characters], add_special_tokens=special, verbose=False)
         length = len(tokens["input_ids"])
-        # The rest of a text does not halve the tokens of its beginning.
+        # The rest of the text cannot halve the number of tokens of the prefix.
         if length > 2 * settings.max_length:
             break
     encoder = load_encoder(*settings.kind)
-    if looked_at == len(text) and any(encoder.pattern.search(turn.text) for turn in parsed):
-        # Text like a control token is more than one token (data/encoding/control_tokens.py).
+    if encoded_characters == len(text) and any(
+        encoder.pattern.search(turn.text) for turn in parsed
+    ):
+        # Text that looks like a control token is several tokens (data/encoding/control_tokens.py).
         try:
             length = len(encoder([render(dialogue, settings.template, tokenizer)])[0][0])
         except UserError as error:
             raise _refused(error) from None
-    return _Encoded(text, looked_at, tokens, length)
+    return _Encoded(text, encoded_characters, tokens, length)
 
 
 def _refused(error: UserError) -> BadRecord:
     return BadRecord("refused by the template", str(error).rstrip("."))
 
 
-def _positions(whole: _Encoded, rounds: list[Turns]) -> list[int]:
-    """Return about where among the tokens each round begins, and where the last one ends."""
+def _positions(dialogue: _Encoded, rounds: list[Turns]) -> list[int]:
+    """Return the approximate token position of each round, and of the end of the last."""
     at, found = 0, []
     for turns in rounds:
-        at = max(whole.text.find(turns[0]["value"].strip(), at), at)
-        token = whole.tokens.char_to_token(at) if at < whole.looked_at else None
-        found.append(whole.length * at // whole.looked_at if token is None else token)
+        at = max(dialogue.text.find(turns[0]["value"].strip(), at), at)
+        token = dialogue.tokens.char_to_token(at) if at < dialogue.encoded_characters else None
+        found.append(
+            dialogue.length * at // dialogue.encoded_characters if token is None else token
+        )
         at += len(turns[0]["value"].strip())
-    return [*found, whole.length * len(whole.text) // whole.looked_at]
+    return [*found, dialogue.length * len(dialogue.text) // dialogue.encoded_characters]
 
 
 def _truncated(settings: Settings, system: Turns, turns: Turns) -> Turns:
-    """Return the round with its last answer cut so that it fits, nothing if that is impossible."""
+    """Return the round with its last answer cut so that it fits; no turns if none is left."""
     answers = [n for n, turn in enumerate(turns) if ROLES[turn["from"]] == "assistant"]
     if not answers:
         return []
     number, limit = answers[-1], settings.max_length
-    answer = turns[number]["value"][: CHARACTERS * limit]
+    answer = turns[number]["value"][: CHARACTERS_PER_TOKEN * limit]
     tokens = load_tokenizer(*settings.kind)(answer, add_special_tokens=False, verbose=False)
     left = min(len(tokens["input_ids"]), limit)
     while left > 0:

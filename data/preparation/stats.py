@@ -1,4 +1,4 @@
-"""`python -m data stats`: what data holds, how long it is, and what training on it will take."""
+"""`python -m data stats`: counts dialogues and tokens, and estimates the training time."""
 
 import argparse
 import json
@@ -21,16 +21,16 @@ from data.files.read import find_files
 from data.preparation.duplicates import Seen
 from data.preparation.histogram import as_text, doublings, quantile, write_picture
 from data.preparation.job import parser
-from data.preparation.measure import NAMED, Counts, Settings, measure
+from data.preparation.measure import IDS_PER_CAUSE, Counts, Settings, measure
 from data.preparation.parallel import chunks, in_order
 
 LIMITS = (512, 1024, 2048, 4096, 8192)
-NEAR = 0.9  # as `clean` takes it
-LANGUAGES = 12  # that are shown; the report has all
+NEAR_THRESHOLD = 0.9  # the default of `clean`
+PRINTED_LANGUAGES = 12  # the report has all
 
 
 def main(argv: list[str]) -> None:
-    """Count, and print what was found; the account goes to stderr. Raises UserError."""
+    """Print the counts and the estimate; the tally goes to stderr. Raises UserError."""
     given = flags().parse_args(argv)
     files = find_files(given.inputs)
     taken = {place_of(file): "one of --in" for file in files}
@@ -40,60 +40,61 @@ def main(argv: list[str]) -> None:
             taken[place_of(file)] = flag
     rate, source = _rate(given)
     settings = _settings(given)
-    with ExitStack() as stack:  # what cannot be written is told before the work
+    with ExitStack() as stack:  # a path that cannot be written fails before the work
         picture = stack.enter_context(written_whole(given.out, "--out")) if given.out else None
         report = (
             stack.enter_context(written_whole(given.report, "--report")) if given.report else None
         )
-        counts, doubles = _counted(files, settings, given.processes)
+        counts, duplicates = _counted(files, settings, given.processes)
         names = ", ".join(map(str, given.inputs))
         if not counts.examples:
             raise UserError(f"{names}: found no dialogue to train on ({counts.tally}).")
-        facts = _facts(counts, doubles, settings, given, rate)
+        facts = _facts(counts, duplicates, settings, given, rate)
         if picture:
             limits = [*settings.limits]
             write_picture(counts.lengths, facts["unit"], names[-80:], limits, picture)
         if report:
             text = json.dumps(facts, indent=1, ensure_ascii=False)
             report.write_text(text + "\n", encoding="utf-8")
-    print("\n".join(_told(facts, counts, settings, source)))
+    print("\n".join(_lines(facts, counts, settings, source)))
     print(counts.tally, file=sys.stderr)
 
 
 def flags() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    made = parser("stats", "What data holds, and what training on it will take.", out=False)
-    own = made.add_argument_group("stats")
-    own.add_argument("--out", "--png", type=Path, metavar="PNG", help="a picture of the lengths")
+    about = "Count dialogues and tokens, and estimate the training time."
+    command = parser("stats", about, out=False)
+    own = command.add_argument_group("stats")
+    own.add_argument("--out", "--png", type=Path, metavar="PNG", help="a histogram of the lengths")
     own.add_argument(
         "--model_name_or_path", metavar="FOLDER",
-        help="whose tokenizer and template count the tokens; by default characters are counted",
+        help="model whose tokenizer and template count the tokens; the default counts characters",
     )  # fmt: skip
     add_flags(own)
-    text = "tokens of a dialogue at most, as in training"
+    text = "maximum tokens of a dialogue, as in training"
     own.add_argument("--model_max_length", type=int, default=2048, metavar="TOKENS", help=text)
-    text = "examples a step"
+    text = "examples per step"
     own.add_argument("--global_batch_size", type=int, default=8, metavar="EXAMPLES", help=text)
     text = "passes over the data"
     own.add_argument("--num_train_epochs", type=float, default=3.0, metavar="EPOCHS", help=text)
-    text = "of training, to estimate its time"
+    text = "training speed, to estimate its time"
     own.add_argument("--tokens_per_second", type=float, metavar="TOKENS", help=text)
-    text = "a run whose rate is taken, such as runs/main_job"
+    text = "take the speed of a run, such as runs/main_job"
     own.add_argument("--like", type=Path, metavar="RUN", help=text)
-    return made
+    return command
 
 
 def _settings(given: argparse.Namespace) -> Settings:
-    """Return what is counted and how; raises UserError for flags that do not fit."""
+    """Return the settings of the count; raises UserError for invalid flags."""
     for name in ("model_max_length", "global_batch_size", "num_train_epochs", "tokens_per_second"):
         value = getattr(given, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} {value:g}: expected more than 0.")
     name, bad = given.model_name_or_path, given.on_bad_record
     if name is None:
-        unheeded = [f for f in ("template", "chat_template") if getattr(given, f)]
-        if unheeded:
-            raise UserError(f"--{unheeded[0]}: needs a tokenizer. Give --model_name_or_path.")
+        unused = [f for f in ("template", "chat_template") if getattr(given, f)]
+        if unused:
+            raise UserError(f"--{unused[0]}: needs a tokenizer. Give --model_name_or_path.")
         return Settings(None, "vicuna", None, bad, ())
     template, text = template_of(given)
     limits = tuple(sorted({*LIMITS, given.model_max_length}))
@@ -101,7 +102,7 @@ def _settings(given: argparse.Namespace) -> Settings:
 
 
 def _rate(given: argparse.Namespace) -> tuple[float | None, str]:
-    """Return the tokens a second that training is to be estimated by, and whose they are."""
+    """Return the tokens per second of the estimate, and their source."""
     if given.like is None:
         return given.tokens_per_second, "as given"
     if given.tokens_per_second:
@@ -113,50 +114,50 @@ def _rate(given: argparse.Namespace) -> tuple[float | None, str]:
     except OSError as error:
         raise UserError(f"--like {given.like}: {file.name}: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"--like {given.like}: {file.name} is not a run's log.") from None
-    rates = rates[1:] or rates  # the first step is slower: it warms up
+        raise UserError(f"--like {given.like}: {file.name} is not the log of a run.") from None
+    rates = rates[1:] or rates  # the first step includes the warm-up
     if not rates or not 0 < statistics.median(rates) < math.inf:
-        raise UserError(f"--like {given.like}: {file.name} tells no rate yet.")
+        raise UserError(f"--like {given.like}: {file.name} has no rate yet.")
     return statistics.median(rates), f"the median of {given.like}, for its model and machine"
 
 
 def _counted(files: list[Path], settings: Settings, processes: int) -> tuple[Counts, Counter[str]]:
-    """Return the counts of all files, and how many dialogues were there before, by cause."""
-    total, doubles = Counts(), Counter[str]()
-    # A base without a name lies on disk, and goes when it is closed.
+    """Return the counts of all files, and the number of duplicates by cause."""
+    total, duplicates = Counts(), Counter[str]()
+    # A database without a name is a temporary file.
     with (
         closing(sqlite3.connect("", isolation_level=None)) as base,
         tqdm(desc="stats", unit=" records", disable=None) as progress,
     ):
-        seen = Seen(base, NEAR)
+        seen = Seen(base, NEAR_THRESHOLD)
         base.execute("BEGIN")
         for part in in_order(partial(measure, settings), chunks(files), processes):
             total.add(part)
             for exact, near in part.seen:
                 if cause := seen.cause(exact, near):
-                    doubles[cause] += 1
+                    duplicates[cause] += 1
             progress.update(part.tally.read)
-    return total, doubles
+    return total, duplicates
 
 
 def _facts(
     counts: Counts,
-    doubles: Counter[str],
+    duplicates: Counter[str],
     settings: Settings,
     given: argparse.Namespace,
     rate: float | None,
 ) -> dict[str, Any]:
-    """Return the report: the account first, as of every preparation."""
+    """Return the report: read, kept and dropped first, like all preparations."""
     tally, length = counts.tally, given.model_max_length
-    # A chunk keeps the first ids of a cause: where there were more, the report has their count.
+    # Only the first ids of a cause are kept; with more, the report has their number.
     dropped = {
-        cause: tally.named[cause] if len(tally.named[cause]) == count <= NAMED else count
+        cause: tally.named[cause] if len(tally.named[cause]) == count <= IDS_PER_CAUSE else count
         for cause, count in sorted(tally.dropped.items())
     }
     cut = counts.cuts.get(length)
-    learnt = counts.examples - (cut.nothing_left if cut else 0)
-    batch = min(given.global_batch_size, max(learnt, 1))
-    per_epoch = math.ceil(learnt / batch)
+    trained = counts.examples - (cut.nothing_left if cut else 0)
+    batch = min(given.global_batch_size, max(trained, 1))
+    per_epoch = math.ceil(trained / batch)
     tokens = counts.length - (cut.tokens if cut else 0)
     seconds = given.num_train_epochs * tokens / rate if rate and settings.tokenizer else None
     facts: dict[str, Any] = {"read": tally.read, "kept": tally.kept, "dropped": dropped}
@@ -168,11 +169,11 @@ def _facts(
     facts["quantiles"] = {f"{q:g}": quantile(counts.lengths, q) for q in (0.5, 0.9, 0.99, 1.0)}
     facts["histogram"] = doublings(counts.lengths)
     facts["languages"] = dict(counts.languages.most_common())
-    facts["duplicates"] = dict(sorted(doubles.items()))
+    facts["duplicates"] = dict(sorted(duplicates.items()))
     facts["cut_at"] = {str(limit): vars(one) for limit, one in counts.cuts.items()}
     facts["estimate"] = {
         "model_max_length": length,
-        "examples": learnt,
+        "examples": trained,
         "examples_per_step": batch,
         "epochs": given.num_train_epochs,
         "steps_per_epoch": per_epoch,
@@ -183,33 +184,35 @@ def _facts(
     return facts
 
 
-def _told(facts: dict[str, Any], counts: Counts, settings: Settings, source: str) -> list[str]:
-    """Return the report as a person reads it."""
+def _lines(facts: dict[str, Any], counts: Counts, settings: Settings, source: str) -> list[str]:
+    """Return the printed report."""
     unit, quantiles = facts["unit"], facts["quantiles"]
     examples, length = facts["examples"], facts["length"]
     languages = [*facts["languages"].items()]
-    shown = [f"{code} {_share(count, counts.dialogues)}" for code, count in languages[:LANGUAGES]]
-    shown += [f"{len(languages) - LANGUAGES} more"] * (len(languages) > LANGUAGES)
-    doubles = [f"{cause}: {count:,}" for cause, count in facts["duplicates"].items()]
+    shown = [
+        f"{code} {_share(count, counts.dialogues)}" for code, count in languages[:PRINTED_LANGUAGES]
+    ]
+    shown += [f"{len(languages) - PRINTED_LANGUAGES} more"] * (len(languages) > PRINTED_LANGUAGES)
+    duplicates = [f"{cause}: {count:,}" for cause, count in facts["duplicates"].items()]
     rows = {
         "dialogues": f"{facts['dialogues']:,}",
         "rounds": f"{facts['rounds']:,} ({facts['answers']:,} answers)",
-        unit: f"{length:,}; of an example {length / examples:,.0f} on average, "
-        f"{quantiles['0.5']:,} the median, {quantiles['0.9']:,} and {quantiles['0.99']:,} what "
-        f"90 and 99 % reach at most, {quantiles['1']:,} the longest",
+        unit: f"{length:,}; per example: mean {length / examples:,.0f}, "
+        f"median {quantiles['0.5']:,}, 90 % up to {quantiles['0.9']:,}, "
+        f"99 % up to {quantiles['0.99']:,}, maximum {quantiles['1']:,}",
         "supervised": f"{facts['supervised']:,} {unit} ({_share(facts['supervised'], length)})",
         "languages": ", ".join(shown),
-        "duplicates": ", ".join(doubles) or "none",
+        "duplicates": ", ".join(duplicates) or "none",
     }
     if settings.template == "t5":
-        rows["pairs"] = f"{examples:,}; an example is a pair, its length that of its longer side"
+        rows["pairs"] = f"{examples:,}; an example is a pair; its length is that of its longer side"
     width = max(map(len, rows)) + 2
     lines = [f"{name:{width}}{text}" for name, text in rows.items()]
     lines += ["", f"lengths in {unit}", *as_text(facts["histogram"]), ""]
     if settings.tokenizer is None:
-        lines.append("Without --model_name_or_path there are no tokens, cuts and time.")
+        lines.append("Tokens, cuts and training time need --model_name_or_path.")
     else:
-        lines += ["cut at     examples  tokens lost  supervised lost  left with nothing to learn"]
+        lines += ["cut at     examples  tokens lost  supervised lost  without supervised tokens"]
     for limit, cut in counts.cuts.items():
         shares = [_share(cut.examples, examples), _share(cut.tokens, length)]
         shares += [_share(cut.supervised, facts["supervised"]), f"{cut.nothing_left:,}"]
@@ -221,8 +224,8 @@ def _told(facts: dict[str, Any], counts: Counts, settings: Settings, source: str
 def _estimated(estimate: dict[str, Any], source: str) -> list[str]:
     steps, rate, seconds = (estimate[name] for name in ("steps", "tokens_per_second", "seconds"))
     lines = [
-        f"{steps:,} steps: {estimate['steps_per_epoch']:,} an epoch of "
-        f"{estimate['examples']:,} examples, {estimate['examples_per_step']:,} a step, "
+        f"{steps:,} steps: {estimate['steps_per_epoch']:,} per epoch of "
+        f"{estimate['examples']:,} examples, {estimate['examples_per_step']:,} per step, "
         f"{estimate['epochs']:g} epochs"
     ]
     if seconds is None:
@@ -235,5 +238,5 @@ def _estimated(estimate: dict[str, Any], source: str) -> list[str]:
     return [*lines, f"about {time} at {rate:,.0f} tokens/s ({source})"]
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / max(whole, 1):.1f} %"
+def _share(part: int, total: int) -> str:
+    return f"{100 * part / max(total, 1):.1f} %"

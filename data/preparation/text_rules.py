@@ -1,4 +1,4 @@
-"""Removes from a message what the page around it has left there, and characters nobody sees."""
+"""Removes invisible characters and leftovers of a web page, and masks personal data."""
 
 import re
 from functools import partial
@@ -13,27 +13,27 @@ UNSEEN = re.compile(
 CONTROLS = bytes({*range(32), 127} - {9, 10})
 SPACES = {"\xa0", "\u2007", "\u202f"}
 BREAKS = {"\u2028", "\u2029", "\x85"}
-# Thai, Lao, Burmese and Khmer part words by the zero-width space.
+# Thai, Lao, Burmese and Khmer separate words by the zero-width space.
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 PAGER = re.compile(r"\A\s*\d{1,3} / \d{1,3}(?:[ \t]*\n\s*(?!\d+ / \d)(?=\S)|(?=[A-Z][a-z]))")
 COUNTER = re.compile(r"Copy\d+ chars / \d+ words|(?m:(?<!\d)\d{1,9} chars [/|] \d+ words[ \t]*$)")
-END = 64  # characters
-SHARE = re.compile(r"(?:(?<=\S)|\n\s*)Share Prompt\s*\Z")
+TAIL_CHARACTERS = 64
+SHARE_BUTTON = re.compile(r"(?:(?<=\S)|\n\s*)Share Prompt\s*\Z")
 COPY_LINE = re.compile(r"^[ \t]*[\w+#.-]{0,20}Copy code[ \t]*(?:\n|\Z)", re.MULTILINE)
-# "python" and "Copy code" stand in any arrangement between the fence and the code.
+# "python" and "Copy code" are in any order between the fence and the code.
 COPY_IN_FENCE = re.compile(
     r"\A([ \t]*[`~]{3,})[ \t]*([\w+#.-]{0,20}?)[ \t]*\n?[ \t]*"
     r"(?:([\w+#.-]{1,20}?)(?:Copy code)+|(?:Copy code)+[ \t]*(?=\n))[ \t]*\n?"
 )
 EMPTY_FENCE = re.compile(r"\A[ \t]*(?:`{3,}|~{3,})[^\n]*\n\s*(?:`{3,}|~{3,})\s*\Z")
-# These two begin with fixed text, which re looks for fast.
+# These begin with fixed text, for which re searches fast.
 MAYBE_EMPTY = (re.compile(r"```[^\n]*\n\s*```"), re.compile(r"~~~[^\n]*\n\s*~~~"))
 LINES = re.compile(r"\n(?:[ \t]*\n){2,}")
 
 
 def without_unseen(text: str) -> str:
-    """Remove invisible characters, but not those that a script or an emoji is made with."""
-    # Of ASCII, bytes.translate looks at a character in a tenth of the time that re needs.
+    """Remove invisible characters, but not those that a script or an emoji needs."""
+    # For ASCII, bytes.translate takes a tenth of the time of re.
     if text.isascii() and len(text.encode().translate(None, CONTROLS)) == len(text):
         return text
     if UNSEEN.search(text) is None:
@@ -55,7 +55,7 @@ def _seen(found: re.Match[str]) -> str:
 
 
 def _joined(character: str) -> bool:
-    """Say whether a zero-width joiner may stand beside it: emoji, Arabic, the scripts of India."""
+    """Return whether a zero-width joiner may follow: emoji, Arabic, the scripts of India."""
     return character >= "\u0590" and UNSEEN.match(character) is None
 
 
@@ -68,8 +68,8 @@ def without_residue(text: str) -> str:
         text = "".join(pieces)
     if " / " in text[:16]:
         text = PAGER.sub("", text)
-    tail = text[-END:]
-    return text[:-END] + SHARE.sub("", tail) if "Share Prompt" in tail else text
+    tail = text[-TAIL_CHARACTERS:]
+    return text[:-TAIL_CHARACTERS] + SHARE_BUTTON.sub("", tail) if "Share Prompt" in tail else text
 
 
 def _without_copy(fence: str) -> str:
@@ -81,7 +81,7 @@ def _without_copy(fence: str) -> str:
 
 
 def without_empty_fences(text: str) -> str:
-    """Remove code fences with nothing in them."""
+    """Remove empty code fences."""
     if not any(pattern.search(text) for pattern in MAYBE_EMPTY):
         return text
     pieces = split_fences(text)
@@ -92,7 +92,7 @@ def without_empty_fences(text: str) -> str:
 
 
 def without_blank_runs(text: str) -> str:
-    """Make two of three line breaks and more, outside of code; strip the message."""
+    """Reduce three or more line breaks outside of code to two; strip the message."""
     if "\n\n" in text and LINES.search(text):
         pieces = split_fences(text)
         pieces[::2] = [LINES.sub("\n\n", piece) for piece in pieces[::2]]
@@ -110,7 +110,7 @@ KEY = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]{0,8000}?-----END [A-Z ]*PRIVATE KEY-----"
 )
 CARD = re.compile(r"(?<![\w.-])[3-6]\d{3}(?:[ -]?\d{2,6}){2,4}(?![\w-]|\.\d)")
-# International; (555) 123-4567 and 555-123-4567; with the zero that dials out of a town.
+# International; (555) 123-4567 and 555-123-4567; national with a leading zero.
 PHONE = re.compile(
     r"(?<![\w.+-])(?:\+\d{1,3}(?:[ .-]?\(?\d{1,4}\)?){2,5}"
     r"|(?:\(\d{3}\) ?|\d{3}[-. ])\d{3}[-. ]\d{4}"
@@ -119,7 +119,7 @@ PHONE = re.compile(
 
 
 def masked(text: str) -> tuple[str, set[str]]:
-    """Return the text with [EMAIL], [KEY], [CARD] and [PHONE] in it, and which of them it has."""
+    """Replace personal data by [EMAIL], [KEY], [CARD] and [PHONE]; return text and kinds."""
     found: set[str] = set()
 
     def mask(kind: str, match: re.Match[str]) -> str:
@@ -143,6 +143,6 @@ def _plausible(kind: str, text: str) -> bool:
 
 
 def _luhn(digits: list[int]) -> bool:
-    """Say whether the check digit is right (ISO/IEC 7812-1, annex B)."""
+    """Return whether the check digit is right (ISO/IEC 7812-1, annex B)."""
     doubled = [digit * 2 - 9 * (digit > 4) for digit in digits[-2::-2]]
     return (sum(doubled) + sum(digits[-1::-2])) % 10 == 0

@@ -1,6 +1,5 @@
-"""An adapter's folder: what it was trained on and how; loads its base model, and both."""
+"""Reads an adapter's folder, loads its base model, and puts the adapter on it."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 import yaml
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from data.encoding.templates import TemplateName, default_template
 from data.errors import UserError
@@ -16,17 +15,17 @@ from loop.checkpoint.run_folder import SETTINGS
 from loop.checkpoint.storage import MANIFEST, list_folders
 from loop.distributed.rank_zero import quiet
 from loop.model.base import as_user_error
-from loop.model.load import DTYPES
+from loop.model.dtypes import torch_dtype
+from loop.model.load import load_pretrained
 from loop.model.new_tokens import grow, set_up
-from loop.model.quantization import four_bit, kept_in_fp32, returned_memory
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What lies in a folder; `base` is the folder or hub name of what it was trained on.
+    """An adapter's folder and the settings that it was trained with.
 
-    trained: the run's training_config.yaml; empty for an adapter that was made elsewhere.
-    hub: cache_dir, where the hub's files are kept, and trust_remote_code.
+    base: the base model's folder or hub name. trained: the run's training_config.yaml; empty for an
+    adapter of another trainer. hub: cache_dir and trust_remote_code for transformers.
     """
 
     folder: Path
@@ -39,12 +38,12 @@ class Adapter:
 
     @property
     def pairs(self) -> bool:
-        """Whether the base is an encoder-decoder."""
+        """Return whether the base is an encoder-decoder."""
         return bool(self.base_config.is_encoder_decoder)
 
     @property
     def quantised_by(self) -> str | None:
-        """How the base's own files are quantised, if they are."""
+        """Return the quantisation of the base's own files, if any."""
         stored = getattr(self.base_config, "quantization_config", None)
         if not stored:
             return None
@@ -54,24 +53,26 @@ class Adapter:
 
     @property
     def dtype(self) -> torch.dtype | str:
-        """The precision it was trained in; that of the weights where nothing tells it."""
-        return DTYPES[self.trained["mixed_precision"]] if self.trained else "auto"
+        """Return the dtype of the run's precision; `auto`, the weights' own, for other trainers."""
+        return torch_dtype(self.trained["mixed_precision"]) if self.trained else "auto"
 
 
 def read_adapter(folder: Path, base: str | None = None, trust_remote_code: bool = False) -> Adapter:
-    """Return what lies in an adapter's folder, on another base where one is given.
+    """Return an adapter and its settings; `base` replaces the base model of its folder.
 
-    trust_remote_code: of the command line. The folder's own training_config.yaml is not asked: it
-    comes from whoever made the adapter.
-    Raises UserError where the folder holds no adapter, or code that is not trusted.
+    trust_remote_code: of the command line. The folder's own training_config.yaml is ignored, since
+    it comes from the adapter's author.
+    Raises UserError if the folder holds no adapter, or code that is not trusted.
     """
     if not (folder / "adapter_config.json").is_file():
-        whole = [path for path in list_folders(folder) if (path / MANIFEST).is_file()]
-        what = f"Give its newest checkpoint: {whole[0]}" if whole else "Train first: ./launch.sh"
-        raise UserError(f"--adapter {folder}: no adapter_config.json there. {what}")
-    file = folder / SETTINGS  # An adapter made elsewhere has none.
+        complete = [path for path in list_folders(folder) if (path / MANIFEST).is_file()]
+        remedy = (
+            f"Give its newest checkpoint: {complete[0]}" if complete else "Train first: ./launch.sh"
+        )
+        raise UserError(f"--adapter {folder}: no adapter_config.json there. {remedy}")
+    file = folder / SETTINGS  # Adapters of other trainers have none.
     trained = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    # Never None: transformers would ask on the terminal (5.23, dynamic_module_utils.py).
+    # Not None: transformers would prompt on the terminal (5.23, dynamic_module_utils.py).
     hub = {"cache_dir": trained.get("cache_dir"), "trust_remote_code": trust_remote_code}
     with as_user_error(f"--adapter {folder}"):
         name = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
@@ -84,32 +85,24 @@ def read_adapter(folder: Path, base: str | None = None, trust_remote_code: bool 
 
 
 def load_base(
-    adapter: Adapter, source: str, dtype: torch.dtype | str, quantised: torch.dtype | None = None
+    adapter: Adapter,
+    source: str,
+    dtype: torch.dtype | str,
+    compute_dtype: torch.dtype | None = None,
 ) -> Any:
-    """Return the base model, or what was merged from it, with a row for each of the tokens.
+    """Return the model in `source`, the base or a merged one, with a row for each token.
 
-    `quantised`: hold its linear layers in 4 bits, as QLoRA does, and compute them in this dtype.
+    compute_dtype: of QLoRA's 4-bit linear layers; None: they are not quantised here.
     """
     quiet()
-    options: dict[str, Any] = {}
-    if quantised:
-        settings = four_bit(quantised)  # makes bitsandbytes ready, too
-        if not getattr(adapter.base_config, "quantization_config", None):
-            options["quantization_config"] = settings
-    loader = AutoModelForSeq2SeqLM if adapter.pairs else AutoModelForCausalLM
-    with (
-        as_user_error(source),
-        returned_memory() if quantised else nullcontext(),
-        kept_in_fp32() if quantised else nullcontext(),
-    ):
-        model = loader.from_pretrained(source, dtype=dtype, **options, **adapter.hub)
+    model, _ = load_pretrained(source, adapter.base_config, dtype, compute_dtype, **adapter.hub)
     if adapter.pairs:
         grow(model, len(adapter.tokenizer))
     return model
 
 
 def with_adapter(model: Any, adapter: Adapter) -> PeftModel:
-    """Return the model with the adapter, as peft loads it, ready to answer."""
+    """Return the model with the adapter, loaded by peft, in evaluation mode."""
     with as_user_error(f"--adapter {adapter.folder}"):
         loaded = PeftModel.from_pretrained(model, str(adapter.folder)).eval()
     set_up(loaded, None, train=False)

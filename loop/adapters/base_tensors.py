@@ -1,4 +1,4 @@
-"""A base model's tensors, one at a time: from its files, or out of 4-bit weights."""
+"""Reads a base model's tensors one at a time, from its files or from loaded 4-bit weights."""
 
 import json
 from collections import defaultdict
@@ -12,21 +12,21 @@ from huggingface_hub import snapshot_download
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from data.errors import UserError
 from loop.adapters.adapter import Adapter
-from loop.model.base import as_user_error
+from loop.model.base import as_user_error, meta_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# safetensors' names
+SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Tensors by their names, of which one is read when it is asked for.
+    """A model's tensors by name; `read` loads one of them.
 
-    dtype: that of most of them.
+    dtype: the most frequent one, by elements.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -35,36 +35,34 @@ class Source:
 
 
 def skeleton_of(adapter: Adapter) -> nn.Module:
-    """Return the base model without weights."""
-    loader = AutoModelForSeq2SeqLM if adapter.pairs else AutoModelForCausalLM
+    """Return the base model without weights, on the meta device; raises UserError."""
     code = adapter.hub["trust_remote_code"]
-    with as_user_error(adapter.base), torch.device("meta"):
-        model: nn.Module = loader.from_config(adapter.base_config, trust_remote_code=code)
+    model: nn.Module = meta_model(adapter.base, adapter.base_config, code)
     return model
 
 
 def folder_of(adapter: Adapter) -> Path:
-    """Return where the base's files lie, fetched from the hub if need be; raises UserError."""
+    """Return the folder of the base's files, downloaded if necessary; raises UserError."""
     folder = Path(adapter.base)
     if not folder.is_dir():
         with as_user_error(adapter.base):
-            wanted = ["*.safetensors", "*.json", "*.py"]
+            patterns = ["*.safetensors", "*.json", "*.py"]
             cache = adapter.hub["cache_dir"]
-            folder = Path(snapshot_download(adapter.base, allow_patterns=wanted, cache_dir=cache))
+            folder = Path(snapshot_download(adapter.base, allow_patterns=patterns, cache_dir=cache))
     return folder
 
 
 def tensors_in(folder: Path) -> Source:
-    """Return what the folder's safetensors files hold; raises UserError where there are none.
+    """Return the tensors of the folder's safetensors files; raises UserError if there are none.
 
-    Each tensor is read through a mapping of its own, so that none stays in memory.
+    Each read maps the file again, so no tensor stays in memory.
     """
     index = folder / INDEX
     if index.is_file():
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     elif (folder / WEIGHTS).is_file():
         with safe_open(folder / WEIGHTS, "pt") as file:
-            places = dict.fromkeys(file.keys(), WEIGHTS)
+            file_of = dict.fromkeys(file.keys(), WEIGHTS)
     else:
         raise UserError(
             f"{folder}: holds no {WEIGHTS}; expected safetensors. Load the model with transformers "
@@ -72,16 +70,16 @@ def tensors_in(folder: Path) -> Source:
         )
     shapes: dict[str, tuple[int, ...]] = {}
     elements: dict[torch.dtype, int] = defaultdict(int)
-    for name in sorted({*places.values()}):
+    for name in sorted({*file_of.values()}):
         with as_user_error(str(folder / name)), safe_open(folder / name, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 - it is no dict
-                found = file.get_slice(key)
-                shapes[key] = tuple(found.get_shape())
-                if found.get_dtype() in STORED:
-                    elements[STORED[found.get_dtype()]] += torch.Size(shapes[key]).numel()
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                header = file.get_slice(key)
+                shapes[key] = tuple(header.get_shape())
+                if stored := SAFETENSORS_DTYPES.get(header.get_dtype()):
+                    elements[stored] += torch.Size(shapes[key]).numel()
 
     def read(key: str) -> Tensor:
-        with safe_open(folder / places[key], "pt") as file:
+        with safe_open(folder / file_of[key], "pt") as file:
             tensor: Tensor = file.get_tensor(key)
         return tensor
 
@@ -89,7 +87,7 @@ def tensors_in(folder: Path) -> Source:
 
 
 def tensors_of(model: Any) -> Source:
-    """Return a loaded model's tensors, the 4-bit ones as what they compute with."""
+    """Return a loaded model's tensors; 4-bit weights are dequantised to their compute dtype."""
     saved = {*model.state_dict()}
     tensors: dict[str, Any] = dict(model.named_parameters())
     tensors |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
@@ -107,33 +105,33 @@ def tensors_of(model: Any) -> Source:
 
 
 def owners(skeleton: nn.Module, source: Source) -> dict[str, str]:
-    """Return by which name of the source each of the model's tensors is stored.
+    """Return, by the name of each of the model's tensors, its name in the source.
 
-    Several modules may share a matrix, which is stored once, or several times with the same values.
-    Flan-T5's LM head has values of its own, although its configuration says that it shares them.
+    Several modules may share a matrix, which is stored once, or several times with equal values.
+    Flan-T5's LM head has its own values, although its configuration declares it as tied.
     """
     groups: dict[int, list[str]] = defaultdict(list)
     for name, tensor in skeleton.state_dict(keep_vars=True).items():
         groups[id(tensor)].append(name)
     head_names = vocabulary_names(skeleton)[1:]
-    found: dict[str, str] = {}
+    owner: dict[str, str] = {}
     for names in groups.values():
         stored = [name for name in names if name in source.shapes]
-        stored.sort(key=lambda name: name in head_names)  # the embedding's first
-        own = stored[:1]
+        stored.sort(key=lambda name: name in head_names)  # the embedding first
+        distinct = stored[:1]
         for name in stored[1:]:
             values = source.read(name)
-            same = [known for known in own if torch.equal(source.read(known), values)]
-            own += [] if same else [name]
-            found[name] = same[0] if same else name
+            equal = [known for known in distinct if torch.equal(source.read(known), values)]
+            distinct += [] if equal else [name]
+            owner[name] = equal[0] if equal else name
         for name in names:
-            if own:
-                found.setdefault(name, own[0])
-    return found
+            if distinct:
+                owner.setdefault(name, distinct[0])
+    return owner
 
 
 def vocabulary_names(model: Any) -> list[str]:
-    """Return the names of the matrices with a row for each token: embedding, and LM head."""
+    """Return the names of the matrices with a row for each token: embedding, LM head."""
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     named = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     return [named[id(module)] for module in modules if module is not None]

@@ -1,4 +1,4 @@
-"""`python -m loop chat`: talks to adapters, or sets their answers beside their base's."""
+"""`python -m loop chat`: generates answers from adapters, and compares them with their base's."""
 
 import json
 import shutil
@@ -25,30 +25,30 @@ from loop.model.new_tokens import set_up
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One question of a file."""
+class Question:
+    """One question of a --prompts file."""
 
     id: Any
     text: str
     system: str | None
 
 
-def read_prompts(file: Path) -> list[Asked]:
-    """Return a file's questions; raises UserError for a line that is none, by its number."""
+def read_prompts(file: Path) -> list[Question]:
+    """Return a file's questions; raises UserError with the number of an invalid line."""
     try:
         lines = file.expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--prompts {file}: cannot be read: {reason}.") from None
-    found = [_asked(line, number, file) for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise UserError(f"--prompts {file}: it is empty; expected a question a line.")
-    return found
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise UserError(f"--prompts {file}: it is empty; expected one question per line.")
+    return [_question(line, number, file) for number, line in numbered]
 
 
-def _asked(line: str, number: int, file: Path) -> Asked:
+def _question(line: str, number: int, file: Path) -> Question:
     if file.suffix != ".jsonl":
-        return Asked(number, line, None)
+        return Question(number, line, None)
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -57,47 +57,47 @@ def _asked(line: str, number: int, file: Path) -> Asked:
     text, system = known.get("prompt"), known.get("system")
     if not isinstance(text, str) or not text.strip() or not isinstance(system, str | None):
         raise UserError(
-            f"--prompts {file}: line {number}: found {line[:80]}; expected an object with a text "
-            'as "prompt", and perhaps as "system".'
+            f"--prompts {file}: line {number}: found {line[:80]}; expected an object with a "
+            'string "prompt", and optionally a string "system".'
         )
-    return Asked(known.get("id", number), text, system)
+    return Question(known.get("id", number), text, system)
 
 
-BASE = "base"  # the name by which the base itself answers
-HELP = """/adapter NAME  who answers: {names}
-/system TEXT   begin anew with this system prompt; without a text: the template's own
-/clear         begin anew
-/help          this; Ctrl-C breaks an answer off, Ctrl-D or /quit ends"""
+BASE = "base"  # the base model's name in commands and files
+HELP = """/adapter NAME  answer with this model: {names}
+/system TEXT   start a new dialogue with this system prompt; without TEXT: the template's own
+/clear         start a new dialogue
+/help          show this text; Ctrl-C interrupts an answer, Ctrl-D or /quit ends"""
 
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """What to talk to, and how."""
+    """The adapters, the questions, and how answers are generated."""
 
     adapter: tuple[Folder, ...] = flag(
-        ("runs/main_job",), "output folders of runs on one base; the first answers", "chat"
+        ("runs/main_job",), "output folders of runs on one base; the first one answers", "chat"
     )
-    base: Model | None = flag(None, "base model; none: the one in adapter_config.json", "chat")
+    base: Model | None = flag(None, "base model; default: the one in adapter_config.json", "chat")
     trust_remote_code: bool = flag(
-        False, "run Python code that comes with base or adapter", "chat", flag_only=True
+        False, "run Python code that comes with the base or the adapter", "chat", flag_only=True
     )
-    prompt: tuple[str, ...] = flag((), "questions to answer and leave; none: a dialogue", "chat")
+    prompt: tuple[str, ...] = flag((), "questions to answer; none: an interactive dialogue", "chat")
     prompts: File | None = flag(
         None,
-        'file of questions, one a line: a text, or in .jsonl an object with "prompt", and perhaps '
-        '"id" and "system"',
+        'file of questions, one per line: text, or in .jsonl an object with "prompt" and '
+        'optionally "id" and "system"',
         "chat",
     )
     out: File | None = flag(None, "JSONL file for the answers to --prompts", "chat")
-    system: str | None = flag(None, "system prompt; none: the template's own", "chat")
-    compare: bool = flag(False, "answer from the base and every adapter, side by side", "chat")
-    max_new_tokens: Tokens = flag(128, "tokens an answer at most", "chat", at_least=1)
-    temperature: float = flag(0.0, "0: greedy, always the same answer", "chat", at_least=0)
+    system: str | None = flag(None, "system prompt; default: the template's own", "chat")
+    compare: bool = flag(False, "print the answers of base and adapters side by side", "chat")
+    max_new_tokens: Tokens = flag(128, "length of an answer at most", "chat", at_least=1)
+    temperature: float = flag(0.0, "sampling temperature; 0: greedy", "chat", at_least=0)
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A base model with adapters, by the names of their folders; each has its own tokenizer."""
+    """A base model with adapters, by folder name; each adapter has its own tokenizer."""
 
     model: PeftModel
     adapters: dict[str, Adapter]
@@ -105,18 +105,18 @@ class Speaker:
 
     @property
     def names(self) -> list[str]:
-        """Who can answer: the base, and the adapters."""
+        """Return the names of the base and the adapters."""
         return [BASE, *self.adapters]
 
     @property
     def first(self) -> str:
-        """Who answers unless told otherwise."""
+        """Return the name of the adapter that answers by default."""
         return next(iter(self.adapters))
 
     def streamer(self, name: str) -> TextStreamer:
-        """Return what prints an answer as it comes."""
+        """Return a streamer that prints an answer while it is generated."""
         tokenizer = self.adapters.get(name, self.adapters[self.first]).tokenizer
-        # A decoder's output begins with the prompt, a T5's with its start token: both are skipped.
+        # It skips the start of the output: a decoder's prompt, a T5's start token.
         return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def answer(
@@ -126,7 +126,7 @@ class Speaker:
         system: str | None = None,
         streamer: TextStreamer | None = None,
     ) -> str:
-        """Return the assistant's next answer, printed as it comes where a streamer is given."""
+        """Return the assistant's next answer; a `streamer` prints it while it is generated."""
         name = name or self.first
         if name == BASE:
             with self.model.disable_adapter():
@@ -142,10 +142,10 @@ class Speaker:
         streamer: TextStreamer | None,
     ) -> str:
         tokenizer, template = adapter.tokenizer, adapter.template
-        asked = prompt(turns, template, tokenizer, system)
+        rendered = prompt(turns, template, tokenizer, system)
         inputs = tokenizer(
-            asked.text,
-            add_special_tokens=asked.add_special_tokens,
+            rendered.text,
+            add_special_tokens=rendered.add_special_tokens,
             split_special_tokens=template == "t5",  # as in training, which adds its own
             return_tensors="pt",
         ).to(self.model.device)
@@ -161,40 +161,42 @@ class Speaker:
                 streamer=streamer,
                 **(sampling if self.config.temperature else {"do_sample": False}),
             )
-        # An encoder-decoder returns its answer alone, behind the token that starts it.
+        # A decoder returns prompt and answer, an encoder-decoder its start token and the answer.
         new = ids[0, 1 if adapter.pairs else inputs["input_ids"].shape[1] :]
         if streamer and len(new) >= self.config.max_new_tokens and int(new[-1]) not in ends:
-            print("(cut off at --max_new_tokens)")
+            print("(truncated at --max_new_tokens)")
         text: str = tokenizer.decode(new, skip_special_tokens=True)
         return text.strip()
 
 
 def main(argv: Sequence[str]) -> None:
-    """Answer the prompts given, or hold a dialogue."""
+    """Answer --prompt or --prompts, or start a dialogue."""
     values = parse(ChatConfig, argv, __doc__ or "")
     values.pop("config", None)
     config = ChatConfig(**values)
     if bool(config.prompts) != bool(config.out):
-        raise UserError("found one of --prompts and --out; expected both. Give the other one.")
+        raise UserError("found one of --prompts and --out; expected both. Give the other one, too.")
     if config.prompts and config.out:
         if config.prompt:
-            raise UserError("found both --prompt and --prompts; expected one of them.")
-        asked = read_prompts(Path(config.prompts))
+            raise UserError(
+                "found both --prompt and --prompts; expected one of them. Leave one out."
+            )
+        questions = read_prompts(Path(config.prompts))
         check_output("--out", Path(config.out), {Path(config.prompts).resolve(): "--prompts"})
-        answer_all(load_speaker(config), asked, Path(config.out))
+        answer_all(load_speaker(config), questions, Path(config.out))
         return
     speaker = load_speaker(config)
     for text in config.prompt:
         print(f"\n> {text}" if config.compare else f"> {text}")
-        tell(speaker, (Turn("user", text),), speaker.first, config.system)
+        print_answer(speaker, (Turn("user", text),), speaker.first, config.system)
     if not config.prompt:
-        converse(speaker)
+        chat_loop(speaker)
 
 
 def load_speaker(config: ChatConfig) -> Speaker:
-    """Load the adapters on their base, in the precision that the first was trained in.
+    """Load the adapters on their base, in the precision of the first one's training.
 
-    Raises UserError where a folder holds no adapter, or one of another base.
+    Raises UserError if a folder holds no adapter, or the adapter of another base.
     """
     adapters: dict[str, Adapter] = {}
     for word in config.adapter:
@@ -207,7 +209,7 @@ def load_speaker(config: ChatConfig) -> Speaker:
             raise UserError(
                 f"--adapter {adapter.folder}: trained on {adapter.base}, {len(adapter.tokenizer)} "
                 f"tokens; expected the first one's, {first.base}, {len(first.tokenizer)} tokens. "
-                "Talk to it alone, or say by --base that they are the same."
+                "Load it alone, or give --base if both bases are the same model."
             )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = with_adapter(load_base(first, first.base, first.dtype).to(device), first)
@@ -219,24 +221,24 @@ def load_speaker(config: ChatConfig) -> Speaker:
 
 
 def _inner(adapters: dict[str, Adapter], name: str) -> str:
-    """Return peft's name for an adapter, which may hold no dots."""
+    """Return peft's name of an adapter, which must not contain dots."""
     number = [*adapters].index(name)
     return f"adapter_{number}" if number else "default"
 
 
-def tell(speaker: Speaker, turns: tuple[Turn, ...], name: str, system: str | None) -> str:
-    """Print the answer as it comes, or where they are compared everyone's; return the first."""
+def print_answer(speaker: Speaker, turns: tuple[Turn, ...], name: str, system: str | None) -> str:
+    """Stream the named model's answer and return it; --compare prints a table of all answers."""
     if not speaker.config.compare:
         return speaker.answer(turns, name, system, speaker.streamer(name))
     answers = {who: speaker.answer(turns, who, system) for who in speaker.names}
-    print(sort_by_prefix(answers))
+    print(side_by_side(answers))
     return answers[name]
 
 
-def sort_by_prefix(answers: dict[str, str]) -> str:
-    """Return a table with a column for each answer."""
-    apart = " | "
-    columns = shutil.get_terminal_size((100, 24)).columns - len(apart) * (len(answers) - 1)
+def side_by_side(answers: dict[str, str]) -> str:
+    """Return a table with a column for each answer, as wide as the terminal."""
+    separator = " | "
+    columns = shutil.get_terminal_size((100, 24)).columns - len(separator) * (len(answers) - 1)
     width = max(12, columns // len(answers))
     wrapped = [
         [line for part in text.splitlines() for line in textwrap.wrap(part, width) or [""]]
@@ -246,25 +248,26 @@ def sort_by_prefix(answers: dict[str, str]) -> str:
     if len(names) == 2:
         names[1] = "BASE + ADAPTER"
     rows = [[name[:width] for name in names], *zip_longest(*wrapped, fillvalue="")]
-    return "\n".join(apart.join(f"{text:{width}}" for text in row).rstrip() for row in rows)
+    return "\n".join(separator.join(f"{text:{width}}" for text in row).rstrip() for row in rows)
 
 
-def answer_all(speaker: Speaker, asked: list[Asked], out: Path) -> None:
-    """Write a line of JSON for each question and each who answers: the first, or all to compare."""
+def answer_all(speaker: Speaker, questions: list[Question], out: Path) -> None:
+    """Write the first adapter's answers as JSONL; --compare adds those of all the others."""
     names = speaker.names if speaker.config.compare else [speaker.first]
     with written_whole(out, "--out") as partial, partial.open("w", encoding="utf-8") as file:
-        for one in asked:
+        for question in questions:
+            system = question.system or speaker.config.system
             for name in names:
-                system = one.system or speaker.config.system
-                answer = speaker.answer((Turn("user", one.text),), name, system)
-                line = {"id": one.id, "prompt": one.text} | ({"system": system} if system else {})
+                answer = speaker.answer((Turn("user", question.text),), name, system)
+                line = {"id": question.id, "prompt": question.text}
+                line |= {"system": system} if system else {}
                 line |= {"adapter": name, "answer": answer}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    print(f"{out}: {len(asked)} questions, answered by {', '.join(names)}")
+    print(f"{out}: {len(questions)} questions, answered by {', '.join(names)}")
 
 
-def converse(speaker: Speaker) -> None:
-    """Hold a dialogue: every answer is given to all that was said before."""
+def chat_loop(speaker: Speaker) -> None:
+    """Read messages from the terminal and answer them; each prompt holds all previous turns."""
     turns: tuple[Turn, ...] = ()
     name, system = speaker.first, speaker.config.system
     print("Type a message, or /help; Ctrl-D ends.")
@@ -278,8 +281,8 @@ def converse(speaker: Speaker) -> None:
         elif word in ("/system", "/clear"):
             turns = ()
             system = (rest.strip() or None) if word == "/system" else system
-            print("begun anew")
-        elif word.startswith("/") and "/" not in word[1:]:  # a path is a message
+            print("new dialogue")
+        elif word.startswith("/") and "/" not in word[1:]:  # A path is a message.
             if word == "/adapter":
                 print(f"found {rest.strip() or 'no name'}.{nearest(rest.strip(), speaker.names)}")
             print(HELP.format(names=", ".join(speaker.names)))
@@ -287,13 +290,13 @@ def converse(speaker: Speaker) -> None:
             asked = (*turns, Turn("user", text))
             sys.stdout.write("" if speaker.config.compare else f"{name}: ")
             try:
-                turns = (*asked, Turn("assistant", tell(speaker, asked, name, system)))
+                turns = (*asked, Turn("assistant", print_answer(speaker, asked, name, system)))
             except KeyboardInterrupt:
-                print("\n(broken off; as if it had not been asked)")
+                print("\n(interrupted; the question is dropped)")
 
 
 def _typed() -> Iterator[str]:
-    """Yield what is typed, until there is no more."""
+    """Yield non-empty messages until Ctrl-C or Ctrl-D."""
     while True:
         try:
             text = input("you: ").strip()

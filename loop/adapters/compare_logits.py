@@ -1,4 +1,4 @@
-"""Shows that two models are one: the same logits on the same texts, computed in fp32."""
+"""Compares the logits of two models on the same texts, computed in fp32."""
 
 import math
 from collections import defaultdict
@@ -21,15 +21,15 @@ from loop.adapters.adapter import Adapter
 from loop.adapters.merge_rules import Change
 from loop.config.flags import DUMMY_DATA
 
-LENGTH = 128  # tokens of a text that are compared
-READ = 2048  # tokens of a text that are read, as in training: an answer may come late
-FP32, SIXTEEN_BIT = 1e-4, 2e-2  # differences of logits
+COMPARED_TOKENS = 128  # of each text
+READ_TOKENS = 2048  # of each text: a dialogue whose answer comes later is skipped
+MAX_DIFFERENCE_FP32, MAX_DIFFERENCE_16_BIT = 1e-4, 2e-2  # of logits
 
 
 def examples_of(adapter: Adapter, changes: dict[str, Change], count: int) -> list[Example]:
-    """Return the first texts of the run's own data, or of the bundled where they are gone.
+    """Return the first texts of the run's data, or of the bundled data if the files are missing.
 
-    One more holds all tokens that the tokenizer was given.
+    If the tokenizer has new tokens, one more text holds all of them.
     """
     words, pairs = adapter.trained.get("data_path") or [str(DUMMY_DATA)], adapter.pairs
     try:
@@ -43,9 +43,9 @@ def examples_of(adapter: Adapter, changes: dict[str, Change], count: int) -> lis
 
 
 def examples_after(adapter: Adapter, known: list[Example], count: int) -> list[Example]:
-    """Return `count` texts of the run's own data, which come after the known ones.
+    """Return `count` texts of the run's data that follow the `known` ones.
 
-    Where the run has too few, the known are among them, and bundled ones fill up.
+    If the run has too few, the known texts and then bundled ones are added.
     """
     words = adapter.trained.get("data_path") or [str(DUMMY_DATA)]
     try:
@@ -63,31 +63,31 @@ def _encoded(adapter: Adapter, words: list[str], count: int) -> list[Example]:
     dialogues = islice(read_dialogues(files, Tally(), "skip", adapter.pairs), count)
     if adapter.pairs:
         fastchat = bool(adapter.trained.get("t5_compat"))
-        limits = PairLimits(READ, READ, keep_header=False)
+        limits = PairLimits(READ_TOKENS, READ_TOKENS, keep_header=False)
         pairs = encode_pairs(dialogues, adapter.tokenizer, limits, fastchat, Tally())
         return [*islice(pairs, count)]
-    tally = Tally()
-    return [*encode_dialogues(dialogues, adapter.template, adapter.tokenizer, READ, tally)]
+    template, tokenizer = adapter.template, adapter.tokenizer
+    return [*encode_dialogues(dialogues, template, tokenizer, READ_TOKENS, Tally())]
 
 
 def logits_of(model: Any, examples: list[Example]) -> list[Tensor]:
-    """Return each text's logits, [T, vocabulary] float32, its first `LENGTH` tokens'."""
+    """Return the logits [T, vocabulary] float32 of each text's first `COMPARED_TOKENS` tokens."""
     with torch.inference_mode(), in_fp32(model):
         return [run(model, example) for example in examples]
 
 
 def run(model: Any, example: Example) -> Tensor:
-    """Return a text's logits, of a model that computes in fp32."""
-    inputs = {"input_ids": torch.tensor([example.input_ids[:LENGTH]])}
+    """Return a text's logits [T, vocabulary] float32; the model computes in fp32."""
+    inputs = {"input_ids": torch.tensor([example.input_ids[:COMPARED_TOKENS]])}
     if example.is_pair:
-        begun = [model.config.decoder_start_token_id, *example.labels][:LENGTH]
-        inputs["decoder_input_ids"] = torch.tensor([begun])
+        target = [model.config.decoder_start_token_id, *example.labels][:COMPARED_TOKENS]
+        inputs["decoder_input_ids"] = torch.tensor([target])
     logits: Tensor = model(**inputs, use_cache=False).logits[0].float()
     return logits
 
 
 def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
-    """Return the largest difference of two models' logits, of the tokens that both have."""
+    """Return the largest difference of two models' logits over their common vocabulary."""
     return max(float(part.abs().max()) for part in _differences(one, other))
 
 
@@ -104,44 +104,45 @@ def _differences(one: list[Tensor], other: list[Tensor]) -> Iterator[Tensor]:
 
 
 def allowed(dtype: torch.dtype, logits: list[Tensor], effect: float) -> float:
-    """Return the difference that weights of this precision may make.
+    """Return the largest difference that is accepted for weights of this dtype.
 
-    In 16 bits the rounding of the changed weights grows with the logits: 2e-2 of the largest, as
-    long as that is less than half of what the adapter does, or it may as well be missing.
+    The effect of 16-bit rounding grows with the logits, so the limit is 2 % of the largest one, but
+    at most half of the adapter's `effect`: otherwise a missing adapter would pass. It is at least
+    2e-2.
     """
     if dtype == torch.float32:
-        return FP32
+        return MAX_DIFFERENCE_FP32
     largest = max(float(tensor.abs().max()) for tensor in logits)
-    return max(SIXTEEN_BIT, min(SIXTEEN_BIT * largest, effect / 2))
+    return max(MAX_DIFFERENCE_16_BIT, min(MAX_DIFFERENCE_16_BIT * largest, effect / 2))
 
 
 @contextmanager
 def in_fp32(model: nn.Module) -> Iterator[None]:
-    """Have the model compute in fp32, with one layer's weights upcast at a time.
+    """Make the model compute in fp32; one layer's weights are upcast at a time.
 
-    In bf16 the rounding of activations would hide what the weights differ by. A layer is upcast
-    whole, since T5's casts its activations to the dtype that `wo` has (transformers 5.23); the next
-    one takes its memory over, which would else be cut up by what is allocated meanwhile.
+    In bf16, rounded activations would hide differences of the weights. All weights of a layer are
+    upcast together, since T5 casts activations to the dtype of `wo` (transformers 5.23). The next
+    layer reuses the fp32 memory; freeing and allocating it again would fragment the heap.
     """
-    kept: dict[nn.Module, list[tuple[nn.Module, str, nn.Parameter]]] = {}
+    originals: dict[nn.Module, list[tuple[nn.Module, str, nn.Parameter]]] = {}
     free: dict[torch.Size, list[Tensor]] = defaultdict(list)
     layers = {layer for m in model.modules() if isinstance(m, nn.ModuleList) for layer in m}
 
-    def upcast(module: nn.Module, _: Any) -> None:
-        kept[module] = []
+    def to_fp32(module: nn.Module, _: Any) -> None:
+        originals[module] = []
         for owner in module.modules() if module in layers else [module]:
             for name, parameter in owner._parameters.items():
                 if parameter is not None and _is_sixteen_bit(parameter):
-                    kept[module].append((owner, name, parameter))
-                    same = free[parameter.shape]
-                    whole = same.pop().copy_(parameter) if same else parameter.float()
-                    owner._parameters[name] = nn.Parameter(whole, requires_grad=False)
+                    originals[module].append((owner, name, parameter))
+                    reusable = free[parameter.shape]
+                    upcast = reusable.pop().copy_(parameter) if reusable else parameter.float()
+                    owner._parameters[name] = nn.Parameter(upcast, requires_grad=False)
 
     def restore(module: nn.Module, *_: Any) -> None:
-        for owner, name, parameter in kept.pop(module, []):
-            whole = owner._parameters[name]
-            if module in layers and whole is not None:
-                free[parameter.shape].append(whole.data)
+        for owner, name, parameter in originals.pop(module, []):
+            upcast = owner._parameters[name]
+            if module in layers and upcast is not None:
+                free[parameter.shape].append(upcast.data)
             owner._parameters[name] = parameter
 
     handles = []
@@ -150,7 +151,7 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
         if hasattr(module._parameters.get("weight"), "quant_state"):
             four_bit.append(module)
             module.forward = partial(_dequantised, module)
-        handles.append(module.register_forward_pre_hook(upcast))
+        handles.append(module.register_forward_pre_hook(to_fp32))
         handles.append(module.register_forward_hook(restore, always_call=True))
     try:
         yield
@@ -162,10 +163,9 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
 
 
 def _dequantised(module: Any, inputs: Tensor) -> Tensor:
-    """Compute a layer of 4 bits with the weights that training computes with, those of its dtype.
+    """Compute a 4-bit layer with weights rounded to its compute dtype, as in training.
 
-    Given fp32, bitsandbytes 0.50 makes fp32 weights of the codes (MatMul4Bit's gemm_4bit), which
-    those of training in bf16 are rounded from.
+    For fp32 inputs, bitsandbytes 0.50 would dequantise the codes to fp32 (MatMul4Bit's gemm_4bit).
     """
     weight = dequantize_bnb_weight(module.weight)
     bias = None if module.bias is None else module.bias.to(inputs.dtype)
@@ -173,6 +173,6 @@ def _dequantised(module: Any, inputs: Tensor) -> Tensor:
 
 
 def _is_sixteen_bit(parameter: nn.Parameter) -> bool:
-    """Whether it is to be upcast; 4-bit codes lie in tensors of such a dtype, too."""
+    """Return whether to upcast it; 4-bit codes are also stored in tensors of these dtypes."""
     halves = (torch.bfloat16, torch.float16)
     return parameter.dtype in halves and not hasattr(parameter, "quant_state")

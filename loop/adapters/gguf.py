@@ -1,6 +1,6 @@
-"""Writes a LLaMA model as GGUF, the file that llama.cpp and what is built on it read.
+"""Writes a LLaMA model with a byte-level BPE tokenizer as GGUF, llama.cpp's file format.
 
-Others, and other tokenizers than byte-level BPE, are llama.cpp's own converter's to write.
+llama.cpp's own converter writes other models and tokenizers.
 """
 
 import json
@@ -26,45 +26,44 @@ from data.files.atomic_write import written_whole
 from loop.adapters.base_tensors import Source, tensors_in
 from loop.model.base import as_user_error
 
-STORED = {
+GGUF_TYPES = {
     torch.float32: (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     torch.bfloat16: (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     torch.float16: (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
 }
-# What splits a text before BPE, as the tokenizer's file has it, and llama.cpp's name for it
-# (its convert_hf_to_gguf.py, get_vocab_base_pre, knows them by what they make of a text).
+# Pre-tokenizers, as in the tokenizer's file. llama.cpp recognises them by the ids of one text
+# (convert_hf_to_gguf.py, get_vocab_base_pre).
 DIGITS = {"type": "Digits", "individual_digits": True}
 LLAMA_3 = (
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+"
     "[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 )
 _UINT8 = np.dtype(np.uint8)
-CONVERTER = "convert_hf_to_gguf.py of llama.cpp takes the merged folder: see README"
+REMEDY = "Convert the merged folder with llama.cpp's convert_hf_to_gguf.py (docs/adapters.md)"
 
 
 def check(config: Any, tokenizer: Any) -> str:
-    """Return llama.cpp's name for how the tokenizer splits a text.
-
-    Raises UserError for a model that is not written here.
-    """
+    """Return llama.cpp's name of the pre-tokenizer; raises UserError for an unsupported model."""
     if config.model_type != "llama":
-        raise UserError(f"--gguf: found a {config.model_type} model; expected llama. {CONVERTER}.")
+        raise UserError(f"--gguf: found a {config.model_type} model; expected llama. {REMEDY}.")
     rope = getattr(config, "rope_parameters", None) or {}
-    for name, found, expected in [
+    for setting, found, expected in [
         ("attention_bias", config.attention_bias, False),
         ("mlp_bias", config.mlp_bias, False),
         ("rope_type", rope.get("rope_type", "default"), "default"),
     ]:
         if found != expected:
-            raise UserError(f"--gguf: found {name} {found}; expected {expected}. {CONVERTER}.")
+            raise UserError(f"--gguf: found {setting} {found}; expected {expected}. {REMEDY}.")
     text = json.loads(tokenizer.backend_tokenizer.to_str())
-    how = _splitting(text["pre_tokenizer"] or {}) if text["model"]["type"] == "BPE" else None
-    if how is None or text["normalizer"]:
-        raise UserError(f"--gguf: found a tokenizer of another kind than GPT-2's. {CONVERTER}.")
-    return how
+    name = _pre_tokenizer(text["pre_tokenizer"] or {}) if text["model"]["type"] == "BPE" else None
+    if name is None or text["normalizer"]:
+        raise UserError(
+            f"--gguf: found a tokenizer of another kind; expected GPT-2's or Llama 3's. {REMEDY}."
+        )
+    return name
 
 
-def _splitting(found: dict[str, Any]) -> str | None:
+def _pre_tokenizer(found: dict[str, Any]) -> str | None:
     steps = found.get("pretokenizers", [found])
     *before, last = steps
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
@@ -78,20 +77,20 @@ def _splitting(found: dict[str, Any]) -> str | None:
 
 
 def write_gguf(folder: Path, file: Path, trust_remote_code: bool = False) -> None:
-    """Write the folder's model, in the precision it has, one tensor at a time; raises UserError."""
+    """Write the folder's model in its own precision, one tensor at a time; raises UserError."""
     with as_user_error(str(folder)):
         config, tokenizer = (
             kind.from_pretrained(folder, trust_remote_code=trust_remote_code)
             for kind in (AutoConfig, AutoTokenizer)
         )
-    how = check(config, tokenizer)
+    pre_tokenizer = check(config, tokenizer)
     source = tensors_in(folder)
     with written_whole(file, "--gguf") as unfinished:
         writer = GGUFWriter(unfinished, "llama")
-        _add_settings(writer, config, STORED[source.dtype][1])
-        _add_tokenizer(writer, config, tokenizer, how)
+        _add_settings(writer, config, GGUF_TYPES[source.dtype][1])
+        _add_tokenizer(writer, config, tokenizer, pre_tokenizer)
         _add_tensors(writer, config, source)
-    print(f"{file}: {STORED[source.dtype][0].name}, {file.stat().st_size / 1e6:,.0f} MB")
+    print(f"{file}: {GGUF_TYPES[source.dtype][0].name}, {file.stat().st_size / 1e6:,.0f} MB")
 
 
 def _add_settings(writer: GGUFWriter, config: Any, stored: LlamaFileType) -> None:
@@ -111,7 +110,7 @@ def _add_settings(writer: GGUFWriter, config: Any, stored: LlamaFileType) -> Non
     writer.add_file_type(stored)
 
 
-def _add_tokenizer(writer: GGUFWriter, config: Any, tokenizer: Any, how: str) -> None:
+def _add_tokenizer(writer: GGUFWriter, config: Any, tokenizer: Any, pre_tokenizer: str) -> None:
     added = tokenizer.added_tokens_decoder
     tokens, kinds = [], []
     for number in range(config.vocab_size):
@@ -122,12 +121,12 @@ def _add_tokenizer(writer: GGUFWriter, config: Any, tokenizer: Any, how: str) ->
         elif number < len(tokenizer):
             tokens.append(tokenizer.convert_ids_to_tokens(number))
             kinds.append(TokenType.NORMAL)
-        else:  # rows to spare
+        else:  # a row without a token
             tokens.append(f"[PAD{number}]")
             kinds.append(TokenType.UNUSED)
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(how)
+    writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
@@ -139,8 +138,8 @@ def _add_tokenizer(writer: GGUFWriter, config: Any, tokenizer: Any, how: str) ->
     ]:
         if number is not None:
             add(number)
-    begun = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-    writer.add_add_bos_token(begun)
+    adds_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    writer.add_add_bos_token(adds_bos)
     writer.add_add_space_prefix(False)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
@@ -152,7 +151,7 @@ def _add_tensors(writer: GGUFWriter, config: Any, source: Source) -> None:
     for key, shape in source.shapes.items():
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise UserError(f"--gguf: found the tensor {key}, which llama has not. {CONVERTER}.")
+            raise UserError(f"--gguf: found {key}; expected LLaMA's tensors only. {REMEDY}.")
         kind = stored[key]
         size = 4 if kind == GGMLQuantizationType.F32 else 2
         as_bytes = (*shape[:-1], shape[-1] * size)
@@ -164,22 +163,23 @@ def _add_tensors(writer: GGUFWriter, config: Any, source: Source) -> None:
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for key, kind in stored.items():
         tensor = source.read(key).float()
-        of = next((count for name, count in heads.items() if f".{name}." in key), None)
-        tensor = _turned(tensor, of) if of else tensor
+        rotated = next((count for name, count in heads.items() if f".{name}." in key), None)
+        tensor = _interleaved(tensor, rotated) if rotated else tensor
         writer.write_tensor_data(quantize(tensor.numpy(), kind).view(_UINT8))
     writer.close()
 
 
 def _kind(source: Source, key: str) -> GGMLQuantizationType:
-    """Return how a tensor is stored: norms in fp32, as llama.cpp computes them."""
+    """Return a tensor's type: norms in fp32, as llama.cpp expects; matrices as stored."""
     matrix = len(source.shapes[key]) > 1
-    return STORED[source.dtype][0] if matrix else GGMLQuantizationType.F32
+    return GGUF_TYPES[source.dtype][0] if matrix else GGMLQuantizationType.F32
 
 
-def _turned(weight: Tensor, heads: int) -> Tensor:
-    """Return a query's or key's rows as GGUF's LLaMA has them: the two halves of a head in turns.
+def _interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Return q_proj's or k_proj's weight with the two halves of each head's rows interleaved.
 
-    llama.cpp rotates neighbours, transformers halves (convert_hf_to_gguf.py, LlamaModel.permute).
+    llama.cpp rotates neighbouring rows, transformers rotates halves (convert_hf_to_gguf.py,
+    LlamaModel.permute).
     """
     rows, width = weight.shape
     halves = weight.reshape(heads, 2, rows // heads // 2, width)

@@ -1,4 +1,4 @@
-"""`python -m loop merge`: writes base model and adapter as one model, and proves it at once.
+"""`python -m loop merge`: writes base model and adapter as one model, and verifies its logits.
 
 The base's tensors are read, changed and written one file at a time.
 """
@@ -39,70 +39,71 @@ from loop.adapters.compare_logits import (
     root_mean_square,
 )
 from loop.adapters.gguf import check, write_gguf
-from loop.adapters.merge_rules import Change, put_whole, read_changes
+from loop.adapters.merge_rules import Change, read_changes, restore_fp32_values
 from loop.adapters.rounding import changed_layers, inputs_of, rounded
 from loop.checkpoint.full_model import cut_shards, shard_index, shard_name
 from loop.config.parser import File, Folder, Model, flag, parse
+from loop.model.dtypes import torch_dtype
 from loop.model.new_tokens import grown, rows_needed
 from loop.model.quantization import returned_memory
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """What to merge, into which weights, and how they are written."""
+    """The adapter to merge, the weights to merge it into, and how the result is written."""
 
-    adapter: Folder = flag("runs/main_job", "the output folder of a run, or a checkpoint", "merge")
-    base: Model | None = flag(None, "base model; none: the one in adapter_config.json", "merge")
+    adapter: Folder = flag("runs/main_job", "output folder of a run, or a checkpoint", "merge")
+    base: Model | None = flag(None, "base model; default: the one in adapter_config.json", "merge")
     trust_remote_code: bool = flag(
-        False, "run Python code that comes with base or adapter", "merge", flag_only=True
+        False, "run Python code that comes with the base or the adapter", "merge", flag_only=True
     )
-    output_dir: Folder | None = flag(None, "a new one; none: the adapter's, with -merged", "merge")
+    output_dir: Folder | None = flag(
+        None, "a new folder; default: the adapter's + -merged", "merge"
+    )
     base_weights: Literal["auto", "original", "dequantised"] = flag(
         "auto",
-        "for an adapter trained on 4 bits: dequantised: what the 4-bit base computed with, so that "
-        "the merged model is the trained one; original: the base's own weights, which lack the "
-        "rounding that the adapter was trained with; auto: dequantised after --q_lora",
+        "weights to merge a QLoRA adapter into: dequantised: those that the 4-bit base computed "
+        "with, which gives the trained model; original: the base's own, without the 4-bit rounding "
+        "of training; auto: dequantised after --q_lora",
         "merge",
     )
     dtype: Literal["auto", "fp32", "bf16"] = flag(
-        "auto", "auto: as the base is stored, or of 4 bits the precision of training", "merge"
+        "auto", "auto: as the base is stored; after --q_lora the precision of training", "merge"
     )
     shard_gb: float = flag(
-        4.0, "GB of a file at most; a quarter for layers' inputs", "merge", above=0
+        4.0, "GB per file at most; layers' inputs take up to a quarter of it", "merge", above=0
     )
     prompts: int = flag(
         4,
-        "dialogues of the run's data that prove it; 0: none, and 16-bit weights are rounded to "
-        "nearest",
+        "dialogues of the run's data that verify the merge; 0: no verification, and 16-bit weights "
+        "are rounded to nearest",
         "merge",
         at_least=0,
     )
     rounding_texts: int = flag(
-        64,
-        "further dialogues, of which 16-bit weights are rounded so that what they make of them "
-        "stays; 0: to nearest",
+        0,
+        "further dialogues whose layers' inputs determine the rounding to 16 bits, for a smaller "
+        "difference; 0: round to nearest",
         "merge",
         at_least=0,
     )
-    gguf: File | None = flag(None, "write a GGUF file of the merged model, too", "merge")
+    gguf: File | None = flag(None, "also write the merged model as a GGUF file", "merge")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Merge, and compare the logits; raises Fault where they differ too much."""
+    """Merge and compare the logits; raises RunError if they differ too much."""
     values = parse(MergeConfig, argv, __doc__ or "")
     values.pop("config", None)
     config = MergeConfig(**values)
     adapter = read_adapter(Path(config.adapter), config.base, config.trust_remote_code)
     target = Path(config.output_dir or f"{adapter.folder}-merged")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--output_dir {target}: it is there already. Give a new folder.")
+        raise UserError(f"--output_dir {target}: it exists and is not empty. Give a new folder.")
     if config.gguf:
         check(adapter.base_config, adapter.tokenizer)
     merge = Merge(config, adapter)
     unfinished = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted merge left
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by an interrupted merge
     try:
         unfinished.mkdir(parents=True)
         with returned_memory():
@@ -110,134 +111,150 @@ def main(argv: Sequence[str]) -> None:
         unfinished.replace(target)
     except OSError as error:
         raise RunError(
-            f"--output_dir {target}: cannot be written: {error.strerror or error}. Make room, or "
+            f"--output_dir {target}: cannot be written: {error.strerror or error}. Free space, or "
             "give another folder."
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"Merged: {target}. It loads as any model does, without peft.")
+    print(f"Merged: {target}. It loads like any model, without peft.")
     if config.gguf:
         write_gguf(target, Path(config.gguf), config.trust_remote_code)
 
 
 class Merge:
-    """One merge: what the adapter changes, and the weights and the precision it goes into."""
+    """One merge: the adapter's changes, and the base weights and dtype that they go into."""
 
     def __init__(self, config: MergeConfig, adapter: Adapter) -> None:
         self.config, self.adapter = config, adapter
         self.skeleton = skeleton_of(adapter)
         self.changes = read_changes(adapter.folder, self.skeleton)
-        was = bool(adapter.trained.get("q_lora") or adapter.quantised_by)
+        trained_on_four_bit = bool(adapter.trained.get("q_lora") or adapter.quantised_by)
         stored = adapter.quantised_by
         if stored not in (None, "bitsandbytes 4-bit"):
             raise UserError(
-                f"{adapter.base}: its weights are quantised ({stored}); expected plain ones, or "
-                "bitsandbytes' in 4 bits. Give --base, the model that it was made of."
+                f"{adapter.base}: its weights are quantised ({stored}); expected plain or 4-bit "
+                "bitsandbytes weights. Give --base, the model that was quantised."
             )
         asked = config.base_weights
         if asked == "original" and stored:
             raise UserError(
-                f"--base_weights original: {adapter.base} holds 4-bit weights alone. Give --base, "
-                "the model that it was made of, or leave the flag out."
+                f"--base_weights original: {adapter.base} holds 4-bit weights only; expected plain "
+                "ones. Give --base, the model that was quantised, or leave the flag out."
             )
-        if asked == "dequantised" and not was:
+        if asked == "dequantised" and not trained_on_four_bit:
             raise UserError(
                 f"--base_weights dequantised: found an adapter that was not trained on 4 bits "
                 f"({adapter.folder}); expected one of --q_lora. Leave the flag out."
             )
-        self.four_bit = asked == "dequantised" or (asked == "auto" and was)
-        self.trained_on_four_bit = was
-        if was:
+        self.four_bit = asked != "original" and trained_on_four_bit
+        self.trained_on_four_bit = trained_on_four_bit
+        if trained_on_four_bit:
             print(
-                "base weights: dequantised, which the adapter was trained on (--q_lora)"
+                "base weights: dequantised, as in training (--q_lora)"
                 if self.four_bit
-                else "base weights: original, without the rounding of the 4-bit ones it knows"
+                else "base weights: original, without the 4-bit rounding of training"
             )
-        trained_in = adapter.dtype
-        self.trained_in = trained_in if isinstance(trained_in, torch.dtype) else torch.bfloat16
+        dtype = adapter.dtype
+        self.compute_dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
         self.examples = examples_of(adapter, self.changes, config.prompts) if config.prompts else []
         self.inputs: dict[str, list[Tensor]] = {}
 
     def run(self, folder: Path) -> None:
-        """Write the merged model into the folder, and compare; raises Fault."""
-        base = self._base() if self.four_bit else None
+        """Write the merged model into the folder and verify it; raises RunError."""
+        base = self._four_bit_base() if self.four_bit else None
         source = tensors_of(base) if base else tensors_in(folder_of(self.adapter))
-        dtype = DTYPES.get(self.config.dtype, self.trained_in if base else source.dtype)
+        if self.config.dtype == "auto":
+            dtype = self.compute_dtype if base else source.dtype
+        else:
+            dtype = torch_dtype(self.config.dtype)
         before: list[Tensor] = []
         if self.examples:
             before, effect = self._reference(
                 base or load_base(self.adapter, self.adapter.base, dtype),
-                of_inputs=dtype != torch.float32,
+                record_inputs=dtype != torch.float32,
             )
         self._write(source, folder, dtype)
         self.inputs = {}
         del base, source
         gc.collect()
-        if not self.examples:
-            print("Not proven: found --prompts 0.")
-            return
-        merged = load_base(self.adapter, str(folder), dtype)
-        after = logits_of(merged, self.examples)
+        if self.examples:
+            self._verify(folder, dtype, before, effect)
+        else:
+            print("Not verified: found --prompts 0.")
+
+    def _verify(
+        self, folder: Path, dtype: torch.dtype, before: list[Tensor], effect: float
+    ) -> None:
+        """Compare the written model's logits with those before the merge; raises RunError."""
+        after = logits_of(load_base(self.adapter, str(folder), dtype), self.examples)
         limit = allowed(dtype, before, effect)
         difference = largest_difference(before, after)
-        told = (
+        result = (
             f"Largest difference of logits, {len(before)} texts: {difference:.1e}, at most "
             f"{limit:.1e}; root mean square {root_mean_square(before, after):.1e}; the adapter "
             f"itself changes them by {effect:.1e}"
         )
         if not difference <= limit:
             raise RunError(
-                f"{told}. So this is not the trained model, and nothing was kept."
-                + " Changes that are lost in rounding are kept by --dtype fp32."
+                f"{result}. The merged model differs from the trained one; nothing was kept."
+                + " Rounding may lose the adapter's changes: give --dtype fp32."
                 * (dtype != torch.float32)
             )
-        print(f"{told}.")
-        if self.trained_on_four_bit and not self.four_bit:
-            trained, _ = self._reference(self._base())
+        print(f"{result}.")
+        if dtype != torch.float32 and not self.config.rounding_texts:
             print(
-                "From the 4-bit base that the adapter was trained on it differs by "
-                f"{largest_difference(trained, after):.1e}; --base_weights dequantised would not."
+                "Changed weights were rounded to nearest, which adds to this difference; "
+                "--rounding_texts 64 adds less and takes longer."
+            )
+        if self.trained_on_four_bit and not self.four_bit:
+            trained, _ = self._reference(self._four_bit_base())
+            print(
+                "Largest difference from the adapter on its 4-bit base: "
+                f"{largest_difference(trained, after):.1e}; --base_weights dequantised avoids it."
             )
 
-    def _base(self) -> Any:
-        """Return the base as QLoRA held it."""
+    def _four_bit_base(self) -> Any:
+        """Return the base with the 4-bit weights of QLoRA's training."""
         adapter = self.adapter
-        return load_base(adapter, adapter.base, self.trained_in, quantised=self.trained_in)
+        return load_base(adapter, adapter.base, self.compute_dtype, self.compute_dtype)
 
-    def _reference(self, base: Any, of_inputs: bool = False) -> tuple[list[Tensor], float]:
-        """Return the logits with the adapter, and how far it has moved them; leaves the base."""
+    def _reference(self, base: Any, record_inputs: bool = False) -> tuple[list[Tensor], float]:
+        """Return the logits with the adapter, and their largest difference from the base's.
+
+        record_inputs: keep the layers' inputs for rounding. The adapter is removed from the base.
+        """
         model = with_adapter(base, self.adapter)
-        put_whole(model, self.changes)
-        if of_inputs and self.config.rounding_texts:
+        restore_fp32_values(model, self.changes)
+        if record_inputs and self.config.rounding_texts:
             texts = examples_after(self.adapter, self.examples, self.config.rounding_texts)
             layers = changed_layers(self.skeleton, self.changes)
             self.inputs = inputs_of(model, layers, texts, self.config.shard_gb * 1e9 / 4)
-            tokens = max((sum(map(len, given)) for given in self.inputs.values()), default=0)
-            print(f"rounding: for the inputs of {len(texts)} texts, {tokens:,} tokens a layer")
-        with_it = logits_of(model, self.examples)
+            tokens = max((sum(map(len, parts)) for parts in self.inputs.values()), default=0)
+            print(f"rounding: with inputs of {len(texts)} texts, {tokens:,} tokens per layer")
+        adapted = logits_of(model, self.examples)
         with model.disable_adapter():
             without = logits_of(model, self.examples)
         model.unload()
-        return with_it, largest_difference(with_it, without)
+        return adapted, largest_difference(adapted, without)
 
     def _write(self, source: Source, folder: Path, dtype: torch.dtype) -> None:
-        """Write the weights, of which one file's are in memory at a time."""
+        """Write the weights; one file's tensors are in memory at a time."""
         places = owners(self.skeleton, source)
         changes = self._by_place(places)
-        inputs = {places[f"{name}.weight"]: given for name, given in self.inputs.items()}
+        inputs = {places[f"{name}.weight"]: parts for name, parts in self.inputs.items()}
         kept = [key for key in source.shapes if places.get(key, key) == key]
         matrices = {places[name] for name in vocabulary_names(self.skeleton)}
         rows = max(source.shapes[key][0] for key in matrices)
         if self.adapter.pairs:
             rows = rows_needed(rows, len(self.adapter.tokenizer))
 
-        def made(key: str) -> Tensor:
+        def merged(key: str) -> Tensor:
             tensor = source.read(key)
             if not tensor.is_floating_point():
                 return tensor
             if key in matrices and self.adapter.pairs:
                 tensor = grown(tensor, len(self.adapter.tokenizer))
-            elif key == "final_logits_bias":  # BART's and Marian's, of the LM head's length
+            elif key == "final_logits_bias":  # in BART and Marian, as long as the LM head
                 tensor = torch.nn.functional.pad(tensor, (0, rows - tensor.shape[-1]))
             if key in changes:
                 tensor = changes[key].of(tensor)
@@ -247,42 +264,45 @@ class Merge:
 
         sizes = {key: torch.Size(source.shapes[key]).numel() * dtype.itemsize for key in kept}
         files = cut_shards(sizes, int(self.config.shard_gb * 1e9))
-        where: dict[str, str] = {}
+        file_of: dict[str, str] = {}
         size = 0
         for number, keys in enumerate(files, 1):
             name = shard_name("model", number, len(files))
-            tensors = {key: made(key) for key in keys}
+            tensors = {key: merged(key) for key in keys}
             save_file(tensors, folder / name, metadata={"format": "pt"})
-            # safetensors 0.8 makes it for its owner alone; the folder's own mode is the umask's.
+            # safetensors 0.8 makes it readable by its owner only; the folder has the umask's mode.
             (folder / name).chmod(folder.stat().st_mode & 0o666)
-            where |= dict.fromkeys(keys, name)
+            file_of |= dict.fromkeys(keys, name)
             size += sum(tensor.nbytes for tensor in tensors.values())
         if len(files) > 1:
-            (folder / INDEX).write_text(shard_index(where, size), encoding="utf-8")
-        self._write_the_rest(folder, dtype, rows)
+            (folder / INDEX).write_text(shard_index(file_of, size), encoding="utf-8")
+        self._write_settings(folder, dtype, rows)
 
     def _by_place(self, places: dict[str, str]) -> dict[str, Change]:
-        """Return the changes by what they change; raises UserError where modules share it."""
+        """Return the changes by the stored name of their tensor.
+
+        Raises UserError if the adapter changes a shared matrix for one of its modules only.
+        """
         readers = Counter(places.values())
         changes: dict[str, Change] = {}
         for name, change in self.changes.items():
             place = places.get(name)
             if place is None:
                 raise UserError(
-                    f"{self.adapter.base}: its files hold no {name}; expected the names that the "
-                    "model has. Load it with transformers and save it again, with save_pretrained."
+                    f"{self.adapter.base}: its files hold no {name}; expected the model's own "
+                    "names. Load it with transformers and save it with save_pretrained."
                 )
             other = changes.setdefault(place, change)
             same_rows = change.same_rows(other)
             if readers[place] > 1 and not same_rows:
                 raise UserError(
                     f"--adapter {self.adapter.folder}: it changes {name}, which other modules "
-                    "share; merged, it would change them too. Keep the adapter apart."
+                    "share; a merge would change them too. Use the adapter unmerged."
                 )
         return changes
 
-    def _write_the_rest(self, folder: Path, dtype: torch.dtype, rows: int) -> None:
-        """Write configuration, tokenizer, what generating needs, and code that comes with them."""
+    def _write_settings(self, folder: Path, dtype: torch.dtype, rows: int) -> None:
+        """Write configuration, tokenizer, generation settings, and trusted code of the base."""
         adapter = self.adapter
         config = copy.deepcopy(adapter.base_config)
         if hasattr(config, "quantization_config"):

@@ -1,4 +1,4 @@
-"""What an adapter does to each tensor of its base model; what cannot be merged is refused."""
+"""Reads an adapter's change of each base tensor; refuses adapters that cannot be merged."""
 
 import json
 from collections import defaultdict
@@ -26,9 +26,9 @@ A, B, EMBEDDING_A, EMBEDDING_B = (
 )
 MAGNITUDE, ROWS = "lora_magnitude_vector", "token_adapter.trainable_tokens_delta"
 KINDS = (A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, ROWS)
-# The fields of peft's LoraConfig (0.21) that are heeded here, or that change no weights. Another
-# one that is not at its default is refused.
-HEEDED = {
+# Fields of peft's LoraConfig (0.21) that the merge supports, or that do not change weights. Another
+# field must have its default.
+SUPPORTED_FIELDS = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha"),
     *("lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "use_dora", "modules_to_save"),
@@ -36,34 +36,34 @@ HEEDED = {
     *("alpha_pattern", "trainable_token_indices", "runtime_config", "ensure_weight_tying"),
     *("megatron_core", "loftq_config", "eva_config"),
 }
-# Others, such as "pissa", take from the base what the adapter begins with.
-BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
+# Other values, such as "pissa", subtract the adapter's initial product from the base.
+SUPPORTED_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one tensor: LoRA's product is added, rows take the place of others, or all.
+    """The change of one tensor: LoRA's product is added, or rows or the complete tensor replaced.
 
-    product: lora_B and lora_A, [out, r] and [r, in], and their scale; `turned` where the tensor is
-    [in, out]. magnitude: DoRA's, [out]. rows: [n, d] for the n tokens.
+    product: lora_B [out, r], lora_A [r, in] and their scale. transposed: the tensor is [in, out].
+    magnitude: DoRA's, [out]. rows: [n, d] for the n `tokens`. replacement: the new tensor.
     """
 
     product: tuple[Tensor, Tensor, float] | None = None
-    turned: bool = False
+    transposed: bool = False
     magnitude: Tensor | None = None
     tokens: tuple[int, ...] = ()
     rows: Tensor | None = None
-    whole: Tensor | None = None
+    replacement: Tensor | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return the changed tensor, in fp32."""
-        changed = tensor.float() if self.whole is None else self.whole.float()
+        changed = tensor.float() if self.replacement is None else self.replacement.float()
         if self.product:
             b, a, scale = self.product
             delta = (b.float() @ a.float()) * scale
-            changed = changed + (delta.T if self.turned else delta)
+            changed = changed + (delta.T if self.transposed else delta)
         if self.magnitude is not None:
-            # https://arxiv.org/abs/2402.09353, equation 5; the norm is each output's.
+            # https://arxiv.org/abs/2402.09353, equation 5, with a norm for each output.
             changed = changed * (self.magnitude.float() / changed.norm(dim=1))[:, None]
         if self.rows is not None:
             changed = changed.clone()
@@ -71,7 +71,7 @@ class Change:
         return changed
 
     def same_rows(self, other: "Change") -> bool:
-        """Whether both are rows of the same tokens, with the same values."""
+        """Return whether both changes are equal rows of the same tokens."""
         if self.rows is None or other.rows is None:
             return False
         return self.tokens == other.tokens and torch.equal(self.rows, other.rows)
@@ -80,19 +80,19 @@ class Change:
 def read_changes(folder: Path, model: nn.Module) -> dict[str, Change]:
     """Return the changes by the names of the base model's parameters.
 
-    `model`: the base, of which modules and shapes are read alone. Raises UserError for an adapter
-    that does more than is understood here.
+    model: the base; only its modules and shapes are read. Raises UserError for an adapter that
+    cannot be merged or does not fit the base.
     """
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     _check(config, folder)
     modules = dict(model.named_modules())
-    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)  # by module and kind
     changes: dict[str, Change] = {}
     names = {*model.state_dict()}
     for key, tensor in _weights(folder).items():
         name = key.removeprefix(PREFIX)
         kind = next((k for k in KINDS if name.endswith(f".{k}")), None)
-        # Some releases of peft write it with the name of its parameter.
+        # Some releases of peft append the parameter's name.
         if name.endswith(f".{MAGNITUDE}.weight"):
             name, kind = name.removesuffix(".weight"), MAGNITUDE
         if kind:
@@ -101,7 +101,7 @@ def read_changes(folder: Path, model: nn.Module) -> dict[str, Change]:
         name = name.replace(".base_layer", "")
         if name not in names:
             raise _unknown(folder, key)
-        changes[name] = Change(whole=tensor)
+        changes[name] = Change(replacement=tensor)
     for module, found in parts.items():
         if module not in modules:
             raise _unknown(folder, f"{PREFIX}{module}")
@@ -109,17 +109,16 @@ def read_changes(folder: Path, model: nn.Module) -> dict[str, Change]:
     return changes
 
 
-def put_whole(model: PeftModel, changes: dict[str, Change]) -> None:
-    """Give modules and biases that were trained as a whole their values in fp32.
+def restore_fp32_values(model: PeftModel, changes: dict[str, Change]) -> None:
+    """Set completely trained modules and biases to their saved fp32 values.
 
-    peft (0.21) holds them in the precision of the base, to which that rounds them; LoRA's own
-    weights it holds in fp32.
+    peft (0.21) loads them in the base's dtype, which rounds them. It loads LoRA's weights in fp32.
     """
     for name, parameter in model.get_base_model().named_parameters():
-        own = name.replace(".modules_to_save.default", "").replace(".base_layer", "")
-        change = changes.get(own)
-        if change and change.whole is not None and "original_module" not in name:
-            parameter.data = change.whole.float()
+        base_name = name.replace(".modules_to_save.default", "").replace(".base_layer", "")
+        change = changes.get(base_name)
+        if change and change.replacement is not None and "original_module" not in name:
+            parameter.data = change.replacement.float()
 
 
 def _change(
@@ -129,25 +128,26 @@ def _change(
     kinds = {*found}
     if kinds == {ROWS} and (linear or embedding):
         return Change(tokens=_tokens(name, config, folder), rows=found[ROWS])
-    turned = isinstance(module, Conv1D)
-    if kinds in ({A, B}, {A, B, MAGNITUDE}) and (linear or (turned and MAGNITUDE not in kinds)):
+    transposed = isinstance(module, Conv1D)
+    plain = MAGNITUDE not in kinds
+    if kinds in ({A, B}, {A, B, MAGNITUDE}) and (linear or (transposed and plain)):
         b, a = found[B], found[A]
     elif kinds == {EMBEDDING_A, EMBEDDING_B} and embedding:
-        b, a, turned = found[EMBEDDING_B], found[EMBEDDING_A], True
+        b, a, transposed = found[EMBEDDING_B], found[EMBEDDING_A], True
     else:
         raise UserError(
             f"--adapter {folder}: {name}, a {type(module).__name__}, has {', '.join(sorted(kinds))}"
-            "; expected LoRA's pair on a linear layer or an embedding. Keep the adapter apart."
+            "; expected LoRA's pair on a linear layer or an embedding. Use the adapter unmerged."
         )
     alpha = config["alpha_pattern"] or {}
     alpha = alpha.get(get_pattern_key([*alpha], name), config["lora_alpha"])
     rank = len(a)
     scale = alpha / (sqrt(rank) if config.get("use_rslora") else rank)
-    return Change(product=(b, a, scale), turned=turned, magnitude=found.get(MAGNITUDE))
+    return Change(product=(b, a, scale), transposed=transposed, magnitude=found.get(MAGNITUDE))
 
 
 def _tokens(module: str, config: dict[str, Any], folder: Path) -> tuple[int, ...]:
-    """Return whose rows a module's are, in the order of the rows."""
+    """Return the tokens of a module's new rows, in the order of the rows."""
     indices = config.get("trainable_token_indices")
     for name, tokens in indices.items() if isinstance(indices, dict) else [(module, indices)]:
         if tokens and f".{module}".endswith(f".{name}"):
@@ -158,19 +158,22 @@ def _tokens(module: str, config: dict[str, Any], folder: Path) -> tuple[int, ...
 def _check(config: dict[str, Any], folder: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise UserError(f"--adapter {folder}: found peft_type {kind}; expected LORA.")
+        raise UserError(
+            f"--adapter {folder}: found peft_type {kind}; expected LORA. Use the adapter unmerged."
+        )
     defaults = LoraConfig()
     for key, value in config.items():
-        if key not in HEEDED and value and value != getattr(defaults, key, None):
+        if key not in SUPPORTED_FIELDS and value and value != getattr(defaults, key, None):
             raise UserError(
                 f"--adapter {folder}: found {key} {json.dumps(value)}, which cannot be merged; "
-                "expected plain LoRA, rsLoRA or DoRA. Keep the adapter apart."
+                "expected plain LoRA, rsLoRA or DoRA. Use the adapter unmerged."
             )
-    begun = config.get("init_lora_weights", True)
-    if begun not in BEGINNINGS:
+    init = config.get("init_lora_weights", True)
+    if init not in SUPPORTED_INITS:
         raise UserError(
-            f"--adapter {folder}: found init_lora_weights {begun}, with which peft changes the "
-            "base, too. Convert the adapter (peft's path_initial_model_for_weight_conversion)."
+            f"--adapter {folder}: found init_lora_weights {init}, which also changes the base; "
+            "expected an adapter that leaves the base as it is. Convert it (peft's "
+            "path_initial_model_for_weight_conversion)."
         )
 
 
@@ -179,13 +182,15 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     if safe.is_file():
         return load_file(safe)
     if not pickled.is_file():
-        raise UserError(f"--adapter {folder}: no weights; expected {safe.name}.")
+        raise UserError(
+            f"--adapter {folder}: found no weights; expected {safe.name}. Give an adapter's folder."
+        )
     loaded: dict[str, Tensor] = torch.load(pickled, weights_only=True)
     return loaded
 
 
-def _unknown(folder: Path, what: str) -> UserError:
+def _unknown(folder: Path, name: str) -> UserError:
     return UserError(
-        f"--adapter {folder}: found {what}, for which the base model has no place; expected an "
+        f"--adapter {folder}: found {name}, which the base model does not have; expected an "
         "adapter of this base. Give --base, the model that it was trained on."
     )

@@ -1,4 +1,4 @@
-"""Saves what is not LoRA: what else was trained, or the base model whole."""
+"""Saves weights that are not LoRA: other trained ones, or the complete base model."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -17,9 +17,9 @@ from loop.utils import Tensors, file_name, gathered, trained_parameters
 
 
 def cut_shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Return the names in order, one list a file.
+    """Return the tensor names in order, one list per file.
 
-    `sizes`: bytes of each tensor. `most`: bytes of a file, but for a single larger tensor.
+    sizes: bytes of each tensor. most: bytes of a file; a larger tensor gets its own file.
     """
     files: list[list[str]] = [[]]
     filled = 0
@@ -33,31 +33,35 @@ def cut_shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
 
 
 def shard_name(stem: str, number: int, count: int) -> str:
-    """Return the name of a file, of which there are so many; they are numbered from 1."""
+    """Return the name of file `number` of `count`, counted from 1."""
     return f"{stem}-{number:05d}-of-{count:05d}.safetensors" if count > 1 else f"{stem}.safetensors"
 
 
 def shard_index(places: Mapping[str, str], size: int) -> str:
-    """Return the index as JSON: the file of each tensor, and the bytes of all."""
+    """Return the index as JSON: the file of each tensor, and the total bytes."""
     return json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=1) + "\n"
 
 
 NAME, INDEX = "non_lora_state", "non_lora_state.safetensors.index.json"
 PARTIAL = f".partial-{NAME}"
-SHARD = 2 << 30  # bytes
+MAX_SHARD_BYTES = 2 << 30
 
 
 def save_non_lora(
-    accelerator: Accelerator, model: PeftModel, folder: Path, config: Config, shard: int = SHARD
+    accelerator: Accelerator,
+    model: PeftModel,
+    folder: Path,
+    config: Config,
+    shard: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write non_lora_state.safetensors, or its shards and their index; every rank must call this.
 
-    `shard`: bytes of a file at most, but for a single larger tensor. The index is of the form that
-    transformers reads. Raises Fault where it cannot be written; the adapter is saved by then.
+    shard: maximum bytes of a file; a larger tensor gets its own file. The index has the format of
+    transformers. Raises RunError if a file cannot be written; the adapter is already saved then.
     """
     keep = accelerator.is_main_process
-    for left in [*folder.glob(f"{NAME}*"), *folder.glob(f"{PARTIAL}*")] if keep else ():
-        left.unlink()  # an earlier run's, of other shards perhaps
+    for old in [*folder.glob(f"{NAME}*"), *folder.glob(f"{PARTIAL}*")] if keep else ():
+        old.unlink()  # an earlier run may have written other shards
     if config.save_non_lora_state == "none":
         return
     state = new_tokens.rows(model, trained_parameters(model, keep), keep)
@@ -82,7 +86,7 @@ def save_non_lora(
 
 
 def _write(path: Path, write: Callable[[Path], Any], keep: bool) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     unfinished = path.with_name(f"{PARTIAL}-{path.name}")
     try:
         if keep:
@@ -90,7 +94,7 @@ def _write(path: Path, write: Callable[[Path], Any], keep: bool) -> None:
             unfinished.replace(path)
     except Exception as error:
         raise RunError(
-            f"--save_non_lora_state: {error}. The adapter itself is saved; make room and run the "
+            f"--save_non_lora_state: {error}. The adapter is saved. Free disk space and run the "
             "command again."
         ) from error
 
@@ -104,16 +108,16 @@ def _sizes(model: PeftModel) -> dict[str, int]:
 
 
 def _named(model: PeftModel) -> dict[str, Any]:
-    """Return the base model's tensors by their names here; a tied one once."""
+    """Return the base model's tensors by their names in this model; a tied tensor once."""
     base = model.get_base_model()
-    kept = dict(base.named_parameters())
+    tensors = dict(base.named_parameters())
     saved = {*base.state_dict(keep_vars=True)}
-    kept |= {name: buffer for name, buffer in base.named_buffers() if name in saved}
-    return {n: t for n, t in kept.items() if "lora_" not in n and "trainable_tokens" not in n}
+    tensors |= {name: buffer for name, buffer in base.named_buffers() if name in saved}
+    return {n: t for n, t in tensors.items() if "lora_" not in n and "trainable_tokens" not in n}
 
 
 def _base_tensors(model: PeftModel, name: str, state: Tensors, keep: bool) -> Tensors:
-    """Return a tensor under the name that the base model has for it, and its 4-bit scales."""
+    """Return a tensor under the base model's name, and in 4 bits its quantization state."""
     tensor = _named(model)[name]
     with gathered(tensor):
         value = tensor.detach().to("cpu", copy=True).contiguous() if keep else None
@@ -122,8 +126,8 @@ def _base_tensors(model: PeftModel, name: str, state: Tensors, keep: bool) -> Te
     tokens, rows = new_tokens.replaced(model).get(id(tensor), ([], ""))
     if tokens:
         value[tokens] = state[rows].to(value)
-    own = name.replace(".base_layer", "").replace(".token_adapter", "")
+    base_name = name.replace(".base_layer", "").replace(".token_adapter", "")
     if not hasattr(tensor, "quant_state"):
-        return {own: value}
+        return {base_name: value}
     packed = tensor.quant_state.as_dict(packed=True)
-    return {own: value, **{f"{own}.{key}": item.cpu() for key, item in packed.items()}}
+    return {base_name: value, **{f"{base_name}.{key}": item.cpu() for key, item in packed.items()}}

@@ -1,4 +1,4 @@
-"""Where a run begins: afresh, or after a checkpoint that the first rank chooses for all."""
+"""Finds the point where a run starts: step 0, or a checkpoint that rank 0 chooses."""
 
 import dataclasses
 import datetime
@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 from data.errors import UserError
 from loop.checkpoint import storage
 from loop.checkpoint.storage import Checkpoint, CorruptCheckpoint
-from loop.config.flags import PATHS, TOLD, Config
+from loop.config.flags import Config, names_of
 from loop.config.load import with_current_names
 from loop.config.parser import FALSE, TRUE
 from loop.distributed import optimizer_state
@@ -27,28 +27,14 @@ from loop.distributed.layout import Layout
 from loop.distributed.signals import is_restart, record_launch
 from loop.inputs.training_data import TrainingData
 from loop.model.base import tokenizer_sha256
-from loop.monitor.history import Progress
+from loop.monitor.history import PriorRun
 from loop.utils import Tensors, shapes
 
-SAMPLE = 1 << 16  # bytes
-GROUPS_THAT_TRAIN = ("model", "LoRA", "data", "training")
-# How the work is split: it changes the last digits only. Precision is compared as a whole.
-SPLIT = {
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"),
-    *(
-        "tokens_per_micro_batch",
-        "auto_micro_batch",
-        "torch_compile",
-        "packing",
-        "loss_chunk_tokens",
-    ),
-    *("gradient_checkpointing", "flash_attn", "tf32", "trust_remote_code"),
-    *("mixed_precision", "bf16", "fp16"),
-}
+SAMPLE_BYTES = 1 << 16  # of a weights file, hashed at three places
 
 
 def run_facts(config: Config, data: TrainingData, global_batch_size: int) -> dict[str, Any]:
-    """Return the facts that decide what is trained, each with a name that a person can mend."""
+    """Return the facts that determine the result; their names are shown in error messages."""
     template = data.base.tokenizer.chat_template if data.base.template == "chat" else ""
     return {
         "data (SHA-256)": data.sha256,
@@ -64,23 +50,17 @@ def run_facts(config: Config, data: TrainingData, global_batch_size: int) -> dic
 
 
 def _result_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that decide what is trained, however the work is split."""
-    trains = {
-        field.name
-        for field in dataclasses.fields(config)
-        if field.metadata["group"] in GROUPS_THAT_TRAIN
-    }
-    values = dataclasses.asdict(config).items()
-    # The template is known by what it is, not by how it was asked for.
-    kept = {k: v for k, v in values if k in trains - PATHS - TOLD - SPLIT - {"template"}}
-    return {"precision": config.precision, **kept}
+    """Return the settings that determine the result, without the ones that only split the work."""
+    names = {*names_of(affects="encoding"), *names_of(affects="result")}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k in names}
+    return {"precision": config.precision, **settings}
 
 
 def _weights(base: str, settings: str, config: Config) -> str:
-    """Hash the settings' file, and of each weights file its size, beginning, middle and end.
+    """Hash the settings file, and the size, start, middle and end of each weights file.
 
-    Reading all of it would take minutes for a large model; another model of the same shape
-    differs in every sample. The hub's models are known by their commit.
+    Hashing everything would take minutes for a large model; another model of the same shape
+    differs in every sample. A model from the hub is identified by its commit.
     """
     folder, hub = Path(base), {"cache_dir": config.cache_dir}
     if not folder.is_dir():
@@ -92,9 +72,9 @@ def _weights(base: str, settings: str, config: Config) -> str:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with open(file, "rb") as opened:
-            for start in (0, size // 2, max(0, size - SAMPLE)):
+            for start in (0, size // 2, max(0, size - SAMPLE_BYTES)):
                 opened.seek(start)
-                digest.update(opened.read(SAMPLE))
+                digest.update(opened.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 
@@ -103,7 +83,7 @@ def _sha256(text: str) -> str:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values as they come back from JSON."""
+    """Return the values as JSON reads them back."""
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
 
@@ -113,48 +93,49 @@ FRESH: dict[str, Any] = {"step": 0}
 
 @dataclass
 class ResumePoint:
-    """A run's beginning, the same on every rank.
+    """Where a run starts, the same on every rank.
 
-    progress: what a checkpoint's progress.json holds; of a fresh run, step 0 alone.
-    facts: what the run is made of; on the first rank only, which writes them.
+    facts: what determines the result; on rank 0 only, which writes them. folder: the checkpoint, on
+    rank 0 only. progress: the content of its progress.json; step 0 for a fresh run. parameters:
+    number of trained parameters.
     """
 
     facts: dict[str, Any]
     folder: Path | None = None
     progress: dict[str, Any] = field(default_factory=lambda: dict(FRESH))
     resumed: bool = False
-    parameters: int = 0  # trained ones
+    parameters: int = 0
 
     @property
     def step(self) -> int:
-        """Steps done before this run."""
+        """Steps done before this launch."""
         return int(self.progress["step"])
 
     @property
     def log(self) -> Path | None:
-        """The log that the checkpoint's run has left."""
+        """The log of the run that wrote the checkpoint."""
         return self.folder.parent / storage.LOG if self.folder else None
 
     @property
-    def so_far(self) -> Progress:
-        """What monitors go on from."""
-        return Progress(self.step, self.progress, self.log)
+    def prior(self) -> PriorRun:
+        """The part of the run before this launch."""
+        return PriorRun(self.step, self.progress, self.log)
 
     def agree(self) -> None:
-        """Take the first rank's progress; every rank must call this."""
+        """Broadcast rank 0's progress; every rank must call this."""
         self.progress, resumed = broadcast_object_list([self.progress, self.folder is not None])
         self.resumed = bool(resumed)
 
     def put_weights(self, accelerator: Accelerator, model: Any) -> None:
-        """Put the checkpoint's adapter into the model; before `prepare`, and on every rank.
+        """Load the checkpoint's adapter; every rank must call this, before `accelerator.prepare`.
 
-        Raises UserError where the adapter has another shape than the model's.
+        Raises UserError if the shapes of the checkpoint and the model differ.
         """
         expected = shapes(model)
         self.parameters = sum(math.prod(shape) for shape in expected.values())
         if not self.resumed:
             return
-        self.adapter = self._sent(accelerator, storage.ADAPTER)
+        self.adapter = self._broadcast(accelerator, storage.ADAPTER)
         found = {name: tuple(tensor.shape) for name, tensor in self.adapter.items()}
         with raise_on_all_ranks():
             wrong = [
@@ -164,25 +145,25 @@ class ResumePoint:
                 name = min(wrong)
                 raise UserError(
                     f"the checkpoint's adapter has {name} {found.get(name)}, the model "
-                    f"{expected.get(name)}; expected the same shapes, which no flag can change. "
-                    "Give LoRA's settings as they were, or --resume_from_checkpoint False."
+                    f"{expected.get(name)}; expected the same shapes. Give the checkpoint's LoRA "
+                    "settings, or --resume_from_checkpoint False."
                 )
         optimizer_state.put_weights(model, self.adapter)
 
     def put_optimizer(self, accelerator: Accelerator, model: Any, optimizer: Any) -> None:
-        """Put moments, step count and master weights back; after `prepare`, and on every rank."""
+        """Load the optimizer's state; every rank must call this, after `accelerator.prepare`."""
         optimizer_state.freeze_ddp_buckets(model)
         optimizer_state.create_moments(optimizer)
         if not self.resumed:
             return
-        moments = self._sent(accelerator, storage.OPTIMIZER)
+        moments = self._broadcast(accelerator, storage.OPTIMIZER)
         model = accelerator.unwrap_model(model)
         optimizer_state.load_optimizer_state(model, optimizer, self.adapter, moments)
         if self.progress["loss_scale"]:
             optimizer_state.put_loss_scale(accelerator, optimizer, self.progress["loss_scale"])
         del self.adapter
 
-    def _sent(self, accelerator: Accelerator, name: str) -> Tensors:
+    def _broadcast(self, accelerator: Accelerator, name: str) -> Tensors:
         tensors = load_file(self.folder / name) if self.folder else {}
         return optimizer_state.broadcast_tensors(tensors, accelerator.device)
 
@@ -190,41 +171,42 @@ class ResumePoint:
 def find_resume_point(
     config: Config, data: TrainingData, layout: Layout, reads: bool
 ) -> ResumePoint:
-    """Choose the newest checkpoint that is whole; none: step 0. Only the first rank `reads`.
+    """Return the newest valid checkpoint, or step 0 without one; only rank 0 `reads`.
 
-    Raises UserError where none is whole, or where it was made of other data or settings.
+    Checkpoints that the run does not continue are moved to a folder discarded-<time>. Raises
+    UserError if all checkpoints are corrupt, or if data or settings differ.
     """
     if not reads:
         return ResumePoint({})
-    start = ResumePoint(run_facts(config, data, layout.global_batch_size))
+    point = ResumePoint(run_facts(config, data, layout.global_batch_size))
     output = Path(config.output_dir)
     own = storage.list_folders(output)
-    found = find_checkpoint(config, start.facts, layout)
-    if found:
-        start.folder, start.progress = found.folder, found.progress()
-        print(f"resume: {found.folder}, after step {found.step} of {layout.total_steps}")
-    beside = found and found.folder.parent.resolve() == output.resolve()
-    _set_aside([mine for mine in own if not (beside and storage.number(mine) <= start.step)])
+    checkpoint = find_checkpoint(config, point.facts, layout)
+    if checkpoint:
+        point.folder, point.progress = checkpoint.folder, checkpoint.progress()
+        print(f"resume: {checkpoint.folder}, after step {checkpoint.step} of {layout.total_steps}")
+    is_own = checkpoint and checkpoint.folder.parent.resolve() == output.resolve()
+    _set_aside([folder for folder in own if not (is_own and storage.number(folder) <= point.step)])
     record_launch(output)
-    return start
+    return point
 
 
 def find_checkpoint(config: Config, facts: dict[str, Any], layout: Layout) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole, and fits; changes nothing. Raises UserError."""
-    output, asked = Path(config.output_dir), config.resume_from_checkpoint
+    """Return the newest valid checkpoint; changes nothing. Raises UserError if it does not fit."""
+    output, flag = Path(config.output_dir), config.resume_from_checkpoint
     folders = own = storage.list_folders(output)
-    again = is_restart(output)
-    if asked.lower() in FALSE:
-        folders = own if again else []
-    elif asked.lower() not in TRUE:
-        folders = _named(Path(asked).expanduser().resolve())
-        if again:  # Those that the launch has saved itself.
+    restarted = is_restart(output)
+    if flag.lower() in FALSE:
+        folders = own if restarted else []
+    elif flag.lower() not in TRUE:
+        folders = _named(Path(flag).expanduser().resolve())
+        if restarted:  # Prefer what this launch has saved itself.
             newest = storage.number(folders[0])
-            folders = [mine for mine in own if storage.number(mine) > newest] or folders
-    found = _newest_whole(folders)
-    if found:
-        _check_facts(found, facts, config, layout)
-    return found
+            folders = [folder for folder in own if storage.number(folder) > newest] or folders
+    checkpoint = _newest_valid(folders)
+    if checkpoint:
+        _check_facts(checkpoint, facts, config, layout)
+    return checkpoint
 
 
 def _named(folder: Path) -> list[Path]:
@@ -234,36 +216,38 @@ def _named(folder: Path) -> list[Path]:
     if not folders:
         raise UserError(
             f"--resume_from_checkpoint {folder}: found no checkpoint; expected a folder "
-            "checkpoint-<step>, or one that holds such folders. Or give True or False."
+            "checkpoint-<step>, or one that contains such folders. Or give True or False."
         )
     return folders
 
 
-def _newest_whole(folders: list[Path]) -> Checkpoint | None:
-    """Return the newest checkpoint whose files are all as they were written."""
-    damages = []
+def _newest_valid(folders: list[Path]) -> Checkpoint | None:
+    """Return the first folder's checkpoint that passes verification; None without folders."""
+    corrupt: list[str] = []
     for folder in folders:
         try:
-            found = storage.verify(folder)
-        except CorruptCheckpoint as damage:
-            damages.append(f"{folder}: damaged: {damage}")
+            checkpoint = storage.verify(folder)
+        except CorruptCheckpoint as error:
+            corrupt.append(f"{folder}: corrupt: {error}")
             continue
-        for told in damages:
-            print(f"note: {told}; going on from an older one")
-        return found
-    if damages:
+        for text in corrupt:
+            print(f"note: {text}; resuming from an older one")
+        return checkpoint
+    if corrupt:
         raise UserError(
-            f"{'; '.join(damages)}. Found no checkpoint that is whole. Give "
-            "--resume_from_checkpoint False to start afresh: they are kept, set aside."
+            f"{'; '.join(corrupt)}. Found no valid checkpoint. Give --resume_from_checkpoint False "
+            "to start afresh; the checkpoints are moved aside."
         )
     return None
 
 
-def _check_facts(found: Checkpoint, facts: dict[str, Any], config: Config, layout: Layout) -> None:
-    old = with_current_names(found.manifest["facts"])
-    if found.step > layout.total_steps:
+def _check_facts(
+    checkpoint: Checkpoint, facts: dict[str, Any], config: Config, layout: Layout
+) -> None:
+    old = with_current_names(checkpoint.manifest["facts"])
+    if checkpoint.step > layout.total_steps:
         raise UserError(
-            f"{found.folder}: found {found.step} steps done; expected at most the "
+            f"{checkpoint.folder}: found {checkpoint.step} steps done; expected at most the "
             f"{layout.total_steps} of this run. Give a larger --max_steps, or an older checkpoint."
         )
     changed = [
@@ -273,19 +257,19 @@ def _check_facts(found: Checkpoint, facts: dict[str, Any], config: Config, layou
     ]
     if changed and config.allow_resume_mismatch:
         for line in changed:
-            print(f"note: {line}; going on at step {found.step}, as --allow_resume_mismatch says")
+            print(f"note: {line}; resuming at step {checkpoint.step} (--allow_resume_mismatch)")
     elif changed:
         batch = old.get("examples a step")
         split = _splits(batch, layout) if batch != layout.global_batch_size else ""
         raise UserError(
-            f"{found.folder}: made of something else: {'; '.join(changed)}. {split}Give it as it "
-            "was; or --allow_resume_mismatch to go on with the new; or "
-            "--resume_from_checkpoint False to start afresh; or another --output_dir."
+            f"{checkpoint.folder}: other data or settings: {'; '.join(changed)}; expected the "
+            f"same. {split}Restore them; or give --allow_resume_mismatch to resume with the new "
+            "ones, --resume_from_checkpoint False to start afresh, or another --output_dir."
         )
 
 
 def _splits(batch: Any, layout: Layout) -> str:
-    """Name the ways in which these ranks can run the checkpoint's global batch."""
+    """Return flags with which these ranks run the checkpoint's global batch."""
     each, left = divmod(int(batch), layout.world_size)
     even = [] if left else [size for size in range(1, each + 1) if each % size == 0]
     words = [
@@ -294,7 +278,7 @@ def _splits(batch: Any, layout: Layout) -> str:
         if size <= max(8, layout.micro_batch_size)
     ]
     ways = ", or ".join([f"--global_batch_size {batch}", *words[::-1][:3]])
-    return f"On {layout.world_size} rank(s) {batch} examples a step are: {ways}. "
+    return f"{batch} examples a step on {layout.world_size} rank(s): {ways}. "
 
 
 def _short(value: Any) -> str:
@@ -303,7 +287,7 @@ def _short(value: Any) -> str:
 
 
 def _set_aside(stale: list[Path]) -> None:
-    """Move what a run would take for checkpoints of its own out of its way, with their log."""
+    """Move checkpoints that the run does not continue to discarded-<time>, with their log."""
     if not stale:
         return
     output = stale[0].parent
@@ -313,4 +297,4 @@ def _set_aside(stale: list[Path]) -> None:
         folder.rename(aside / folder.name)
     if (output / storage.LOG).is_file():
         shutil.copy2(output / storage.LOG, aside)
-    print(f"note: {len(stale)} checkpoints that this run does not go on from are now in {aside}")
+    print(f"note: {len(stale)} checkpoints that this run does not continue are now in {aside}")

@@ -1,25 +1,22 @@
-"""The output folder: recognises a finished run, and leaves one."""
+"""The output folder: its lock, its settings, the check for a finished run, the final save."""
 
-import fcntl
-import getpass
 import json
 import os
-import platform
 import shutil
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 from accelerate import Accelerator, PartialState
 
 from data.errors import UserError
 from data.files.hashes import file_sha256
+from data.files.lock import LockHeld, locked
 from loop.checkpoint.full_model import save_non_lora
 from loop.checkpoint.storage import sync
-from loop.config.flags import ADAPTER_FILES, Config
+from loop.config.flags import ADAPTER_FILES, Config, names_of
 from loop.config.load import dump, with_current_names
 from loop.config.parser import TRUE
 from loop.distributed.accelerator import raise_on_all_ranks
@@ -31,42 +28,32 @@ from loop.monitor.plots import draw_at_end
 from loop.utils import save_adapter, shapes, trained_parameters, write_json
 
 SETTINGS, STATE = "training_config.yaml", "trainer_state.json"
-PATHS = ("model_name_or_path", "lora_weight_path", "cache_dir")
-# The folder, however it is spelt, what says when to save and when to stop, and what is compared by
-# what lies there.
-NOT_COMPARED = (
-    *("output_dir", "save_strategy", "save_steps", "save_minutes", "save_total_limit"),
-    *("resume_from_checkpoint", "allow_resume_mismatch", "max_minutes", "preprocessed_path"),
-    *("data_path", "chat_template", "data_report", "cost_per_hour"),
-)
-LOCK, LOCK_TIMEOUT = (
-    ".lock",
-    5.0,
-)  # seconds that a run which was just killed may take to be gone
+LOCK = ".lock"
+LOCK_TIMEOUT = 5.0  # seconds that a killed run may take to exit
 
 
 def is_finished(config: Config) -> bool:
-    """Say whether the folder holds this very run, finished.
+    """Return whether the folder holds this run, finished.
 
-    Raises UserError where it holds a finished run with other settings or other data.
+    Raises UserError if it holds a finished run with other settings or data.
     """
     folder = Path(config.output_dir)
     if config.allow_resume_mismatch or config.resume_from_checkpoint.lower() not in TRUE:
-        return False  # Asked to train on, anew, or from elsewhere.
+        return False  # The flags ask to train: longer, afresh, or from another checkpoint.
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         settings = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return False  # Nothing, or a run that was cut off.
+        return False  # No run, or an interrupted one.
     if not isinstance(state, dict) or not isinstance(settings, dict) or not state.get("finished"):
         return False
     if not any((folder / name).is_file() for name in ADAPTER_FILES):
         return False
     settings, now = with_current_names(settings), yaml.safe_load(dump(config))
     for values in (settings, now):
-        for name in NOT_COMPARED:
+        for name in names_of(finished_check="no"):
             values.pop(name, None)
-        values |= {key: _resolved(values.get(key)) for key in PATHS}
+        values |= {key: _resolved(values.get(key)) for key in names_of(finished_check="path")}
     settings |= {name: state.get(name) for name in ("data_sha256", "chat_template_sha256")}
     now |= {"data_sha256": data_sha256(config), "chat_template_sha256": _template(config)}
     settings["examples a step"] = state.get("global_batch_size")
@@ -79,8 +66,8 @@ def is_finished(config: Config) -> bool:
     if changed:
         raise UserError(
             f"--output_dir {folder}: found a finished run with other settings "
-            f"({'; '.join(changed)}). Give another --output_dir; or "
-            "--allow_resume_mismatch to go on from its last checkpoint with the new ones."
+            f"({'; '.join(changed)}); expected the same. Give another --output_dir; or "
+            "--allow_resume_mismatch to resume from its last checkpoint with the new settings."
         )
     return True
 
@@ -91,40 +78,32 @@ def _template(config: Config) -> str | None:
 
 
 def _resolved(path: str | None) -> str | None:
-    """Return an existing path in one spelling; hub names stay as they are."""
+    """Return an existing path as an absolute one; hub names stay unchanged."""
     return str(Path(path).resolve()) if path and Path(path).exists() else path
 
 
 @contextmanager
 def locked_output_dir(config: Config) -> Iterator[None]:
-    """Make the folder and hold its lock, on the first rank, for as long as the block runs.
+    """Create the output folder and hold its lock on rank 0 while the block runs.
 
-    The kernel releases the lock however the run ends. Every rank must enter this. Raises UserError
-    where the folder cannot be written, or where another run holds it.
+    Every rank must enter this. Raises UserError if the folder cannot be written, or if another run
+    holds the lock.
     """
-    folder, lock = Path(config.output_dir), None
-    made = not folder.exists()
-    with raise_on_all_ranks():
-        if PartialState().is_main_process:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
-            except OSError as error:
-                raise UserError(
-                    f"--output_dir {folder}: cannot be written: {error.strerror}. "
-                    "Give another folder."
-                ) from None
-            _lock(lock, folder)
-            if not is_restart(folder):
-                _remove_stop(folder / "STOP")  # It was for the run before.
-    try:
-        yield
-    finally:
-        if lock:
-            with suppress(OSError):  # What went wrong before is what the user is to hear of.
-                if made and {path.name for path in folder.iterdir()} <= {LOCK, LAUNCH_FILE}:
-                    shutil.rmtree(folder)  # Nothing came of it, so nothing is left.
-            lock.close()
+    folder = Path(config.output_dir)
+    is_new = not folder.exists()
+    with ExitStack() as stack:
+        with raise_on_all_ranks():
+            if is_main := PartialState().is_main_process:
+                _lock(folder, stack)
+                if not is_restart(folder):
+                    _remove_stop(folder / "STOP")  # a request to the run before
+        try:
+            yield
+        finally:
+            if is_main:
+                with suppress(OSError):  # the block's own error matters more
+                    if is_new and {path.name for path in folder.iterdir()} <= {LOCK, LAUNCH_FILE}:
+                        shutil.rmtree(folder)  # the run wrote nothing
 
 
 def _remove_stop(file: Path) -> None:
@@ -134,36 +113,21 @@ def _remove_stop(file: Path) -> None:
         raise UserError(f"{file}: cannot be removed: {error.strerror}. Remove it.") from None
 
 
-def _lock(lock: TextIO, folder: Path) -> None:
-    deadline = time.monotonic() + LOCK_TIMEOUT
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                lock.seek(0)
-                raise UserError(
-                    f"--output_dir {folder}: another run writes to it: {lock.read().strip()}. "
-                    "Wait for it, stop it (touch STOP in the folder), or give another folder."
-                ) from None
-            time.sleep(0.2)
-        except OSError:  # This file system knows no locks.
-            print(f"note: {folder} cannot be locked; start no second run with it")
-            break
-    lock.truncate(0)
-    lock.write(
-        f"process {os.getpid()} of {_user()} on {platform.node()}, "
-        f"since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-    )
-    lock.flush()
-
-
-def _user() -> str:
+def _lock(folder: Path, stack: ExitStack) -> None:
+    """Hold the folder's lock until the stack is closed; raises UserError."""
     try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # A container's user need not have a name.
-        return str(os.getuid())
+        has_lock = stack.enter_context(locked(folder / LOCK, LOCK_TIMEOUT))
+    except LockHeld as holder:
+        raise UserError(
+            f"--output_dir {folder}: another run writes to it: {holder}. "
+            "Wait for it, stop it (touch STOP in the folder), or give another folder."
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder}: cannot be written: {error.strerror}. Give another folder."
+        ) from None
+    if not has_lock:
+        print(f"note: {folder} cannot be locked; start no second run with it")
 
 
 def write_settings(accelerator: Accelerator, config: Config) -> None:
@@ -182,7 +146,7 @@ def save_run(
     layout: Layout,
     config: Config,
 ) -> None:
-    """Write adapter and tokenizer, and last trainer_state.json, by which the run is finished."""
+    """Write adapter, tokenizer and, last, trainer_state.json, which marks the run as finished."""
     folder = Path(config.output_dir)
     unwrapped = accelerator.unwrap_model(model)
     main = accelerator.is_main_process
@@ -193,7 +157,7 @@ def save_run(
     if not main:
         return
     data.base.tokenizer.save_pretrained(folder)
-    for name in ADAPTER_FILES:  # What counts as finished must outlast a loss of power.
+    for name in ADAPTER_FILES:  # The adapter must be on disk before the run is marked finished.
         if (folder / name).is_file():
             sync(folder / name)
     state = {

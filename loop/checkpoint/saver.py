@@ -1,4 +1,4 @@
-"""Saves checkpoints beside the loop, and stops it on request at a step that all ranks share."""
+"""Writes checkpoints in a background thread, and stops the run at a step shared by all ranks."""
 
 import datetime
 import json
@@ -26,16 +26,15 @@ from loop.distributed import optimizer_state
 from loop.distributed.accelerator import COLLECTIVE_TIMEOUT, raise_on_all_ranks, zero_stage
 from loop.distributed.layout import Layout
 from loop.distributed.memory import micro_batch_record
-from loop.distributed.signals import launcher_asks
+from loop.distributed.signals import STOP_SIGNALS, launcher_asks
 from loop.inputs.windows import Window
 from loop.monitor.logger import Tracker
-from loop.monitor.summary import how_to_go_on
+from loop.monitor.summary import how_to_resume
 from loop.utils import file_name, trained_parameters
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # What a rank asks for; of all ranks the greatest counts. ASKED: by whoever wants no other launch.
 GO_ON, SAVE, TIME_IS_OVER, SIGNAL, ASKED, FAILED = range(6)
-BEGAN = time.monotonic()  # --max_minutes holds data and model, read before the loop, too.
+BEGAN = time.monotonic()  # --max_minutes includes reading data and model before the loop.
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,10 @@ def agreed_reason(requests: Sequence[Request], wanted: int) -> str:
 
 
 class Saver:
-    """Looks after each step whether a checkpoint is due or a stop was asked for.
+    """Checks after each step whether a checkpoint is due or a stop was requested.
 
-    A context manager: within it signals are requests, answered after the step; the writing
-    thread has ended when it is left.
+    A context manager: inside, a signal is a request that is answered after the step. On exit the
+    writer thread has finished.
     """
 
     def __init__(
@@ -80,8 +79,8 @@ class Saver:
         self.request, self.interrupts = self._request(GO_ON), 0
         self.writer: threading.Thread | None = None
         self.failure: Exception | None = None
-        self.saves, self.waited = 0, 0.0
-        self.last_step = layout.total_steps  # an evaluation may end the run before
+        self.saves, self.stall = 0, 0.0  # checkpoints, and seconds that the loop waited for them
+        self.last_step = layout.total_steps  # an evaluation may end the run earlier
         self.due_at = -1  # the step of an evaluation whose checkpoint is kept
         nothing = {"best_metric": None, "best_step": None, "evaluated_step": None, "stale": 0}
         self.evaluation: dict[str, Any] = nothing | {
@@ -91,13 +90,13 @@ class Saver:
     def __enter__(self) -> "Saver":
         self.group = None
         if self.accelerator.num_processes > 1:
-            # On the CPU, so that asking does not wait for the GPU.
+            # On the CPU, so that agreeing on a request does not wait for the GPU.
             self.group = torch.distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
         with raise_on_all_ranks():
             if self.main:
                 self._check_room()
         self.entered = time.monotonic()
-        self.handlers = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        self.handlers = {number: signal.signal(number, self._ask) for number in STOP_SIGNALS}
         return self
 
     def __exit__(
@@ -110,16 +109,16 @@ class Saver:
             signal.signal(number, handler)
         self._wait()
         if self.main and self.saves:
-            share = self.waited / (time.monotonic() - self.entered)
-            tqdm.write(  # The bar is still there.
-                f"checkpoints: {self.saves}; the loop waited {self.waited:.2f} s for them "
-                f"({share:.2%} of its time)"
+            share = self.stall / (time.monotonic() - self.entered)
+            tqdm.write(  # The progress bar is still open.
+                f"checkpoints: {self.saves}; checkpoint stall {self.stall:.2f} s "
+                f"({share:.2%} of the loop's time)"
             )
 
     def maybe_save(self, window: Window, model: Any, optimizer: Any, tracker: Tracker) -> None:
-        """Save where it is due; every rank must call this after each step.
+        """Save if a checkpoint is due; every rank must call this after each step.
 
-        Raises Stopped once a request is met, Fault where the last checkpoint was not written.
+        Raises Stopped after a requested stop, RunError if the previous checkpoint was not written.
         """
         with tracker.clock("save"):
             self._maybe_save(window, model, optimizer, tracker)
@@ -132,12 +131,12 @@ class Saver:
         if wanted < FAILED and (wanted or self._due(step) or (last and self._saves)):
             before = time.monotonic()
             self._save(window, model, optimizer, tracker)
-            self.waited += time.monotonic() - before
+            self.stall += time.monotonic() - before
             if wanted > SAVE or last:
                 self._wait()
                 wanted = max(wanted, self._greatest(FAILED if self.failure else GO_ON))
         if wanted == FAILED:
-            failure = self.failure or RunError("the first rank could not write a checkpoint")
+            failure = self.failure or RunError("rank 0 could not write a checkpoint")
             if isinstance(failure, RunError):
                 failure.known_to_all = True
             raise failure
@@ -145,11 +144,11 @@ class Saver:
             self._stop(step, request, wanted)
 
     def is_asked(self) -> bool:
-        """Say whether any rank was asked to stop, or cannot save; every rank must call this."""
+        """Return whether any rank must stop or cannot save; every rank must call this."""
         return self._greatest(self._wanted().kind) > SAVE
 
     def stop(self, step: int) -> None:
-        """Raise Stopped for a request that is met before a step: its checkpoint is there."""
+        """Raise Stopped between two steps; the checkpoint of `step` exists already."""
         request = self._wanted()
         self._stop(step, request, self._greatest(request.kind))
 
@@ -161,7 +160,7 @@ class Saver:
             torch.distributed.all_gather_object(requests, request, group=self.group)
         stopped = Stopped(
             f"{agreed_reason(requests, wanted)}; checkpoint-{step} is saved; "
-            f"{how_to_go_on(self.config)}."
+            f"{how_to_resume(self.config)}."
         )
         stopped.known_to_all = True
         raise stopped
@@ -171,16 +170,12 @@ class Saver:
         return self.config.save_strategy != "no"
 
     def _check_room(self) -> None:
-        """Compare what the run will write with the disk's free space, before the first step."""
+        """Raise UserError if the planned checkpoints do not fit on the disk."""
         saves, keep = planned_saves(self.config, self.layout, self.start.step)
         storage.check_room(self.output, self.start.parameters, saves, keep)
 
     def _due(self, step: int) -> bool:
-        interval = {
-            "steps": self.config.save_steps,
-            "epoch": self.layout.steps_per_epoch,
-            "no": self.layout.total_steps + 1,
-        }[self.config.save_strategy]
+        interval = self.layout.interval(self.config.save_strategy, self.config.save_steps)
         return step % interval == 0 or step == self.due_at
 
     def _ask(self, number: int, _: FrameType | None) -> None:
@@ -219,7 +214,7 @@ class Saver:
         return int(found)
 
     def _save(self, window: Window, model: Any, optimizer: Any, tracker: Tracker) -> None:
-        """Copy the state to host memory, on all ranks; the first one's thread writes it."""
+        """Copy the state to host memory on all ranks; a thread of rank 0 writes it."""
         model = self.accelerator.unwrap_model(model)
         adapter = trained_parameters(model, keep=self.main)
         moments = optimizer_state.moments(model, optimizer, keep=self.main)
@@ -235,10 +230,10 @@ class Saver:
             "step": step,
             "max_steps": self.layout.total_steps,
             "epoch": window.epoch,
-            "cursor": step % epoch * batch,  # examples of the epoch's permutation that are done
+            "cursor": step % epoch * batch,  # position in the epoch's permutation, examples
             "examples": tracker.examples,
             **self.evaluation,
-            # Each micro-batch seeds it from these and its own rank and index: nothing is rewound.
+            # Each micro-batch is seeded from these, its rank and its index.
             "rng": {"seed": self.config.seed, "step": step},
             "auto_micro_batch": micro_batch_record(self.layout, self.config, self.accelerator),
             "loss_scale": optimizer_state.loss_scale(self.accelerator, optimizer),
@@ -274,14 +269,14 @@ class Saver:
 
 
 def planned_saves(config: Config, layout: Layout, done: int = 0) -> tuple[int, int | None]:
-    """Return how many checkpoints the steps from `done` on make, and how many are kept."""
-    steps, epoch = layout.total_steps - done, layout.steps_per_epoch
-    interval = {"steps": config.save_steps, "epoch": epoch, "no": steps + 1}[config.save_strategy]
+    """Return how many checkpoints are written after step `done`, and how many are kept."""
+    steps = layout.total_steps - done
+    interval = layout.interval(config.save_strategy, config.save_steps)
     saves = ceil(steps / interval) if config.save_strategy != "no" else 0
     keep = config.save_total_limit
-    if config.load_best_model_at_end:  # Each evaluation may be the best until then.
-        saves += ceil(steps / (config.eval_steps if config.eval_strategy == "steps" else epoch))
+    if config.load_best_model_at_end:  # Each evaluation may be the best so far.
+        saves += ceil(steps / layout.interval(config.eval_strategy, config.eval_steps))
         keep = keep and keep + 1
-    if config.save_minutes:  # How many these will be is not known.
+    if config.save_minutes:  # Their number is not known.
         saves = max(saves, keep or 1)
     return saves, keep

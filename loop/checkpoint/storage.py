@@ -1,7 +1,7 @@
-"""Checkpoints on disk: written whole or not at all, proved by their hashes, pruned.
+"""Checkpoints on disk: written atomically, verified by SHA-256, pruned.
 
-`checkpoint-<step>/` holds the adapter as peft loads it, AdamW's moments and the run's progress; no
-file in it is a pickle. `manifest.json` comes last and names size and SHA-256 of every other file.
+`checkpoint-<step>/` holds the adapter in peft's format, AdamW's moments and the run's progress,
+without pickles. `manifest.json` is written last, with size and SHA-256 of every other file.
 """
 
 import hashlib
@@ -24,19 +24,19 @@ MANIFEST, PROGRESS, STATE = "manifest.json", "progress.json", "trainer_state.jso
 ADAPTER, OPTIMIZER = "adapter_model.safetensors", "optimizer.safetensors"
 FILES = {ADAPTER, OPTIMIZER, PROGRESS, STATE, "adapter_config.json"}
 LOG = "metrics.jsonl"
-SMALL = 1 << 20  # bytes: what a checkpoint holds beside tensors is less
+SMALL = 1 << 20  # bytes: an upper bound for the files without tensors
 
 
 class CorruptCheckpoint(Exception):
-    """A checkpoint that is not what was written."""
+    """A checkpoint whose files differ from its manifest."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run after a step, in host memory.
+    """A run's state after a step, in host memory.
 
-    adapter, moments: fp32 tensors on the CPU, by peft's names and `exp_avg.<name>`.
-    progress: what the loop and the log need to go on. manifest: what must not have changed.
+    adapter, moments: fp32 tensors on the CPU, named as in peft and `exp_avg.<name>`. progress: the
+    state of the loop and the log. manifest: the facts that a resumed run must share.
     """
 
     adapter: dict[str, Tensor]
@@ -48,7 +48,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was found whole; its files are read when they are asked for."""
+    """A verified checkpoint; its files are read on demand."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -59,27 +59,27 @@ class Checkpoint:
         return int(self.manifest["step"])
 
     def progress(self) -> dict[str, Any]:
-        """Return what the loop and the log need to go on."""
-        read: dict[str, Any] = json.loads((self.folder / PROGRESS).read_bytes())
-        return read
+        """Return the state of the loop and the log."""
+        progress: dict[str, Any] = json.loads((self.folder / PROGRESS).read_bytes())
+        return progress
 
 
 def write(output: Path, snapshot: Snapshot, keep: int | None, best: int | None = None) -> None:
-    """Write `checkpoint-<step>` durably, then remove older ones but for `keep` and the best.
+    """Write `checkpoint-<step>` durably, then remove all but the newest `keep` and the best.
 
-    Raises Fault for weights that are not finite, and where the disk does not take them; what is
-    older is left as it was.
+    best: the step of the best checkpoint. Raises RunError if a weight is not finite or the disk
+    rejects a write; older checkpoints are left unchanged then.
     """
     step = snapshot.progress["step"]
     infinite = [name for name, tensor in snapshot.adapter.items() if not tensor.isfinite().all()]
     if infinite:
         raise RunError(
             f"step {step}: {infinite[0]} is not finite: not saved. Older checkpoints are "
-            "whole. Lower the learning rate, or train in bf16 or fp32."
+            "intact. Lower the learning rate, or train in bf16 or fp32."
         )
     final, partial = folder_of(output, step), output / f".checkpoint-{step}.partial"
     progress = snapshot.progress
-    # transformers' file of this name, less the log, which is kept once, in metrics.jsonl.
+    # As transformers writes it, without the log, which is in metrics.jsonl only.
     state = {"global_step": step, "epoch": progress["epoch"], "max_steps": progress["max_steps"]}
     texts = {"adapter_config.json": snapshot.adapter_config, PROGRESS: progress, STATE: state}
     manifest = {"format": FORMAT, "step": step, **snapshot.manifest}
@@ -92,14 +92,14 @@ def write(output: Path, snapshot: Snapshot, keep: int | None, best: int | None =
             _write(partial / name, text)
         for name in FILES:
             sync(partial / name)
-        manifest["files"] = {name: _described(partial / name) for name in sorted(FILES)}
+        manifest["files"] = {name: _size_and_hash(partial / name) for name in sorted(FILES)}
         manifest["manifest_sha256"] = _own_sha256(manifest)
         if (output / LOG).is_file():
-            sync(output / LOG)  # A checkpoint must not outlast the log that leads to it.
+            sync(output / LOG)  # The log must be as durable as the checkpoint.
         _write(partial / MANIFEST, manifest)
         sync(partial / MANIFEST)
         sync(partial)
-        if final.exists() or final.is_symlink():  # whatever it is, no run took it for whole
+        if final.exists() or final.is_symlink():  # not a valid checkpoint: no run resumed from it
             remove(final)
         partial.rename(final)
         sync(output)
@@ -107,16 +107,16 @@ def write(output: Path, snapshot: Snapshot, keep: int | None, best: int | None =
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(
             f"{final}: cannot be written: {getattr(error, 'strerror', None) or error}. Older "
-            "checkpoints are whole. Make room (--save_total_limit keeps fewer), then run the same "
-            "command again."
+            "checkpoints are intact. Free disk space (--save_total_limit keeps fewer), then run "
+            "the same command again."
         ) from error
     prune(output, step, keep, best)
 
 
 def prune(output: Path, step: int, keep: int | None, best: int | None = None) -> None:
-    """Of the checkpoints up to this step keep the newest and that of step `best`.
+    """Remove the checkpoints up to `step` except the newest `keep` and that of step `best`.
 
-    What a kill left half written is removed. Raises Fault where one cannot be.
+    Also removes partial checkpoints of killed runs. Raises RunError if a removal fails.
     """
     older = [folder for folder in list_folders(output) if number(folder) <= step]
     try:
@@ -125,29 +125,29 @@ def prune(output: Path, step: int, keep: int | None, best: int | None = None) ->
                 remove(folder)
     except OSError as error:
         raise RunError(
-            f"{error.filename}: cannot be removed: {error.strerror}. checkpoint-{step} is whole."
+            f"{error.filename}: cannot be removed: {error.strerror}. checkpoint-{step} is intact."
         ) from error
     for partial in output.glob(".checkpoint-*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint; one that is half removed has no manifest and is not taken for whole."""
+    """Remove a checkpoint, the manifest first: a partly removed one is never valid."""
     if folder.is_symlink() or not folder.is_dir():
-        folder.unlink()  # What a link leads to belongs to somebody else.
+        folder.unlink()  # Only the link: its target is not ours.
         return
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
 def list_folders(output: Path) -> list[Path]:
-    """Return the folders that are named like checkpoints, the newest first."""
+    """Return the folders named checkpoint-<step>, the newest first."""
     named = (path for path in output.glob("checkpoint-*") if path.is_dir())
     return sorted((path for path in named if number(path) >= 0), key=number, reverse=True)
 
 
 def newest_checkpoint(output: Path) -> str | None:
-    """Return the name of the newest checkpoint in a run's output folder, if there is one."""
+    """Return the name of the newest checkpoint in a run's output folder, or None."""
     folders = list_folders(output)
     return folders[0].name if folders else None
 
@@ -158,15 +158,15 @@ def folder_of(output: Path, step: int) -> Path:
 
 
 def number(folder: Path) -> int:
-    """Return the step that a folder is named after; -1: it has another name."""
-    found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    return int(found[1]) if found else -1
+    """Return the step in a checkpoint folder's name; -1 for another name."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match[1]) if match else -1
 
 
 def verify(folder: Path) -> Checkpoint:
-    """Return the checkpoint after hashing every file of it.
+    """Hash every file of a checkpoint and return it.
 
-    Raises CorruptCheckpoint where a file is missing or altered, UserError for a newer format.
+    Raises CorruptCheckpoint if a file is missing or altered, UserError for a newer format.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
@@ -189,7 +189,7 @@ def verify(folder: Path) -> Checkpoint:
         raise CorruptCheckpoint(f"{MANIFEST} does not name {', '.join(sorted(lacking))}")
     for name, expected in files.items():
         try:
-            found = _described(folder / name)
+            found = _size_and_hash(folder / name)
         except OSError as error:
             raise CorruptCheckpoint(f"{name}: {error.strerror}") from None
         if found != expected:
@@ -201,7 +201,7 @@ def verify(folder: Path) -> Checkpoint:
 
 
 def check_room(output: Path, parameters: int, saves: int, keep: int | None) -> None:
-    """Raise UserError where the disk has no room for the run's checkpoints and adapter."""
+    """Raise UserError if the disk has no space for the run's checkpoints and adapter."""
     needed, more, each = room(output, parameters, saves, keep)
     free = shutil.disk_usage(output).free
     if needed > free:
@@ -209,34 +209,34 @@ def check_room(output: Path, parameters: int, saves: int, keep: int | None) -> N
 
 
 def room(output: Path, parameters: int, saves: int, keep: int | None) -> tuple[int, int, int]:
-    """Return the bytes that a run will write, its checkpoints, and the bytes of one of them.
+    """Return the bytes that a run adds at most, the checkpoints it adds, and the bytes of one.
 
-    Only as many checkpoints count as there will be more than now, all at a time.
+    saves: checkpoints that will be written. keep: checkpoints kept at a time, None for all.
     """
     each = 12 * parameters + SMALL  # fp32: weights and two moments
-    there = len(list_folders(output))
-    # The new one is whole before the oldest is removed; those at hand make room for later ones.
-    most = min(there + saves, max(keep, there) + 1) if keep else there + saves
-    more = most - there
+    existing = len(list_folders(output))
+    # A new checkpoint is complete before the oldest is removed: for a moment there is one more.
+    most = min(existing + saves, max(keep, existing) + 1) if keep else existing + saves
+    more = most - existing
     return each * more + 4 * parameters + SMALL, more, each
 
 
 def too_little(output: Path, free: int, needed: int, more: int, each: int) -> str:
-    """Say that a disk has no room for so many checkpoints and the adapter (bytes)."""
+    """Return the message for a disk without space; `more`: checkpoints; all others: bytes."""
     limit = f"; --save_total_limit {max(1, free // each - 2)}" if more > 1 else ""
     return (
         f"--output_dir {output}: found {free / 1e6:,.0f} MB free; expected "
         f"{needed / 1e6:,.0f} MB for {more} checkpoints of {each / 1e6:,.1f} MB and the "
-        f"adapter. Free some, save less often (--save_steps){limit}, or give another folder."
+        f"adapter. Free disk space, save less often (--save_steps){limit}, or give another folder."
     )
 
 
 def _write(file: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1) + "\n"  # A loss that is not finite is the loop's to tell.
+    text = json.dumps(value, indent=1) + "\n"  # NaN is allowed: the loop reports it.
     file.write_text(text, encoding="utf-8")
 
 
-def _described(file: Path) -> dict[str, Any]:
+def _size_and_hash(file: Path) -> dict[str, Any]:
     with open(file, "rb") as opened:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
         return {"bytes": opened.tell(), "sha256": sha256}
@@ -248,7 +248,7 @@ def _own_sha256(manifest: dict[str, Any]) -> str:
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or a folder's names, outlast a loss of power."""
+    """Flush a file's content, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,1 +1,1 @@
-"""Flags and YAML files become one checked `Config`."""
+"""Flags and YAML files, read and checked into one `Config`."""

@@ -1,4 +1,4 @@
-"""Every setting of a run: names, defaults and ranges."""
+"""Every setting of a training run: name, default, range, help, and what it affects."""
 
 import dataclasses
 import os
@@ -31,244 +31,382 @@ AskedPrecision = Literal["no", "bf16", "fp16", "auto"]
 
 @dataclass(frozen=True)
 class Config:
-    """One run; field names are flag names and YAML keys. `None` means: decided elsewhere."""
+    """One run; field names are flag names and YAML keys. `None`: the loop chooses the value."""
 
     model_name_or_path: Model | None = flag(
-        None, "folder or hub name; none: the embedded SmolLM2-135M-Instruct", "model"
+        None,
+        "folder or hub name; none: the bundled SmolLM2-135M-Instruct",
+        "model",
+        is_path=True,
+        finished_check="path",
     )
     cache_dir: Folder | None = flag(
-        None, "where the hub's files are kept; none: its own place", "model"
+        None,
+        "cache of files from the hub; none: the hub's default",
+        "model",
+        is_path=True,
+        finished_check="path",
     )
     trust_remote_code: bool = flag(
         False, "run Python code that comes with the model", "model", flag_only=True
     )
-    flash_attn: bool = flag(False, "FlashAttention-2 in place of PyTorch's SDPA", "model")
+    flash_attn: bool = flag(
+        False, "FlashAttention-2 instead of PyTorch's SDPA", "model", affects="layout"
+    )
     packing: bool = flag(
-        True,
-        "a micro-batch's dialogues in one row, none seeing another; False: padded",
-        "model",
+        True, "pack a micro-batch into one row; False: pad its dialogues", "model", affects="layout"
     )
     torch_compile: bool = flag(
-        False, "compile the layers: half a minute before step 1, then a little faster", "model"
+        False, "compile the layers: half a minute, then slightly faster", "model", affects="layout"
     )
     loss_chunk_tokens: Tokens = flag(
         1024,
         "supervised tokens whose logits are held at once; 0: all, made by the model itself",
         "model",
         at_least=0,
+        affects="layout",
     )
     gradient_checkpointing: bool = flag(
-        False, "recompute activations in the backward pass: less memory, slower", "model"
+        False, "recompute activations: less memory, slower", "model", affects="layout"
     )
     mixed_precision: AskedPrecision | None = flag(
         None,
         "precision of the base model's weights and products; auto: bf16 where it is measured to "
         "be faster, else fp32; none: the accelerate config's",
         "model",
+        affects="precision",
     )
-    bf16: bool = flag(False, "short for --mixed_precision bf16", "model")
-    fp16: bool = flag(False, "short for --mixed_precision fp16", "model")
-    tf32: bool = flag(False, "TensorFloat-32 for fp32 products on GPUs that have it", "model")
+    bf16: bool = flag(False, "short for --mixed_precision bf16", "model", affects="precision")
+    fp16: bool = flag(False, "short for --mixed_precision fp16", "model", affects="precision")
+    tf32: bool = flag(
+        False, "TensorFloat-32 for fp32 products on GPUs that have it", "model", affects="layout"
+    )
     q_lora: bool = flag(
-        False, "hold the base model's linear layers in 4 bits: NF4, double quantisation", "model"
+        False,
+        "hold base linear layers in 4 bits: NF4, double quantisation",
+        "model",
+        affects="result",
     )
 
-    lora_r: int = flag(8, "rank of the adapter", "LoRA", at_least=1, at_most=65536)
-    lora_alpha: int = flag(
-        16, "scale: the update is multiplied by alpha / r", "LoRA", at_least=1, at_most=10**9
+    lora_r: int = flag(
+        8, "rank of the adapter", "LoRA", at_least=1, at_most=65536, affects="result"
     )
-    lora_dropout: float = flag(0.05, "dropout before the adapter", "LoRA", at_least=0, below=1)
+    lora_alpha: int = flag(
+        16,
+        "scale: the update is multiplied by alpha / r",
+        "LoRA",
+        at_least=1,
+        at_most=10**9,
+        affects="result",
+    )
+    lora_dropout: float = flag(
+        0.05, "dropout before the adapter", "LoRA", at_least=0, below=1, affects="result"
+    )
     lora_target_modules: tuple[str, ...] | None = flag(
-        None, "module names, or all-linear; none: q_proj v_proj, or T5's q v", "LoRA"
+        None, "names, or all-linear; none: q_proj v_proj, or T5's q v", "LoRA", affects="result"
     )
     lora_bias: Literal["none", "all", "lora_only"] = flag(
-        "none", "which biases are trained", "LoRA"
+        "none", "which biases are trained", "LoRA", affects="result"
     )
     lora_weight_path: Folder | None = flag(
-        None, "continue from this adapter; rank, alpha, targets and bias are its own", "LoRA"
+        None,
+        "continue this adapter; rank, alpha, targets and bias are read from it",
+        "LoRA",
+        is_path=True,
+        finished_check="path",
     )
     train_new_tokens: bool = flag(
-        True, "train the rows of the tokens that T5 lacked; False: their mean stays", "LoRA"
+        True,
+        "train the rows of tokens added to T5; False: keep their mean",
+        "LoRA",
+        affects="result",
     )
 
     data_path: tuple[File, ...] | None = flag(
         None,
         "dialogues: JSON, JSONL, CSV, Parquet, Arrow, .gz, .zst, folders of them, or the hub's "
-        "owner/name[/configuration][@split]; path:0.3 takes three of ten; none: the bundled ones",
+        "owner/name[/configuration][@split]; path:0.3 takes 30 %; none: the bundled dialogues",
         "data",
+        is_path=True,
+        finished_check="no",
     )
     template: Literal["vicuna", "chat", "t5"] | None = flag(
         None,
-        "vicuna; chat: the model's own; t5: pairs; none: chat where the model has one, t5 for an "
-        "encoder-decoder",
+        "vicuna; chat: the model's own; t5: pairs; none: chat if the model has a template, t5 for "
+        "an encoder-decoder",
         "data",
     )
     chat_template: File | None = flag(
-        None, "a Jinja file in place of the model's own chat template", "data"
+        None,
+        "a Jinja file instead of the model's template",
+        "data",
+        is_path=True,
+        finished_check="no",
     )
-    t5_compat: bool = flag(False, "FastChat's tokens and pairs for T5, id for id", "data")
+    t5_compat: bool = flag(
+        False, "FastChat's tokens and pairs for T5, id for id", "data", affects="encoding"
+    )
     model_max_length: Tokens = flag(
         2048,
-        "tokens; longer dialogues are cut on the right, a T5's sources on the left",
+        "longer dialogues are cut on the right, a T5's sources on the left",
         "data",
         at_least=8,
+        affects="encoding",
     )
     max_target_length: Tokens | None = flag(
-        None, "tokens of a T5's target; none: model_max_length", "data", at_least=8
+        None,
+        "longest target of a T5; none: model_max_length",
+        "data",
+        at_least=8,
+        affects="encoding",
     )
-    keep_header: bool = flag(False, "what is cut of a T5's source lies behind its header", "data")
+    keep_header: bool = flag(
+        False, "keep the header when truncating a T5 source", "data", affects="encoding"
+    )
     on_bad_record: Literal["fail", "skip"] = flag(
-        "fail", "stop at a record that is wrong, or drop and count it", "data"
+        "fail", "stop at an invalid record, or drop and count it", "data", affects="encoding"
     )
-
     train_on: Literal["all", "last"] = flag(
-        "all", "learn every answer of a dialogue, or its last one", "data"
+        "all", "supervise every answer of a dialogue, or its last one", "data", affects="encoding"
     )
     max_dropped: Share = flag(
         0.05,
-        "share of the dialogues that may have no supervised token",
+        "largest share of dialogues without a supervised token",
         "data",
         at_least=0,
         at_most=1,
+        affects="report only",
     )
     eval_fraction: Share | None = flag(
         None,
-        "share of the dialogues held out by a hash of their content, to evaluate on",
+        "share of the dialogues held out for evaluation, by a hash of their content",
         "data",
         above=0,
         below=1,
+        affects="result",
     )
     num_data: int = flag(
-        -1, "use so many dialogues, chosen by the seed; -1: all", "data", at_least=-1
+        -1,
+        "number of dialogues to use, chosen by the seed; -1: all",
+        "data",
+        at_least=-1,
+        affects="encoding",
     )
     preprocessed_path: File | None = flag(
-        None, "file that keeps the encoded data, to be used again while it fits", "data"
+        None,
+        "cache of the encoded data, used while it matches",
+        "data",
+        is_path=True,
+        finished_check="no",
     )
     data_report: File | None = flag(
-        None, "JSON file for the account of the data: read = kept + dropped, by cause", "data"
+        None,
+        "JSON file for the account of the data: read = kept + dropped, by cause",
+        "data",
+        is_path=True,
+        finished_check="no",
+        in_trial=None,
     )
 
-    num_train_epochs: Epochs = flag(3.0, "passes over the data", "training", above=0)
-    max_steps: Steps = flag(-1, "stop after so many steps; -1: by epochs", "training", at_least=-1)
+    num_train_epochs: Epochs = flag(
+        3.0, "passes over the data", "training", above=0, affects="result"
+    )
+    max_steps: Steps = flag(
+        -1, "steps of the run; -1: by epochs", "training", at_least=-1, affects="result"
+    )
     per_device_train_batch_size: Examples = flag(
-        8, "most examples in one micro-batch of one rank", "training", at_least=1
+        8, "most examples in one micro-batch of one rank", "training", at_least=1, affects="layout"
     )
     tokens_per_micro_batch: Tokens | None = flag(
         None,
         "most tokens in one micro-batch of one rank, padding counted; a longer dialogue runs alone",
         "training",
         at_least=1,
+        affects="layout",
     )
     auto_micro_batch: bool = flag(
-        False, "before step 1 find the most tokens that fit, the longest examples first", "training"
+        False, "find the most tokens that fit, before step 1", "training", affects="layout"
     )
     gradient_accumulation_steps: int | None = flag(
         None,
-        "micro-batches a rank a step; none: 1, or what global_batch_size asks for",
+        "micro-batches of a rank in one step; none: 1, or derived from global_batch_size",
         "training",
         at_least=1,
+        affects="layout",
     )
     global_batch_size: Examples | None = flag(
         None,
-        "examples a step over all ranks; none: ranks x accumulation x micro-batch",
+        "examples of a step over all ranks; none: ranks x accumulation x micro-batch",
         "training",
         at_least=1,
+        affects="layout",
     )
-    learning_rate: float = flag(2e-5, "peak learning rate", "training", above=0, at_most=1e6)
+    learning_rate: float = flag(
+        2e-5, "peak learning rate", "training", above=0, at_most=1e6, affects="result"
+    )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = flag(
-        "cosine", "shape after the linear warm-up", "training"
+        "cosine", "shape after the linear warm-up", "training", affects="result"
     )
     warmup_ratio: Share = flag(
-        0.03, "share of the steps that warm up", "training", at_least=0, at_most=1
+        0.03, "share of the steps that warm up", "training", at_least=0, at_most=1, affects="result"
     )
-    weight_decay: float = flag(0.0, "AdamW's decoupled weight decay", "training", at_least=0)
+    weight_decay: float = flag(
+        0.0, "AdamW's decoupled weight decay", "training", at_least=0, affects="result"
+    )
     max_grad_norm: float = flag(
-        1.0, "clip the gradient's norm to this; 0: never", "training", at_least=0
+        1.0, "clip the gradient's norm to this; 0: never", "training", at_least=0, affects="result"
     )
     seed: int = flag(
         42,
-        "of data order, adapter initialisation and dropout",
+        "seed of data order, adapter initialisation and dropout",
         "training",
         at_least=0,
         at_most=2**63 - 1,
+        affects="encoding",
     )
-
     max_nonfinite_steps: Steps = flag(
-        3, "stop after so many steps in a row without a finite gradient", "training", at_least=1
+        3,
+        "stop after this many consecutive steps without a finite gradient",
+        "training",
+        at_least=1,
+        affects="report only",
     )
     deepspeed: File | None = flag(
-        None, "a DeepSpeed JSON, where the accelerate config launches DeepSpeed", "training"
+        None, "a DeepSpeed JSON, for a launch with DeepSpeed", "training", is_path=True
     )
 
-    output_dir: Folder = flag("runs/adapter", "adapter, tokenizer, metrics and settings", "output")
+    output_dir: Folder = flag(
+        "runs/adapter",
+        "adapter, tokenizer, metrics and settings",
+        "output",
+        is_path=True,
+        finished_check="no",
+    )
     logging_steps: Steps = flag(10, "steps between two log entries", "output", at_least=1)
     logging_strategy: Literal["steps", "epoch", "no"] = flag(
         "steps", "log every logging_steps, at each epoch's end, or only first and last", "output"
     )
     report_to: tuple[Literal["none", "wandb", "tensorboard", "trackio"], ...] = flag(
-        ("none",), "trackers, several at once", "output"
+        ("none",), "one or more trackers", "output", affects="report only", in_trial=("none",)
     )
-    tags: tuple[str, ...] | None = flag(None, "labels of the run at wandb", "output")
-    wandb_artifact: bool = flag(False, "give wandb the adapter too, as an artifact", "output")
-    run_name: str | None = flag(None, "name in the trackers; none: output_dir's", "output")
+    tags: tuple[str, ...] | None = flag(
+        None, "labels of the run in wandb", "output", affects="report only"
+    )
+    wandb_artifact: bool = flag(
+        False,
+        "upload the adapter to wandb as an artifact",
+        "output",
+        affects="report only",
+        in_trial=False,
+    )
+    run_name: str | None = flag(
+        None, "name in the trackers; none: that of output_dir", "output", affects="report only"
+    )
     save_safetensors: bool = flag(True, "False: adapter_model.bin", "output")
     save_non_lora_state: Literal["none", "trainable", "all"] = flag(
-        "none", "beside the adapter: what else was trained, or the base model whole", "output"
+        "none",
+        "save other trained parameters, or the complete base model, next to the adapter",
+        "output",
+        in_trial="none",
     )
 
     save_strategy: Literal["steps", "epoch", "no"] = flag(
-        "steps", "checkpoint every save_steps, at each epoch's end, or never", "checkpoints"
+        "steps",
+        "checkpoint every save_steps, at each epoch's end, or never",
+        "checkpoints",
+        finished_check="no",
+        in_trial="no",
     )
-    save_steps: Steps = flag(500, "steps between two checkpoints", "checkpoints", at_least=1)
+    save_steps: Steps = flag(
+        500, "steps between two checkpoints", "checkpoints", at_least=1, finished_check="no"
+    )
     save_minutes: Minutes | None = flag(
-        None, "minutes after which a checkpoint is due, too", "checkpoints", above=0
+        None,
+        "also save a checkpoint after this time",
+        "checkpoints",
+        above=0,
+        finished_check="no",
+        in_trial=None,
     )
     save_total_limit: int | None = flag(
-        None, "keep the newest so many checkpoints; none: all", "checkpoints", at_least=1
+        None,
+        "newest checkpoints to keep; none: all",
+        "checkpoints",
+        at_least=1,
+        finished_check="no",
     )
     resume_from_checkpoint: str = flag(
-        "True", "True: go on from the newest checkpoint; a folder; False: afresh", "checkpoints"
+        "True",
+        "True: resume from the newest checkpoint; a folder: from that one; False: start at step 0",
+        "checkpoints",
+        is_path=True,
+        finished_check="no",
+        in_trial="True",
     )
     allow_resume_mismatch: bool = flag(
-        False, "go on although settings or data differ from the checkpoint's", "checkpoints"
+        False,
+        "resume although settings or data differ from the checkpoint's",
+        "checkpoints",
+        finished_check="no",
     )
     max_minutes: Minutes | None = flag(
-        None, "stop after so many minutes, with a checkpoint", "checkpoints", above=0
+        None,
+        "stop after this time, with a checkpoint",
+        "checkpoints",
+        above=0,
+        finished_check="no",
+        in_trial=None,
     )
 
     eval_data_path: tuple[File, ...] | None = flag(
-        None, "dialogues to evaluate on, in the forms that data_path takes", "evaluation"
+        None, "evaluation dialogues, as in data_path", "evaluation", is_path=True, in_trial=None
     )
     eval_strategy: Literal["steps", "epoch", "no"] = flag(
-        "steps", "evaluate every eval_steps, or at each epoch's end; and at the end", "evaluation"
+        "steps",
+        "evaluate every eval_steps, or at each epoch's end; and at the end",
+        "evaluation",
+        in_trial="no",
     )
     eval_steps: Steps = flag(500, "steps between two evaluations", "evaluation", at_least=1)
     per_device_eval_batch_size: Examples | None = flag(
-        None,
-        "most examples a micro-batch of evaluation; none: training's",
-        "evaluation",
-        at_least=1,
+        None, "most examples of a micro-batch; none: that of training", "evaluation", at_least=1
     )
     sample_prompts: tuple[str, ...] | None = flag(
-        None, "questions to answer at every evaluation, or a file with one a line", "evaluation"
+        None,
+        "questions for every evaluation, or a file, one per line",
+        "evaluation",
+        is_path=True,
+        in_trial=None,
     )
-    sample_tokens: Tokens = flag(64, "tokens a sample at most", "evaluation", at_least=1)
+    sample_tokens: Tokens = flag(64, "most tokens of one sample", "evaluation", at_least=1)
     load_best_model_at_end: bool = flag(
-        False, "keep the checkpoint of the least eval_loss, and save its adapter", "evaluation"
+        False,
+        "keep the checkpoint with the lowest eval_loss, and save its adapter",
+        "evaluation",
+        in_trial=False,
     )
     early_stopping_patience: int | None = flag(
-        None, "end after so many evaluations without a lesser eval_loss", "evaluation", at_least=1
+        None,
+        "evaluations without a lower eval_loss before a stop",
+        "evaluation",
+        at_least=1,
+        in_trial=None,
     )
     peak_tflops: float | None = flag(
-        None, "TFLOP/s of one rank's device at its best, for the log's mfu", "output", above=0
+        None, "peak TFLOP/s of one rank's device, for mfu", "output", above=0, affects="report only"
     )
     cost_per_hour: float | None = flag(
-        None, "price of an hour of a GPU, or of a core, for the last line", "output", above=0
+        None,
+        "price of one GPU hour, or of one core hour, for the cost in the last line",
+        "output",
+        above=0,
+        affects="report only",
+        finished_check="no",
     )
 
     @property
     def sources(self) -> list[Source]:
-        """The dialogues to train on; raises UserError for a weight that is none."""
+        """The sources of the training data; raises UserError for an invalid weight."""
         return [parse_source(word) for word in self.data_path or [str(DUMMY_DATA)]]
 
     @property
@@ -281,33 +419,30 @@ class Config:
         return self.mixed_precision or short or launched
 
 
-# Paths, compared by what lies there; what changes no number; flags of which `precision` is made.
-PATHS = {
-    *("model_name_or_path", "cache_dir", "lora_weight_path", "data_path", "preprocessed_path"),
-    *("output_dir", "chat_template", "data_report", "eval_data_path", "sample_prompts"),
-}
-TOLD = {
-    *("deepspeed", "run_name", "report_to", "tags", "wandb_artifact"),
-    *(
-        "resume_from_checkpoint",
-        "max_dropped",
-        "max_nonfinite_steps",
-        "peak_tflops",
-        "cost_per_hour",
-    ),
-}
-PRECISION = {"mixed_precision", "bf16", "fp16"}
+def names_of(**metadata: Any) -> tuple[str, ...]:
+    """Return the names of the Config flags that have this metadata, in the order of --help.
+
+    >>> names_of(affects="precision")
+    ('mixed_precision', 'bf16', 'fp16')
+    """
+    return tuple(
+        field.name
+        for field in dataclasses.fields(Config)
+        if all(field.metadata[key] == value for key, value in metadata.items())
+    )
 
 
 def rank_shared_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that all ranks must share; paths may differ from machine to machine."""
+    """Return the settings that all ranks must share; paths may differ between machines."""
+    other = {*names_of(is_path=True), *names_of(affects="report only")}
+    other |= {*names_of(affects="precision")}
     values = dataclasses.asdict(config).items()
-    told = {f"--{name}": value for name, value in values if name not in PATHS | TOLD | PRECISION}
-    return {"the precision": config.precision, **told}
+    shared = {f"--{name}": value for name, value in values if name not in other}
+    return {"the precision": config.precision, **shared}
 
 
 def display_path(path: str | Path) -> str:
-    """Return a path as a person reads it: from the working directory where it lies below."""
+    """Return a path relative to the working directory if it lies below it, else unchanged."""
     path = Path(path)
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)

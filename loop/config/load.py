@@ -1,4 +1,4 @@
-"""Reads a run's settings from flags and YAML, and checks them against each other."""
+"""Reads the settings of a run from flags and YAML, and checks them for contradictions."""
 
 import dataclasses
 import json
@@ -13,18 +13,19 @@ from data.errors import UserError, add_errors, collect_errors
 from loop.config.flags import ADAPTER_FILES, ROOT, Config
 from loop.config.parser import parse
 
-SHARDING = "sharding is the accelerate config's; the like of it is accelerate_configs/zero3.yaml"
-WITHOUT_MEANING = {
-    "lazy_preprocess": "dialogues are always encoded before training, which takes seconds",
+SHARDING = "the accelerate config selects sharding: see accelerate_configs/zero3.yaml"
+# Flags of FastChat and Transformers that are accepted without effect, and why.
+IGNORED_FLAGS = {
+    "lazy_preprocess": "dialogues are always encoded before training",
     "optim": "the optimizer is always AdamW",
     "fsdp": SHARDING,
     "fsdp_config": SHARDING,
     "fsdp_transformer_layer_cls_to_wrap": SHARDING,
 }
 
-EVALUATION = ("eval_steps", "per_device_eval_batch_size")
-NOTHING_HELD_OUT = "there is nothing to evaluate on; --eval_data_path or --eval_fraction gives it"
-# Other names of flags that are understood.
+EVALUATION_FLAGS = ("eval_steps", "per_device_eval_batch_size")
+NO_EVALUATION_DATA = "there is no evaluation data; give --eval_data_path or --eval_fraction"
+# Accepted on the command line, in YAML files and in files of older versions; --help lists none.
 ALIASES = {
     "evaluation_strategy": "eval_strategy",
     "load_best_model_at_end": "load_best_model_at_end",
@@ -36,7 +37,7 @@ ALIASES = {
 
 
 def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings that an older version wrote, under today's names of the flags.
+    """Return settings, which an older version may have written, under the current flag names.
 
     >>> with_current_names({"train_on": "all", "--allow_resume_mismatch": True, "seed": 1})
     {'train_on': 'all', '--allow_resume_mismatch': True, 'seed': 1}
@@ -46,16 +47,16 @@ def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_ignored_flags(argv: Sequence[str], errors: list[str] | None = None) -> list[str]:
-    """Return the command line without these flags and their values, others by our names.
+    """Return the command line without ignored flags, and with aliases replaced.
 
-    Raises UserError for an optimizer that is not AdamW, or adds it to `mistakes`.
+    An optimizer other than AdamW is added to `errors`; raises UserError if there is no list.
 
     >>> without_ignored_flags(["--lora_r", "4", "--lazy-preprocess", "True", "--fsdp", "a", "b"])
     ['--lora_r', '4']
     >>> without_ignored_flags(["--evaluation-strategy=epoch"])
     ['--eval_strategy=epoch']
     """
-    kept: list[str] = []
+    words_left: list[str] = []
     for name, words in _groups(argv):
         value = words[0].partition("=")[2] or " ".join(words[1:])
         if name == "optim" and not value.startswith("adamw"):
@@ -64,12 +65,12 @@ def without_ignored_flags(argv: Sequence[str], errors: list[str] | None = None) 
         if name in ALIASES:
             _, equals, value = words[0].partition("=")
             words = [f"--{ALIASES[name]}{equals}{value}", *words[1:]]
-        kept += [] if name in WITHOUT_MEANING else words
-    return kept
+        words_left += [] if name in IGNORED_FLAGS else words
+    return words_left
 
 
 def ignored_flag_notes(argv: Sequence[str]) -> list[str]:
-    """Return one line for each of these flags that was given, on the line or in a YAML file.
+    """Return one line for each given flag without effect, on the command line or in the YAML file.
 
     >>> ignored_flag_notes(["--optim", "adamw_torch"])
     ['note: --optim: the optimizer is always AdamW']
@@ -78,14 +79,14 @@ def ignored_flag_notes(argv: Sequence[str]) -> list[str]:
     if "config" in given:
         file = Path(" ".join(given["config"][1:]) or given["config"][0].partition("=")[2])
         given |= yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
-    told = {name: WITHOUT_MEANING[name] for name in given if name in WITHOUT_MEANING}
+    reasons = {name: IGNORED_FLAGS[name] for name in given if name in IGNORED_FLAGS}
     if not {"eval_data_path", "eval_fraction", "sample_prompts"} & {*given}:
-        told |= {name: NOTHING_HELD_OUT for name in EVALUATION if name in given}
-    return [f"note: --{name}: {why}" for name, why in told.items()]
+        reasons |= {name: NO_EVALUATION_DATA for name in EVALUATION_FLAGS if name in given}
+    return [f"note: --{name}: {why}" for name, why in reasons.items()]
 
 
 def _groups(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each flag's name with its words."""
+    """Yield each flag's name, and its words with the flag itself first."""
     words: list[str] = []
     for word in [*argv, "--"]:
         if word.startswith("--") and words:
@@ -104,12 +105,12 @@ def read_config(
     description: str = "",
     errors: list[str] | None = None,
 ) -> C:
-    """Return the run's settings from flags and YAML; no flag at all means the main job.
+    """Return the run's settings from flags and YAML.
 
-    Raises UserError for anything that is wrong by itself or contradicts something else; or adds it
-    to `mistakes`, and goes on with the default.
+    Without a model, data and --config, the settings of the main job apply. Raises UserError for an
+    invalid value or a contradiction. With a list `errors`, adds it there and keeps the default.
     """
-    known = WITHOUT_MEANING, ALIASES, errors
+    known = IGNORED_FLAGS, ALIASES, errors
     values = parse(config_type, without_ignored_flags(argv, errors), description, *known)
     if values.pop("config", None) is None and not {"model_name_or_path", "data_path"} & {*values}:
         values = parse(config_type, ["--config", str(MAIN_JOB)], description) | values
@@ -125,7 +126,7 @@ def read_config(
 
 
 def _contradictions(config: Config) -> Iterator[str]:
-    """Yield what contradicts something else."""
+    """Yield an error for each contradiction between settings."""
     asked = {name for name in ("bf16", "fp16") if getattr(config, name)}
     if config.mixed_precision and config.mixed_precision != "auto":
         asked.add(config.mixed_precision)
@@ -143,39 +144,39 @@ def _contradictions(config: Config) -> Iterator[str]:
     known = config.mixed_precision or "ACCELERATE_MIXED_PRECISION" in os.environ
     if config.flash_attn and known and config.precision == "no":
         yield (
-            "--flash_attn: found precision no (fp32); FlashAttention-2 takes bf16 and fp16 only. "
-            "Give --mixed_precision bf16, or leave it out."
+            "--flash_attn: found precision no (fp32); FlashAttention-2 takes only bf16 and fp16. "
+            "Give --mixed_precision bf16, or leave the flag out."
         )
     if config.num_data == 0:
         yield "--num_data: found 0; expected at least 1, or -1 for all dialogues."
     if config.max_steps == 0:
         yield "--max_steps: found 0; expected at least 1, or -1 to train by epochs."
-    yield from _about_evaluation(config)
-    yield from _about_trackers(config)
+    yield from _evaluation_contradictions(config)
+    yield from _tracker_contradictions(config)
     if config.auto_micro_batch and config.tokens_per_micro_batch:
         yield (
             f"found --auto_micro_batch and --tokens_per_micro_batch {config.tokens_per_micro_batch}"
-            "; expected one of them, since the first decides the second."
+            "; expected only one of them: the first sets the second."
         )
     if config.global_batch_size and config.gradient_accumulation_steps:
         yield (
             f"found --global_batch_size {config.global_batch_size} and "
             f"--gradient_accumulation_steps {config.gradient_accumulation_steps}; expected one of "
-            "them, since the first decides the second."
+            "them: the first determines the second."
         )
 
 
-def _about_evaluation(config: Config) -> Iterator[str]:
+def _evaluation_contradictions(config: Config) -> Iterator[str]:
     if config.eval_data_path and config.eval_fraction:
         yield (
             f"found --eval_data_path and --eval_fraction {config.eval_fraction:g}; expected one of "
-            "them: dialogues of their own to evaluate on, or a part of --data_path."
+            "them: separate evaluation data, or a share of --data_path."
         )
     evaluates = (config.eval_data_path or config.eval_fraction) and config.eval_strategy != "no"
     if config.sample_prompts and config.eval_strategy == "no":
         yield (
-            "--sample_prompts: found --eval_strategy no; expected an evaluation, at which they are "
-            "answered. Give --eval_strategy steps or epoch, or leave the prompts out."
+            "--sample_prompts: found --eval_strategy no; expected an evaluation, which answers "
+            "them. Give --eval_strategy steps or epoch, or leave the prompts out."
         )
     for name in ("load_best_model_at_end", "early_stopping_patience"):
         if getattr(config, name) and not evaluates:
@@ -185,17 +186,17 @@ def _about_evaluation(config: Config) -> Iterator[str]:
             )
 
 
-def _about_trackers(config: Config) -> Iterator[str]:
+def _tracker_contradictions(config: Config) -> Iterator[str]:
     if "none" in config.report_to and len(config.report_to) > 1:
-        yield "--report_to: found none beside a tracker; expected one or the other."
+        yield "--report_to: found none and a tracker; expected one or the other."
     if config.wandb_artifact and "wandb" not in config.report_to:
         yield "--wandb_artifact: found no wandb in --report_to. Give --report_to wandb."
     if any(not 1 <= len(tag) <= 64 for tag in config.tags or ()):
-        yield "--tags: found one of more than 64 characters, which wandb takes at most."
+        yield "--tags: found a tag that wandb does not take; expected 1 to 64 characters."
 
 
 def _adapter_settings(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of an existing adapter, which must agree with the flags given."""
+    """Return the settings of an existing adapter; raises UserError if a given flag differs."""
     file = folder / "adapter_config.json"
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
@@ -207,15 +208,19 @@ def _adapter_settings(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"--lora_weight_path: {file}: not valid JSON: {error}.") from None
     if not isinstance(saved, dict) or saved.get("peft_type") != "LORA":
-        raise UserError(f"--lora_weight_path: {file}: found no LoRA adapter; expected peft's.")
+        raise UserError(f"--lora_weight_path: {file}: found no LoRA adapter; expected one of peft.")
     missing = {"r", "lora_alpha", "bias", "target_modules", "lora_dropout"} - {*saved}
     if missing:
         raise UserError(f"--lora_weight_path: {file}: lacks {', '.join(sorted(missing))}.")
     if not any((folder / name).is_file() for name in ADAPTER_FILES):
-        raise UserError(f"--lora_weight_path {folder}: no weights; expected {ADAPTER_FILES[0]}.")
+        raise UserError(
+            f"--lora_weight_path {folder}: found no weights; expected {ADAPTER_FILES[0]}."
+        )
     targets = saved["target_modules"]
     if not isinstance(saved["r"], int) or not isinstance(targets, str | list):
-        raise UserError(f"--lora_weight_path: {file}: r or target_modules is not of peft's kind.")
+        raise UserError(
+            f"--lora_weight_path: {file}: r or target_modules has a type unknown to peft."
+        )
     settings = {
         "lora_r": saved["r"],
         "lora_alpha": saved["lora_alpha"],
@@ -235,7 +240,7 @@ def _adapter_settings(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def dump(config: Config) -> str:
-    """Return the settings as YAML that `--config` reads back."""
+    """Return the settings as YAML, which `--config` reads back."""
     values = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(config).items()

@@ -1,4 +1,4 @@
-"""Reads a frozen dataclass from the command line and a YAML file: one field, one flag."""
+"""Reads a frozen dataclass from the command line and a YAML file; each field is one flag."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ from data.errors import UserError, collect_errors
 
 TRUE, FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
 
-# What a flag takes, as --help shows it: the unit of a number, or a place that shells complete.
+# Types whose annotation --help shows as the flag's value: the unit of a number, or a path.
 File = Annotated[str, "FILE"]
 Folder = Annotated[str, "FOLDER"]
 Model = Annotated[str, "FOLDER|NAME"]
@@ -26,6 +26,17 @@ Epochs = Annotated[float, "EPOCHS"]
 Minutes = Annotated[float, "MINUTES"]
 Share = Annotated[float, "SHARE"]
 
+# What a change of a setting affects:
+# - encoding: token ids and labels. Part of the cache key of encoded data, and compared on resume.
+# - result: the trained weights. Compared on resume.
+# - layout: how the work is split or computed. Only the last digits change.
+# - precision: one of the flags that give `Config.precision`, which is compared instead.
+# - report only: logs, trackers, limits on errors. May differ between ranks.
+Affects = Literal["encoding", "result", "layout", "precision", "report only"]
+# How a setting of a finished run is compared with that of a new run in the same folder: by value,
+# as a path after resolving it, or not at all.
+FinishedCheck = Literal["value", "path", "no"]
+
 
 def flag(
     default: Any,
@@ -35,15 +46,33 @@ def flag(
     above: float | None = None,
     below: float | None = None,
     at_most: float | None = None,
+    *,
     flag_only: bool = False,
+    affects: Affects | None = None,
+    is_path: bool = False,
+    finished_check: FinishedCheck = "value",
+    in_trial: Any = ...,
 ) -> Any:
-    """Declare one field of a config dataclass as a flag, with its meaning, unit and range.
+    """Declare one field of a config dataclass as a flag: meaning, range and where it matters.
 
     flag_only: a boolean that a `--config` file cannot switch on.
+    affects: see `Affects`.
+    is_path: the value may differ between machines; what lies there is compared, not the name.
+    finished_check: see `FinishedCheck`.
+    in_trial: the value in `doctor --trial`; `...`: unchanged.
     """
     bounds = {"at least": at_least, "above": above, "below": below, "at most": at_most}
     bounds = {name: bound for name, bound in bounds.items() if bound is not None}
-    metadata = {"help": help, "group": group, "bounds": bounds, "flag_only": flag_only}
+    metadata = {
+        "help": help,
+        "group": group,
+        "bounds": bounds,
+        "flag_only": flag_only,
+        "affects": affects,
+        "is_path": is_path,
+        "finished_check": finished_check,
+        "in_trial": in_trial,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -55,18 +84,17 @@ def parse(
     aliases: Mapping[str, str] | None = None,
     errors: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Return the values that were given, converted and range-checked; flags beat `--config`.
+    """Return the given values, converted and range-checked; flags override `--config`.
 
-    Of the file's keys, those that are `ignored` are passed over, and `aliases` lead to ours. What
-    is wrong is added to `mistakes` and left out.
-
-    Raises UserError for an unknown key, naming the nearest known one, or a value out of range.
+    Keys of the file in `ignored` are skipped, and those in `aliases` are renamed. Raises UserError
+    for an unknown name, with the nearest known one, and for an invalid value. With a list `errors`,
+    adds them there and leaves the value out.
     """
     parser = parser_of(config_type, description)
     known, unknown = parser.parse_known_args([_underscores(argument) for argument in argv])
     flags = [option for action in parser._actions for option in action.option_strings]
     for place, word in enumerate(unknown):
-        if word.startswith("--") or place == 0:  # what follows one are its values
+        if word.startswith("--") or place == 0:  # The words after an unknown flag are its values.
             name = word.partition("=")[0]
             with collect_errors(errors):
                 raise UserError(f"{name}: unknown flag.{nearest(name, flags)} See --help.")
@@ -80,8 +108,8 @@ def parse(
         if field.metadata["flag_only"] and values.get(name) and name not in raw:
             with collect_errors(errors):
                 raise UserError(
-                    f"--config {values['config']}: found {name}: True, which only the command line "
-                    f"may switch on. If you want it, give --{name} True beside --config."
+                    f"--config {values['config']}: found {name}: True; expected it only on "
+                    f"the command line. To allow it, give --{name} True next to --config."
                 )
             del values[name]
     hints = get_type_hints(config_type)
@@ -164,7 +192,7 @@ def _read_yaml(
             f"--config {path}: not valid YAML: {' '.join(str(error).split())}"
         ) from None
     if not isinstance(loaded, dict):
-        raise UserError(f"--config {path}: expected lines of `key: value`.")
+        raise UserError(f"--config {path}: expected lines `key: value`.")
     fields = {field.name: field for field in dataclasses.fields(config_type)}
     hints, values = get_type_hints(config_type), {}
     for key, value in loaded.items():
@@ -183,13 +211,13 @@ def _read_yaml(
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """Return a sentence that names the nearest known name, or nothing."""
+    """Return a sentence with the most similar known name, or an empty string."""
     close = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
 
 def _underscores(argument: str) -> str:
-    """Accept --lora-r for --lora_r."""
+    """Return --lora_r for --lora-r."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument[2:].partition("=")
@@ -197,22 +225,22 @@ def _underscores(argument: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours."""
+    """argparse that raises UserError instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See --help.")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Shows what a flag takes, in place of argparse's `[VALUE ...]`."""
+    """Shows the type of a flag's value instead of argparse's `[VALUE ...]`."""
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
         return str(action.metavar or default_metavar)
 
 
 def parser_of(config_type: type[Any], description: str) -> argparse.ArgumentParser:
-    """Build the parser; every value is read as words and converted by `convert`."""
-    # A command's own docstring opens with it: "`python -m loop chat`: talks to adapters".
+    """Build the parser; it reads every value as words, which `convert` converts."""
+    # The docstring of a command starts with its call: "`python -m loop chat`: ...".
     command, described, text = description.removeprefix("`").partition("`: ")
     parser = _Parser(
         usage=f"{command} [--flag value ...]" if described else "[--flag value ...]",
@@ -221,10 +249,10 @@ def parser_of(config_type: type[Any], description: str) -> argparse.ArgumentPars
         argument_default=argparse.SUPPRESS,
         formatter_class=_Help,
     )
-    # argparse's own pattern takes -1e-4 for a flag.
+    # The pattern of argparse reads -1e-4 as a flag.
     parser._negative_number_matcher = re.compile(r"-\.?\d")
     parser.add_argument(
-        "--config", nargs=1, metavar="FILE", help="YAML of these keys; flags beat it"
+        "--config", nargs=1, metavar="FILE", help="YAML file with these keys; flags override it"
     )
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(config_type):
@@ -234,9 +262,9 @@ def parser_of(config_type: type[Any], description: str) -> argparse.ArgumentPars
         if default not in (None, ()):
             shown = " ".join(default) if isinstance(default, tuple) else default
             text += f" (default: {shown})"
-        elif "none: " not in text:  # else it says itself what none means
+        elif "none: " not in text:  # Otherwise the help describes the default itself.
             text += " (default: none)"
-        # Both --prompt a b and --prompt a --prompt b; of other flags the last one counts.
+        # Both --prompt a b and --prompt a --prompt b work; for other flags the last one counts.
         action = "extend" if isinstance(default, tuple) else "store"
         group.add_argument(
             f"--{field.name}", nargs="*", action=action, help=text, metavar=_metavar(field.type)
@@ -250,7 +278,7 @@ def parser_of(config_type: type[Any], description: str) -> argparse.ArgumentPars
 
 
 def _metavar(hint: Any) -> str:
-    """Say what a field of this type takes, as --help shows it."""
+    """Return what --help shows as the value of a flag of this type."""
     if get_origin(hint) is Annotated:
         return str(hint.__metadata__[0])
     if get_origin(hint) is Literal:

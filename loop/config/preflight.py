@@ -1,4 +1,4 @@
-"""What can be known of a run in milliseconds: versions, packages, room, flags and ZeRO's stage."""
+"""Checks that take milliseconds: versions, packages, free disk, and flags against the backend."""
 
 import importlib.metadata
 import os
@@ -12,9 +12,9 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from loop.config.flags import ROOT, Config
 
-# What a run is computed by, in the order of a stack.
+# The packages that every run uses, from the bottom of the stack up.
 CORE = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "tokenizers")
-# What some flags ask for, or a GPU runs quicker with, each by the name to install it by.
+# Modules that some flags need or that speed up a GPU, with the names of their packages.
 OPTIONAL = {
     "wandb": "wandb",
     "tensorboard": "tensorboard",
@@ -27,7 +27,7 @@ OPTIONAL = {
 
 
 def version(package: str) -> str | None:
-    """Return the installed version of a package, without importing it; None: not there."""
+    """Return the installed version of a package without importing it; None: not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -35,27 +35,27 @@ def version(package: str) -> str | None:
 
 
 def requirements(packages: Container[str] | None = None) -> list[Requirement]:
-    """Return the packages and ranges of pyproject.toml; of all, or of these."""
+    """Return the requirements in pyproject.toml, all or those of these packages."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     known = [Requirement(line) for line in project["dependencies"]]
     return [needed for needed in known if packages is None or needed.name in packages]
 
 
 def outdated(packages: Container[str] | None = None) -> Iterator[str]:
-    """Yield the installed packages whose versions the code was not written for."""
+    """Yield an error for each installed package outside the range in pyproject.toml."""
     for needed in requirements(packages):
         found = version(needed.name)
         if found and not needed.specifier.contains(found, prereleases=True):
             yield (
-                f"found {needed.name} {found}; expected {needed.specifier} (pyproject.toml). What "
-                "is tested: pip install -r requirements.txt"
+                f"found {needed.name} {found}; expected {needed.specifier} (pyproject.toml). To "
+                "install the tested version: pip install -r requirements.txt"
             )
 
 
 def conflicts(packages: Container[str] | None = None) -> Iterator[str]:
-    """Yield the installed packages that another one, which the loop needs, does not take.
+    """Yield an error for each installed package that a required package does not accept.
 
-    As `pip check`, for those of pyproject.toml, or for these.
+    As `pip check`, for the packages in pyproject.toml, or for these.
     """
     for package in (needed.name for needed in requirements(packages)):
         if version(package) is None:
@@ -65,7 +65,7 @@ def conflicts(packages: Container[str] | None = None) -> Iterator[str]:
                 continue
             try:
                 wanted = Requirement(line)
-            except InvalidRequirement:  # some old package's own way to write one
+            except InvalidRequirement:  # Old packages have other syntaxes.
                 continue
             if wanted.marker and not wanted.marker.evaluate():
                 continue
@@ -73,12 +73,13 @@ def conflicts(packages: Container[str] | None = None) -> Iterator[str]:
             if found and not wanted.specifier.contains(found, prereleases=True):
                 yield (
                     f"found {wanted.name} {found}; {package} {version(package)} expects "
-                    f"{wanted.specifier}. What is tested: pip install -r requirements.txt"
+                    f"{wanted.specifier}. To install the tested versions: pip install -r "
+                    "requirements.txt"
                 )
 
 
 def version_rows() -> list[tuple[str, str]]:
-    """Return which versions are installed, and where they are not the tested ones."""
+    """Return the rows of doctor's report on installed and tested versions."""
     installed = [f"{name} {version(name) or 'missing'}" for name in CORE]
     pinned = [
         Requirement(line)
@@ -93,92 +94,93 @@ def version_rows() -> list[tuple[str, str]]:
     absent = [name for name, package in OPTIONAL.items() if version(package) is None]
     rows = [
         ("installed", f"Python {platform.python_version()}, {', '.join(installed)}"),
-        ("tested", f"other than here: {', '.join(others)}" if others else "these very versions"),
+        ("tested", f"other versions: {', '.join(others)}" if others else "the same versions"),
     ]
-    return rows + ([("not there", ", ".join(absent))] if absent else [])
+    return rows + ([("not installed", ", ".join(absent))] if absent else [])
 
 
-# What an adapter's folder holds at least (bytes); the Saver reckons with all, before step 1.
-LEAST = 64 << 10
+# Bytes of the smallest adapter folder. The Saver checks the full need before step 1.
+MIN_ADAPTER_BYTES = 64 << 10
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
-def together(found: list[str]) -> str:
-    """Return problems as one message; several: numbered, a line each.
+def together(problems: list[str]) -> str:
+    """Return problems as one message; several are numbered, one per line.
 
     >>> together(["first.", "second."])
     '2 problems\\n  1. first.\\n  2. second.'
     """
-    if len(found) == 1:
-        return found[0]
-    lines = [f"{number}. {problem}" for number, problem in enumerate(found, 1)]
-    return "\n  ".join([f"{len(found)} problems", *lines])
+    if len(problems) == 1:
+        return problems[0]
+    lines = [f"{number}. {problem}" for number, problem in enumerate(problems, 1)]
+    return "\n  ".join([f"{len(problems)} problems", *lines])
 
 
 def problems(config: Config, stage: int | None = None) -> Iterator[str]:
-    """Yield what is wrong; stage: of ZeRO, 0 without DeepSpeed, None where it is not known."""
+    """Yield all errors; stage: ZeRO's, 0 without DeepSpeed, None before the launch."""
     yield from outdated(CORE)
     yield from missing(config, stage)
     yield from backend_conflicts(config, stage)
-    # The first rank alone reads prompts, and writes.
+    # Only rank 0 reads prompts and writes.
     if os.environ.get("RANK", "0") == "0":
-        yield from lost_prompts(config)
+        yield from missing_prompt_files(config)
         output = Path(config.output_dir).expanduser()
         if output.exists() and not output.is_dir():
             yield f"--output_dir {output}: it is a file; expected a folder. Give another."
-        yield from no_room(config, LEAST + base_copy(config))
+        yield from no_room(config, MIN_ADAPTER_BYTES + base_copy(config))
 
 
 def missing(config: Config, stage: int | None) -> Iterator[str]:
-    """Yield the packages that are not there and that flags or launch ask for."""
-    asked: dict[str, str] = {name: f"--report_to {name}" for name in config.report_to}
-    asked["bitsandbytes"] = "--q_lora True" if config.q_lora else ""
-    asked["flash_attn"] = "--flash_attn" if config.flash_attn else ""
-    asked["deepspeed"] = f"an accelerate config with ZeRO-{stage}" if stage else ""
-    instead = {
+    """Yield an error for each missing package that a flag or the launch needs."""
+    needed_by: dict[str, str] = {name: f"--report_to {name}" for name in config.report_to}
+    needed_by["bitsandbytes"] = "--q_lora True" if config.q_lora else ""
+    needed_by["flash_attn"] = "--flash_attn" if config.flash_attn else ""
+    needed_by["deepspeed"] = f"an accelerate config with ZeRO-{stage}" if stage else ""
+    alternatives = {
         "flash_attn": ", or leave the flag out: PyTorch's SDPA is used",
         "deepspeed": ", or launch with accelerate_configs/ddp.yaml or single_gpu.yaml",
     }
     for name, package in OPTIONAL.items():
-        if asked.get(name) and version(package) is None:
+        if needed_by.get(name) and version(package) is None:
             yield (
-                f"{asked[name]}: the package {name} is not installed. Install it: pip install "
-                f"{package}{instead.get(name, '')}."
+                f"{needed_by[name]}: the package {name} is not installed. Install it: pip install "
+                f"{package}{alternatives.get(name, '')}."
             )
 
 
 def backend_conflicts(config: Config, stage: int | None) -> Iterator[str]:
-    """Yield the flags that cannot work under this backend."""
+    """Yield an error for each flag that this backend does not support."""
     if config.torch_compile and stage == 3:
         yield (
-            "--torch_compile: found ZeRO-3, whose hooks stand between all parts of a layer; "
-            "expected another backend. Leave it out, or launch accelerate_configs/zero2.yaml."
+            "--torch_compile: found ZeRO-3, whose hooks break up every layer's graph; expected "
+            "another backend. Leave the flag out, or launch accelerate_configs/zero2.yaml."
         )
     if config.lora_bias == "none":
         return
     if config.q_lora and stage == 0 and config.precision != "no":
-        # bitsandbytes 0.50 casts a linear's bias in place (nn/modules.py, Linear4bit).
+        # bitsandbytes 0.50 casts the bias of a linear layer in place (nn/modules.py, Linear4bit).
         yield (
             f"found --q_lora True with --lora_bias {config.lora_bias} in {config.precision}, "
-            "where the biases would be trained without an fp32 master. Launch with "
+            "where the biases would be trained without an fp32 master copy. Launch with "
             "accelerate_configs/zero2.yaml, which has one, or give --mixed_precision no."
         )
     if config.lora_weight_path and stage == 3 and not config.q_lora:
         yield (
-            f"--lora_weight_path {config.lora_weight_path}: its biases cannot be put into a "
-            "base model that ZeRO-3 has shared out. Launch with accelerate_configs/zero2.yaml."
+            f"--lora_weight_path {config.lora_weight_path}: found ZeRO-3, under which biases "
+            "cannot be loaded into the partitioned base model. Launch with "
+            "accelerate_configs/zero2.yaml."
         )
 
 
-def lost_prompts(config: Config) -> Iterator[str]:
-    """Yield the prompts that are meant as files, and are none."""
+def missing_prompt_files(config: Config) -> Iterator[str]:
+    """Yield an error for each prompt that looks like a path and is not a file."""
     for word in config.sample_prompts or ():
-        named = word.endswith((".txt", ".json", ".jsonl"))
-        named = named or word.startswith(("/", "./", "../", "~"))
-        if named and len(word.split()) == 1 and not is_file(word):
+        path_like = word.endswith((".txt", ".json", ".jsonl"))
+        path_like = path_like or word.startswith(("/", "./", "../", "~"))
+        if path_like and len(word.split()) == 1 and not is_file(word):
             yield (
-                f"--sample_prompts {word}: no such file; expected one with a prompt a line, or a "
-                "question in words. Give a path that there is."
+                f"--sample_prompts {word}: no such file; expected a file with one prompt per line, "
+                "or a question. Give an existing file."
             )
 
 
@@ -186,12 +188,12 @@ def is_file(word: str) -> bool:
     """Whether a prompt is the path of a file."""
     try:
         return Path(word).expanduser().is_file()
-    except (OSError, RuntimeError, ValueError):  # A question may be too long for a name.
+    except (OSError, RuntimeError, ValueError):  # A question can be too long for a file name.
         return False
 
 
 def base_copy(config: Config) -> int:
-    """Return the bytes of the base model that the run saves, if it is asked to; else 0."""
+    """Return the bytes of the base model if the run saves a copy of it, else 0."""
     folder = Path(config.model_name_or_path or "").expanduser()
     if config.save_non_lora_state != "all" or not config.model_name_or_path:
         return 0
@@ -199,16 +201,16 @@ def base_copy(config: Config) -> int:
 
 
 def no_room(config: Config, needed: int) -> Iterator[str]:
-    """Yield what is wrong where the output's disk has less than `needed` bytes free."""
+    """Yield an error if the disk of the output folder has less than `needed` bytes free."""
     free = free_room(config)
     if free < needed:
         yield (
             f"--output_dir {config.output_dir}: found {free / 1e6:,.1f} MB free; expected at "
-            f"least {needed / 1e6:,.1f} MB. Free some, or give another folder."
+            f"least {needed / 1e6:,.1f} MB. Free disk space, or give another folder."
         )
 
 
 def free_room(config: Config) -> int:
-    """Return the free bytes where the output folder is, or will be."""
-    place = Path(config.output_dir).expanduser().absolute()
-    return shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
+    """Return the free bytes on the disk of the output folder, which need not exist yet."""
+    folder = Path(config.output_dir).expanduser().absolute()
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free

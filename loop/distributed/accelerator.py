@@ -1,4 +1,4 @@
-"""Builds the Accelerator: device, precision, accumulation, DeepSpeed; meets the other ranks."""
+"""Starts the process group, checks the launch and builds the Accelerator."""
 
 import datetime
 import os
@@ -32,14 +32,14 @@ from loop.distributed.layout import Layout
 from loop.distributed.precision import on_gpu, slow_in_bf16
 from loop.distributed.rank_zero import quiet_deepspeed
 
-# Of any collective: longer than a rank may be behind while each reads data and model for itself.
+# For every collective: longer than any rank needs to read data and model before it joins.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
 def init_process_group_once() -> PartialState:
-    """Meet the other ranks in a process group.
+    """Start the process group of all ranks.
 
-    Raises UserError for more ranks than GPUs, which could not even meet.
+    Raises UserError for more ranks than GPUs: NCCL could not start.
     """
     if not on_gpu():
         _prepare_cpu()
@@ -52,7 +52,7 @@ def init_process_group_once() -> PartialState:
 
 
 def check_ranks() -> None:
-    """Raise UserError for more ranks than this machine has GPUs, where it has any."""
+    """Raise UserError if this machine has GPUs, but fewer than ranks."""
     ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if on_gpu() and ranks > gpus:
         error = UserError(
@@ -64,11 +64,11 @@ def check_ranks() -> None:
 
 
 def _init_after_restart(backend: str) -> None:
-    """Where torchelastic has started the ranks again, let them meet under keys of their own.
+    """Start the process group under a key prefix of its own if torchelastic restarted the ranks.
 
-    The static rendezvous keeps its store (torch 2.13, static_tcp_rendezvous.py), and in it the
-    addresses of the ranks that are gone: whoever read before all had written called those in vain
-    (pytorch#135712 is the same of the c10d rendezvous).
+    The static rendezvous keeps its store (torch 2.13, static_tcp_rendezvous.py), and with it the
+    addresses of the dead ranks. A rank that reads them before the new ranks have written theirs
+    connects to dead ranks (pytorch#135712 is the same bug in the c10d rendezvous).
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0":
@@ -80,10 +80,24 @@ def _init_after_restart(backend: str) -> None:
     )
 
 
+def _prepare_cpu() -> None:
+    # `accelerate launch` exports OMP_NUM_THREADS=1 if the user does not set it (accelerate 1.15,
+    # commands/launch.py). All cores but one would be idle.
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    # oneDNN caches 1,024 compiled products, one per shape, and every row has its own length: half
+    # a GiB in bf16.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Else DeepSpeed warns that it found no GPU.
+
+
 def check_launch(config: Config) -> None:
     """Check flags, launch, packages and hardware, before anything is loaded.
 
-    Raises UserError with all that cannot work, naming what does.
+    Raises UserError that lists every problem with its remedy.
     """
     _, errors = examine_launch(config)
     if errors:
@@ -95,13 +109,13 @@ def check_launch(config: Config) -> None:
 
 
 def examine_launch(config: Config) -> tuple[dict[str, Any], list[str]]:
-    """Return what is asked of DeepSpeed, empty without it, and all that cannot work."""
+    """Return the DeepSpeed settings, empty without DeepSpeed, and every problem of the launch."""
     errors: list[str] = []
     for name in ("FSDP", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             errors.append(
                 f"found an accelerate config with {name}; expected DeepSpeed, DDP or one process. "
-                "To share the base model out over the ranks: accelerate_configs/zero3.yaml."
+                "To partition the base model over the ranks: accelerate_configs/zero3.yaml."
             )
     asked, stage = dict[str, Any](), None
     with collect_errors(errors):
@@ -114,94 +128,12 @@ def examine_launch(config: Config) -> tuple[dict[str, Any], list[str]]:
     return asked, errors
 
 
-def build_accelerator(config: Config, layout: Layout) -> Accelerator:
-    """Return the Accelerator for this launch; DeepSpeed gets the loop's own values.
-
-    Raises UserError for a DeepSpeed file that contradicts a flag.
-    """
-    asked = zero_settings(config)
-    plugin = None
-    if asked:
-        quiet_deepspeed(config.precision == "fp16")
-        with raise_on_all_ranks():
-            values = complete(asked, config, layout)
-        # It would look for contradictions of its own, and tell them with a trace.
-        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-        plugin = DeepSpeedPlugin(hf_ds_config=values, zero3_init_flag=_stage(values) == 3)
-    return Accelerator(
-        mixed_precision=config.precision,
-        deepspeed_plugin=plugin,
-        # The default, True, ends an accumulation with the data loader; windows end it here.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=layout.divisor, sync_with_dataloader=False
-        ),
-    )
-
-
-@contextmanager
-def raise_on_all_ranks() -> Iterator[None]:
-    """Turn a mistake that any rank meets into one that all ranks raise, so that none waits.
-
-    A machine may lack a file that the others have. Nothing in the block may be a collective.
-    """
-    ranks = PartialState()
-    told: list[Any] = [None]
-    try:
-        yield
-    except UserError as error:
-        told = [(ranks.process_index, platform.node(), str(error), type(error))]
-    if ranks.num_processes > 1:
-        told = gather_object(told)
-    found = [report for report in told if report]
-    if found:
-        rank, machine, mistake, kind = found[0]
-        alone = len(found) < len(told)
-        told_error = kind(f"on rank {rank}, machine {machine}: {mistake}" if alone else mistake)
-        told_error.known_to_all = True
-        raise told_error
-
-
-def check_agreement(config: Config, facts: dict[str, Any]) -> None:
-    """Make sure that all ranks hold the same facts, launch and settings; every rank must call this.
-
-    Raises UserError: with other data or settings on one machine the gradient would be wrong, and
-    with another backend the ranks would wait for each other in different collectives.
-    """
-    facts = {**facts, **launch_facts(config), **rank_shared_settings(config)}
-    everyone = gather_object([facts]) if PartialState().num_processes > 1 else [facts]
-    with raise_on_all_ranks():
-        for rank, theirs in enumerate(everyone):
-            for key in {**everyone[0], **theirs}:
-                # Of DeepSpeed's values one machine may have what the other leaves open.
-                first, other = everyone[0].get(key, "not set"), theirs.get(key, "not set")
-                if first != other:
-                    raise UserError(
-                        f"{key} is {first} on rank 0 and {other} on rank {rank}; expected the "
-                        "same. Give every machine the same files and flags."
-                    )
-
-
-def broadcast_flag(answer: bool) -> bool:
-    """Return the first rank's answer on every rank."""
-    return bool(broadcast_object_list([answer])[0])
-
-
-def zero_stage(accelerator: Accelerator) -> int:
-    """Return the ZeRO stage, 0 without DeepSpeed; from 3 on, parameters are shared out."""
-    plugin = accelerator.state.deepspeed_plugin
-    return _stage(plugin.deepspeed_config) if plugin else 0
-
-
-def _stage(values: dict[str, Any]) -> int:
-    return int(values["zero_optimization"]["stage"])
-
-
 def _adopt_precision(asked: dict[str, Any], config: Config) -> None:
-    """Let a DeepSpeed file decide the precision where neither flags nor launcher do."""
+    """Use the DeepSpeed file's precision if neither a flag nor the accelerate config sets one."""
     variable = "ACCELERATE_MIXED_PRECISION"
-    silent = config.mixed_precision is None and not config.bf16 and not config.fp16
+    unset = config.mixed_precision is None and not config.bf16 and not config.fp16
     found = precision_of(asked)
-    if found and silent and os.environ.get(variable, "no") == "no":
+    if found and unset and os.environ.get(variable, "no") == "no":
         os.environ[variable] = found
 
 
@@ -228,15 +160,83 @@ def _not_on_a_cpu(config: Config) -> Iterator[str]:
         yield "--flash_attn: found no GPU, which FlashAttention-2 needs. Leave it out."
 
 
-def _prepare_cpu() -> None:
-    # `accelerate launch` exports OMP_NUM_THREADS=1 when the user set nothing (accelerate 1.15,
-    # commands/launch.py): that would leave all cores but one idle.
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        torch.set_num_threads(threads)
-    # oneDNN caches 1,024 compiled products, one a shape, and every row has its own length: in bf16
-    # half a GiB.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+def build_accelerator(config: Config, layout: Layout) -> Accelerator:
+    """Return the Accelerator for this launch; DeepSpeed gets the loop's own values.
+
+    Raises UserError for a DeepSpeed file that contradicts a flag.
+    """
+    asked = zero_settings(config)
+    plugin = None
+    if asked:
+        quiet_deepspeed(config.precision == "fp16")
+        with raise_on_all_ranks():
+            values = complete(asked, config, layout)
+        # accelerate would compare these fields itself, and raise a traceback.
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+        plugin = DeepSpeedPlugin(hf_ds_config=values, zero3_init_flag=_stage(values) == 3)
+    return Accelerator(
+        mixed_precision=config.precision,
+        deepspeed_plugin=plugin,
+        # The default, True, ends an accumulation with the data loader. Here a window ends it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=layout.divisor, sync_with_dataloader=False
+        ),
+    )
+
+
+def check_agreement(config: Config, facts: dict[str, Any]) -> None:
+    """Compare data facts, launch and settings of all ranks; every rank must call this.
+
+    Raises UserError for a difference. With different data or settings the gradient is wrong. With
+    different backends the ranks wait for each other in different collectives.
+    """
+    facts = {**facts, **launch_facts(config), **rank_shared_settings(config)}
+    everyone = gather_object([facts]) if PartialState().num_processes > 1 else [facts]
+    with raise_on_all_ranks():
+        for rank, theirs in enumerate(everyone):
+            for key in {**everyone[0], **theirs}:
+                # A machine may lack a DeepSpeed value that another one has.
+                first, other = everyone[0].get(key, "not set"), theirs.get(key, "not set")
+                if first != other:
+                    raise UserError(
+                        f"{key} is {first} on rank 0 and {other} on rank {rank}; expected the "
+                        "same. Give every machine the same files and flags."
+                    )
+
+
+@contextmanager
+def raise_on_all_ranks() -> Iterator[None]:
+    """Raise the UserError of any rank on all ranks, so that no rank waits for one that failed.
+
+    A machine may lack a file that the others have. The block must not contain a collective.
+    """
+    ranks = PartialState()
+    reports: list[Any] = [None]
+    try:
+        yield
+    except UserError as error:
+        reports = [(ranks.process_index, platform.node(), str(error), type(error))]
+    if ranks.num_processes > 1:
+        reports = gather_object(reports)
+    failures = [report for report in reports if report]
+    if failures:
+        rank, machine, message, kind = failures[0]
+        on_some = len(failures) < len(reports)
+        error_of_all = kind(f"on rank {rank}, machine {machine}: {message}" if on_some else message)
+        error_of_all.known_to_all = True
+        raise error_of_all
+
+
+def broadcast_flag(answer: bool) -> bool:
+    """Return rank 0's answer on every rank."""
+    return bool(broadcast_object_list([answer])[0])
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """Return the ZeRO stage; 0 without DeepSpeed. Stage 3 partitions the parameters."""
+    plugin = accelerator.state.deepspeed_plugin
+    return _stage(plugin.deepspeed_config) if plugin else 0
+
+
+def _stage(values: dict[str, Any]) -> int:
+    return int(values["zero_optimization"]["stage"])

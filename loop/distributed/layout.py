@@ -1,4 +1,4 @@
-"""How a window is split: ranks x micro-batches x examples, planned before the data is read."""
+"""Plans the layout: how a window is split into ranks x micro-batches x examples."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -13,12 +13,12 @@ from loop.config.flags import Config
 
 @dataclass(frozen=True)
 class Layout:
-    """How a window is split; the gradient does not depend on it."""
+    """The split of a window over ranks and micro-batches. The gradient does not depend on it."""
 
     rank: int
     world_size: int
-    micro_batch_size: int  # most examples a rank runs at once
-    accumulation: int  # micro-batches a rank runs in a full step, if tokens ask for no more
+    micro_batch_size: int  # examples in a micro-batch, at most
+    accumulation: int  # micro-batches of a rank in a full window; a token limit may add more
     global_batch_size: int  # examples in a full window, over all ranks
     steps_per_epoch: int
     total_steps: int
@@ -26,12 +26,23 @@ class Layout:
 
     @property
     def divisor(self) -> int:
-        """What a backward pass divides by, which the loss scale undoes.
+        """The number that a backward pass divides the loss by; the loss scale undoes this.
 
-        DeepSpeed offloads sums only where this is more than 1 (0.19.8, zero/stage_1_and_2.py).
+        DeepSpeed offloads summed gradients only if it exceeds 1 (0.19.8, zero/stage_1_and_2.py).
         """
         varies = self.limits.tokens is not None or self.limits.finer
         return max(self.accumulation, 2 if varies else 1)
+
+    def interval(self, strategy: str, steps: int) -> int:
+        """Return the steps between two logs, checkpoints or evaluations.
+
+        strategy: "steps", "epoch" or "no"; for "no" the interval is longer than the run.
+
+        >>> layout = Layout(0, 1, 2, 1, 2, steps_per_epoch=5, total_steps=20)
+        >>> [layout.interval(strategy, 8) for strategy in ("steps", "epoch", "no")]
+        [8, 5, 21]
+        """
+        return {"steps": steps, "epoch": self.steps_per_epoch, "no": self.total_steps + 1}[strategy]
 
     def __str__(self) -> str:
         tokens = f" or {self.limits.tokens} tokens" if self.limits.tokens else ""
@@ -45,7 +56,7 @@ class Layout:
 
 
 class Ranks(Protocol):
-    """What of accelerate's PartialState a layout depends on."""
+    """The fields of accelerate's PartialState that a layout depends on."""
 
     @property
     def process_index(self) -> int: ...
@@ -57,10 +68,10 @@ class Ranks(Protocol):
 def plan_layout(config: Config, examples: int, ranks: Ranks, packed: bool = False) -> Layout:
     """Split the global batch over ranks and accumulation; the last window of an epoch is short.
 
-    Raises UserError for a single step that is all warm-up.
+    Raises UserError if the only step of the run is a warm-up step.
     """
     world_size, per_device = ranks.num_processes, config.per_device_train_batch_size
-    # A window is never more than the epoch: no rank counts through empty micro-batches for nothing.
+    # A window is no larger than an epoch: no rank iterates over empty micro-batches.
     batch = min(global_batch_size(config, world_size), examples)
     accumulation = ceil(batch / (world_size * per_device))
     per_device = min(per_device, ceil(batch / world_size))
@@ -71,11 +82,11 @@ def plan_layout(config: Config, examples: int, ranks: Ranks, packed: bool = Fals
             f"found one step, which is warm-up with learning rate 0 (--warmup_ratio "
             f"{config.warmup_ratio:g}); expected more. Give --warmup_ratio 0, or train longer."
         )
-    # What one micro-batch more costs a GPU was not measured.
+    # CPU only: the cost of one more micro-batch on a GPU is not measured.
     finer = not packed and not torch.cuda.is_available()
-    # FlashAttention-2 takes queries and keys of the same places.
+    # FlashAttention-2 needs queries and keys at the same positions.
     sharing = packed and not config.flash_attn
-    # To begin with one example at most, as long as it may be (loop/training/auto_micro_batch.py).
+    # --auto_micro_batch starts with one example of the maximum length (auto_micro_batch.py).
     tokens = config.model_max_length if config.auto_micro_batch else config.tokens_per_micro_batch
     limits = Limits(per_device, tokens, packed, finer, sharing)
     split = (ranks.process_index, world_size, per_device, accumulation)
@@ -83,7 +94,7 @@ def plan_layout(config: Config, examples: int, ranks: Ranks, packed: bool = Fals
 
 
 def global_batch_size(config: Config, world_size: int) -> int:
-    """Return the examples of a full window: as asked, or ranks x accumulation x micro-batch."""
+    """Return the examples of a full window: as given, or ranks x accumulation x micro-batch."""
     accumulation = config.gradient_accumulation_steps or 1
     per_rank = accumulation * config.per_device_train_batch_size
     return config.global_batch_size or world_size * per_rank

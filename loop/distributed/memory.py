@@ -1,4 +1,4 @@
-"""The memory of one rank: what it holds, and what it may hold."""
+"""The memory of one rank: bytes in use, and bytes that it may use."""
 
 import os
 from contextlib import suppress
@@ -10,15 +10,37 @@ from accelerate import Accelerator
 from loop.config.flags import Config
 from loop.distributed.layout import Layout
 
-# Of the memory: the rest is for buckets, gradients that earlier micro-batches have summed up, the
-# optimizer's step and what is fragmented.
+# The rest is for gradient buckets, gradients accumulated by earlier micro-batches, the optimizer
+# step and fragmentation.
 MEMORY_SHARE = 0.9
+
+
+def memory_room(device: torch.device) -> int:
+    """Return the bytes that this rank may use, including those in use."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(MEMORY_SHARE * (free + torch.cuda.memory_reserved(device)))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    available = proc_bytes("/proc/meminfo", "MemAvailable") // ranks
+    with suppress(OSError, ValueError):  # A container may have less memory than its machine.
+        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()) // ranks)
+    return int(MEMORY_SHARE * (available + memory_used(device)))
+
+
+def memory_used(device: torch.device) -> int:
+    """Return the bytes that this process uses."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return proc_bytes("/proc/self/status", "VmRSS")
 
 
 def micro_batch_record(
     layout: Layout, config: Config, accelerator: Accelerator, tokens: int | None = None
 ) -> dict[str, int] | None:
-    """Return what a checkpoint keeps of it: it holds on as many ranks with as much memory."""
+    """Return the result of --auto_micro_batch for a checkpoint; None without that flag.
+
+    It is valid for the same number of ranks and the same memory.
+    """
     if not config.auto_micro_batch:
         return None
     device = accelerator.device
@@ -30,27 +52,8 @@ def micro_batch_record(
     return {"tokens": tokens or 0, "ranks": layout.world_size, "memory": memory}
 
 
-def memory_room(device: torch.device) -> int:
-    """Return the bytes that this rank may hold, with what it holds already."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(MEMORY_SHARE * (free + torch.cuda.memory_reserved(device)))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    available = proc_bytes("/proc/meminfo", "MemAvailable") // ranks
-    with suppress(OSError, ValueError):  # A container may have less than its machine.
-        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()) // ranks)
-    return int(MEMORY_SHARE * (available + memory_used(device)))
-
-
-def memory_used(device: torch.device) -> int:
-    """Return the bytes that this process holds now."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return proc_bytes("/proc/self/status", "VmRSS")
-
-
 def proc_bytes(file: str, name: str) -> int:
-    """Return the bytes that a file of /proc says in kB."""
+    """Return a value of a /proc file, which is in kB there, in bytes."""
     for line in Path(file).read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024

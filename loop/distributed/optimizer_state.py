@@ -1,7 +1,7 @@
-"""The trained state, whole: gathered from any backend, and put into any other.
+"""Gathers weights and AdamW's moments from any backend, and loads them into any other.
 
-DeepSpeed holds fp32 master weights and AdamW's moments in flat tensors that the ranks share out;
-elsewhere every rank has all of both.
+DeepSpeed partitions flat tensors of fp32 master weights and moments over the ranks. Under DDP and
+in one process every rank holds all of both.
 """
 
 from typing import Any
@@ -17,39 +17,18 @@ from loop.utils import Tensors, file_name, gather_trained, gathered, is_partitio
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def moments(model: nn.Module, optimizer: Any, keep: bool = True) -> Tensors:
-    """Return AdamW's moments whole, in fp32, on the CPU, and its count of steps, [] float32.
-
-    Named `exp_avg.<name>`, `exp_avg_sq.<name>` and `step`. Every rank must call this.
-    """
-    state = adamw(optimizer).state
-    gathered: Tensors = {}
-    for moment in MOMENTS:
-        found = gather_trained(model, lambda p, key=moment: state[p][key], moment, keep)
-        gathered |= {f"{moment}.{file_name(name)}": tensor for name, tensor in found.items()}
-    steps = next(iter(state.values()))["step"]
-    return {**gathered, "step": torch.as_tensor(steps).float().cpu().clone()} if keep else {}
-
-
-def adamw(optimizer: Any) -> torch.optim.AdamW:
-    """Return the AdamW that accelerate and DeepSpeed have wrapped."""
-    while not isinstance(optimizer, torch.optim.AdamW):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
 def create_moments(optimizer: Any) -> None:
-    """Make AdamW's state as its first step would make it, so that it can be filled and gathered.
+    """Create AdamW's state as its first step would, so that it can be loaded and gathered.
 
-    DeepSpeed 0.19.8 (zero/stage_1_and_2.py) links parameters to their moments once the first
-    group of parameters has stepped, when the second one has no moments yet: biases had none.
+    DeepSpeed 0.19.8 (zero/stage_1_and_2.py) links parameters to their moments when the first
+    parameter group has stepped. The second group (biases) has no moments at that time.
     """
     inner = adamw(optimizer)
     zero = optimizer
     while hasattr(zero, "optimizer") and zero.optimizer is not inner:
         zero = zero.optimizer
     grouped = [parameter for group in inner.param_groups for parameter in group["params"]]
-    # ZeRO-3 lends AdamW its flat tensors for the time of a step only.
+    # ZeRO-3 gives AdamW its flat tensors only during a step.
     for parameter in getattr(zero, "fp32_partitioned_groups_flat", grouped):
         inner.state[parameter] = {
             "step": torch.tensor(0.0),
@@ -59,22 +38,32 @@ def create_moments(optimizer: Any) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def broadcast_tensors(tensors: Tensors, device: torch.device) -> Tensors:
-    """Return the first rank's tensors on every rank, on the CPU; every rank must call this."""
-    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    (shapes,) = broadcast_object_list([shapes])
-    sent = {}
-    for name, (shape, dtype) in shapes.items():
-        tensor = tensors.get(name, torch.empty(shape, dtype=dtype))
-        sent[name] = broadcast(tensor.to(device)).cpu()
-    return sent
+def moments(model: nn.Module, optimizer: Any, keep: bool = True) -> Tensors:
+    """Return AdamW's gathered moments, in fp32, on the CPU, and its step count, [] float32.
+
+    Names: `exp_avg.<name>`, `exp_avg_sq.<name>` and `step`. Every rank must call this.
+    """
+    state = adamw(optimizer).state
+    all_moments: Tensors = {}
+    for moment in MOMENTS:
+        values = gather_trained(model, lambda p, key=moment: state[p][key], moment, keep)
+        all_moments |= {f"{moment}.{file_name(name)}": value for name, value in values.items()}
+    steps = next(iter(state.values()))["step"]
+    return {**all_moments, "step": torch.as_tensor(steps).float().cpu().clone()} if keep else {}
+
+
+def adamw(optimizer: Any) -> torch.optim.AdamW:
+    """Return the AdamW that accelerate and DeepSpeed wrap."""
+    while not isinstance(optimizer, torch.optim.AdamW):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def put_weights(model: nn.Module, adapter: Tensors) -> None:
-    """Put weights into a model that is not prepared yet; every rank must hold them and call this.
+    """Load weights into a model before `prepare`; every rank must hold them and call this.
 
-    DeepSpeed casts its working copies from these: setting its master alone leaves them as they
-    were until the next step.
+    DeepSpeed casts its working copies from these weights. If only its fp32 master is set, the
+    working copies keep their old values until the next step.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -83,56 +72,66 @@ def put_weights(model: nn.Module, adapter: Tensors) -> None:
 
 
 def load_trainable(model: nn.Module, adapter: Tensors) -> None:
-    """Put weights into a prepared model, its fp32 master too; every rank must call this."""
+    """Load weights into a prepared model and its fp32 master; every rank must call this."""
     put_weights(model, adapter)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and is_partitioned(parameter):
-            _put_share(parameter, adapter[file_name(name)], None)
+            _put_partition(parameter, adapter[file_name(name)], None)
 
 
 def load_optimizer_state(
     model: nn.Module, optimizer: Any, adapter: Tensors, moments: Tensors
 ) -> None:
-    """Fill the prepared optimizer: fp32 weights where it has its own, moments, count of steps."""
+    """Load the prepared optimizer: fp32 master weights if it has any, moments, step count."""
     state = adamw(optimizer).state
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if is_partitioned(parameter):
-            _put_share(parameter, adapter[file_name(name)], None)
+            _put_partition(parameter, adapter[file_name(name)], None)
         for moment in MOMENTS:
             value = moments[f"{moment}.{file_name(name)}"]
             if is_partitioned(parameter):
-                _put_share(parameter, value, moment)
+                _put_partition(parameter, value, moment)
             else:
                 state[parameter][moment].copy_(value)
-    for held in state.values():
-        held["step"].copy_(moments["step"])
+    for parameter_state in state.values():
+        parameter_state["step"].copy_(moments["step"])
 
 
-def freeze_ddp_buckets(model: Any) -> None:
-    """Have DDP lay its buckets out before the first step, once and for all; after `prepare`.
+def _put_partition(parameter: Any, value: Tensor, moment: str | None) -> None:
+    """Write this rank's partition of an unpartitioned tensor: fp32 master, or one moment.
 
-    By itself it does so after a run's first step (torch 2.13, reducer.hpp, should_rebuild_buckets),
-    and with them changes the order in which three ranks or more are summed: a resumed run would
-    differ in the last digits.
+    DeepSpeed's own setter splits a tensor into equal parts and ignores the padding of the last
+    part (0.19.8, zero/stage3.py, set_full_hp_param). So the tensor is split here.
     """
-    if isinstance(model, DistributedDataParallel):
-        model.reducer._push_all_rebuilt_params()
-        model.reducer._rebuild_buckets()
+    from deepspeed import utils
+
+    if not hasattr(parameter, "ds_id"):
+        if moment:
+            utils.safe_set_full_optimizer_state(parameter, value, moment)
+        else:
+            utils.safe_set_full_fp32_param(parameter, value)
+        return
+    size, group = parameter.ds_tensor.numel(), parameter.ds_process_group
+    ranks, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    padded = nn.functional.pad(value.flatten(), (0, size * ranks - value.numel()))
+    partition = padded[size * rank : size * (rank + 1)]
+    if moment:
+        utils.safe_set_local_optimizer_state(parameter, partition, moment)
+    else:
+        utils.safe_set_local_fp32_param(parameter, partition)
 
 
-def forget_gradients(model: Any) -> None:
-    """Drop what backward passes under ZeRO-3 have summed up since the last step, or the first.
-
-    From its engine, after passes that are not a window's last. Moments, counts of steps and loss
-    scale change with a step alone; whether a pass is the last is told before each (DeepSpeed
-    0.19.8, zero/stage3.py).
-    """
-    zero = model.optimizer
-    zero.zero_grad()  # the next pass writes gradients over what there is; it would have added them
-    zero.averaged_gradients = {}
-    zero.grad_partitions_flat_buffer.zero_()  # for a parameter that the next pass does not use
+def broadcast_tensors(tensors: Tensors, device: torch.device) -> Tensors:
+    """Return rank 0's tensors on every rank, on the CPU; every rank must call this."""
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    (shapes,) = broadcast_object_list([shapes])
+    sent = {}
+    for name, (shape, dtype) in shapes.items():
+        tensor = tensors.get(name, torch.empty(shape, dtype=dtype))
+        sent[name] = broadcast(tensor.to(device)).cpu()
+    return sent
 
 
 def loss_scale(accelerator: Accelerator, optimizer: Any) -> dict[str, float] | None:
@@ -146,7 +145,7 @@ def loss_scale(accelerator: Accelerator, optimizer: Any) -> dict[str, float] | N
 
 
 def put_loss_scale(accelerator: Accelerator, optimizer: Any, state: dict[str, float]) -> None:
-    """Restore it; from another backend the scale alone, since each counts in its own way."""
+    """Restore the loss scale; from another backend only the scale, since step counters differ."""
     if accelerator.mixed_precision != "fp16":  # --allow_resume_mismatch
         return
     if accelerator.scaler is not None:
@@ -163,25 +162,26 @@ def put_loss_scale(accelerator: Accelerator, optimizer: Any, state: dict[str, fl
         setattr(scaler, name, value)
 
 
-def _put_share(parameter: Any, value: Tensor, moment: str | None) -> None:
-    """Write this rank's share of a whole tensor: the fp32 master, or one of the moments.
+def forget_gradients(model: Any) -> None:
+    """Drop the gradients that ZeRO-3 has accumulated since the last optimizer step.
 
-    DeepSpeed's own setter cuts a tensor into equal parts without the padding that its last part
-    has (0.19.8, zero/stage3.py, set_full_hp_param), so the part is cut here.
+    Valid after backward passes that are not the last of a window: moments, step counts and loss
+    scale change only in a step, and each pass sets whether it is the last (DeepSpeed 0.19.8,
+    zero/stage3.py).
     """
-    from deepspeed import utils
+    zero = model.optimizer
+    zero.zero_grad()  # The next pass overwrites gradients instead of adding to them.
+    zero.averaged_gradients = {}
+    zero.grad_partitions_flat_buffer.zero_()  # For parameters that the next pass does not use.
 
-    if not hasattr(parameter, "ds_id"):
-        if moment:
-            utils.safe_set_full_optimizer_state(parameter, value, moment)
-        else:
-            utils.safe_set_full_fp32_param(parameter, value)
-        return
-    size, group = parameter.ds_tensor.numel(), parameter.ds_process_group
-    ranks, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-    padded = nn.functional.pad(value.flatten(), (0, size * ranks - value.numel()))
-    share = padded[size * rank : size * (rank + 1)]
-    if moment:
-        utils.safe_set_local_optimizer_state(parameter, share, moment)
-    else:
-        utils.safe_set_local_fp32_param(parameter, share)
+
+def freeze_ddp_buckets(model: Any) -> None:
+    """Fix DDP's bucket layout before the first step; call this after `prepare`.
+
+    DDP rebuilds its buckets after a run's first step (torch 2.13, reducer.hpp,
+    should_rebuild_buckets). This changes the order of summation over three or more ranks, so a
+    resumed run would differ in the last digits.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model.reducer._push_all_rebuilt_params()
+        model.reducer._rebuild_buckets()

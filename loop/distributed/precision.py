@@ -1,4 +1,4 @@
-"""Precision: `auto` resolved by a measurement, and notes on devices that are slow in bf16."""
+"""Resolves `--mixed_precision auto` by a measurement, and notes CPUs that are slow in bf16."""
 
 import dataclasses
 import time
@@ -11,14 +11,14 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from loop.config.flags import Config
 
-# Ratio of speeds of matrix products: below it, the casts of bf16 cost what its products save.
+# Speed ratio of matrix products. Below it, the casts of bf16 cost what its products save.
 MIN_BF16_SPEEDUP = 1.3
 
 
 def resolve_precision(config: Config) -> Config:
     """Return the settings with `mixed_precision: auto` resolved by rank 0; every rank must call it.
 
-    The value recorded in the output folder wins, so that a resumed run keeps its precision.
+    A value recorded in the output folder wins, so a resumed run keeps its precision.
     """
     if config.mixed_precision != "auto" or config.bf16 or config.fp16:
         return config
@@ -32,20 +32,20 @@ def resolve_precision(config: Config) -> Config:
 
 
 def on_gpu() -> bool:
-    """Whether the ranks run on GPUs."""
-    # cpu.yaml on a machine with a GPU: the launcher only says so, CUDA stays visible.
+    """Return whether the ranks run on GPUs."""
+    # With cpu.yaml on a machine with a GPU, the launcher sets the variable; CUDA stays visible.
     return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def slow_in_bf16(config: Config) -> str:
-    """Return a note where this CPU is slow in the run's precision, else nothing."""
+    """Return a note if this CPU is slow in the run's precision, else an empty string."""
     if config.precision != "bf16" or on_gpu() or _multiplies_bf16():
         return ""
     return "this CPU has no bf16 instructions: --mixed_precision no is faster here"
 
 
 def _recorded_precision(file: Path) -> str:
-    """Return the precision of the run in this folder, empty where there is none."""
+    """Return the precision of the run in this folder; empty if there is none."""
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -68,10 +68,10 @@ def _faster_precision() -> tuple[str, str]:
 
 
 def bf16_speedup(tokens: int = 256, width: int = 576, inner: int = 1536) -> float:
-    """Return how many times as fast one core's bf16 matrix products are as its fp32 ones.
+    """Return the speed of bf16 matrix products relative to fp32, on one core.
 
-    The shapes are those of an MLP layer of SmolLM2-135M. One thread's CPU time is compared, which
-    other processes hardly change. It takes about 0.1 s.
+    The shapes are those of an MLP layer of SmolLM2-135M. The CPU time of one thread is compared:
+    other processes hardly change it. The measurement takes about 0.1 s.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -88,7 +88,7 @@ def bf16_speedup(tokens: int = 256, width: int = 576, inner: int = 1536) -> floa
 
 
 def _multiplies_bf16() -> bool:
-    """Whether the CPU says so; true where it says nothing (not x86, not Linux)."""
+    """Return whether the CPU has bf16 instructions; True if unknown (not x86, not Linux)."""
     try:
         features = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Keeps other packages' lines that mean nothing here out of a run's, and other ranks silent."""
+"""Keeps a run's output readable: rank 0 prints, and known noise of other packages is filtered."""
 
 import importlib
 import logging
@@ -11,65 +11,65 @@ import huggingface_hub.utils
 from transformers.utils import logging as transformers_logging
 
 
-def quiet() -> None:
-    """Silence what other packages say, here message by message, on other ranks than the first all.
-
-    What goes wrong is raised, never only warned of, and so is told all the same.
-    """
-    first = is_rank0()
-    if not (first and sys.stderr.isatty()):
-        transformers_logging.disable_progress_bar()  # It would be redrawn into a file, too.
-    if not first:
-        huggingface_hub.utils.disable_progress_bars()
-        # Every rank runs the same code, so the first one says the same.
-        warnings.filterwarnings("ignore")
-        logging.disable(logging.WARNING)
-    # DeepSpeed 0.19 asks every module for every attribute, this deprecated one included.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-    # DeepSpeed 0.19 calls torch.distributed by names that torch 2.13 calls deprecated.
-    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated")
-    # It waits on a barrier without a device, too.
-    warnings.filterwarnings("ignore", message=".*using the device under current context")
-    # transformers 5.23 has a new name for it, which 5.17 does not know.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*")
-    logging.getLogger("transformers.modeling_utils").addFilter(_is_meant)
-
-
 def is_rank0() -> bool:
-    """Whether this is the first rank, which alone says what all find."""
+    """Return whether this is rank 0, which prints for all ranks."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def print_rank0(text: str) -> None:
-    """Print on the first rank alone; accelerate's own print speaks once a machine (1.15)."""
+    """Print on rank 0 only; accelerate 1.15's own print prints once per machine."""
     if is_rank0():
         print(text, flush=True)
 
 
-def _is_meant(record: logging.LogRecord) -> bool:
-    # transformers 5.23 sets Flan-T5's tie_word_embeddings whatever its weights, and then warns that
-    # they are not tied: which is right, and what new_tokens.py reckons with.
+def quiet() -> None:
+    """Filter known messages of other packages on rank 0, and all of them on other ranks.
+
+    Errors are raised, so none is lost.
+    """
+    first = is_rank0()
+    if not (first and sys.stderr.isatty()):
+        transformers_logging.disable_progress_bar()  # A file would get each redraw of the bar.
+    if not first:
+        huggingface_hub.utils.disable_progress_bars()
+        # Every rank runs the same code, so rank 0 prints the same warnings.
+        warnings.filterwarnings("ignore")
+        logging.disable(logging.WARNING)
+    # DeepSpeed 0.19 reads every attribute of every module, this deprecated one included.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    # DeepSpeed 0.19 uses names of torch.distributed that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated")
+    # DeepSpeed 0.19 also enters a barrier without naming a device.
+    warnings.filterwarnings("ignore", message=".*using the device under current context")
+    # transformers 5.23 renamed it; 5.17 does not have the new name.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*")
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_not_tied_weights)
+
+
+def _is_not_tied_weights(record: logging.LogRecord) -> bool:
+    # transformers 5.23 sets tie_word_embeddings for every Flan-T5, and then warns that its weights
+    # are not tied. They are not, and new_tokens.py expects that.
     return not record.getMessage().startswith("The tied weights mapping and config for this model")
 
 
 def quiet_deepspeed(fp16: bool) -> None:
-    """Silence what DeepSpeed 0.19 prints on every rank without a GPU, or what is told here, too.
+    """Filter what DeepSpeed 0.19 prints on every rank without a GPU, and what the loop prints too.
 
-    comm/torch.py, runtime/fp16/loss_scaler.py.
+    Sources: comm/torch.py, runtime/fp16/loss_scaler.py.
     """
     # Not `import ... as`: the package has PyTorch itself under that name.
     comm: Any = importlib.import_module("deepspeed.comm.torch")
-    comm.print = _but_for_builds  # a name of that file alone
-    if not fp16:  # where nobody else tells that the loss scale was too large
-        logging.getLogger("DeepSpeed").addFilter(_is_no_overflow)
+    comm.print = _print_unless_built  # replaces `print` in that file only
+    if not fp16:  # In fp16 no other line reports that the loss scale was too large.
+        logging.getLogger("DeepSpeed").addFilter(_is_not_overflow)
 
 
-def _is_no_overflow(record: logging.LogRecord) -> bool:
-    # A step without an update is told by the run's own line, with its samples (guard.py).
-    return "OVERFLOW! Skipping step" not in record.getMessage()
-
-
-def _but_for_builds(*words: object) -> None:
-    # That its communication op was built is no news: where it is not, it raises.
+def _print_unless_built(*words: object) -> None:
+    # A communication op that cannot be built raises an error; success needs no line.
     if not str(words[0]).endswith("built successfully"):
         print(*words)
+
+
+def _is_not_overflow(record: logging.LogRecord) -> bool:
+    # The loop prints a line of its own for a skipped step, with its samples (loss_guard.py).
+    return "OVERFLOW! Skipping step" not in record.getMessage()

@@ -1,4 +1,7 @@
-"""Leaves a process with the run's exit code: one message for a user's mistake, no traceback."""
+"""Exit codes, stop requests and the status file: how a rank leaves, and what launch.sh learns.
+
+docs/architecture.md, "Launch protocol", holds the protocol between launch.sh, launcher and ranks.
+"""
 
 import errno
 import os
@@ -8,122 +11,192 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from data.errors import RunError, Stopped, UserError
 
-STATUS_FILE = "LORA_LOOP_STATUS_FILE"
-STOP = ".stop"  # what launch.sh adds to that name for the file by which it asks for a stop
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
-GRACE = 20.0  # seconds that a rank may take to save and leave once its launcher is gone
+STATUS_FILE = "LORA_LOOP_STATUS_FILE"  # set by launch.sh: the path of the status file
+STOP_SUFFIX = ".stop"  # status file + suffix: the stop file, by which launch.sh requests a stop
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+GRACE_SECONDS = 20.0  # from a stop request, or the launcher's death, until a rank kills itself
+POLL_SECONDS = 0.5
+LAUNCH_NAME = "LORA_LOOP_COMMAND"  # set by launch.sh: its own name, the same in all its launches
+LAUNCH_FILE = ".launch"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How `main` ended on this rank."""
+
+    code: int = 0
+    label: str = ""  # "error" or "stopped"; empty: there is nothing to print
+    message: str = ""
+    reason: str = ""  # for the status file
+    alone: bool = False  # the other ranks do not know, so the launcher has to end them
+    by_signal: bool = False  # a stop signal outside of the training loop
 
 
 def run_and_exit(main: Callable[[], None]) -> None:
-    """Run a rank's main function and leave with the run's exit code.
+    """Run `main`, print its error without a traceback, and exit with the run's exit code.
 
-    launch.sh names a status file, since `accelerate launch` turns every failure into 1 and adds
-    a trace. The first rank of the machine writes the code there; all ranks then leave with 0,
-    unless one of them failed alone: the launcher must learn of that, or the others would wait.
+    `accelerate launch` turns every exit code but 0 into 1 and prints a trace. Under launch.sh the
+    first rank of a machine therefore writes the code to the status file, and all ranks exit with 0.
+    A rank that failed alone exits with its code, since the launcher then ends the other ranks.
     """
-    status = os.environ.get(STATUS_FILE)
-    # Outside of the loop, which answers them itself (saver.py), there is nothing to save.
-    for number in STOPS:
-        signal.signal(number, _stop)
-    code, reason = 0, ""
-    first, alone = os.environ.get("LOCAL_RANK", "0") == "0", False
+    outcome = _run(main)
+    _print_message(outcome)
+    if outcome.by_signal and not outcome.alone:
+        time.sleep(1)  # Every rank sees the stop file within this time, before a rank is gone.
+    if _is_first_rank():
+        _write_status(outcome.code, outcome.reason)
+    sys.exit(0 if _status_file() and not outcome.alone else outcome.code)
+
+
+def _run(main: Callable[[], None]) -> Outcome:
+    """Run `main` and return how it ended; other exceptions than user errors pass."""
+    for number in STOP_SIGNALS:  # Within the training loop, Saver handles them (saver.py).
+        signal.signal(number, _exit_on_signal)
     try:
-        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # `accelerate launch` started us.
-            # In here, as it may be asked to stop already.
-            threading.Thread(target=_follow, args=(os.getppid(), status), daemon=True).start()
-        with _told_disk():
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by `accelerate launch`
+            # Within `try`: a stop may be requested already.
+            threading.Thread(target=_follow_launcher, args=(os.getppid(),), daemon=True).start()
+        with _convert_disk_errors():
             main()
     except UserError as error:
-        code, reason = error.exit_code, str(error).splitlines()[0]
-        alone = os.environ.get("WORLD_SIZE", "1") != "1" and not error.known_to_all
-        word = "stopped" if isinstance(error, Stopped) else "error"
-        if first:
-            print(f"{word}: {error}", file=sys.stderr, flush=True)
-        elif alone and not _first_rank_tells(status):
-            print(f"{word}, on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
-    except SystemExit as left:
-        if left.code != Stopped.exit_code:
+        return Outcome(
+            code=error.exit_code,
+            label="stopped" if isinstance(error, Stopped) else "error",
+            message=str(error),
+            reason=str(error).splitlines()[0],
+            alone=os.environ.get("WORLD_SIZE", "1") != "1" and not error.known_to_all,
+        )
+    except SystemExit as error:
+        if error.code != Stopped.exit_code:
             raise
-        code, alone = Stopped.exit_code, not launcher_asks()
-        if first:
-            text = "stopped: asked to, outside of training. The same command goes on."
-            print(text, file=sys.stderr, flush=True)
-        if not alone:
-            time.sleep(1)  # So that no rank loses another before it is told itself.
-    if status and first:
-        Path(status).write_text(f"{code} {reason}\n")
-    sys.exit(0 if status and not alone else code)
+        return Outcome(
+            code=Stopped.exit_code,
+            label="stopped",
+            message="on request, outside of the training loop. The same command resumes the run.",
+            alone=not launcher_asks(),
+            by_signal=True,
+        )
+    return Outcome()
+
+
+def _print_message(outcome: Outcome) -> None:
+    """Print on the first rank of the machine, or on the only rank that met the error."""
+    if not outcome.label:
+        return
+    if _is_first_rank():
+        print(f"{outcome.label}: {outcome.message}", file=sys.stderr, flush=True)
+    elif outcome.alone and not outcome.by_signal and not _first_rank_reports():
+        where = f"on rank {os.environ['RANK']}"
+        print(f"{outcome.label}, {where}: {outcome.message}", file=sys.stderr, flush=True)
+
+
+def _first_rank_reports() -> bool:
+    """Wait up to 20 seconds for the first rank of the machine to write a status of its own."""
+    deadline = time.monotonic() + 20
+    while _status_file() and time.monotonic() < deadline:
+        if _has_status():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _write_status(code: int, reason: str = "") -> None:
+    """Replace the status file, if there is one, with the line `CODE REASON`."""
+    status = _status_file()
+    if status is None:
+        return
+    partial = status.with_name(f"{status.name}.partial")
+    partial.write_text(f"{code} {reason}\n")
+    if status.exists():
+        partial.replace(status)
+    else:  # launch.sh has removed it and ended: its launcher was killed.
+        partial.unlink()
+
+
+def _has_status() -> bool:
+    """Whether the status file is written."""
+    status = _status_file()
+    return status is not None and status.is_file() and status.stat().st_size > 0
+
+
+def _status_file() -> Path | None:
+    """Return the path that launch.sh gives; None for a process that it did not start."""
+    name = os.environ.get(STATUS_FILE)
+    return Path(name) if name else None
+
+
+def _is_first_rank() -> bool:
+    """Whether this is the first rank of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def launcher_asks() -> bool:
+    """Return whether launch.sh requests a stop."""
+    status = _status_file()
+    return status is not None and status.with_name(status.name + STOP_SUFFIX).exists()
+
+
+def _exit_on_signal(number: int, _: FrameType | None) -> None:
+    """Handle a stop signal outside of the training loop, where there is nothing to save."""
+    for each in STOP_SIGNALS:  # A second signal would interrupt the exit.
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(Stopped.exit_code)
+
+
+def _follow_launcher(launcher: int) -> None:
+    """Turn a stop request or the launcher's death into SIGTERM; after the grace period, exit.
+
+    torchrun starts its ranks in sessions of their own: they survive a launcher that is killed. A
+    launcher that gets SIGTERM kills its ranks after 30 seconds, so launch.sh uses a stop file.
+    This is a thread because Python runs no signal handler while a collective waits.
+    """
+    while not (is_orphan := os.getppid() != launcher) and not launcher_asks():
+        time.sleep(POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+    if is_orphan:
+        time.sleep(GRACE_SECONDS)
+    else:
+        _wait_for_exit(launcher)
+    os._exit(128 + signal.SIGTERM)
+
+
+def _wait_for_exit(launcher: int) -> None:
+    """Return once the launcher is gone; exit if the rank does not leave within the grace period.
+
+    Within the training loop there is no limit: a step may take longer.
+    """
+    deadline = time.monotonic() + GRACE_SECONDS
+    while os.getppid() == launcher:
+        in_loop = signal.getsignal(signal.SIGTERM) not in (_exit_on_signal, signal.SIG_IGN)
+        if not in_loop and time.monotonic() > deadline:  # A collective waits for a rank that left.
+            if _is_first_rank() and not _has_status():
+                _write_status(Stopped.exit_code)
+            os._exit(Stopped.exit_code)
+        time.sleep(POLL_SECONDS)
 
 
 @contextmanager
-def _told_disk() -> Iterator[None]:
-    """Turn what a full or broken disk raises, wherever it is met, into one message."""
+def _convert_disk_errors() -> Iterator[None]:
+    """Turn the OSError of a full or broken disk into a RunError with one message."""
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK:
+        if error.errno not in DISK_ERRORS:
             raise
         raise RunError(
             f"{error.filename or 'a file'}: cannot be written: {error.strerror}."
         ) from error
 
 
-def launcher_asks() -> bool:
-    """Say whether launch.sh was asked to stop."""
-    status = os.environ.get(STATUS_FILE)
-    return bool(status) and Path(f"{status}{STOP}").exists()
-
-
-def _first_rank_tells(status: str | None) -> bool:
-    """Wait for the first rank of the machine to meet the same mistake and write its code."""
-    deadline = time.monotonic() + 20
-    while status and time.monotonic() < deadline:
-        if Path(status).is_file() and Path(status).stat().st_size:
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def _stop(number: int, _: FrameType | None) -> None:
-    for each in STOPS:  # A second one would end what answers the first.
-        signal.signal(each, signal.SIG_IGN)
-    sys.exit(Stopped.exit_code)
-
-
-def _follow(launcher: int, status: str | None) -> None:
-    """Pass a request of launch.sh on as a signal; end this process when its launcher is gone.
-
-    torchrun's workers are sessions of their own: a launcher killed outright would leave them
-    training, and told to stop it kills them after 30 seconds. launch.sh therefore asks by a file.
-    A signal's handler may not get its turn while a collective waits, hence the thread.
-    """
-    asked = 0.0
-    while os.getppid() == launcher:
-        if not asked and launcher_asks():
-            asked = time.monotonic()
-            os.kill(os.getpid(), signal.SIGTERM)
-        outside = signal.getsignal(signal.SIGTERM) in (_stop, signal.SIG_IGN)
-        if asked and outside and time.monotonic() > asked + GRACE:
-            os._exit(Stopped.exit_code)  # It waits for a rank that has left already.
-        time.sleep(0.5)
-    if not asked:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(GRACE)
-    os._exit(128 + signal.SIGTERM)
-
-
-LAUNCH_NAME = "LORA_LOOP_COMMAND"  # launch.sh's name for itself, the same in each of its launches
-LAUNCH_FILE = ".launch"
-
-
 def is_restart(output: Path) -> bool:
-    """Say whether this launch has begun in the folder before: then its flags were obeyed.
+    """Return whether this command has started in the folder before, so its flags were applied.
 
     torchelastic and `launch.sh --until-done` give restarted ranks the same flags again.
     """
@@ -131,13 +204,13 @@ def is_restart(output: Path) -> bool:
     if LAUNCH_NAME not in os.environ and not restarted:
         return False
     file = output / LAUNCH_FILE
-    return file.is_file() and file.read_text(encoding="utf-8") == _name()
+    return file.is_file() and file.read_text(encoding="utf-8") == _launch_name()
 
 
 def record_launch(output: Path) -> None:
-    """Leave the launch's name in the folder."""
-    (output / LAUNCH_FILE).write_text(_name(), encoding="utf-8")
+    """Write the command's name into the folder, for `is_restart`."""
+    (output / LAUNCH_FILE).write_text(_launch_name(), encoding="utf-8")
 
 
-def _name() -> str:
+def _launch_name() -> str:
     return os.environ.get(LAUNCH_NAME) or f"launcher {os.getppid()}"

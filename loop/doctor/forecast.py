@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 
-from data.batching.balance import Examples, assign_micro_batches, packed_tokens
+from data.batching.balance import assign_micro_batches, packed_tokens
+from data.encoding.encode import Example
 from data.errors import UserError
 from loop.checkpoint import storage
 from loop.checkpoint.resume import find_checkpoint, run_facts
 from loop.checkpoint.saver import planned_saves
 from loop.config.flags import Config
-from loop.config.preflight import LEAST, base_copy, free_room
+from loop.config.preflight import MIN_ADAPTER_BYTES, base_copy, free_room
 from loop.distributed.layout import Layout
 from loop.distributed.precision import on_gpu
 from loop.doctor.launch import memory_per_rank
@@ -47,15 +48,16 @@ def forecast_tokens(data: TrainingData, layout: Layout, config: Config) -> Token
     tokens = supervised = steps = 0
     sizes: set[Size] = set()
     for _, examples in islice(drawn(data.examples, layout, config.seed), SAMPLED_WINDOWS):
-        assigned = assign_micro_batches(examples, layout.world_size, layout.limits)
+        assignment = assign_micro_batches(examples, layout.world_size, layout.limits)
         tokens += sum(example.run_tokens for example in examples)
         supervised += sum(example.supervised_tokens for example in examples)
-        sizes |= {_size(part, layout.limits.packed) for rank in assigned.ranks for part in rank}
+        batches = [batch for rank in assignment.ranks for batch in rank]
+        sizes |= {_size(batch.examples, layout.limits.packed) for batch in batches}
         steps += 1
     return TokenForecast(tokens / steps * layout.total_steps, frozenset(sizes), supervised / tokens)
 
 
-def _size(part: Examples, packed: bool) -> Size:
+def _size(part: list[Example], packed: bool) -> Size:
     """Return the size of a micro-batch, shared prefixes counted for each dialogue.
 
     Keys and values of a shared prefix are kept for each of its dialogues.
@@ -205,7 +207,7 @@ def disk_rows(
     needed, more, each = storage.room(output, parameters, saves, keep)
     needed += OTHER_OUTPUT_BYTES + base_copy(config)
     free = free_room(config)
-    if LEAST + base_copy(config) <= free < needed:  # preflight reports less
+    if MIN_ADAPTER_BYTES + base_copy(config) <= free < needed:  # preflight reports less
         errors.append(storage.too_little(output, free, needed, more, each))
     many = f"{more} checkpoint{'s' * (more != 1)} of {megabytes(each)}"
     rows = [

@@ -18,24 +18,11 @@ from loop.distributed.signals import STATUS_FILE
 from loop.doctor.launch import Launch
 
 STEPS = 3  # the first one warms up and is not timed
-# Settings of a trial: steps only, and no output that outlives it.
-ALONE: dict[str, Any] = {
+# Replaced in a trial, in addition to the flags' `in_trial` values, which turn other output off.
+TRIAL_STEPS: dict[str, Any] = {
     "max_steps": STEPS,
     "logging_steps": 1,
     "logging_strategy": "steps",
-    "report_to": ("none",),
-    "wandb_artifact": False,
-    "data_report": None,
-    "save_strategy": "no",
-    "save_minutes": None,
-    "save_non_lora_state": "none",
-    "resume_from_checkpoint": "True",
-    "max_minutes": None,
-    "eval_data_path": None,
-    "eval_strategy": "no",
-    "sample_prompts": None,
-    "load_best_model_at_end": False,
-    "early_stopping_patience": None,
 }
 
 
@@ -61,7 +48,8 @@ def run_trial(config: Config, launch: Launch) -> Trial:
         )
     with tempfile.TemporaryDirectory(prefix="lora-loop-trial-") as folder:
         output, settings, status = (Path(folder) / name for name in ("run", "run.yaml", "status"))
-        values: dict[str, Any] = {**ALONE, "output_dir": str(output)}
+        status.touch()  # The ranks replace it, and never create it (signals.py).
+        values = {**trial_settings(), "output_dir": str(output)}
         settings.write_text(dump(dataclasses.replace(config, **values)), "utf-8")
         # The launcher sets its own variables; examine() has set them here, too.
         environment = {n: value for n, value in os.environ.items() if n not in launch.variables}
@@ -90,6 +78,12 @@ def run_trial(config: Config, launch: Launch) -> Trial:
             )
         lines = (output / "metrics.jsonl").read_text("utf-8").splitlines()
         return trial_from_log([json.loads(line) for line in lines])
+
+
+def trial_settings() -> dict[str, Any]:
+    """Return the settings that a trial replaces."""
+    values = {field.name: field.metadata["in_trial"] for field in dataclasses.fields(Config)}
+    return {name: value for name, value in values.items() if value is not ...} | TRIAL_STEPS
 
 
 def trial_from_log(log: list[dict[str, Any]]) -> Trial:

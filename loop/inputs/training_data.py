@@ -27,7 +27,7 @@ from data.encoding.templates import TemplateName
 from data.errors import UserError
 from data.files.atomic_write import written_whole
 from data.files.hashes import file_sha256
-from loop.config.flags import DUMMY_DATA, Config, display_path
+from loop.config.flags import DUMMY_DATA, Config, display_path, names_of
 from loop.distributed.rank_zero import is_rank0
 from loop.model.base import BaseModel, read_base_model, tokenizer_sha256
 from loop.model.packed_attention import row_inputs
@@ -53,11 +53,6 @@ def _data_names(config: Config) -> str:
     return ", ".join(map(display_path, config.data_path or [DUMMY_DATA]))
 
 
-# Flags that change the encoded data.
-ENCODING = (
-    *("t5_compat", "model_max_length", "max_target_length", "keep_header", "on_bad_record"),
-    *("num_data", "seed", "train_on"),
-)
 # Prefixes of the causes for which a dialogue without a supervised token is dropped.
 UNSUPERVISED_CAUSES = ("no supervised token", "no answer", "no pair")
 
@@ -151,7 +146,7 @@ def _encode_or_read_cache(config: Config, base: BaseModel, sha256: str) -> Examp
         "data": sha256,
         "tokenizer": tokenizer_sha256(tokenizer),
         "template": f"{template} {tokenizer.chat_template if template == 'chat' else ''}",
-        **{f"--{name}": getattr(config, name) for name in ENCODING},
+        **{f"--{name}": getattr(config, name) for name in names_of(affects="encoding")},
     }
     path, tally = config.preprocessed_path, Tally()
     encode = _encoder(config, base)

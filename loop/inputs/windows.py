@@ -8,12 +8,14 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from data.batching.balance import assign_micro_batches, squares
+from data.batching.balance import assign_micro_batches
 from data.batching.collate import MicroBatch
+from data.batching.shared_prefix import PrefixGroup
 from data.encoding.encode import Example
 from loop.distributed.layout import Layout
 
-Collate = Callable[[Sequence[Example], int], MicroBatch]  # examples, random seed
+# Collates examples, given a random seed and their prefix groups.
+Collate = Callable[[Sequence[Example], int, Sequence[PrefixGroup] | None], MicroBatch]
 T = TypeVar("T")
 
 
@@ -44,19 +46,19 @@ def windows(
     """Yield this rank's windows from step `start` on; the order depends on seed and epoch only."""
     for step, chosen in drawn(examples, layout, seed, start):
         epoch, index = divmod(step, layout.steps_per_epoch)
-        assigned = assign_micro_batches(chosen, layout.world_size, layout.limits)
+        assignment = assign_micro_batches(chosen, layout.world_size, layout.limits)
         yield Window(
             step=step,
             epoch=epoch + min(1.0, (index + 1) * layout.global_batch_size / len(examples)),
             micro_batches=[
-                collate(part, _random_seed(seed, step, layout.rank, slot))
-                for slot, part in enumerate(assigned.ranks[layout.rank])
+                collate(batch.examples, _random_seed(seed, step, layout.rank, slot), batch.groups)
+                for slot, batch in enumerate(assignment.ranks[layout.rank])
             ],
             examples=len(chosen),
             tokens=sum(example.run_tokens for example in chosen),
-            padded_tokens=sum(assigned.tokens),
-            busiest_tokens=max(assigned.tokens),
-            squared_tokens=squares(chosen, assigned, layout.limits),
+            padded_tokens=sum(assignment.tokens),
+            busiest_tokens=max(assignment.tokens),
+            squared_tokens=assignment.squared_tokens,
             supervised_tokens=sum(example.supervised_tokens for example in chosen),
             ids=tuple(example.id for example in chosen),
         )

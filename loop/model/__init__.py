@@ -1,1 +1,1 @@
-"""The base model: found, loaded, quantized, packed, and given its LoRA adapter."""
+"""The base model: finds, loads, quantises and packs it, and adds its LoRA adapter."""

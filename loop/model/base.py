@@ -1,4 +1,4 @@
-"""Finds the base model, or says within seconds that it does not exist; reads what it is."""
+"""Finds the base model and reads its configuration and tokenizer, without its weights."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from data.errors import UserError
 from loop.config.flags import Config
 from loop.model.bundled_model import embedded_model
 
-# What transformers, peft and safetensors raise about files they cannot load.
+# Raised by transformers, peft and safetensors for files that they cannot load.
 LIBRARY_ERRORS = (
     *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, UserWarning),
     *(ArithmeticError, AssertionError, IndexError, SafetensorError, StrictDataclassError),
@@ -28,10 +28,11 @@ LIBRARY_ERRORS = (
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base model of a run, without its weights; `name` is a folder or a hub name.
+    """The base model of a run, without its weights.
 
-    new_tokens: ids added to the tokenizer for characters that it lacked. packed: micro-batches are
-    rows without padding. flash: attention is FlashAttention-2.
+    name: a folder or a hub name. config: transformers' configuration. new_tokens: ids added to the
+    tokenizer for characters that it lacked. packed: micro-batches are rows without padding.
+    flash: attention is FlashAttention-2.
     """
 
     name: str
@@ -44,8 +45,9 @@ class BaseModel:
 
 
 def read_base_model(config: Config) -> BaseModel:
-    """Return what the base model's files say, without its weights; raises UserError."""
-    from loop.model.packed_attention import can_pack  # here, since `check` imports no torch
+    """Return the base model's name, configuration, tokenizer and template; raises UserError."""
+    # Here: `check` imports this module and starts without torch.
+    from loop.model.packed_attention import can_pack
 
     name = find_base_model(config)
     base_config = read_base_config(name, config)
@@ -63,9 +65,9 @@ def read_base_model(config: Config) -> BaseModel:
 
 
 def find_base_model(config: Config) -> str:
-    """Return the folder or hub name of the base model; a folder as an absolute path.
+    """Return the absolute folder or the hub name of the base model.
 
-    Raises UserError within seconds for one that does not exist.
+    Raises UserError within seconds if it does not exist.
     """
     name = config.model_name_or_path
     if name is None:
@@ -76,12 +78,15 @@ def find_base_model(config: Config) -> str:
             _check_hub(name, config.cache_dir)
             return name
         if not (folder / "config.json").is_file():
-            raise UserError(f"--model_name_or_path {name}: the folder holds no config.json.")
+            raise UserError(
+                f"--model_name_or_path {name}: the folder holds no config.json; expected a "
+                "model's files. Give another folder, or a hub name."
+            )
         return str(folder.resolve())
 
 
 def _check_hub(name: str, cache_dir: str | None) -> None:
-    """Ask the cache, then the hub, once: transformers alone would retry for about 25 s."""
+    """Look in the cache, then ask the hub once; transformers would retry for about 25 s."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -94,8 +99,8 @@ def _check_hub(name: str, cache_dir: str | None) -> None:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=2.0)
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{what}: no such folder, and the hub says: {reason}") from None
-    except Exception as error:  # Offline mode, no route, no name server: each its own class.
+        raise UserError(f"{what}: no such folder, and the hub answers: {reason}") from None
+    except Exception as error:  # Offline mode, no route, no name server: different classes.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{what}: no such folder, not in the cache, and the hub cannot be asked ({reason})."
@@ -104,30 +109,30 @@ def _check_hub(name: str, cache_dir: str | None) -> None:
 
 @contextmanager
 def as_user_error(what: str) -> Iterator[None]:
-    """Tell as the user's mistake what a library raises about files it cannot load."""
+    """Turn a library's error about files that it cannot load into a UserError."""
     try:
         yield
     except LIBRARY_ERRORS as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which `check` does not import
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; `check` does not import it
             raise
         # transformers 5.23, dynamic_module_utils.py, resolve_trust_remote_code.
         code = re.search(r"repository (.+?) (?:contains|references) custom code", str(error))
         if code and "trust_remote_code=True" in str(error):
             raise UserError(
                 f"{what}: found Python code that comes with {code[1]} (auto_map in its JSON "
-                "files), and did not run it; expected a class that transformers has. Read the "
-                "code; if you trust it, give --trust_remote_code True on the command line."
+                "files) and did not run it; expected a class of transformers. Read the code; "
+                "if you trust it, give --trust_remote_code True on the command line."
             ) from None
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UserError(
-            f"{what} cannot be loaded: {type(error).__name__}: {reason}. Expected a folder or hub "
-            "name that transformers and peft load; check its files."
+            f"{what} cannot be loaded: {type(error).__name__}: {reason}; expected a folder or "
+            "hub name that transformers and peft load. Check its files."
         ) from error
 
 
 def read_base_config(base: str, config: Config) -> Any:
-    """Return the base model's configuration, by which it is a decoder or an encoder-decoder."""
-    from transformers import AutoConfig  # here, since `check` has no use for its import time
+    """Return the base model's configuration; raises UserError."""
+    from transformers import AutoConfig  # Here: `check` does not need this slow import.
 
     with as_user_error(base):
         return AutoConfig.from_pretrained(
@@ -135,17 +140,35 @@ def read_base_config(base: str, config: Config) -> Any:
         )
 
 
+def model_class(base_config: Any) -> Any:
+    """Return transformers' class that loads this configuration's model with its LM head."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if base_config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def meta_model(base: str, base_config: Any, trust_remote_code: bool) -> Any:
+    """Return the base model on the meta device, which has no weights; raises UserError."""
+    import torch
+
+    with as_user_error(base), torch.device("meta"):
+        return model_class(base_config).from_config(
+            base_config, trust_remote_code=trust_remote_code
+        )
+
+
 def check_ties(base: str, base_config: Any, zero3: bool) -> None:
-    """Raise UserError where this transformers would give an encoder-decoder another LM head."""
+    """Raise UserError if this transformers would overwrite an encoder-decoder's LM head."""
     if zero3 and base_config.is_encoder_decoder and not compares_ties():
         raise UserError(
-            f"{base}: this transformers ties an encoder-decoder's LM head under ZeRO-3, whatever "
-            "its weights; expected 5.23 or newer. Launch with accelerate_configs/zero2.yaml."
+            f"{base}: this transformers ties an encoder-decoder's LM head under ZeRO-3 without "
+            "comparing the weights; expected 5.23 or newer. Launch with "
+            "accelerate_configs/zero2.yaml."
         )
 
 
 def compares_ties() -> bool:
-    """Whether this transformers compares tied weights in a function of its own, as 5.23."""
+    """Return whether transformers has the function that compares tied weights (5.23 has it)."""
     from transformers import modeling_utils
 
     return hasattr(modeling_utils, "_tied_params_are_equal")
@@ -154,7 +177,7 @@ def compares_ties() -> bool:
 def load_tokenizer(base: str, config: Config) -> Any:
     """Return the base model's tokenizer, with a pad token and padding on the right.
 
-    --chat_template takes the place of its own, and is saved with it. Raises UserError.
+    --chat_template replaces its chat template and is saved with it. Raises UserError.
     """
     from transformers import AutoTokenizer
 
@@ -163,7 +186,10 @@ def load_tokenizer(base: str, config: Config) -> Any:
             base, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
         )
     if tokenizer.eos_token is None:
-        raise UserError(f"{base}: its tokenizer has no EOS token, so answers could not end.")
+        raise UserError(
+            f"{base}: found a tokenizer without an EOS token; expected one, which ends every "
+            "answer. Set eos_token in its tokenizer_config.json."
+        )
     if config.chat_template:
         tokenizer.chat_template = _read_template(config.chat_template)
     tokenizer.padding_side = "right"
@@ -178,7 +204,7 @@ def _read_template(name: str) -> str:
     what = f"--chat_template {name}"
     try:
         text = Path(name).expanduser().read_text(encoding="utf-8")
-        # With the extensions that transformers has (5.23, utils/chat_template_utils.py).
+        # The extensions that transformers uses (5.23, utils/chat_template_utils.py).
         environment = Environment(extensions=["jinja2.ext.loopcontrols"])
         environment.parse(re.sub(r"{%(-?)\s*(end)?generation\s*(-?)%}", "", text))
     except OSError as error:
@@ -193,25 +219,22 @@ def _read_template(name: str) -> str:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Return the hash of all that decides a text's ids."""
+    """Return the SHA-256 of everything that determines a text's ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return hashlib.sha256(
             json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
         ).hexdigest()
-    # Every call of the tokenizer sets both anew.
+    # Every call of the tokenizer sets both again.
     backend.no_padding()
     backend.no_truncation()
-    # Templates end answers with its EOS token, which is not in the backend.
+    # Templates end answers with the tokenizer's EOS token. The backend does not hold it.
     special = json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)
     return hashlib.sha256((backend.to_str() + special).encode()).hexdigest()
 
 
 def check_pairs(base: str, base_config: Any, config: Config) -> None:
-    """Refuse a precision and limits that the model does not have, or that nothing would heed.
-
-    Raises UserError.
-    """
+    """Raise UserError for a precision or a length limit that does not fit the model."""
     pairs, kind = base_config.is_encoder_decoder, base_config.model_type
     if "t5" in kind and config.precision == "fp16":
         raise UserError(
@@ -219,21 +242,25 @@ def check_pairs(base: str, base_config: Any, config: Config) -> None:
             "bf16. Give --mixed_precision bf16, or no."
         )
     given = {"max_target_length": config.max_target_length, "keep_header": config.keep_header}
-    unheeded = [f"--{name}" for name, value in given.items() if value]
-    if unheeded and (config.t5_compat or not pairs):
+    unused = [f"--{name}" for name, value in given.items() if value]
+    if unused and (config.t5_compat or not pairs):
         why = "--t5_compat True, FastChat's one limit" if pairs else f"{base}, a decoder ({kind})"
-        raise UserError(f"found {' and '.join(unheeded)} with {why}. Leave it out.")
+        raise UserError(
+            f"found {' and '.join(unused)} with {why}; expected an encoder-decoder without "
+            "--t5_compat. Leave it out."
+        )
     positions = getattr(base_config, "max_position_embeddings", None)
     longest = max(config.model_max_length, config.max_target_length or 0)
     if pairs and positions and longest > positions:
         raise UserError(
             f"{base}: found --model_max_length or --max_target_length {longest} with {kind}, which "
-            f"has {positions} positions; expected no more. Give --model_max_length {positions}."
+            f"has {positions} positions; expected at most {positions}. Give --model_max_length "
+            f"{positions}."
         )
 
 
 def template_of(base: str, base_config: Any, tokenizer: Any, config: Config) -> TemplateName:
-    """Return the template's name, as asked for or as fits the model; raises UserError."""
+    """Return --template, or the template that fits the model; raises UserError."""
     pairs = base_config.is_encoder_decoder
     template = config.template or ("t5" if pairs else default_template(tokenizer))
     if pairs != (template == "t5"):
@@ -245,16 +272,17 @@ def template_of(base: str, base_config: Any, tokenizer: Any, config: Config) -> 
         )
     if pairs and base_config.decoder_start_token_id is None:
         raise UserError(
-            f"{base}: its config.json has no decoder_start_token_id, with which every answer "
-            "begins; expected one. Write it there (T5's is that of the pad token, 0)."
+            f"{base}: its config.json has no decoder_start_token_id; expected one, since every "
+            "answer starts with it. Add it to the file (T5's is the pad token's id, 0)."
         )
     if config.chat_template and template != "chat":
         raise UserError(
             f"--chat_template {config.chat_template}: found --template {template}, which does "
-            "not use it. Leave one of the two out."
+            "not use it; expected --template chat. Leave one of the two out."
         )
     if config.t5_compat and not pairs:
         raise UserError(
-            f"--t5_compat: {base} is a decoder ({base_config.model_type}); expected a T5."
+            f"--t5_compat: {base} is a decoder ({base_config.model_type}); expected a T5. Leave "
+            "it out."
         )
     return template

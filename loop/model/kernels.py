@@ -1,4 +1,4 @@
-"""liger-kernel's fused norms, rotary embedding and activation, on a GPU where it is installed."""
+"""Faster kernels: liger-kernel's layers on a GPU; dropout and memory settings on a CPU."""
 
 import ctypes
 import importlib
@@ -11,24 +11,25 @@ from torch.autograd import Function
 
 from loop.config.preflight import version
 
-# Whose layers are LLaMA's, as tests/model/test_kernels.py checks; others are left as they are.
-KINDS = {"llama", "mistral", "qwen2", "qwen3"}
+# Models with LLaMA's layers (tests/model/test_kernels.py). Others are not changed.
+LIGER_MODELS = {"llama", "mistral", "qwen2", "qwen3"}
 
 
 def use_kernels(model: Any) -> str:
-    """Have a base model's layers run liger-kernel's functions, and return what to say about it.
+    """Patch a base model's layers with liger-kernel's functions; return a line for the log.
 
-    Not its loss, which reads a number back in each step (liger-kernel 0.8, ops/
-    fused_linear_cross_entropy.py, `.item()`) and computes the logits of tokens that nobody learns
-    from; loop/training/loss.py has its own. Empty where liger-kernel is not installed.
+    Its norms, rotary embedding and activation are used. Its loss is not: it synchronises with the
+    GPU in each step (liger-kernel 0.8, ops/fused_linear_cross_entropy.py, `.item()`) and computes
+    the logits of unsupervised tokens (see loop/training/loss.py). The line is empty if liger-kernel
+    is not installed.
     """
     found = version("liger-kernel")
     kind = model.config.model_type
     if not found:
         return ""
-    if kind not in KINDS or not _is_known(model, kind):
+    if kind not in LIGER_MODELS or not _is_known(model, kind):
         return f"liger-kernel {found}: not used for this {kind} model"
-    # It puts SiLU into the place of whatever activation a model has.
+    # Its MLP always uses SiLU.
     silu = model.config.hidden_act in ("silu", "swish")
     try:
         patches = importlib.import_module("liger_kernel.transformers.monkey_patch")
@@ -47,9 +48,9 @@ def use_kernels(model: Any) -> str:
 
 
 def _is_known(model: Any, kind: str) -> bool:
-    """Whether the code is transformers' own, and has what liger-kernel takes the place of.
+    """Return whether the code is transformers' own, with every module that liger-kernel patches.
 
-    So that it cannot fail with half of the layers changed.
+    Otherwise the patch could fail with half of the layers changed.
     """
     code = sys.modules.get(type(model).__module__)
     layers = getattr(getattr(model, "model", None), "layers", [])
@@ -66,31 +67,31 @@ def _is_known(model: Any, kind: str) -> bool:
     )
 
 
-LEVELS = 1 << 16  # A probability is rounded to a multiple of one part of these.
+DROPOUT_LEVELS = 1 << 16  # A probability is rounded to a multiple of 1 / DROPOUT_LEVELS.
 
 
 class Dropout(nn.Dropout):
-    """torch.nn.Dropout, but that `p` is rounded to 2^-16; the seed is torch's, on a CPU alone."""
+    """torch.nn.Dropout for CPUs, with torch's generator; `p` is rounded to a multiple of 2^-16."""
 
     def forward(self, values: Tensor) -> Tensor:
-        """Return the values with some set to 0 and the others scaled up, in any shape and dtype."""
-        dropped = round(self.p * LEVELS)
-        if not self.training or not dropped or dropped == LEVELS:
+        """Return the values, some set to 0 and the others scaled up; any shape and dtype."""
+        dropped = round(self.p * DROPOUT_LEVELS)
+        if not self.training or not dropped or dropped == DROPOUT_LEVELS:
             return super().forward(values)
-        kept: Tensor = _Kept.apply(values, dropped)  # type: ignore[no-untyped-call]
-        return kept
+        output: Tensor = _Dropout.apply(values, dropped)  # type: ignore[no-untyped-call]
+        return output
 
 
-class _Kept(Function):
-    # Only which are kept is saved, a byte each; torch 2.13 saves a factor in the values' dtype.
+class _Dropout(Function):
+    # The backward pass keeps one byte per element; torch 2.13 keeps a factor in the values' dtype.
     @staticmethod
     def forward(ctx: Any, values: Tensor, dropped: int) -> Tensor:
-        # torch draws its numbers on one thread, whatever their width.
+        # torch draws on one thread, and a 64-bit number costs as much as a 16-bit one.
         draws = torch.empty(-(-values.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
         bits = draws.view(torch.int16)[: values.numel()].view(values.shape)
-        kept = bits >= dropped - LEVELS // 2
+        kept = bits >= dropped - DROPOUT_LEVELS // 2
         ctx.save_for_backward(kept)
-        ctx.scale = LEVELS / (LEVELS - dropped)
+        ctx.scale = DROPOUT_LEVELS / (DROPOUT_LEVELS - dropped)
         return (values * kept).mul_(ctx.scale)
 
     @staticmethod
@@ -100,21 +101,22 @@ class _Kept(Function):
 
 
 def replace_dropout(model: nn.Module) -> None:
-    """Put this dropout in place of all of a model's; it takes half of the time of PyTorch's own."""
+    """Replace all dropout modules of a model; this dropout takes half of the time of PyTorch's."""
     for parent in [*model.modules()]:
-        for name, child in [*parent._modules.items()]:  # one under two names, too
+        for name, child in [*parent._modules.items()]:  # also a module with two names
             if type(child) is nn.Dropout:
                 setattr(parent, name, Dropout(child.p).train(child.training))
 
 
 def keep_memory() -> None:
-    """Have the C library keep what is freed: a step asks for the same again, 4 KiB at a time.
+    """Make glibc keep freed memory, which the next step allocates again.
 
-    Numbers of glibc's malloc.h. Given back, it costs a page fault and zeroes for each page.
+    Memory that was returned to the system costs a page fault and zeroing for each page of 4 KiB.
+    The numbers are those of glibc's malloc.h.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3
         libc.mallopt(trim_threshold, -1)  # never
-        # glibc 2.33 takes 32 MiB at most, and the line above has ended its own choice.
+        # glibc 2.33 accepts 32 MiB at most. The line above has disabled its dynamic threshold.
         if not libc.mallopt(mmap_threshold, 1 << 30):
             libc.mallopt(mmap_threshold, 32 << 20)

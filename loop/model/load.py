@@ -1,4 +1,4 @@
-"""Loads the base model, plain or in 4 bits, and injects the LoRA adapter."""
+"""Loads the base model, in the run's precision or in 4 bits, and injects the LoRA adapter."""
 
 import warnings
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, modeling_utils
+from transformers import modeling_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.errors import UserError
@@ -17,7 +17,8 @@ from loop.config.flags import Config
 from loop.distributed.accelerator import raise_on_all_ranks, zero_stage
 from loop.distributed.rank_zero import print_rank0
 from loop.model import new_tokens
-from loop.model.base import BaseModel, as_user_error, check_ties, compares_ties
+from loop.model.base import BaseModel, as_user_error, check_ties, compares_ties, model_class
+from loop.model.dtypes import torch_dtype
 from loop.model.kernels import keep_memory, replace_dropout, use_kernels
 from loop.model.lora_targets import ALL_LINEAR, target_names
 from loop.model.packed_attention import implementation
@@ -31,27 +32,25 @@ from loop.model.quantization import (
 )
 from loop.utils import gathered
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def load_model(base_model: BaseModel, config: Config, accelerator: Accelerator) -> PeftModel:
-    """Return the base model in the run's precision with a LoRA adapter to train.
+    """Return the base model in the run's precision, with a LoRA adapter to train.
 
     Raises UserError for targets that the model does not have.
     """
-    # Under ZeRO-3 loading is made of collectives, which a rank that fails alone must not add to.
+    # Loading under ZeRO-3 runs collectives; a failed rank must not add another one.
     sharded = zero_stage(accelerator) == 3
     with nullcontext() if sharded else raise_on_all_ranks():
-        model = _load_base(base_model, config, accelerator)
+        model = _load_base_for_training(base_model, config, accelerator)
     model.config.use_cache = False
     # torch.compile fuses by itself.
     on_gpu = accelerator.device.type == "cuda" and not config.torch_compile
-    if on_gpu and (told := use_kernels(model)):
-        print_rank0(f"kernels: {told}")
+    if on_gpu and (summary := use_kernels(model)):
+        print_rank0(f"kernels: {summary}")
     if config.gradient_checkpointing:
-        # Before DeepSpeed's pull request 8148, which 0.19.8 has, recomputed layers found their
-        # parameters shared out again; only the reentrant kind gets by (transformers#47254). It
-        # needs inputs with a gradient.
+        # Before DeepSpeed's pull request 8148 (in 0.19.8), non-reentrant recomputation found
+        # partitioned parameters (transformers#47254). Reentrant checkpointing needs inputs that
+        # require a gradient.
         model.gradient_checkpointing_enable({"use_reentrant": sharded})
         if sharded:
             model.enable_input_require_grads()
@@ -60,15 +59,15 @@ def load_model(base_model: BaseModel, config: Config, accelerator: Accelerator) 
         new_tokens.grow(model, len(base_model.tokenizer))
         values = new_tokens.first_values(model, tokens)
     torch.manual_seed(config.seed)  # lora_A's initial values
-    # DeepSpeed casts all parameters to one precision and keeps an fp32 master of the trained
-    # ones; elsewhere what is trained is fp32 itself and runs under autocast.
+    # DeepSpeed casts all parameters to one dtype and keeps an fp32 master of the trainable ones.
+    # Other backends train fp32 parameters under autocast.
     autocast = accelerator.state.deepspeed_plugin is None
     with raise_on_all_ranks(), new_tokens.without_collectives():
         with_adapter = _add_adapter(model, base_model, config, autocast)
     values = None if config.lora_weight_path else values
     new_tokens.set_up(with_adapter, values, config.train_new_tokens, sharded)
     if autocast:
-        # peft casts its own parameters only, not the base's biases.
+        # peft casts its own parameters only, not the base model's biases.
         for parameter in with_adapter.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -77,24 +76,100 @@ def load_model(base_model: BaseModel, config: Config, accelerator: Accelerator) 
     if on_cpu:
         keep_memory()
     if config.torch_compile:
-        _compile_layers(with_adapter)  # which draws by itself
+        _compile_layers(with_adapter)  # A compiled layer has its own dropout.
     elif on_cpu:
         replace_dropout(with_adapter)
     return with_adapter
 
 
-def leave_inputs(with_adapter: Any) -> None:
-    """Have autocast alone cast what the adapter reads: peft's copy in fp32 would change nothing."""
-    for module in with_adapter.modules():
-        if isinstance(module, BaseTunerLayer):  # peft 0.21, tuners/tuners_utils.py
-            module.cast_input_dtype_enabled = False
+def load_pretrained(
+    source: str,
+    base_config: Any,
+    dtype: torch.dtype | str,
+    compute_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> tuple[Any, list[str]]:
+    """Return the base model from the folder or hub name `source`, and the weights it lacks.
+
+    base_config: decides the class, and whether the stored weights are quantised already.
+    compute_dtype: of QLoRA's 4-bit linear layers; None: they are not quantised here.
+    Raises UserError for files that cannot be loaded.
+    """
+    if compute_dtype:
+        settings = four_bit(compute_dtype)  # This also makes bitsandbytes importable.
+        # A stored 4-bit model has its own settings. They would override these with a warning.
+        if not getattr(base_config, "quantization_config", None):
+            options["quantization_config"] = settings
+    with (
+        as_user_error(source),
+        returned_memory() if compute_dtype else nullcontext(),
+        kept_in_fp32() if compute_dtype else nullcontext(),
+    ):
+        model, report = model_class(base_config).from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **options
+        )
+    return model, sorted(report["missing_keys"])
 
 
-def _compile_layers(model: Any) -> None:
-    """Have each layer compiled when it is first run, once for all lengths of rows."""
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):  # each layer of transformers' models
-            layer.compile(dynamic=True)
+def _load_base_for_training(base_model: BaseModel, config: Config, accelerator: Accelerator) -> Any:
+    base, base_config = base_model.name, base_model.config
+    zero3 = zero_stage(accelerator) == 3
+    plugin = accelerator.state.deepspeed_plugin
+    zero = plugin.deepspeed_config["zero_optimization"] if plugin else {}
+    check_quantization(base, base_config, config, zero)
+    check_ties(base, base_config, zero3)
+    if zero3 and config.q_lora:
+        print_rank0(f"note: {about_zero3(config)}")
+    options: dict[str, Any] = {}
+    if not zero3 and (config.q_lora or accelerator.device.type == "cuda"):
+        # From the mapped file directly to this rank's device. ZeRO-3 loads in its own way.
+        options["device_map"] = {"": accelerator.device}
+    dtype = torch_dtype(config.precision)
+    with _ties_of_gathered_weights() if zero3 else nullcontext():
+        model, missing = load_pretrained(
+            base,
+            base_config,
+            dtype,
+            dtype if config.q_lora else None,
+            config=base_config,
+            attn_implementation=implementation(
+                base_model.packed, config.flash_attn, config.torch_compile
+            ),
+            cache_dir=config.cache_dir,
+            trust_remote_code=config.trust_remote_code,
+            **options,
+        )
+    if missing:
+        raise UserError(
+            f"{base}: the weights lack {', '.join(missing[:5])}; expected all of the model's "
+            "weights. Repair the model's files, or give another model."
+        )
+    if config.q_lora and config.precision != "no":
+        compute_in_fp32(model, deepspeed=plugin is not None)
+    return model
+
+
+@contextmanager
+def _ties_of_gathered_weights() -> Iterator[None]:
+    """Gather weights before transformers compares and ties them.
+
+    Under ZeRO-3 it compares one rank's empty partitions (5.23, modeling_utils.py), finds them
+    equal, and replaces Flan-T5's LM head with the embedding.
+    """
+    if not compares_ties():
+        yield
+        return
+    are_equal = modeling_utils._tied_params_are_equal
+
+    def gathered_are_equal(one: Any, other: Any) -> bool:
+        with gathered(one), gathered(other):
+            return bool(are_equal(one, other))
+
+    modeling_utils._tied_params_are_equal = gathered_are_equal
+    try:
+        yield
+    finally:
+        modeling_utils._tied_params_are_equal = are_equal
 
 
 def _add_adapter(model: Any, base_model: BaseModel, config: Config, autocast: bool) -> PeftModel:
@@ -102,7 +177,7 @@ def _add_adapter(model: Any, base_model: BaseModel, config: Config, autocast: bo
         saved = PeftConfig.from_pretrained(config.lora_weight_path)
         saved.lora_dropout = config.lora_dropout
         with as_user_error(f"--lora_weight_path {config.lora_weight_path}"):
-            # peft only warns, and would train on from random values.
+            # peft only warns, and training would start from random values.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             loaded = PeftModel.from_pretrained(
                 model,
@@ -130,69 +205,15 @@ def _add_adapter(model: Any, base_model: BaseModel, config: Config, autocast: bo
     return get_peft_model(model, adapter, autocast_adapter_dtype=autocast)
 
 
-def _load_base(base_model: BaseModel, config: Config, accelerator: Accelerator) -> Any:
-    base, base_config = base_model.name, base_model.config
-    zero3 = zero_stage(accelerator) == 3
-    plugin = accelerator.state.deepspeed_plugin
-    zero = plugin.deepspeed_config["zero_optimization"] if plugin else {}
-    check_quantization(base, base_config, config, zero)
-    check_ties(base, base_config, zero3)
-    if zero3 and config.q_lora:
-        print_rank0(f"note: {about_zero3(config)}")
-    options: dict[str, Any] = {}
-    if config.q_lora:
-        settings = four_bit(DTYPES[config.precision])  # makes bitsandbytes ready, too
-        # A 4-bit model brings its own, which are checked above and would win with a warning.
-        if not getattr(base_config, "quantization_config", None):
-            options["quantization_config"] = settings
-    if not zero3 and (config.q_lora or accelerator.device.type == "cuda"):
-        # Straight from the mapped file to this rank's device; ZeRO-3 has its own way to load.
-        options["device_map"] = {"": accelerator.device}
-    loader = AutoModelForSeq2SeqLM if base_config.is_encoder_decoder else AutoModelForCausalLM
-    with (
-        as_user_error(base),
-        returned_memory() if config.q_lora else nullcontext(),
-        kept_in_fp32() if config.q_lora else nullcontext(),
-        _compared_whole() if zero3 else nullcontext(),
-    ):
-        model, loaded = loader.from_pretrained(
-            base,
-            config=base_config,
-            dtype=DTYPES[config.precision],
-            attn_implementation=implementation(
-                base_model.packed, config.flash_attn, config.torch_compile
-            ),
-            output_loading_info=True,
-            cache_dir=config.cache_dir,
-            trust_remote_code=config.trust_remote_code,
-            **options,
-        )
-    if loaded["missing_keys"]:
-        names = ", ".join(sorted(loaded["missing_keys"])[:5])
-        raise UserError(f"{base}: the weights lack {names}, which would be random. Mend the model.")
-    if config.q_lora and config.precision != "no":
-        compute_in_fp32(model, deepspeed=plugin is not None)
-    return model
+def leave_inputs(with_adapter: Any) -> None:
+    """Disable peft's cast of LoRA inputs to fp32, since autocast casts them back."""
+    for module in with_adapter.modules():
+        if isinstance(module, BaseTunerLayer):  # peft 0.21, tuners/tuners_utils.py
+            module.cast_input_dtype_enabled = False
 
 
-@contextmanager
-def _compared_whole() -> Iterator[None]:
-    """Have transformers compare whole matrices before it ties them.
-
-    Under ZeRO-3 it compares what a rank holds, nothing with nothing (5.23, modeling_utils.py), and
-    would put Flan-T5's embedding in the place of its LM head.
-    """
-    if not compares_ties():
-        yield
-        return
-    are_equal = modeling_utils._tied_params_are_equal
-
-    def whole_are_equal(one: Any, other: Any) -> bool:
-        with gathered(one), gathered(other):
-            return bool(are_equal(one, other))
-
-    modeling_utils._tied_params_are_equal = whole_are_equal
-    try:
-        yield
-    finally:
-        modeling_utils._tied_params_are_equal = are_equal
+def _compile_layers(model: Any) -> None:
+    """Compile each layer on its first call, once for all row lengths."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):  # each layer of transformers' models
+            layer.compile(dynamic=True)

@@ -1,21 +1,21 @@
-"""Which modules get a LoRA pair: the names asked for, or the attention's as the model has them."""
+"""The modules that LoRA adapts: --lora_target_modules, or the attention's query and value."""
 
 from collections.abc import Iterable
 from typing import Any
 
 from data.errors import UserError
 
-# LLaMA's and BART's names of query and value, and T5's.
+# Query and value: LLaMA's and BART's names, T5's names.
 USUAL = (("q_proj", "v_proj"), ("q", "v"))
 ALL_LINEAR = ("all-linear",)
 
 
 def target_names(model: Any, asked: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Return the targets, each of which matches a module; none asked for: query and value.
+    """Return the names of the modules to adapt; the default is query and value.
 
-    Raises UserError for one that matches nothing.
+    Raises UserError for a name that matches no module.
     """
-    from torch import nn  # here, since the estimate of a wrong accelerate config needs none
+    from torch import nn  # Here: the import is slow, and not every importer calls this.
 
     if asked == ALL_LINEAR:
         return asked
@@ -28,8 +28,8 @@ def target_names(model: Any, asked: tuple[str, ...] | None) -> tuple[str, ...]:
         if not _has(names, target):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
             raise UserError(
-                f"--lora_target_modules: nothing in the model is named {target}. It has: {known}; "
-                "or give all-linear."
+                f"--lora_target_modules: nothing in the model is named {target}; expected some of: "
+                f"{known}. Give one of these, or all-linear."
             )
     return wanted
 

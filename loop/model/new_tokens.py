@@ -1,7 +1,7 @@
-"""The rows of tokens that the base model lacks: trained and saved with the adapter, and no others.
+"""Embedding and LM head rows of new tokens, trained and saved with the adapter.
 
-peft's trainable tokens (0.21, tuners/trainable_tokens/layer.py) give them their place in the
-adapter's files. How they are laid out, begun and run is decided here.
+peft's trainable tokens (0.21, tuners/trainable_tokens/layer.py) store them in the adapter's files.
+Their modules, initial values and forward pass are defined here.
 """
 
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from data.errors import UserError
 from loop.utils import Tensors, gathered, use_whole
 
-MULTIPLE = 8  # rows of a grown matrix, which GPUs multiply faster so
+ROWS_MULTIPLE = 8  # of a grown matrix: GPUs multiply such sizes faster
 
 
 def grow(model: Any, tokens: int) -> None:
-    """Give embedding and LM head a row for each token, where they have fewer; never shrink them.
+    """Grow embedding and LM head to a row for each token, if they have fewer.
 
-    The new rows are the mean of the old ones. transformers' own `resize_token_embeddings` (5.23)
-    also shrinks, and ties T5's LM head, a matrix of its own in Flan-T5, to the embedding.
+    The new rows are the mean of the old ones. transformers' `resize_token_embeddings` (5.23) would
+    also shrink the matrices, and tie Flan-T5's separate LM head to the embedding.
     """
     for old in {id(m.weight): m.weight for m in _matrices(model)}.values():
         if getattr(old, "ds_shape", old.shape)[0] >= tokens:
@@ -37,12 +37,12 @@ def grow(model: Any, tokens: int) -> None:
                 name = "num_embeddings" if isinstance(module, nn.Embedding) else "out_features"
                 setattr(module, name, len(new))
         model.config.vocab_size = len(new)
-        if hasattr(model, "final_logits_bias"):  # BART's and Marian's, of the LM head's length
+        if hasattr(model, "final_logits_bias"):  # in BART and Marian, as long as the LM head
             model._resize_final_logits_bias(len(new))
 
 
 def grown(matrix: Tensor, tokens: int) -> Tensor:
-    """Return a matrix with a row for each token, [rows, d]; the new ones are the others' mean."""
+    """Return the matrix [rows, d] with a row for each token; new rows are the old ones' mean."""
     more = rows_needed(len(matrix), tokens) - len(matrix)
     if not more:
         return matrix
@@ -51,12 +51,12 @@ def grown(matrix: Tensor, tokens: int) -> Tensor:
 
 
 def rows_needed(rows: int, tokens: int) -> int:
-    """Return how many rows a matrix has once there is one for each token."""
-    return rows if rows >= tokens else ceil(tokens / MULTIPLE) * MULTIPLE
+    """Return the number of rows of a matrix that was grown to a row for each token."""
+    return rows if rows >= tokens else ceil(tokens / ROWS_MULTIPLE) * ROWS_MULTIPLE
 
 
 def first_values(model: Any, tokens: list[int]) -> dict[str, Tensor]:
-    """Return the means of the rows before the new tokens': `input` and `output`, each [d].
+    """Return the mean of all rows before the new tokens', `input` and `output`, each [d].
 
     Every rank must call this: under ZeRO-3 the rows are gathered.
     """
@@ -68,12 +68,12 @@ def first_values(model: Any, tokens: list[int]) -> dict[str, Tensor]:
 
 
 def places(model: Any, tokens: list[int]) -> dict[str, list[int]]:
-    """Return peft's `trainable_token_indices`: whose rows are replaced, by the modules' names.
+    """Return peft's `trainable_token_indices`: the tokens whose rows are trained, by module name.
 
-    Where all share one matrix, peft ties them by itself. It would tie Flan-T5's LM head, too, since
-    transformers says that every T5's is tied; of modules whose tokens differ in their order it
-    believes that they are not (0.21, utils/other.py, `indices_mismatch`). So there are always two
-    tokens at least (data/encoding/tokenizer.py, COMPANION).
+    If all modules share one matrix, peft ties their rows. It would also tie Flan-T5's LM head,
+    since transformers declares every T5's head as tied. It does not tie modules whose tokens are in
+    a different order (0.21, utils/other.py, `indices_mismatch`), so the head's are reversed. This
+    needs at least two tokens (data/encoding/tokenizer.py, COMPANION).
     """
     embedding, head = _matrices(model)
     names = {id(module): name for name, module in model.named_modules()}
@@ -89,25 +89,25 @@ def places(model: Any, tokens: list[int]) -> dict[str, list[int]]:
 
 
 def check_targets(taken: dict[str, list[int]], targets: tuple[str, ...]) -> None:
-    """Raise UserError for a module that is to have both rows of new tokens and a LoRA pair.
+    """Raise UserError for a module that would get both rows of new tokens and a LoRA pair.
 
-    peft has a place for one of the two (0.21, `_set_trainable`).
+    peft supports only one of the two (0.21, `_set_trainable`).
     """
     both = [t for t in targets if any(f".{name}".endswith(f".{t}") for name in taken)]
     if both:
         raise UserError(
             f"--lora_target_modules: found {', '.join(both)}, which has the rows of new tokens; "
-            "expected other modules. Leave it out: these rows are trained."
+            "expected other modules. Leave it out; its new rows are trained without it."
         )
 
 
 @contextmanager
 def without_collectives() -> Iterator[None]:
-    """Have peft make its rows without reading the matrix, which ZeRO-3 may have shared out.
+    """Make peft create rows of zeros instead of reading a matrix that ZeRO-3 may partition.
 
-    Its own way asks for a CUDA device, on a CPU too (0.21, `_collect_token_weights`).
+    peft's own gather requires a CUDA device, also on a CPU (0.21, `_collect_token_weights`).
     """
-    kept = TrainableTokensLayer._collect_token_weights
+    collect = TrainableTokensLayer._collect_token_weights
 
     def zeros(_: Any, weight: Tensor, rows: Any, width: int) -> Tensor:
         return weight.new_zeros(len(rows), width)
@@ -116,15 +116,16 @@ def without_collectives() -> Iterator[None]:
     try:
         yield
     finally:
-        TrainableTokensLayer._collect_token_weights = kept
+        TrainableTokensLayer._collect_token_weights = collect
 
 
 def set_up(
     model: nn.Module, values: dict[str, Tensor] | None, train: bool, sharded: bool = False
 ) -> None:
-    """Make injected rows ready: `values` to begin with, tied where the matrices are, fast to run.
+    """Set the injected rows' initial values, tie them as the matrices are, and set their forward.
 
-    Without values they stay as they are: an adapter's that was loaded. `sharded`: by ZeRO-3.
+    values: of `first_values`; None keeps the rows of a loaded adapter. sharded: ZeRO-3 partitions
+    the rows.
     """
     layers = [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
     first: TrainableTokensLayer | None = None
@@ -145,9 +146,9 @@ def set_up(
 
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Run the frozen matrix as it is, and the new rows beside it.
+    """Apply the frozen matrix, then replace the new tokens' part of its result.
 
-    peft's own forward copies the matrix, and its backward pass makes a gradient of that size.
+    peft's own forward copies the matrix, and its backward pass creates a gradient of that size.
     """
     result: Tensor = self.base_layer(x, *args, **kwargs)
     if self.disable_adapters or self.merged:
@@ -168,11 +169,10 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def rows(model: nn.Module, trained: Tensors, keep: bool) -> Tensors:
-    """Return the trained parameters with all new rows, frozen ones too, as peft names them.
+    """Return the trained parameters and all new rows, also frozen ones, by peft's names.
 
-    Rows have the precision of their matrix, in which `_forward` computes with them, and peft's too:
-    so a model that is merged has the very same. Every rank must call this; one that does not `keep`
-    them takes part and returns nothing.
+    Rows are rounded to the dtype of their matrix, in which `_forward` and peft compute, so a merged
+    model has the same values. Every rank must call this; a rank without `keep` returns nothing.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = dict(trained)
@@ -183,13 +183,13 @@ def rows(model: nn.Module, trained: Tensors, keep: bool) -> Tensors:
                 with gathered(parameter):
                     value = parameter.detach().to("cpu", torch.float32, copy=True)
             if keep and value is not None:
-                as_run = value.to(layer.get_base_layer().weight.dtype)
-                found[f"{name}.trainable_tokens_delta.{adapter}"] = as_run.float().clone()
+                rounded = value.to(layer.get_base_layer().weight.dtype)
+                found[f"{name}.trainable_tokens_delta.{adapter}"] = rounded.float().clone()
     return found if keep else {}
 
 
 def row_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each layer's rows by the name that it has in the adapter's file."""
+    """Return the shape of each layer's rows by its name in the adapter's file."""
     return {
         f"{name}.trainable_tokens_delta": tuple(getattr(rows, "ds_shape", rows.shape))
         for name, layer in _owners(model).items()
@@ -198,7 +198,7 @@ def row_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def replaced(model: nn.Module) -> dict[int, tuple[list[int], str]]:
-    """Return which rows of which matrix are replaced by what: by id, tokens and `rows`' name."""
+    """Return, by the id of a matrix, the tokens of its replaced rows and their name in `rows`."""
     return {
         id(layer.get_base_layer().weight): (tokens, f"{name}.trainable_tokens_delta.{adapter}")
         for name, layer in _owners(model).items()
@@ -207,7 +207,7 @@ def replaced(model: nn.Module) -> dict[int, tuple[list[int], str]]:
 
 
 def check_rows(model: Any, tokens: list[int], folder: str) -> None:
-    """Raise UserError where a loaded adapter's rows are not those of the run's new tokens."""
+    """Raise UserError if a loaded adapter's rows are not those of the run's new tokens."""
     config = model.peft_config["default"]
     found = config.trainable_token_indices or {}
     found = found.values() if isinstance(found, dict) else [found]
@@ -215,8 +215,8 @@ def check_rows(model: Any, tokens: list[int], folder: str) -> None:
     if held != tokens:
         raise UserError(
             f"--lora_weight_path {folder}: found rows of the tokens {held}; expected those of "
-            f"{tokens}, which the tokenizer was given. Give --t5_compat as it was trained with, or "
-            "train a new adapter."
+            f"{tokens}, the tokenizer's new tokens. Give --t5_compat as in the adapter's training, "
+            "or train a new adapter."
         )
 
 
@@ -225,7 +225,7 @@ def _matrices(model: Any) -> tuple[Any, Any]:
 
 
 def _owners(model: nn.Module) -> dict[str, Any]:
-    """Return the layers whose rows are in the adapter's file, by name."""
+    """Return the layers whose rows are in the adapter's file, by module name."""
     return {
         name: module
         for name, module in model.named_modules()

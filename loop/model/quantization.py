@@ -1,4 +1,4 @@
-"""QLoRA's base weights: NF4 in bitsandbytes' format, where it works, and what parameters weigh."""
+"""QLoRA's base weights: 4-bit NF4 settings, checks of what fits them, and parameter sizes."""
 
 import ctypes
 import logging
@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 
 from data.errors import UserError
 from loop.config.flags import Config
+from loop.model.dtypes import DTYPE_NAMES
 
 
 @contextmanager
 def kept_in_fp32() -> Iterator[None]:
-    """Have transformers load those modules in fp32 in bf16 too.
+    """Make transformers load a model's `_keep_in_fp32_modules` in fp32 also for bf16.
 
-    Left to itself it does so in fp16 only (5.23, modeling_utils.py, `_get_dtype_plan`).
+    By default it does so for fp16 only (5.23, modeling_utils.py, `_get_dtype_plan`).
     """
     plan = PreTrainedModel._get_dtype_plan
 
@@ -36,17 +37,18 @@ def kept_in_fp32() -> Iterator[None]:
 
 
 def compute_in_fp32(model: nn.Module, deepspeed: bool) -> None:
-    """Have those modules compute in fp32 under autocast too, and DeepSpeed leave them as they are.
+    """Make linear layers that are stored in fp32 compute in fp32, also under autocast.
 
-    Call it before LoRA is injected: what is in fp32 then was loaded so.
+    deepspeed: also exempt them from DeepSpeed's cast. Call it before LoRA is injected: then the
+    only fp32 layers are those of `kept_in_fp32`.
     """
     linear: list[Any] = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    held = [module for module in linear if module.weight.dtype == torch.float32]
-    for module in held:
+    in_fp32 = [module for module in linear if module.weight.dtype == torch.float32]
+    for module in in_fp32:
         module.forward = partial(_without_autocast, module.forward)
         module.weight.held_in_fp32 = True
-    if held and deepspeed:
-        _spare_from_the_cast()
+    if in_fp32 and deepspeed:
+        _exempt_from_deepspeed_cast()
 
 
 def _without_autocast(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -54,35 +56,33 @@ def _without_autocast(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Te
         return forward(inputs.float())
 
 
-def _spare_from_the_cast() -> None:
-    """Put back what DeepSpeed has cast, before it shares it out.
+def _exempt_from_deepspeed_cast() -> None:
+    """Restore `held_in_fp32` parameters after DeepSpeed's cast, before it partitions them.
 
-    It casts every parameter to one dtype (0.19.8, runtime/engine.py), and keeps buffers only.
+    DeepSpeed casts every parameter to one dtype and exempts buffers only (0.19.8,
+    runtime/engine.py).
     """
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     cast = DeepSpeedEngine._cast_module_mixed_precision
 
-    def cast_the_others(engine: Any, *arguments: Any) -> None:
+    def cast_others(engine: Any, *arguments: Any) -> None:
         held = {p: p.data for p in engine.module.parameters() if hasattr(p, "held_in_fp32")}
         cast(engine, *arguments)
         for parameter, data in held.items():
             parameter.data = data
 
-    DeepSpeedEngine._cast_module_mixed_precision = cast_the_others
-
-
-DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    DeepSpeedEngine._cast_module_mixed_precision = cast_others
 
 
 def four_bit(compute_dtype: torch.dtype) -> Any:
     """Return transformers' settings for NF4 with double quantisation.
 
-    The codes are stored in tensors of the compute dtype: ZeRO-3 shares out floating-point
-    parameters only, and DeepSpeed casts a model to one dtype. No other parameter is upcast, unlike
-    peft's `prepare_model_for_kbit_training` (0.21, utils/other.py), which holds embeddings, norms
-    and LM head in fp32: LLaMA's norms compute in fp32 by themselves, and the loss casts its logits.
-    T5's `wo` is left out of the 4-bit layers by transformers, and held in fp32 by fp32.py.
+    The codes are stored in tensors of the compute dtype, because ZeRO-3 partitions floating-point
+    parameters only and DeepSpeed casts a model to one dtype. peft's
+    `prepare_model_for_kbit_training` (0.21, utils/other.py) also upcasts embeddings, norms and LM
+    head to fp32. That is not done here: LLaMA's norms compute in fp32, and the loss casts its
+    logits. transformers does not quantise T5's `wo`; `kept_in_fp32` loads it in fp32.
     """
     _unblock_bitsandbytes()
     from transformers import BitsAndBytesConfig
@@ -98,11 +98,11 @@ def four_bit(compute_dtype: torch.dtype) -> Any:
 
 @contextmanager
 def returned_memory() -> Iterator[None]:
-    """Have freed blocks of a MiB or more go back to the system, while weights are changed.
+    """Return freed blocks of 1 MiB or more to the system while weights are converted.
 
-    glibc raises that limit to 32 MiB by itself (mallopt(3)). Then the blocks that hold a layer's
-    weights on their way fill the heap with holes: 314 MB in place of 75 when 135 million weights
-    are quantised, and now and then 75 MB more when they are merged.
+    By default, glibc raises this limit to 32 MiB (mallopt(3)). Then the temporary blocks of each
+    layer fragment the heap: quantising 135 million weights takes 314 MB instead of 75 MB, and
+    merging them sometimes takes 75 MB more.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
@@ -114,16 +114,16 @@ def returned_memory() -> Iterator[None]:
         libc.mallopt(trim_threshold, 1 << 20)
         yield
     finally:
-        # What they grow to by themselves; tensors of training steps are not mapped anew each time.
+        # glibc's own maximum. Tensors of training steps are not mapped again each time.
         libc.mallopt(mmap_threshold, 32 << 20)
         libc.mallopt(trim_threshold, 64 << 20)
 
 
 def _unblock_bitsandbytes() -> None:
-    """Undo the block of the entry files, and let peft and transformers look again."""
+    """Undo the entry files' import block, and clear the import checks of peft and transformers."""
     if sys.modules.get("bitsandbytes", True) is None:
         del sys.modules["bitsandbytes"]
-    # On a CPU it misses a faster kernel each time it is imported (0.50, backends/cpu/ops.py).
+    # On a CPU, each import warns about a missing faster kernel (0.50, backends/cpu/ops.py).
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from peft import import_utils
     from transformers.utils import import_utils as transformers_import_utils
@@ -135,9 +135,9 @@ def _unblock_bitsandbytes() -> None:
 
 
 def check_quantization(base: str, base_config: Any, config: Config, zero: dict[str, Any]) -> None:
-    """Refuse, before weights are read, a combination that cannot work.
+    """Raise UserError for stored weights and flags that do not fit, before weights are read.
 
-    zero: DeepSpeed's `zero_optimization`, empty without it. Raises UserError.
+    zero: DeepSpeed's `zero_optimization`; empty without DeepSpeed.
     """
     stored = getattr(base_config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
@@ -145,47 +145,49 @@ def check_quantization(base: str, base_config: Any, config: Config, zero: dict[s
     four = method == "bitsandbytes" and stored.get("load_in_4bit", False)
     if method and not four:
         raise UserError(
-            f"{base}: its weights are quantised already ({method}); expected plain weights, which "
-            "--q_lora True quantises, or a 4-bit bitsandbytes model."
+            f"{base}: its weights are quantised already ({method}); expected plain weights or a "
+            "4-bit bitsandbytes model. Give the plain model; --q_lora True quantises it."
         )
     if four and not config.q_lora:
         raise UserError(f"{base}: its weights are 4-bit; expected plain ones. Give --q_lora True.")
     stage = zero.get("stage", 0)
     if four:
-        _check_own(base, stored, config, stage)
+        _check_stored_settings(base, stored, config, stage)
     if not config.q_lora or stage != 3:
         return
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
         if zero.get(key):
             raise UserError(
                 f"--q_lora True: found {key} in the DeepSpeed config, which would quantise the "
-                "4-bit codes once more. Remove it, or use accelerate_configs/zero3.yaml."
+                "4-bit codes again; expected none. Remove it, or use "
+                "accelerate_configs/zero3.yaml."
             )
 
 
 def about_zero3(config: Config) -> str:
-    """Say what is known of QLoRA under ZeRO-3."""
+    """Return what was measured of QLoRA under ZeRO-3."""
     return (
-        "QLoRA under ZeRO-3 was measured on two CPU ranks (one process' losses, half of the "
-        "4-bit weights each) and on one H100 (the plain backend's losses); several GPUs were not."
-        + " Without --gradient_checkpointing True, the backward pass holds all 4-bit weights whole."
+        "QLoRA under ZeRO-3 was measured on two CPU ranks (the losses of one process, half of the "
+        "4-bit weights on each) and on one H100 (the losses of the plain backend). It was not "
+        "measured on several GPUs."
+        + " Without --gradient_checkpointing True, the backward pass gathers all 4-bit weights."
         * (not config.gradient_checkpointing)
     )
 
 
-def _check_own(base: str, stored: dict[str, Any], config: Config, stage: int) -> None:
-    """Compare the settings that a 4-bit model brings, which beat the run's, with the run's."""
-    # What is not there is as bitsandbytes' own defaults say (transformers, BitsAndBytesConfig).
+def _check_stored_settings(base: str, stored: dict[str, Any], config: Config, stage: int) -> None:
+    """Raise UserError if a stored 4-bit model's settings, which take precedence, do not fit."""
+    # Defaults of transformers' BitsAndBytesConfig.
     kind = stored.get("bnb_4bit_quant_type") or "fp4"
     if kind != "nf4":
         raise UserError(
             f"{base}: its 4-bit weights are of the type {kind}; expected nf4. Give the plain "
-            "model, which --q_lora True quantises."
+            "model; --q_lora True quantises it."
         )
-    dtype = DTYPES[config.precision]
+    dtype = DTYPE_NAMES[config.precision]
     computed = str(stored.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")
     if computed != dtype:
-        fitting = [precision for precision, name in DTYPES.items() if name == computed]
+        fitting = [precision for precision, name in DTYPE_NAMES.items() if name == computed]
         remedy = f"--mixed_precision {fitting[0]}, or " if fitting else ""
         raise UserError(
             f"{base}: its 4-bit weights compute in {computed}, and the run in {dtype}; expected "
@@ -194,11 +196,11 @@ def _check_own(base: str, stored: dict[str, Any], config: Config, stage: int) ->
     storage = str(stored.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
     if stage == 3 and storage != dtype:
         raise UserError(
-            f"{base}: its 4-bit weights are stored as {storage}, which ZeRO-3 cannot share out; "
+            f"{base}: its 4-bit weights are stored as {storage}, which ZeRO-3 cannot partition; "
             f"expected {dtype}. Give the plain model, or use accelerate_configs/"
             f"{'ddp' if 'float' in storage else 'zero2'}.yaml."
         )
-    # DeepSpeed 0.19 casts what is floating-point by value, and these are codes (runtime/engine.py).
+    # DeepSpeed 0.19 casts floating-point tensors by value (runtime/engine.py). These hold codes.
     if stage and "float" in storage and storage != dtype:
         raise UserError(
             f"{base}: its 4-bit weights are stored as {storage}, which DeepSpeed would cast to "
@@ -208,11 +210,11 @@ def _check_own(base: str, stored: dict[str, Any], config: Config, stage: int) ->
 
 
 def describe_parameters(model: nn.Module) -> str:
-    """Say how many parameters there are and are trained, and their bytes by dtype, unsharded."""
+    """Return the counts of frozen and trainable parameters, and the bytes by dtype, unsharded."""
     total = trainable = 0
     size: Counter[str] = Counter()
     for parameter in model.parameters():
-        stored = getattr(parameter, "ds_numel", parameter.numel())  # whole, also under ZeRO-3
+        stored = getattr(parameter, "ds_numel", parameter.numel())  # complete, also under ZeRO-3
         state = getattr(parameter, "quant_state", None)
         count = state.shape.numel() if state is not None else stored
         total += count
@@ -229,7 +231,7 @@ def describe_parameters(model: nn.Module) -> str:
 
 
 def scale_bytes(state: Any) -> int:
-    """Return the bytes of one weight's scales; every rank holds them all, under ZeRO-3 too."""
+    """Return the bytes of one weight's scales, which ZeRO-3 does not partition."""
     tensors = [state.absmax, state.code, state.offset]
     if state.nested:
         tensors += [state.state2.absmax, state.state2.code]

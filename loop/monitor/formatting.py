@@ -1,4 +1,4 @@
-"""How the doctor's report looks: sections of aligned rows, tables, a small curve."""
+"""Formats text output: losses, sizes, durations, and the doctor's sections, tables and curve."""
 
 import os
 import sys
@@ -7,43 +7,45 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 GIB = 2**30
-WIDE, NAME, WIDTH = 100, 16, 56  # columns of a line, of its first word, and of a curve
+LINE_WIDTH, LABEL_WIDTH, WIDTH = 100, 16, 56  # columns of a line, its label, and a curve
 BOLD, GREEN, PLAIN = "\033[1m", "\033[32m", "\033[0m"
 BARS = " ▁▂▃▄▅▆▇█"
 
 
 def in_colour() -> bool:
-    """Whether standard output is a terminal that shows colours."""
+    """Return whether standard output shows colours; FORCE_COLOR and NO_COLOR override."""
     return "FORCE_COLOR" in os.environ or (sys.stdout.isatty() and "NO_COLOR" not in os.environ)
 
 
 @dataclass(frozen=True)
 class Page:
-    """Prints as it goes, so that what takes long is seen to be at work."""
+    """Prints sections one by one, so that progress is visible during slow checks."""
 
     colour: bool
 
     def section(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Print a title, and each row's name before its text, which may have several lines."""
+        """Print a title and its rows (label, text); a text may have several lines."""
         print(f"\n{self.marked(title, BOLD)}")
-        for name, text in rows:
+        for label, text in rows:
             lines = [part for line in text.splitlines() for part in _wrapped(line)]
             for number, line in enumerate(lines):
-                print(f"  {name if number == 0 else '':{NAME}}{line}".rstrip(), flush=True)
+                print(f"  {label if number == 0 else '':{LABEL_WIDTH}}{line}".rstrip(), flush=True)
 
     def marked(self, text: str, colour: str) -> str:
-        """Return the text in this colour, where there are colours."""
+        """Return the text in this colour if the page has colours."""
         return f"{colour}{text}{PLAIN}" if self.colour else text
 
 
 def _wrapped(line: str) -> list[str]:
     if line[:1] in ("", " "):
-        return [line]  # of a picture, a table, an example
-    return textwrap.wrap(line, WIDE - NAME - 2, break_long_words=False, break_on_hyphens=False)
+        return [line]  # of a curve, a table, an example
+    return textwrap.wrap(
+        line, LINE_WIDTH - LABEL_WIDTH - 2, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return the rows in columns: the first to the left, numbers to the right."""
+    """Return rows as aligned columns: the first left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *cells in rows:
@@ -52,13 +54,22 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def loss_text(loss: float | None) -> str:
+    """Return a loss with four digits; None is a loss that is not finite.
+
+    >>> loss_text(1.25), loss_text(None)
+    ('1.2500', 'not finite')
+    """
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
 def gib(size: float) -> str:
-    """Return bytes as GiB; a MiB is 0.001."""
+    """Return bytes in GiB with three digits: a MiB is 0.001."""
     return f"{size / GIB:.3f}"
 
 
 def megabytes(size: float) -> str:
-    """Return bytes in the unit that a person would choose.
+    """Return bytes in MB, or in GB from 1 GB on.
 
     >>> megabytes(5_400_000), megabytes(24_300_000_000)
     ('5.4 MB', '24.3 GB')
@@ -67,7 +78,7 @@ def megabytes(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as a person says them.
+    """Return seconds in s, min and s, or h and min.
 
     >>> duration(7.25), duration(190), duration(7_300)
     ('7.2 s', '3 min 10 s', '2 h 1 min')
@@ -81,16 +92,16 @@ def duration(seconds: float) -> str:
 
 
 def curve(values: Sequence[float], width: int = WIDTH, height: int = 4) -> list[str]:
-    """Return lines of blocks: each column a value, from 0 to the greatest, the first to the left.
+    """Return a bar chart of block characters: one column per value, from 0 to the maximum.
 
     >>> curve([0.0, 1.0, 2.0, 1.0], width=4, height=2)
     ['   █ ', '  ███']
     """
-    places = range(min(width, len(values)))
-    last = max(1, len(places) - 1)
-    shown = [values[round(place * (len(values) - 1) / last)] for place in places]
-    most = max(shown) or 1.0
-    eighths = [round(8 * height * value / most) for value in shown]
+    columns = range(min(width, len(values)))
+    last = max(1, len(columns) - 1)
+    sampled = [values[round(column * (len(values) - 1) / last)] for column in columns]
+    maximum = max(sampled) or 1.0
+    eighths = [round(8 * height * value / maximum) for value in sampled]
     return [
         " " + "".join(BARS[min(8, max(0, full - 8 * row))] for full in eighths)
         for row in reversed(range(height))

@@ -1,4 +1,4 @@
-"""Reads what runs have logged, to be drawn: metrics.jsonl, else trainer_state.json."""
+"""Reads the logs of runs for plotting: metrics.jsonl, else trainer_state.json."""
 
 import json
 import math
@@ -19,21 +19,21 @@ Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a run begins, for its monitors.
+class PriorRun:
+    """The part of a run before this launch; step 0 for a fresh run.
 
-    step: optimizer steps done before; saved: the checkpoint's progress.json; log: of the run that
-    wrote the checkpoint.
+    step: optimizer steps done. progress: the content of the checkpoint's progress.json. log:
+    metrics.jsonl of the run that wrote the checkpoint.
     """
 
     step: int
-    saved: dict[str, Any]
+    progress: dict[str, Any]
     log: Path | None = None
 
 
 @dataclass(frozen=True)
 class Series:
-    """One kind of number in a panel; a panel's second one is dashed. Noise may be smoothed."""
+    """One metric in a panel; a noisy one is smoothed."""
 
     key: str
     label: str
@@ -43,7 +43,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: what it shows, in which unit, and whether its axis begins at 0."""
+    """One plot: title, unit, metrics, and whether the y axis starts at 0."""
 
     title: str
     unit: str
@@ -71,61 +71,60 @@ PANELS = (
     Panel("Peak memory", "GiB", (Series("peak_memory_gib", "peak memory"),)),
 )
 KEYS = [series.key for panel in PANELS for series in panel.series]
-# What a run can be drawn over; a log of another trainer's may hold steps alone.
+# The choices of x axis; another trainer's log may hold steps only.
 AXES = {"step": "step", "supervised_tokens": "supervised tokens", "seconds": "hours"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run has logged, its steps in order, and the settings it was started with."""
+    """One run's log entries, ordered by step, and its settings."""
 
     name: str
     folder: Path
     entries: list[Entry]
-    resumed: list[int] = field(default_factory=list)  # steps after which it was gone on with
+    resumed: list[int] = field(default_factory=list)  # steps after which it resumed
     settings: dict[str, Any] = field(default_factory=dict)
 
     def points(self, key: str, axis: str = "step") -> Points:
-        """Return where a key was logged, and what; a null is where it could not be measured."""
-        found = [entry for entry in self.entries if entry.get(key) is not None]
-        places = self.along(axis, [entry["step"] for entry in found])
-        return [(x, float(entry[key])) for x, entry in zip(places, found, strict=True)]
+        """Return a key's logged values as (x, y) along an axis; null values are left out."""
+        entries = [entry for entry in self.entries if entry.get(key) is not None]
+        xs = self.along(axis, [entry["step"] for entry in entries])
+        return [(x, float(entry[key])) for x, entry in zip(xs, entries, strict=True)]
 
     def along(self, axis: str, steps: Sequence[int]) -> list[float]:
-        """Return the steps in an axis' unit; between two entries that hold it, by the line."""
+        """Convert steps to an axis' unit; linear between two entries that have the key."""
         if axis == "step":
             return [float(step) for step in steps]
         scale = 3600 if axis == "seconds" else 1
         known = [entry for entry in self.entries if entry.get(axis) is not None]
         values = [entry[axis] / scale for entry in known]
-        places = np.interp(steps, [entry["step"] for entry in known], values)
-        return [float(place) for place in places]
+        return [float(x) for x in np.interp(steps, [entry["step"] for entry in known], values)]
 
     def last(self, key: str) -> float | None:
-        """Return the last value logged of a key."""
+        """Return a key's last logged value."""
         values = [entry[key] for entry in self.entries if entry.get(key) is not None]
         return values[-1] if values else None
 
     def lowest(self, key: str) -> float | None:
-        """Return the lowest value logged of a key."""
+        """Return a key's lowest logged value."""
         return min((value for _, value in self.points(key)), default=None)
 
     def highest(self, key: str) -> float | None:
-        """Return the highest value logged of a key."""
+        """Return a key's highest logged value."""
         return max((value for _, value in self.points(key)), default=None)
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
-    """Return the runs of some output folders, told apart by their names.
+    """Return the runs in these output folders, each with a distinct name.
 
-    Raises UserError where one is no run's, is damaged, or has logged nothing yet.
+    Raises UserError for a folder without a log, a corrupt log, or one without an entry yet.
     """
     paths = [Path(folder).expanduser() for folder in folders]
     names = [path.resolve().name for path in paths]
     if len({*names}) < len(names):
         names = [str(path) for path in paths]
     if len({path.resolve() for path in paths}) < len(paths):
-        raise UserError(f"found the same run twice: {' '.join(folders)}; expected each once.")
+        raise UserError(f"found the same run twice: {' '.join(folders)}; expected different ones.")
     return [_read_run(path, name) for path, name in zip(paths, names, strict=True)]
 
 
@@ -145,7 +144,7 @@ def _read_run(folder: Path, name: str) -> Run:
         raise UserError(f"{file}: cannot be read: {error.strerror}.") from None
     entries, resumed = _as_one([*(_lines if file.name == LOG else _history)(text, file)])
     if not any(entry.get(key) is not None for entry in entries for key in KEYS):
-        raise UserError(f"{file}: nothing is logged there yet; expected a line or more with a loss")
+        raise UserError(f"{file}: found no metrics yet; expected at least one entry with a loss.")
     return Run(name, folder, entries, resumed, _settings(folder / SETTINGS))
 
 
@@ -156,10 +155,9 @@ def _lines(text: str, file: Path) -> Iterator[Entry]:
             loaded = json.loads(line)
         except ValueError:
             if number == len(lines):
-                return  # It is being written, or a kill has cut it off.
+                return  # It is being written, or a kill truncated it.
             raise UserError(
-                f"{file}: line {number} is damaged: not valid JSON. Remove the line to draw the "
-                "others."
+                f"{file}: line {number} is not valid JSON. Remove the line to draw the others."
             ) from None
         yield _checked(loaded, f"{file}: line {number}")
 
@@ -168,27 +166,27 @@ def _history(text: str, file: Path) -> Iterator[Entry]:
     try:
         loaded = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{file}: damaged: not valid JSON: {error}.") from None
+        raise UserError(f"{file}: not valid JSON: {error}.") from None
     history = loaded.get("log_history") if isinstance(loaded, dict) else None
     if not isinstance(history, list):
-        raise UserError(f"{file}: found no log_history; expected a list of what was logged.")
+        raise UserError(f"{file}: found no log_history; expected a list of log entries.")
     for number, entry in enumerate(history, start=1):
         yield _checked(entry, f"{file}: log_history, entry {number}")
 
 
 def _checked(entry: Any, where: str) -> Entry:
-    """Return what is drawn of an entry: numbers that are finite, and null for the others."""
+    """Return the entry's keys that are drawn; a number that is not finite becomes None."""
     step = entry.get("step") if isinstance(entry, dict) else None
     if not _is_number(step) or not math.isfinite(step):
-        raise UserError(f"{where}: found no step; expected an object with one. Remove it.")
-    kept: Entry = {"step": int(step)}
+        raise UserError(f"{where}: found no step; expected an object with a step. Remove it.")
+    checked: Entry = {"step": int(step)}
     for key in (*KEYS, "epoch", "supervised_tokens", "seconds", "resumed_from"):
         value = entry.get(key)
         if value is not None and not _is_number(value):
             raise UserError(f"{where}: {key}: found {value!r}; expected a number.")
         if key in entry:
-            kept[key] = value if value is not None and math.isfinite(value) else None
-    return kept
+            checked[key] = value if value is not None and math.isfinite(value) else None
+    return checked
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
@@ -196,25 +194,25 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _as_one(entries: list[Entry]) -> tuple[list[Entry], list[int]]:
-    """Return the log of a resumed run as if never stopped, and the steps it went on after.
+    """Return a resumed run's log as that of one uninterrupted run, and the steps it resumed after.
 
-    Where the steps go back, what was logged past that step was trained anew.
+    If steps go back, the entries from that step on were repeated: the later ones are kept.
     """
-    kept: list[Entry] = []
+    merged: list[Entry] = []
     resumed: list[int] = []
     for entry in entries:
         step = entry["step"]
-        if kept and step < kept[-1]["step"]:
-            kept = [old for old in kept if old["step"] < step]
-            resumed.append(kept[-1]["step"] if kept else 0)
+        if merged and step < merged[-1]["step"]:
+            merged = [old for old in merged if old["step"] < step]
+            resumed.append(merged[-1]["step"] if merged else 0)
         elif entry.get("resumed_from") is not None:
             resumed.append(int(entry["resumed_from"]))
-        kept.append(entry)
-    return kept, sorted({*resumed} - {0})
+        merged.append(entry)
+    return merged, sorted({*resumed} - {0})
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """Return the run's settings; they are told beside the curves, which do without."""
+    """Return the run's settings, or none if they cannot be read: curves do not need them."""
     try:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -223,7 +221,7 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return the settings in which runs differ, and each one's value."""
+    """Return the settings in which runs differ, with one value per run."""
     if not all(run.settings for run in runs):
         return {}
     names = {name: None for run in runs for name in run.settings if name != "output_dir"}

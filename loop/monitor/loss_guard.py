@@ -1,4 +1,4 @@
-"""Steps that go wrong: without a finite gradient no update is made; such steps are named."""
+"""Detects non-finite steps and loss spikes: skips the update, and reports the examples."""
 
 import math
 from collections.abc import Sequence
@@ -13,19 +13,21 @@ from tqdm import tqdm
 from data.errors import RunError
 from loop.distributed.optimizer_state import adamw
 
-NAMED = 16  # ids of a bad step's samples that are told
-# A spike: so many standard deviations over the mean of so many logs, and by this share of it.
-DEVIATIONS, LOGS, SHARE = 4.0, 20, 0.1
+MAX_IDS_SHOWN = 16  # of a non-finite step's examples
+# A spike is a loss this many standard deviations, and this share of the mean, above the mean of
+# the last logged losses.
+SPIKE_DEVIATIONS, SPIKE_SHARE, SPIKE_WINDOW_LOGS = 4.0, 0.1, 20
 
 
 def skip_if_bad(accelerator: Accelerator, optimizer: Any, loss_sum: Tensor, norm: Any) -> Any:
-    """Return whether any rank's loss or gradient is not finite, [] bool; there is then no update.
+    """Skip the optimizer step if any rank's loss or gradient is not finite; return that as a bool.
 
-    Before the optimizer's step, on all ranks; None before a window's last micro-batch. Nobody waits
-    for a GPU: fused AdamW leaves weights, moments and count as they are where `found_inf` is 1
-    (torch 2.13, optim/adam.py). DeepSpeed has made its step by then, or has found the gradient's
-    norm not finite and left it out (0.19.8, zero/stage_1_and_2.py and stage3.py). fp16's gradients
-    are its loss scale's, so only the loss counts.
+    Every rank must call this before the optimizer step. The result is a tensor of shape [], or None
+    before a window's last micro-batch. It does not synchronise with the GPU: fused AdamW changes no
+    weight, moment or step count if `found_inf` is 1 (torch 2.13, optim/adam.py). DeepSpeed has
+    stepped already, or has skipped the step because of a non-finite norm (0.19.8,
+    zero/stage_1_and_2.py and stage3.py). In fp16 the loss scaler handles gradients, so only the
+    loss is checked.
     """
     if not accelerator.sync_gradients:
         return None
@@ -42,58 +44,64 @@ def skip_if_bad(accelerator: Accelerator, optimizer: Any, loss_sum: Tensor, norm
 
 
 class Watch:
-    """Keeps which steps were bad until somebody asks: to ask a GPU is to wait for it."""
+    """Keeps the flags of non-finite steps on the device; reading them waits for the GPU.
 
-    def __init__(self, most: int, in_a_row: int) -> None:
-        self.most, self.in_a_row = most, in_a_row
-        self.waiting: list[tuple[int, Tensor, int, Sequence[str]]] = []
+    limit: so many non-finite steps in a row end the run. in_a_row: those just before this launch.
+    """
+
+    def __init__(self, limit: int, in_a_row: int) -> None:
+        self.limit, self.in_a_row = limit, in_a_row
+        self.unread: list[tuple[int, Tensor, int, Sequence[str]]] = []
 
     def add(self, step: int, bad: Tensor, supervised_tokens: int, ids: Sequence[str]) -> None:
-        """Note a step."""
-        self.waiting.append((step, bad, supervised_tokens, ids))
+        """Add a step's flag, its supervised tokens, and on rank 0 the ids of its examples."""
+        self.unread.append((step, bad, supervised_tokens, ids))
 
-    def ask(self) -> tuple[int, int]:
-        """Return how many of the steps noted were bad, and their tokens; the first rank names them.
+    def read(self) -> tuple[int, int]:
+        """Return the non-finite steps since the last call and their supervised tokens.
 
-        Raises Fault after too many in a row; on every rank alike.
+        Rank 0 prints the ids of their examples. Raises RunError on every rank after `limit` such
+        steps in a row.
         """
         steps = tokens = 0
-        flags = torch.stack([bad for _, bad, _, _ in self.waiting]).tolist() if self.waiting else []
-        for (step, _, count, ids), bad in zip(self.waiting, flags, strict=True):
+        flags = torch.stack([bad for _, bad, _, _ in self.unread]).tolist() if self.unread else []
+        for (step, _, count, ids), bad in zip(self.unread, flags, strict=True):
             self.in_a_row = self.in_a_row + 1 if bad else 0
             if not bad:
                 continue
             steps, tokens = steps + 1, tokens + count
             if ids:
-                more = ", …" if len(ids) > NAMED else ""
+                more = ", …" if len(ids) > MAX_IDS_SHOWN else ""
                 tqdm.write(
-                    f"step {step}: the loss or the gradient is not finite; no update is made. "
-                    f"Samples: {', '.join(ids[:NAMED])}{more}"
+                    f"step {step}: the loss or the gradient is not finite; the step is skipped. "
+                    f"Examples: {', '.join(ids[:MAX_IDS_SHOWN])}{more}"
                 )
-            if self.in_a_row >= self.most:
-                fault = RunError(
-                    f"step {step}: {self.in_a_row} steps in a row had a loss or a gradient that is "
-                    "not finite, --max_nonfinite_steps allows no more. Their updates were "
-                    "left out, and checkpoints are whole. Look at the samples named above; lower "
-                    "the learning rate, or train in bf16 or fp32 if this is fp16."
+            if self.in_a_row >= self.limit:
+                error = RunError(
+                    f"step {step}: {self.in_a_row} steps in a row had a non-finite loss or "
+                    f"gradient; expected fewer than {self.limit} (--max_nonfinite_steps). Their "
+                    "updates were skipped, and the checkpoints are intact. Check the examples "
+                    "listed above; lower the learning rate, or train in bf16 or fp32 if this is "
+                    "fp16."
                 )
-                fault.known_to_all = True
-                raise fault
-        self.waiting = []
+                error.known_to_all = True
+                raise error
+        self.unread = []
         return steps, tokens
 
 
 def spike(history: Sequence[dict[str, Any]], loss: float) -> str | None:
-    """Return a warning where a loss stands far above those logged before it.
+    """Return a warning if a loss is far above the losses logged before it.
 
     >>> calm = [{"loss": 2.0 + 0.01 * (n % 2)} for n in range(20)]
     >>> spike(calm, 2.1), spike(calm, 3.0)
     (None, 'the loss, 3.0000, is far above the 2.0050 of the last 20 logs')
     """
-    before = [entry["loss"] for entry in history if entry.get("loss") is not None][-LOGS:]
-    if len(before) < LOGS // 2:
+    losses = [entry["loss"] for entry in history if entry.get("loss") is not None]
+    before = losses[-SPIKE_WINDOW_LOGS:]
+    if len(before) < SPIKE_WINDOW_LOGS // 2:
         return None
     usual = mean(before)
-    if loss <= usual + max(DEVIATIONS * pstdev(before), SHARE * math.fabs(usual)):
+    if loss <= usual + max(SPIKE_DEVIATIONS * pstdev(before), SPIKE_SHARE * math.fabs(usual)):
         return None
     return f"the loss, {loss:.4f}, is far above the {usual:.4f} of the last {len(before)} logs"

@@ -1,4 +1,4 @@
-"""The numbers of a log entry: rates over all ranks, shares, memory, and how busy the device is."""
+"""Computes a log entry's metrics: rates over all ranks, shares, MFU, memory, time per phase."""
 
 import json
 import os
@@ -21,17 +21,18 @@ T = TypeVar("T")
 
 
 def seconds_since_start() -> float:
-    """Return how long this process has run, its imports counted."""
-    # Fields behind the name, which may hold spaces: man proc_pid_stat, 22 is the start in ticks.
+    """Return the seconds since this process started, imports included."""
+    # The fields after the name, which may hold spaces; field 22 is the start in clock ticks
+    # (man proc_pid_stat).
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 class Clock:
-    """Adds up seconds by name; on a GPU between events, which are read when they are asked for.
+    """Adds up seconds per phase; on a GPU with CUDA events, which are read in `take`.
 
-    A GPU works behind the program: to look at the time there would first have to wait for it.
+    GPU kernels run asynchronously: reading the time at once would first wait for them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,15 +42,15 @@ class Clock:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Count what the block takes."""
-        begun = self._now()
+        """Add the time of the block."""
+        started = self._now()
         try:
             yield
         finally:
-            self._count(name, begun)
+            self._add(name, started)
 
     def timed_iter(self, items: Iterator[T], name: str) -> Iterator[T]:
-        """Yield the items, and count what they are waited for."""
+        """Yield the items, and add the time spent waiting for each."""
         while True:
             with self(name):
                 item = next(items, None)
@@ -58,13 +59,13 @@ class Clock:
             yield item
 
     def take(self) -> dict[str, float]:
-        """Return the seconds by name since the last call; on a GPU this waits for its work."""
-        for name, begun, ended in self.events:
+        """Return the seconds per phase since the last call; on a GPU this waits for its work."""
+        for name, started, ended in self.events:
             ended.synchronize()
-            self.seconds[name] += begun.elapsed_time(ended) / 1000
-        found = dict(self.seconds)
+            self.seconds[name] += started.elapsed_time(ended) / 1000
+        seconds = dict(self.seconds)
         self.seconds, self.events = defaultdict(float), []
-        return found
+        return seconds
 
     def _now(self) -> Any:
         if not self.on_gpu:
@@ -73,30 +74,30 @@ class Clock:
         event.record()
         return event
 
-    def _count(self, name: str, begun: Any) -> None:
+    def _add(self, name: str, started: Any) -> None:
         if self.on_gpu:
-            self.events.append((name, begun, self._now()))
+            self.events.append((name, started, self._now()))
         else:
-            self.seconds[name] += time.perf_counter() - begun
+            self.seconds[name] += time.perf_counter() - started
 
 
-# Of the windows since the last log.
+# The fields of `Window` that are summed between two logs.
 COUNTED = ("tokens", "padded_tokens", "busiest_tokens", "squared_tokens", "supervised_tokens")
 
 
 @dataclass(frozen=True)
 class Work:
-    """The arithmetic that a decoder's training takes, of which mfu tells how fast it is done.
+    """The size of a decoder, from which MFU (model FLOPs utilisation) is computed.
 
-    A multiplication and an addition for each weight that a token meets, in the forward pass and
-    again for the gradient of what goes in; trained weights once more, frozen ones not: 4 or 6
-    operations a weight. Attention: scores and sums, 4 T^2 d a layer forward and twice that
-    backward, of which the causal half counts. After PaLM (Chowdhery et al. 2022, appendix B),
-    less what a frozen weight spares. What is recomputed does not count, nor what 4 bits take, and
-    what a row's dialogues begin with alike counts once.
+    After PaLM (Chowdhery et al. 2022, appendix B), without the weight gradients of frozen weights.
+    A multiplication and an addition per weight and token, in the forward pass and for the input
+    gradient; trained weights need a third pass: 4 operations per frozen weight, 6 per trained one.
+    Attention: 4 T^2 d per layer forward and twice that backward, of which the causal half counts.
+    Recomputation and dequantisation do not count; shared prefixes count once.
 
-    linear, head, trained: weights of the frozen layers, of the LM head (which meets supervised
-    tokens alone), and trained ones. attention: layers x width of the heads. peak: FLOP/s a rank.
+    linear, head, trained: number of weights in frozen layers, in the LM head (which runs on
+    supervised tokens only), and of trained weights. attention: layers x total width of the heads.
+    peak: FLOP/s per rank.
     """
 
     linear: int
@@ -106,7 +107,7 @@ class Work:
     peak: float
 
     def operations(self, count: Mapping[str, int]) -> int:
-        """Return the operations for so many tokens."""
+        """Return the operations for the counts (`COUNTED`) of an interval."""
         return (
             (4 * self.linear + 6 * self.trained) * min(count["tokens"], count["padded_tokens"])
             + 4 * self.head * count["supervised_tokens"]
@@ -115,18 +116,18 @@ class Work:
 
 
 def work_of(model: Any, config: Config) -> Work | None:
-    """Return what mfu is reckoned from; None without --peak_tflops, and for encoder-decoders."""
+    """Return the model's `Work`; None without --peak_tflops, and for encoder-decoders."""
     model = getattr(model, "module", model)
     settings = model.config.get_text_config()
     if config.peak_tflops is None or settings.is_encoder_decoder:
         return None
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    apart = {id(p) for part in (embedding, head) for p in part.parameters()}
+    not_linear = {id(p) for module in (embedding, head) for p in module.parameters()}
     linear = trained = 0
     for parameter in model.parameters():
         if parameter.requires_grad:
             trained += _count(parameter)
-        elif id(parameter) not in apart:
+        elif id(parameter) not in not_linear:
             linear += _count(parameter)
     width = getattr(settings, "head_dim", None) or (
         settings.hidden_size // settings.num_attention_heads
@@ -137,7 +138,7 @@ def work_of(model: Any, config: Config) -> Work | None:
 
 
 def _count(parameter: nn.Parameter) -> int:
-    """Return a parameter's weights, whole: under ZeRO-3 and in 4 bits, too."""
+    """Return the full number of weights of a parameter, partitioned (ZeRO-3) or in 4 bits too."""
     quantised: Any = getattr(parameter, "quant_state", None)
     if quantised is not None:
         return int(quantised.shape.numel())
@@ -147,35 +148,35 @@ def _count(parameter: nn.Parameter) -> int:
 def rates(
     count: Mapping[str, int], elapsed: float, ranks: int, work: Work | None
 ) -> dict[str, float]:
-    """Return what the counts of an interval of `elapsed` seconds come to, over all ranks."""
+    """Return the rates and shares of an interval over all ranks; `elapsed` is in seconds."""
     per_second = {
         f"{name}_per_second": count[name] / elapsed
         for name in ("tokens", "supervised_tokens", "padded_tokens")
     }
-    busy = work and {"mfu": work.operations(count) / (elapsed * ranks * work.peak)}
+    mfu = work and {"mfu": work.operations(count) / (elapsed * ranks * work.peak)}
     return {
         **per_second,
         "padding_share": max(0.0, 1 - count["tokens"] / count["padded_tokens"]),
         "shared_share": max(0.0, 1 - count["padded_tokens"] / count["tokens"]),
         "rank_imbalance": 1 - count["padded_tokens"] / (ranks * count["busiest_tokens"]),
-        **(busy or {}),
+        **(mfu or {}),
     }
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes this process has held: of the GPU, or else resident."""
+    """Return this process's peak memory in bytes: allocated on the GPU, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def history_until(file: Path | None, step: int) -> list[dict[str, Any]]:
-    """Return the log up to a step, from metrics.jsonl; what a kill has cut off is passed over."""
+    """Return the entries of metrics.jsonl up to a step; a truncated line is skipped."""
     history: list[dict[str, Any]] = []
     try:
         lines = file.read_text("utf-8", errors="replace").splitlines() if file else []
     except OSError as error:
-        tqdm.write(f"note: {file}: {error.strerror}: the log begins anew at step {step}")
+        tqdm.write(f"note: {file}: {error.strerror}: the log restarts at step {step}")
         return history
     for line in lines:
         try:

@@ -1,4 +1,4 @@
-"""Draws runs: training_curves.png by matplotlib, and one HTML page that needs nothing else."""
+"""Draws the curves of runs as a PNG (matplotlib) and as one self-contained HTML page."""
 
 import json
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import numpy as np
 
 from data.errors import UserError
 from loop.config.parser import Folder, flag, parse
+from loop.monitor.formatting import duration
 from loop.monitor.history import (
     AXES,
     KEYS,
@@ -26,16 +27,16 @@ from loop.monitor.history import (
 
 TEMPLATE, SCRIPT = (Path(__file__).with_name(name) for name in ("report.html", "report.js"))
 CURVES = "training_curves"
-# Told apart by the colour-blind, in this order, on white and on black.
+# Distinguishable with colour blindness, in this order, on white and on black.
 LIGHT = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a3aa7", "#e34948")
 DARK = ("#3987e5", "#d95926", "#199e70", "#c98500", "#d55181", "#4fae4f", "#9085e9", "#e66767")
 INK, GREY, LINES = "#1f1f1e", "#6b6a66", "#e4e3df"
 DASHES = (0, (4, 2))
-FEW, MANY = 30, 60  # points: fewer are marked; of more noisy ones the mean is drawn over them
+MARKED_BELOW, SMOOTHED_FROM = 30, 60  # points of a curve
 
 
 def draw_at_end(folder: Path) -> None:
-    """Draw a run that has just ended or was stopped; what goes wrong fails no run."""
+    """Draw a finished or stopped run; an error here is only a note."""
     try:
         write_png(read_runs([str(folder)]), folder / f"{CURVES}.png")
     except Exception as error:
@@ -43,7 +44,7 @@ def draw_at_end(folder: Path) -> None:
 
 
 def drawn(runs: Sequence[Run]) -> list[Panel]:
-    """Return the panels for which any of the runs has logged something."""
+    """Return the panels that have data in at least one run."""
     return [
         panel
         for panel in PANELS
@@ -52,15 +53,15 @@ def drawn(runs: Sequence[Run]) -> list[Panel]:
 
 
 def write_png(runs: Sequence[Run], file: Path) -> None:
-    """Write the runs' curves as a PNG, whole or not at all."""
+    """Write the runs' curves as a PNG, atomically."""
     partial = file.with_name(f"{file.name}.partial")
     draw(runs).savefig(partial, format="png")
     partial.replace(file)
 
 
 def draw(runs: Sequence[Run]) -> Any:
-    """Return matplotlib's Figure of the runs: the loss on top, two other panels a row below."""
-    # Here, as it takes a second, which no start of a run should; and without pyplot's global state.
+    """Return a matplotlib Figure: the loss on top, the other panels below in two columns."""
+    # Imported here: it takes a second. pyplot is avoided because of its global state.
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -81,9 +82,9 @@ def draw(runs: Sequence[Run]) -> Any:
         grid = figure.add_gridspec(rows, 2, height_ratios=[1.5, *[1] * (rows - 1)])
         for number, panel in enumerate(panels):
             row, column = divmod(number + 1, 2)
-            alone = number == len(panels) - 1 and column == 0
-            place = grid[row, :] if number == 0 or alone else grid[row, column]
-            _draw(figure.add_subplot(place), panel, runs)
+            fills_row = number == 0 or (number == len(panels) - 1 and column == 0)
+            cell = grid[row, :] if fills_row else grid[row, column]
+            _draw(figure.add_subplot(cell), panel, runs)
         figure.suptitle(_title(runs), fontsize=11, x=0.01, ha="left", fontweight="bold")
         if len(runs) > 1:
             lines = [figure.axes[0].plot([], [], color=color)[0] for color in LIGHT[: len(runs)]]
@@ -106,7 +107,7 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _draw(axes: Any, panel: Panel, runs: Sequence[Run]) -> None:
-    """Draw one panel: a colour a run, the second series dashed."""
+    """Draw one panel: one colour per run, the second series dashed."""
     shown = [s for s in panel.series if any(run.points(s.key) for run in runs)]
     for run, color in zip(runs, LIGHT, strict=False):
         for series in shown:
@@ -157,40 +158,30 @@ def _line(axes: Any, points: Points, color: str, series: Series) -> None:
     steps, values = [x for x, _ in points], [y for _, y in points]
     style: dict[str, Any] = {"color": color, "linewidth": 1.6, "zorder": 3}
     style |= {"linestyle": DASHES} if series.dashed else {}
-    if len(points) < FEW:
+    if len(points) < MARKED_BELOW:
         style |= {"marker": ".", "markersize": 5}
-    elif len(points) >= MANY and series.noisy:
+    elif len(points) >= SMOOTHED_FROM and series.noisy:
         axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3, zorder=2)
         values = running_mean(values)
     axes.plot(steps, values, **style)
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Return the mean of each value and its neighbours: a thirtieth of all, to either side.
+    """Return the mean over a window that reaches 1/30 of the values to either side.
 
-    Near the ends, where neighbours are lacking, it is the straight line through the outermost.
+    Near the ends it is a straight line fitted to the outermost window.
     """
     reach = max(1, len(values) // 30)
     span = 2 * reach + 1
     means = np.convolve(values, np.full(span, 1 / span), mode="valid")
-    places = np.arange(span)
-    first = np.polyval(np.polyfit(places, values[:span], 1), places)[:reach]
-    last = np.polyval(np.polyfit(places, values[-span:], 1), places)[-reach:]
+    xs = np.arange(span)
+    first = np.polyval(np.polyfit(xs, values[:span], 1), xs)[:reach]
+    last = np.polyval(np.polyfit(xs, values[-span:], 1), xs)[-reach:]
     return [float(mean) for mean in (*first, *means, *last)]
 
 
-def duration(seconds: float) -> str:
-    """Return a time as a person says it: 48 s, 3 min 5 s, 2 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
 def page(runs: Sequence[Run]) -> str:
-    """Return the runs as one HTML page: styles, script and data are all within it."""
+    """Return the runs as one HTML page that contains its styles, script and data."""
     axes = {
         axis: label
         for axis, label in AXES.items()
@@ -213,10 +204,10 @@ def page(runs: Sequence[Run]) -> str:
         "axes": axes,
         "panels": panels,
         "colors": {"light": LIGHT, "dark": DARK},
-        "runs": [_described(run, [*axes]) for run in runs],
+        "runs": [_run_data(run, [*axes]) for run in runs],
         "differences": differences(runs),
     }
-    # Within a script element nothing but "</script" and "<!--" could end it.
+    # In a script element only "</script" and "<!--" have a meaning.
     embedded = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     title = escape(", ".join(run.name for run in runs))
     head, tail = TEMPLATE.read_text(encoding="utf-8").split("@DATA")
@@ -224,7 +215,7 @@ def page(runs: Sequence[Run]) -> str:
     return head.replace("@TITLE", title) + embedded + tail.replace("@SCRIPT", script)
 
 
-def _described(run: Run, axes: Sequence[str]) -> dict[str, Any]:
+def _run_data(run: Run, axes: Sequence[str]) -> dict[str, Any]:
     facts = {
         "last loss": _rounded(run.last("loss")),
         "lowest loss": _rounded(run.lowest("loss")),
@@ -258,7 +249,7 @@ def _rounded(value: float | None) -> str | None:
 
 
 def write_page(runs: Sequence[Run], file: Path) -> None:
-    """Write the page; raises UserError where it cannot be written."""
+    """Write the page; raises UserError if it cannot be written."""
     try:
         file.write_text(page(runs), encoding="utf-8")
     except OSError as error:
@@ -267,19 +258,21 @@ def write_page(runs: Sequence[Run], file: Path) -> None:
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """What to draw, and where to."""
+    """The runs to draw and the output files."""
 
-    runs: tuple[Folder, ...] = flag((), "output folders; the words before any flag, too", "plot")
+    runs: tuple[Folder, ...] = flag(
+        (), "output folders; may stand before all flags, without --runs", "plot"
+    )
     out: str | None = flag(
         None,
-        "where to write, without .png and .html; none: training_curves in the run's folder, or "
-        "comparison here for several",
+        "output path without .png and .html; default: training_curves in the run's folder, or "
+        "comparison in the current folder for several runs",
         "plot",
     )
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draw the runs named; raises UserError where one cannot be read or nothing be written."""
+    """Draw the named runs; raises UserError if one cannot be read or a file cannot be written."""
     named = [*takewhile(lambda word: not word.startswith("-"), argv)]
     words = [*(["--runs", *named] if named else []), *argv[len(named) :]]
     values = parse(PlotConfig, words, __doc__ or "")
@@ -289,13 +282,12 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("found no run; expected output folders, as in: loop plot runs/main_job")
     if len(config.runs) > len(LIGHT):
         raise UserError(
-            f"found {len(config.runs)} runs; expected at most {len(LIGHT)}, which is how many "
-            "colours can be told apart. Draw them in groups."
+            f"found {len(config.runs)} runs; expected at most {len(LIGHT)}, the number of "
+            "distinguishable colours. Draw them in groups."
         )
     runs = read_runs(config.runs)
-    alone = Path(config.runs[0]).expanduser() / CURVES
-    out = Path(config.out).expanduser() if config.out else Path("comparison")
-    out = alone if len(runs) == 1 and not config.out else out
+    default = Path(config.runs[0]).expanduser() / CURVES if len(runs) == 1 else Path("comparison")
+    out = Path(config.out).expanduser() if config.out else default
     png, html = out.with_name(f"{out.name}.png"), out.with_name(f"{out.name}.html")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,10 @@
-// The script of the page report.html: draws the runs that lie in it, and tells values.
+// The script of report.html: draws the embedded runs, and shows the values under the pointer.
 "use strict";
 const { axes, panels, colors, runs, differences } =
   JSON.parse(document.getElementById("data").textContent);
-const noisy = panels.flatMap((panel) => panel.series.filter((series) => series.noisy));
-const many = runs.some((run) => noisy.some(({ key }) => run.curves[key]?.value.length >= 60));
-const state = { axis: Object.keys(axes)[0], smooth: many ? 0.8 : 0, hidden: new Set(), at: null };
-const root = document.documentElement;
+const SMOOTHED_FROM = 60, MARKED_BELOW = 30, DECAY = 0.8;  // points of a curve; of the mean
+const state = { axis: Object.keys(axes)[0], hidden: new Set() };
+const dark = matchMedia("(prefers-color-scheme: dark)");
 const byId = (id) => document.getElementById(id);
 
 function make(tag, attributes = {}, ...children) {
@@ -17,7 +16,7 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-const color = (index) => colors[root.dataset.theme][index];
+const color = (index) => colors[dark.matches ? "dark" : "light"][index];
 const shown = () => runs.map((run, index) => ({ ...run, index }))
   .filter((run) => !state.hidden.has(run.index));
 
@@ -28,7 +27,7 @@ function brief(value) {
   return String(Number(value.toPrecision(4)));
 }
 
-// Ticks at 1, 2 or 5 times a power of ten, about so many.
+// About `count` ticks at multiples of 1, 2 or 5 times a power of ten.
 function ticks(low, high, count) {
   const rough = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -39,12 +38,12 @@ function ticks(low, high, count) {
   return found;
 }
 
-// The exponential mean that starts without a bias, as Adam's moments do.
+// An exponential moving average with Adam's bias correction.
 function smoothed(values) {
   let mean = 0;
   return values.map((value, index) => {
-    mean = state.smooth * mean + (1 - state.smooth) * value;
-    return mean / (1 - state.smooth ** (index + 1));
+    mean = DECAY * mean + (1 - DECAY) * value;
+    return mean / (1 - DECAY ** (index + 1));
   });
 }
 
@@ -68,11 +67,10 @@ function draw(panel) {
   const width = box.clientWidth - 26, height = wide ? 300 : 190;
   const left = 52, right = 24, top = 8, bottom = 34;
   const curves = curvesOf(panel);
-  const svg = make("svg", { class: "plot", width, height, tabindex: 0, role: "img",
-    "aria-label": `${panel.title} over ${axes[state.axis]}; arrow keys read values` });
+  const svg = make("svg", { class: "plot", width, height, role: "img",
+    "aria-label": `${panel.title} over ${axes[state.axis]}` });
   box.append(svg);
-  panel.svg = svg;
-  if (!curves.length) { panel.scale = null; return; }
+  if (!curves.length) return;
   const [first, end] = range(panels.flatMap(curvesOf).flatMap((curve) => range(curve.x)));
   let [low, high] = range(curves.flatMap((curve) => range(curve.y)));
   if (fromZero) low = Math.min(0, low);
@@ -81,8 +79,6 @@ function draw(panel) {
   if (!fromZero) low -= pad;
   const x = (value) => left + (value - first) / (end - first || 1) * (width - left - right);
   const y = (value) => height - bottom - (value - low) / (high - low) * (height - top - bottom);
-  Object.assign(panel, { scale: { x, y, first, end, top, left, right, width, height, bottom },
-    lines: curves });
   for (const value of ticks(low, high, wide ? 5 : 4)) {
     svg.append(make("line", { class: "grid", x1: left, x2: width - right,
       y1: y(value), y2: y(value) }));
@@ -108,77 +104,67 @@ function draw(panel) {
         `${n ? "L" : "M"}${x(curve.x[n]).toFixed(1)} ${y(value).toFixed(1)}`).join(""),
     }));
     const dashed = curve.series.dashed ? "dashed" : "";
-    const smooth = state.smooth > 0 && curve.series.noisy;
+    const smooth = curve.series.noisy && curve.x.length >= SMOOTHED_FROM;
     if (smooth) path(curve.y, "faint");
     path(smooth ? smoothed(curve.y) : curve.y, dashed);
-    if (curve.x.length < 30)
+    if (curve.x.length < MARKED_BELOW)
       curve.y.forEach((value, n) => svg.append(make("circle", { cx: x(curve.x[n]),
-        cy: y(value), r: 2.4, fill: color(curve.run.index), opacity: smooth ? .3 : 1 })));
+        cy: y(value), r: 2.4, fill: color(curve.run.index) })));
   }
-  const place = (event) => {
-    const px = event.clientX - svg.getBoundingClientRect().left;
-    point(panel, first + (px - left) / (width - left - right) * (end - first));
+  const hide = () => {
+    panel.tip.style.display = "none";
+    svg.querySelectorAll(".cross").forEach((old) => old.remove());
   };
-  svg.addEventListener("pointermove", place);
-  svg.addEventListener("pointerdown", place);
-  svg.addEventListener("pointerleave", () => point(null));
-  svg.addEventListener("blur", () => point(null));
-  svg.addEventListener("keydown", (event) => {
-    const way = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (!way) return;
-    event.preventDefault();
-    const places = [...new Set(curves.flatMap((curve) => curve.x))].sort((a, b) => a - b);
-    const now = places.indexOf(nearest(places, state.at ?? first));
-    const next = state.at === null ? 0 : now + way;
-    point(panel, places[Math.max(0, Math.min(places.length - 1, next))]);
+  const show = (event) => {
+    hide();
+    const px = event.clientX - svg.getBoundingClientRect().left;
+    const at = first + (px - left) / (width - left - right) * (end - first);
+    showValues(panel, svg, curves, nearest(curves.flatMap((curve) => curve.x), at),
+      { x, y, top, bottom: height - bottom, width });
+  };
+  svg.addEventListener("pointermove", show);
+  svg.addEventListener("pointerdown", show);
+  svg.addEventListener("pointerleave", hide);
+}
+
+function nearest(values, at) {
+  return values.reduce((best, value) =>
+    Math.abs(value - at) < Math.abs(best - at) ? value : best, values[0]);
+}
+
+// Show a vertical line at `at` and, in a tooltip, each curve's value nearest to it.
+function showValues(panel, svg, curves, at, scale) {
+  const { x, y, top, bottom, width } = scale;
+  svg.append(make("line", { class: "cross", x1: x(at), x2: x(at), y1: top, y2: bottom }));
+  const rows = curves.map(({ run, series, ...curve }) => {
+    const n = curve.x.indexOf(nearest(curve.x, at));
+    svg.append(make("circle", { class: "cross", cx: x(curve.x[n]), cy: y(curve.y[n]), r: 3.5,
+      fill: color(run.index) }));
+    const names = [runs.length > 1 && run.name,
+      (panel.series.length > 1 || runs.length === 1) && series.label];
+    return make("tr", {}, make("td", {}, colorKey(run.index)),
+      make("td", {}, names.filter(Boolean).join(", ")), make("td", {}, brief(curve.y[n])));
   });
+  panel.tip.replaceChildren(make("div", { class: "note" },
+    state.axis === "step" ? `step ${at}` : `${brief(at)} ${axes[state.axis]}`),
+    make("table", {}, ...rows));
+  panel.tip.style.display = "block";
+  const left = x(at) + 26 + panel.tip.offsetWidth > width;  // of the line
+  panel.tip.style.left = `${x(at) + (left ? -panel.tip.offsetWidth - 4 : 26)}px`;
+  panel.tip.style.top = "42px";
 }
 
-function nearest(places, at) {
-  return places.reduce((best, place) =>
-    Math.abs(place - at) < Math.abs(best - at) ? place : best, places[0]);
-}
-
-// Show what was logged nearest to a place: a line in every panel, the values beside the pointer.
-function point(panel, at = null) {
-  state.at = panel && at;
-  for (const each of panels) {
-    each.svg.querySelectorAll(".cross").forEach((old) => old.remove());
-    each.tip.style.display = "none";
-    if (!panel || !each.scale) continue;
-    const snapped = nearest(panel.lines.flatMap((curve) => curve.x), at);
-    const { x, y, top, height, bottom, width } = each.scale;
-    each.svg.append(make("line", { class: "cross", x1: x(snapped), x2: x(snapped), y1: top,
-      y2: height - bottom }));
-    const rows = each.lines.map((curve) => {
-      const n = curve.x.indexOf(nearest(curve.x, snapped));
-      each.svg.append(make("circle", { class: "cross", cx: x(curve.x[n]), cy: y(curve.y[n]),
-        r: 3.5, fill: color(curve.run.index) }));
-      const key = make("span", { class: "key" });
-      key.style.background = color(curve.run.index);
-      const names = [runs.length > 1 && curve.run.name,
-        (each.series.length > 1 || runs.length === 1) && curve.series.label];
-      return make("tr", {}, make("td", {}, key),
-        make("td", {}, names.filter(Boolean).join(", ")), make("td", {}, brief(curve.y[n])));
-    });
-    if (each !== panel) continue;
-    each.tip.replaceChildren(make("div", { class: "note" },
-      state.axis === "step" ? `step ${snapped}` : `${brief(snapped)} ${axes[state.axis]}`),
-      make("table", {}, ...rows));
-    each.tip.style.display = "block";
-    const beside = x(snapped) + 26 + each.tip.offsetWidth > width;
-    each.tip.style.left = `${x(snapped) + (beside ? -each.tip.offsetWidth - 4 : 26)}px`;
-    each.tip.style.top = "42px";
-  }
+function colorKey(index) {
+  const key = make("span", { class: "key" });
+  key.style.background = color(index);
+  return key;
 }
 
 function legend() {
   byId("runs").hidden = runs.length < 2;
   byId("runs").replaceChildren(...(runs.length < 2 ? [] : runs.map((run, index) => {
-    const key = make("span", { class: "key" });
-    key.style.background = color(index);
     const button = make("button", { type: "button", "aria-pressed": !state.hidden.has(index) },
-      key, run.name);
+      colorKey(index), run.name);
     button.addEventListener("click", () => {
       if (!state.hidden.delete(index)) state.hidden.add(index);
       drawAll();
@@ -198,8 +184,6 @@ function legend() {
 }
 
 function drawAll() {
-  state.at = null;
-  byId("theme").textContent = root.dataset.theme === "dark" ? "light" : "dark";
   legend();
   panels.forEach((panel) => { panel.tip.style.display = "none"; draw(panel); });
 }
@@ -220,23 +204,14 @@ document.querySelector("h1").textContent = runs.map((run) => run.name).join(", "
 byId("axis").append(...Object.entries(axes).map(([value, label]) =>
   make("option", { value }, label)));
 byId("axis").addEventListener("change", (event) => { state.axis = event.target.value; drawAll(); });
-byId("smooth").value = state.smooth;
-byId("smooth").addEventListener("input", (event) => {
-  state.smooth = Number(event.target.value);
-  drawAll();
-});
-byId("theme").addEventListener("click", () => {
-  root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
-  drawAll();
-});
-const told = Object.keys(runs[0].facts).filter((fact) => runs.some((run) => run.facts[fact]));
-byId("facts").append(...table([["run", ...told],
-  ...runs.map((run) => [run.name, ...told.map((fact) => run.facts[fact] ?? "")])]));
+const facts = Object.keys(runs[0].facts).filter((fact) => runs.some((run) => run.facts[fact]));
+byId("facts").append(...table([["run", ...facts],
+  ...runs.map((run) => [run.name, ...facts.map((fact) => run.facts[fact] ?? "")])]));
 if (Object.keys(differences).length) {
   byId("changed").hidden = false;
   byId("differences").append(...table([["", ...runs.map((run) => run.name)],
     ...Object.entries(differences).map(([name, values]) => [name, ...values])]));
 }
-root.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+dark.addEventListener("change", drawAll);
 addEventListener("resize", drawAll);
 drawAll();

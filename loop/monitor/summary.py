@@ -1,4 +1,4 @@
-"""A run's last five lines: result, where it is, how to use it, how to resume, what it took."""
+"""Formats a run's last five lines: result, saved, use, resume, cost."""
 
 import shlex
 from collections.abc import Sequence
@@ -8,16 +8,16 @@ from typing import Any
 
 from loop.config.flags import ADAPTER_FILES, Config
 from loop.config.parser import TRUE
-from loop.monitor.formatting import duration
+from loop.monitor.formatting import duration, loss_text
 
-Entry = dict[str, Any]  # of the log
+Entry = dict[str, Any]  # one line of metrics.jsonl
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What a run took: wall time in seconds, start-ups counted; tokens over all ranks.
+    """The cost of a run: wall time in seconds, start-ups included; tokens over all ranks.
 
-    devices: GPUs over all ranks or, where there are none, cores.
+    devices: GPUs over all ranks, or cores if there is no GPU.
     """
 
     seconds: float
@@ -38,40 +38,40 @@ def summary(
 ) -> str:
     """Return the five lines.
 
-    stopped: after a checkpoint at this step, before the last one; newest: a finished run's last
-    checkpoint that is kept.
+    step, total: steps done and planned. stopped: the run stopped early, with a checkpoint at
+    `step`. newest: the name of a finished run's newest checkpoint.
     """
     folder = Path(config.output_dir)
-    talk = f"python -m loop chat --adapter {shlex.quote(str(folder))}"
+    chat = f"python -m loop chat --adapter {shlex.quote(str(folder))}"
     if stopped:
-        place = f"{folder / f'checkpoint-{step}'}, whole; the run is not finished"
-        talk = f"once it is finished: {talk}"
-        on = how_to_go_on(config)
+        saved = f"{folder / f'checkpoint-{step}'}, complete; the run is not finished"
+        chat = f"once the run is finished: {chat}"
+        resume = how_to_resume(config)
     else:
         file = next((name for name in ADAPTER_FILES if (folder / name).is_file()), ADAPTER_FILES[0])
-        place = f"{folder / file}, opened again and checked"
-        on = _how_to_train_on(config, newest, step, total)
+        saved = f"{folder / file}, reloaded and checked"
+        resume = _how_to_train_longer(config, newest, step, total)
     lines = {
         "result": _result(config, history, step, total),
-        "saved": place,
-        "use": talk,
-        "resume": on,
+        "saved": saved,
+        "use": chat,
+        "resume": resume,
         "cost": _cost(spent, config.cost_per_hour),
     }
     return "\n".join(f"{name + ':':7} {text}" for name, text in lines.items())
 
 
-def how_to_go_on(config: Config) -> str:
-    """Say how a run that was stopped goes on."""
+def how_to_resume(config: Config) -> str:
+    """Return how to resume a stopped run."""
     named = config.resume_from_checkpoint.lower() not in TRUE
     without = ", without --resume_from_checkpoint," if named else ""
-    return f"the same command{without} goes on from there"
+    return f"the same command{without} resumes from there"
 
 
-def _how_to_train_on(config: Config, newest: str | None, step: int, total: int) -> str:
+def _how_to_train_longer(config: Config, newest: str | None, step: int, total: int) -> str:
     if newest is None:
         return (
-            "no checkpoint was kept; a new run begins with this adapter by --lora_weight_path "
+            "no checkpoint was kept; a new run starts from this adapter with --lora_weight_path "
             f"{shlex.quote(config.output_dir)}"
         )
     if step < total:
@@ -81,34 +81,30 @@ def _how_to_train_on(config: Config, newest: str | None, step: int, total: int) 
     else:
         more = f"--num_train_epochs {2 * config.num_train_epochs:g}"
     return (
-        "the same command finds it finished; it trains on, from "
+        "the run is finished; to train longer, resume the same command from "
         f"{newest}, with --allow_resume_mismatch {more}"
     )
 
 
 def _result(config: Config, history: Sequence[Entry], step: int, total: int) -> str:
-    trained = [entry for entry in history if "loss" in entry]
+    losses = [entry for entry in history if "loss" in entry]
     text = f"{step} of {total} steps"
-    if trained:
-        first, last = trained[0], trained[-1]
-        before = trained[-2]["step"] if len(trained) > 1 else 0
-        over = f"steps {before + 1} to {last['step']}"
+    if losses:
+        first, last = losses[0], losses[-1]
+        before = losses[-2]["step"] if len(losses) > 1 else 0
+        steps = f"steps {before + 1} to {last['step']}"
         if before + 1 == last["step"]:
-            over = f"step {last['step']}"
-        text += f"; loss {_shown(first['loss'])} (step {first['step']})"
-        text += f" -> {_shown(last['loss'])} ({over})" if last is not first else ""
+            steps = f"step {last['step']}"
+        text += f"; loss {loss_text(first['loss'])} (step {first['step']})"
+        text += f" -> {loss_text(last['loss'])} ({steps})" if last is not first else ""
     evaluated = [entry for entry in history if entry.get("eval_loss") is not None]
     if evaluated:
         last, best = evaluated[-1], min(evaluated, key=lambda entry: float(entry["eval_loss"]))
-        text += f"; eval loss {_shown(last['eval_loss'])}"
+        text += f"; eval loss {loss_text(last['eval_loss'])}"
         if best["step"] != last["step"]:
-            text += f", least {_shown(best['eval_loss'])} (step {best['step']})"
+            text += f", lowest {loss_text(best['eval_loss'])} (step {best['step']})"
             text += ", which is saved" if config.load_best_model_at_end else ""
     return text
-
-
-def _shown(loss: float | None) -> str:
-    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def _cost(spent: Spent, price: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Opens, fills and closes wandb, TensorBoard and trackio, by accelerate's trackers."""
+"""Logs to wandb, TensorBoard and trackio through accelerate's trackers."""
 
 import contextlib
 import dataclasses
@@ -17,57 +17,57 @@ from tqdm import tqdm
 
 from loop.config.flags import ADAPTER_FILES, Config
 from loop.distributed.layout import Layout
-from loop.monitor.history import Progress
+from loop.monitor.history import PriorRun
 
 PROJECT = "lora-loop"
 SAMPLES = "samples"
-# Seconds. wandb's own are 90 until it gives up to connect, and for ever until all is uploaded; what
-# is not uploaded lies in the output folder (wandb 0.31, sdk/wandb_settings.py).
-# Quiet: the run's address, without its version, tables of all that was logged, and advice.
+# Seconds. By default wandb tries to connect for 90 s and waits for the upload without a limit; an
+# incomplete upload stays in the output folder (wandb 0.31, sdk/wandb_settings.py). `quiet` prints
+# the run's address, without version, tables and advice.
 WANDB = {"init_timeout": 60.0, "finish_timeout": 300.0, "quiet": True}
 ADAPTER = (*ADAPTER_FILES, "adapter_config.json", "training_config.yaml", "tokenizer*", "*.jinja")
-NOT_SHOWN = ("step", "resumed_from")
+NOT_LOGGED = ("step", "resumed_from")
 
 
 class Trackers:
-    """Those that --report_to names, on the first rank; one that fails is dropped.
+    """The trackers of --report_to, opened on rank 0 only; one that fails is dropped.
 
-    On the other ranks none is ever opened, so that nothing happens there.
+    On other ranks nothing is opened, so every method does nothing.
     """
 
-    def __init__(self, config: Config, layout: Layout, start: Progress) -> None:
-        self.config, self.layout, self.start = config, layout, start
+    def __init__(self, config: Config, layout: Layout, prior: PriorRun) -> None:
+        self.config, self.layout, self.prior = config, layout, prior
         self.folder = Path(config.output_dir)
         self.name = config.run_name or self.folder.name
-        self.wandb_id: str | None = start.saved.get("wandb")
+        self.wandb_id: str | None = prior.progress.get("wandb")
         self.opened: dict[str, Any] = {}
-        self.shown_until = 0  # trackio's last step: what it has is not logged again
+        self.trackio_step = 0  # trackio's last logged step; earlier entries are not repeated
 
     def open(self) -> None:
-        """Open them, with the run's settings; only the first rank may call this."""
+        """Open the trackers and log the settings; only rank 0 may call this."""
         for kind in self.config.report_to:
             if kind != "none":
                 self._guarded(kind, functools.partial(self._open, kind))
 
     def log(self, entry: Mapping[str, Any]) -> None:
-        """Log an entry of metrics.jsonl: what begins with eval_ under eval/, else under train/."""
+        """Log an entry of metrics.jsonl: keys with eval_ under eval/, all others under train/."""
         values = dict(_named(entry))
         for kind, tracker in [*self.opened.items()]:
-            if kind != "trackio" or entry["step"] > self.shown_until:
+            if kind != "trackio" or entry["step"] > self.trackio_step:
                 self._guarded(kind, functools.partial(tracker.log, values, step=entry["step"]))
 
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Show what the model answers after a step: a table of rows with the same columns."""
+        """Log the sample answers of a step as a table; all rows have the same keys."""
         for kind, tracker in [*self.opened.items()]:
-            if rows and (kind != "trackio" or step > self.shown_until):
+            if rows and (kind != "trackio" or step > self.trackio_step):
                 self._guarded(kind, functools.partial(_log_table, kind, tracker, step, rows))
 
     def finish(self, history: Sequence[Mapping[str, Any]], failed: bool) -> None:
-        """Close them; at wandb with a summary, and left open where the adapter is to follow."""
+        """Close the trackers; wandb gets a summary, and stays open if the adapter is to follow."""
         for kind, tracker in [*self.opened.items()]:
             if kind != "wandb":
-                local = functools.partial(_finish_trackio, tracker)
-                self._guarded(kind, local if kind == "trackio" else tracker.finish)
+                finish = functools.partial(_finish_trackio, tracker)
+                self._guarded(kind, finish if kind == "trackio" else tracker.finish)
                 continue
             run = tracker.tracker
             self._guarded(kind, functools.partial(run.summary.update, summary(history)))
@@ -78,7 +78,7 @@ class Trackers:
         self.opened = {}
 
     def store_adapter(self) -> None:
-        """Give wandb the adapter as an artifact, where asked for, once it is saved; close it."""
+        """Upload the saved adapter as a wandb artifact, if configured, and close wandb."""
         tracker = self.opened.get("wandb")
         if tracker and self.config.wandb_artifact:
             self._guarded("wandb", functools.partial(self._store, tracker.tracker))
@@ -101,16 +101,17 @@ class Trackers:
         if kind == "wandb":
             tracker = self._open_wandb()
         elif kind == "trackio":
-            resume = "allow" if self.start.step else "never"
-            # Its config is a dict, to which accelerate 1.15 would add an `allow_val_change`.
+            resume = "allow" if self.prior.step else "never"
+            # Passed here: store_init_configuration of accelerate 1.15 would add
+            # `allow_val_change`, but trackio's config is a dict.
             tracker = LOGGER_TYPE_TO_CLASS[kind](
                 PROJECT, name=self.name, resume=resume, config=words
             )
             tracker.start()
-            self.shown_until = tracker.tracker._next_step - 1  # trackio 0.43, run.py
+            self.trackio_step = tracker.tracker._next_step - 1  # trackio 0.43, run.py
         else:
             tracker = LOGGER_TYPE_TO_CLASS[kind](
-                self.name, logging_dir=str(self.folder / kind), purge_step=self.start.step + 1
+                self.name, logging_dir=str(self.folder / kind), purge_step=self.prior.step + 1
             )
             tracker.start()
         self.opened[kind] = tracker
@@ -118,81 +119,82 @@ class Trackers:
             tracker.store_init_configuration(words)
 
     def _open_wandb(self) -> Any:
-        # The same id makes it the same run there; steps that it has already are passed over.
-        again = {"id": self.wandb_id, "resume": "allow"} if self.wandb_id else {}
-        ours = {key: v for key, v in WANDB.items() if f"WANDB_{key.upper()}" not in os.environ}
+        # The same id continues the same run; wandb ignores steps that it already has.
+        resume = {"id": self.wandb_id, "resume": "allow"} if self.wandb_id else {}
+        defaults = {key: v for key, v in WANDB.items() if f"WANDB_{key.upper()}" not in os.environ}
         arguments: dict[str, Any] = {
             "name": self.name,
             "dir": str(self.folder),
             "tags": [*(self.config.tags or ())],
-            "settings": ours,
-            **again,
+            "settings": defaults,
+            **resume,
         }
         project = os.environ.get("WANDB_PROJECT", PROJECT)
         if "WANDB_MODE" not in os.environ and not has_wandb_login():
-            arguments |= self._offline("no login found", ours)
+            arguments |= self._offline("no login found", defaults)
         tracker = LOGGER_TYPE_TO_CLASS["wandb"](project, **arguments)
         try:
             tracker.start()
         except Exception as error:
             if type(error).__name__ != "CommError":
                 raise
-            arguments |= self._offline(f"not reached ({str(error).strip().splitlines()[0]})", ours)
+            reason = f"not reached ({str(error).strip().splitlines()[0]})"
+            arguments |= self._offline(reason, defaults)
             tracker = LOGGER_TYPE_TO_CLASS["wandb"](project, **arguments)
             tracker.start()
         self.wandb_id = tracker.tracker.id
         return tracker
 
     def _offline(self, reason: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Say why the run is kept offline, in place of wandb's own lines; return how to have it."""
+        """Print why the run is kept offline, and return wandb.init's arguments for that."""
         print(
-            f"wandb: {reason}, so the run is kept offline. To upload it later: "
+            f"wandb: {reason}; the run is kept offline. To upload it later: "
             f"wandb login, then wandb sync {self.folder}/wandb/offline-run-*"
         )
         return {"mode": "offline", "settings": {**settings, "silent": True}}
 
     def _guarded(self, kind: str, action: Any) -> None:
-        """Run a tracker's action; a tracker that fails is dropped, and training goes on."""
+        """Run a tracker's action; a tracker that fails is dropped, and training continues."""
         try:
             action()
         except Exception as error:
             self.opened = {name: t for name, t in self.opened.items() if name != kind}
-            reason = str(error).strip().splitlines()[:1]
-            tqdm.write(f"{kind}: {type(error).__name__}: {''.join(reason)}; going on without it.")
+            reason = f"{type(error).__name__}: {''.join(str(error).strip().splitlines()[:1])}"
+            tqdm.write(f"{kind}: {reason}; training continues without it.")
 
 
 def summary(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return what sums a run up: its last loss, its best ones and their steps, tokens, seconds."""
-    found: dict[str, float] = {}
+    """Return a run's summary: last and best losses with their steps, tokens, seconds."""
+    totals: dict[str, float] = {}
     for key in ("loss", "eval_loss"):
         logged = [(e[key], e["step"]) for e in history if e.get(key) is not None]
         if logged:
-            found[f"final_{key}"] = logged[-1][0]
-            found[f"best_{key}"], found[f"best_{key}_step"] = min(logged)
+            totals[f"final_{key}"] = logged[-1][0]
+            totals[f"best_{key}"], totals[f"best_{key}_step"] = min(logged)
     for key in ("supervised_tokens", "seconds"):
         values = [entry[key] for entry in history if entry.get(key) is not None]
-        found |= {key: values[-1]} if values else {}
-    return found
+        totals |= {key: values[-1]} if values else {}
+    return totals
 
 
 def _named(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the numbers of an entry under the names that trackers group by; of a dict, each one."""
+    """Yield an entry's numbers under grouped names; a dict yields one name per item."""
     for key, value in entry.items():
         name = f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"
         parts = value if isinstance(value, Mapping) else {"": value}
         for part, number in parts.items():
-            if key not in NOT_SHOWN and isinstance(number, int | float):
-                # A source may be a file of an absolute path.
+            if key not in NOT_LOGGED and isinstance(number, int | float):
+                # A source may be an absolute path.
                 yield f"{name}/{part.lstrip('/')}" if part else name, number
 
 
 def _finish_trackio(tracker: Any) -> None:
     import trackio
 
-    # Not its run's own `finish`: trackio 0.43 finishes that one again at the exit. Both print that
-    # they upload, which to the folder beside is no news.
-    here = tracker.tracker._is_local
-    with contextlib.redirect_stdout(io.StringIO()) if here else contextlib.nullcontext():
+    # Not `tracker.finish`: trackio 0.43 would finish the run again at exit. Both print that they
+    # upload, which is not true of a local folder.
+    is_local = tracker.tracker._is_local
+    with contextlib.redirect_stdout(io.StringIO()) if is_local else contextlib.nullcontext():
         trackio.finish()
 
 
@@ -210,14 +212,14 @@ def _log_table(kind: str, tracker: Any, step: int, rows: Sequence[Mapping[str, A
 
 
 def as_markdown(rows: Sequence[Sequence[Any]]) -> str:
-    """Return rows as a Markdown table in which a text stays in its cell, and is no markup."""
+    """Return rows as a Markdown table, with markup and line breaks escaped."""
     cells = [[re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(str(c))) for c in row] for row in rows]
     lines = [[cell.replace("\n", "<br>") for cell in row] for row in cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def has_wandb_login() -> bool:
-    """Look where wandb 0.31 looks (sdk/lib/wbauth): environment, then the netrc file."""
+    """Return whether wandb 0.31 finds a login (sdk/lib/wbauth): environment, then netrc."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]

@@ -1,6 +1,6 @@
-"""`python -m loop dashboard`: a workspace at wandb whose panels show what this loop logs.
+"""`python -m loop dashboard`: creates a wandb workspace with panels for this loop's metrics.
 
-The panels are grouped: loss, speed, memory, samples. It needs wandb-workspaces and a login.
+Groups: loss, speed, memory, samples. It needs the package wandb-workspaces and a login.
 """
 
 import json
@@ -14,7 +14,7 @@ from data.errors import UserError
 from loop.config.parser import File, flag, parse
 from loop.monitor.trackers import PROJECT, SAMPLES, has_wandb_login
 
-Lines = dict[str, tuple[str, ...]]  # a panel's title, and the keys that it draws
+Lines = dict[str, tuple[str, ...]]  # a panel's title and its metrics
 GROUPS: dict[str, Lines] = {
     "Loss": {
         "Loss, nats per supervised token": ("train/loss", "eval/loss"),
@@ -28,7 +28,7 @@ GROUPS: dict[str, Lines] = {
     },
     "Memory": {"Peak memory, GiB": ("train/peak_memory_gib",)},
 }
-NOBODY = "entity"  # The package wants a name; what --out writes holds none.
+PLACEHOLDER = "entity"  # The package needs a name; the JSON of --out holds none.
 COLUMNS = (
     *("summary:final_loss", "summary:best_eval_loss", "summary:seconds"),
     *("config:learning_rate.value", "config:lora_r.value"),
@@ -37,61 +37,57 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class DashboardConfig:
-    """Where the workspace goes."""
+    """Where the workspace is created."""
 
     entity: str | None = flag(
-        None, "user or team at wandb; none: WANDB_ENTITY; not needed with --out", "dashboard"
+        None, "wandb user or team; default: WANDB_ENTITY; not needed with --out", "dashboard"
     )
     project: str | None = flag(
-        None, f"wandb's project; none: WANDB_PROJECT, or {PROJECT}", "dashboard"
+        None, f"wandb project; default: WANDB_PROJECT, or {PROJECT}", "dashboard"
     )
     name: str = flag("LoRA Loop", "the workspace's name", "dashboard")
     out: File | None = flag(
-        None, "write its JSON to this file, and nothing to wandb: needs no login", "dashboard"
+        None, "write the workspace as JSON to this file instead; needs no login", "dashboard"
     )
 
 
 def main(argv: Sequence[str]) -> None:
-    """Make the workspace; raises UserError where that cannot be, with what to do."""
+    """Create the workspace; raises UserError if that is not possible."""
     values = parse(DashboardConfig, argv, __doc__ or "")
     values.pop("config", None)
     config = DashboardConfig(**values)
     entity = config.entity or os.environ.get("WANDB_ENTITY")
     project = config.project or os.environ.get("WANDB_PROJECT", PROJECT)
     if not entity and config.out:
-        entity = NOBODY
+        entity = PLACEHOLDER
     if not entity:
-        raise UserError("--entity: found none; expected a user or team at wandb. Give --entity.")
+        raise UserError("--entity: found none; expected a wandb user or team. Give --entity.")
     if not config.out:
         _check_reachable()
-    made = workspace(entity, project, config.name)
+    created = workspace(entity, project, config.name)
     if config.out:
-        _write(made, Path(config.out).expanduser())
+        _write(created, Path(config.out).expanduser())
         return
     try:
-        made.save()
-    except Exception as error:  # Of wandb's many kinds each is about login, names or the network.
+        created.save()
+    except Exception as error:  # wandb's many types are all about login, names or network.
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UserError(
-            f"wandb did not take the workspace for {entity}/{project}: {reason}. Look at the "
-            "network, the login (wandb login) and both names; --out FILE needs none of them."
+            f"wandb rejected the workspace for {entity}/{project}: {reason}. Check the network, "
+            "the login (wandb login) and both names; --out FILE needs none of them."
         ) from None
 
 
 def _check_reachable() -> None:
     mode = os.environ.get("WANDB_MODE", "online")
     if mode != "online":
-        raise UserError(
-            f"found WANDB_MODE={mode}; a workspace is made online. Unset it, or give --out FILE."
-        )
-    if not has_wandb_login():  # wandb would ask for a key, and wait.
-        raise UserError(
-            "found no login to wandb; expected one. Run wandb login, or give --out FILE."
-        )
+        raise UserError(f"found WANDB_MODE={mode}; expected online. Unset it, or give --out FILE.")
+    if not has_wandb_login():  # wandb would prompt for a key and wait.
+        raise UserError("found no wandb login; expected one. Run wandb login, or give --out FILE.")
 
 
 def workspace(entity: str, project: str, name: str) -> Any:
-    """Return a wandb_workspaces Workspace of these groups, unsaved, without any network."""
+    """Return an unsaved wandb_workspaces Workspace of `GROUPS`; needs no network."""
     try:
         import wandb_workspaces.reports.v2 as reports
         import wandb_workspaces.workspaces as workspaces
@@ -125,8 +121,8 @@ def workspace(entity: str, project: str, name: str) -> Any:
     )
 
 
-def _write(made: Any, file: Path) -> None:
-    spec = made._to_model().spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+def _write(created: Any, file: Path) -> None:
+    spec = created._to_model().spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     try:
         file.write_text(json.dumps(spec, indent=1) + "\n", encoding="utf-8")
     except OSError as error:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.batching.balance import assign_micro_batches
+from data.batching.balance import ExampleBatch, assign_micro_batches
 from data.encoding.encode import IGNORE_INDEX, Example
 from data.errors import UserError
 from loop.checkpoint import storage
@@ -69,14 +69,14 @@ class Evaluator:
     def begin(self) -> None:
         """Put the model into training mode; first run an evaluation that a stop interrupted."""
         self.model.train()
-        start, main = self.tracker.start, self.accelerator.is_main_process
+        start, main = self.tracker.prior, self.accelerator.is_main_process
         if self.sampler.prompts and main:
             earlier = history_until(self.folder / FILE if start.step else None, start.step)
             write_samples(self.folder, earlier, replace=True)
         self._forget_missing_best()
         was_due = start.step and self._due(start.step)
         if was_due and self.known["evaluated_step"] != start.step:
-            done = self._evaluate(start.step, start.saved["epoch"])
+            done = self._evaluate(start.step, start.progress["epoch"])
             if not done:
                 self.saver.stop(start.step)
 
@@ -144,9 +144,8 @@ class Evaluator:
             tqdm.write(line)
 
     def _due(self, step: int) -> bool:
-        interval = {"steps": self.config.eval_steps, "epoch": self.layout.steps_per_epoch}
-        every = interval.get(self.config.eval_strategy, 1)
-        return self.evaluates and (step % every == 0 or step == self.layout.total_steps)
+        interval = self.layout.interval(self.config.eval_strategy, self.config.eval_steps)
+        return self.evaluates and (step % interval == 0 or step == self.layout.total_steps)
 
     def _out_of_patience(self) -> bool:
         patience = self.config.early_stopping_patience
@@ -180,10 +179,10 @@ class Evaluator:
         """
         device, count = self.accelerator.device, len(self.data.eval_sources)
         sums = torch.zeros(count * ANSWER_POSITIONS, 3, dtype=torch.float64, device=device)
-        for examples, groups in self._micro_batches():
+        for part, groups in self._micro_batches():
             if self.saver.is_asked():
                 return None
-            batch = self.data.collator(examples, 0).to(device)
+            batch = self.data.collator(part.examples, 0, part.groups).to(device)
             losses, predicted = token_losses(self.model, batch, self.config.loss_chunk_tokens)
             correct = predicted == batch.targets
             values = torch.stack([losses, correct, torch.ones_like(losses)], 1).double()
@@ -191,7 +190,7 @@ class Evaluator:
         total: Tensor = self.accelerator.reduce(sums, reduction="sum")
         return total.reshape(count, ANSWER_POSITIONS, 3).cpu()
 
-    def _micro_batches(self) -> Iterator[tuple[list[Example], list[int]]]:
+    def _micro_batches(self) -> Iterator[tuple[ExampleBatch, list[int]]]:
         """Yield this rank's micro-batches with the group of each supervised token.
 
         Every rank has the same number, some perhaps empty: passes may be collectives.
@@ -209,7 +208,7 @@ class Evaluator:
             for part in assign_micro_batches(chosen, ranks, self.limits).ranks[
                 self.accelerator.process_index
             ]:
-                yield part, [group for example in part for group in groups[id(example)]]
+                yield part, [group for e in part.examples for group in groups[id(e)]]
 
     def _groups(self, example: Example, pair: int) -> list[int]:
         """Return the group of each supervised token: its source and the position of its answer."""

@@ -1,1 +1,1 @@
-"""Tests of adapters."""
+"""Tests of chat, merge and export."""

@@ -1,4 +1,4 @@
-"""Chat: several adapters, a system prompt, comparing, and files of questions."""
+"""Chat: several adapters, system prompts, comparison, and files of questions."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def alone(folders: list[Path]) -> dict[str, str]:
-    """What each adapter answers that is loaded without the other one."""
+    """Return the answers of each adapter, loaded without the other one, and of the base."""
     answers = {}
     for folder in folders:
         speaker = load_speaker(ChatConfig(adapter=(str(folder),), max_new_tokens=12))
@@ -45,35 +45,35 @@ def speaker(folders: list[Path]) -> Speaker:
     return load_speaker(ChatConfig(adapter=tuple(map(str, folders)), max_new_tokens=12))
 
 
-def test_each_answers_as_if_the_others_were_not_loaded(
+def test_an_adapter_answers_the_same_whether_or_not_others_are_loaded(
     speaker: Speaker, alone: dict[str, str]
 ) -> None:
-    # Back and forth: switching leaves nothing of the other one behind.
+    # Switching back and forth leaves no trace of the other adapter.
     for name in ("fox", "owl", BASE, "fox", BASE, "owl"):
         assert speaker.answer(QUESTION, name) == alone[name]
     assert speaker.answer(QUESTION) == alone["fox"]
 
 
-def test_a_system_prompt_and_what_was_said_before_reach_the_model(
+def test_the_system_prompt_and_all_previous_turns_reach_the_model(
     speaker: Speaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer, seen = speaker.adapters["fox"].tokenizer, []
+    tokenizer, prompts = speaker.adapters["fox"].tokenizer, []
     generate = speaker.model.generate
 
     def watched(**inputs: object) -> object:
-        seen.append(tokenizer.decode(inputs["input_ids"][0]))  # type: ignore[index]
+        prompts.append(tokenizer.decode(inputs["input_ids"][0]))  # type: ignore[index]
         return generate(**inputs)
 
     monkeypatch.setattr(speaker.model, "generate", watched)
     turns = (*QUESTION, Turn("assistant", "A small fox."), Turn("user", "And then?"))
     speaker.answer(turns, system="Be very brief.")
-    places = [seen[0].find(text) for text in ("Be very brief.", "are you", "fox", "And then")]
+    places = [prompts[0].find(text) for text in ("Be very brief.", "are you", "fox", "And then")]
     assert -1 < places[0] < places[1] < places[2] < places[3]
     speaker.answer(turns)
-    assert "Be very brief." not in seen[1]
+    assert "Be very brief." not in prompts[1]
 
 
-def test_a_dialogue_switches_adapters_and_begins_anew(
+def test_commands_of_a_dialogue_switch_adapters_and_start_a_new_dialogue(
     folders: list[Path],
     alone: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
@@ -98,13 +98,13 @@ def test_a_dialogue_switches_adapters_and_begins_anew(
 
     monkeypatch.setattr("builtins.input", read)
     chat.main(["--adapter", *map(str, folders), "--max_new_tokens", "12"])
-    said = capsys.readouterr().out
-    first, second = said.split("owl answers")
+    output = capsys.readouterr().out
+    first, second = output.split("owl answers")
     assert f"fox: {alone['fox']}" in first.replace("fox:  ", "fox: ")
     assert f"owl: {alone['owl']}" in second.replace("owl:  ", "owl: ")
-    assert "Did you mean owl?" in said
+    assert "Did you mean owl?" in output
     assert next(lines) == "Not read"
-    assert first.count("(cut off at --max_new_tokens)") == 1
+    assert first.count("(truncated at --max_new_tokens)") == 1
 
 
 def test_a_file_of_questions_becomes_a_file_of_answers(
@@ -129,7 +129,7 @@ def test_a_file_of_questions_becomes_a_file_of_answers(
     assert second["system"] == "Hm."
     chat.main([*flags, "--out", str(out), "--system", "Be brief."])
     systems = [json.loads(line)["system"] for line in out.read_text().splitlines()]
-    assert systems == ["Be brief.", "Hm."]  # a question's own goes before the flag's
+    assert systems == ["Be brief.", "Hm."]  # The question's own takes precedence.
     chat.main([*flags[:5], "--prompt", "What are you?", "--compare"])
     table = capsys.readouterr().out
     assert "> What are you?\nBASE" in table
@@ -138,7 +138,7 @@ def test_a_file_of_questions_becomes_a_file_of_answers(
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("a.jsonl", '{"prompt": "Hi"}\n{"prompt": ', "line 2: not valid JSON"),
         ("a.jsonl", '{"question": "Hi"}', 'line 1: found {"question": "Hi"}; expected an object'),
@@ -147,25 +147,25 @@ def test_a_file_of_questions_becomes_a_file_of_answers(
         ("none.txt", None, "cannot be read: No such file"),
     ],
 )
-def test_bad_questions_are_named_by_their_line(
-    name: str, text: str | None, told: str, tmp_path: Path
+def test_an_invalid_question_is_refused_with_its_line_number(
+    name: str, text: str | None, message: str, tmp_path: Path
 ) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError) as caught:
         read_prompts(tmp_path / name)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_flags_that_contradict_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_contradictory_flags_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("Hi\n")
-    for flags, told in {
+    for flags, message in {
         ("--prompts", str(file)): "expected both",
         ("--prompts", str(file), "--out", "o", "--prompt", "Hi"): "expected one of them",
         ("--prompts", str(file), "--out", str(file)): "it is --prompts",
     }.items():
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             chat.main(flags)
 
 

@@ -1,4 +1,4 @@
-"""Merged models answer as their adapters do; what cannot be merged is refused."""
+"""Merged models have the logits of base and adapter."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def merged(adapter: Path, *flags: str | Path) -> Path:
 
 
 def answers(model: Path) -> Tensor:
-    """Return the logits of a model that any program would load, computed in fp32."""
+    """Return the logits of a model loaded by transformers alone, computed in fp32."""
     pairs = AutoConfig.from_pretrained(model).is_encoder_decoder
     loader = AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM
     loaded = loader.from_pretrained(model).float().eval()
@@ -54,7 +54,7 @@ def answers(model: Path) -> Tensor:
 
 
 def in_bf16(model: Path, folder: Path) -> Path:
-    """Write the same model as most are stored."""
+    """Write the model in bf16, the usual dtype of stored models."""
     pairs = AutoConfig.from_pretrained(model).is_encoder_decoder
     loader = AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM
     loader.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(folder)
@@ -63,7 +63,7 @@ def in_bf16(model: Path, folder: Path) -> Path:
 
 
 def without_quantisation(model: Path, folder: Path) -> Path:
-    """Write what transformers makes of the model's 4-bit weights."""
+    """Write the model's 4-bit weights, dequantised by transformers."""
     pairs = AutoConfig.from_pretrained(model).is_encoder_decoder
     loader = AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM
     settings = {"quantization_config": four_bit(torch.bfloat16), "dtype": torch.bfloat16}
@@ -83,7 +83,7 @@ def model(request: pytest.FixtureRequest) -> Path:
     "precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)], ids=["fp32", "bf16"]
 )
 @pytest.mark.parametrize("model", BOTH, indirect=True)
-def test_the_merged_model_answers_as_base_and_adapter(
+def test_the_merged_model_has_the_logits_of_base_and_adapter(
     model: Path, precision: str, quantised: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if precision == "bf16":
@@ -91,15 +91,16 @@ def test_the_merged_model_answers_as_base_and_adapter(
     flags = ["--q_lora", str(quantised), "--mixed_precision", precision]
     adapter = trained("run", model, tmp_path, *flags)
     folder = merged(adapter)
-    told = capsys.readouterr().out
-    assert "Largest difference of logits" in told
-    assert ("base weights: dequantised, which" in told) == quantised
+    output = capsys.readouterr().out
+    assert "Largest difference of logits" in output
+    assert ("rounded to nearest" in output) == (precision == "bf16")
+    assert ("base weights: dequantised" in output) == quantised
     if quantised and precision == "bf16":  # quantised from bf16, and computed in it
         model = without_quantisation(model, tmp_path / "dequantised")
     base, expected = logits_of(model, adapter, quantised and precision == "no")
     found = answers(folder)
     tolerance = 1e-4 if precision == "no" else 2e-2
-    assert float(told.split(" texts: ")[1].split(",")[0]) < tolerance
+    assert float(output.split(" texts: ")[1].split(",")[0]) < tolerance
     assert (found - expected).abs().max() < tolerance
     assert (base - expected).abs().max() > 10 * tolerance
     assert not (folder / "adapter_config.json").exists()
@@ -113,7 +114,7 @@ def test_the_merged_model_answers_as_base_and_adapter(
 
 
 @pytest.mark.parametrize("model", BOTH, indirect=True)
-def test_an_adapter_of_a_4_bit_base_goes_onto_the_original_weights_too(
+def test_a_qlora_adapter_can_also_be_merged_into_the_original_weights(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = trained("run", model, tmp_path, "--q_lora", "True")
@@ -124,12 +125,12 @@ def test_an_adapter_of_a_4_bit_base_goes_onto_the_original_weights_too(
     files = {*index["weight_map"].values()}
     assert len(files) > 3
     assert files == {file.name for file in folder.glob("*.safetensors")}
-    told = capsys.readouterr().out
-    assert "base weights: original, without the rounding" in told
-    assert "From the 4-bit base that the adapter was trained on it differs by" in told
+    output = capsys.readouterr().out
+    assert "base weights: original, without the 4-bit rounding" in output
+    assert "Largest difference from the adapter on its 4-bit base: " in output
 
 
-def test_an_adapter_of_a_base_that_is_stored_in_4_bits_is_merged_into_plain_weights(
+def test_an_adapter_of_a_stored_4_bit_base_is_merged_into_plain_weights(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
@@ -144,7 +145,7 @@ def test_an_adapter_of_a_base_that_is_stored_in_4_bits_is_merged_into_plain_weig
 
 
 @pytest.mark.parametrize("kind", ["tied", "too few rows", "bart"])
-def test_new_rows_are_in_their_places_whatever_the_base_has(
+def test_new_rows_are_merged_into_tied_short_and_biased_matrices(
     kind: str, tiny_t5: Path, tmp_path: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_t5)
@@ -177,8 +178,8 @@ def test_new_rows_are_in_their_places_whatever_the_base_has(
     )
 
 
-def made(model: Any, folder: Path, tokenizer: Any, **settings: Any) -> Path:
-    """Write an adapter as another trainer would: peft alone, every weight random."""
+def write_adapter(model: Any, folder: Path, tokenizer: Any, **settings: Any) -> Path:
+    """Write an adapter with random weights by peft alone, like another trainer."""
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **settings}
     adapted = get_peft_model(model, LoraConfig(**settings))
     torch.manual_seed(1)
@@ -199,7 +200,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "biases": {"bias": "all"},
     "biases of the targets": {"bias": "lora_only"},
     "the embedding": {"target_modules": ["embed_tokens", "o_proj"]},
-    "a whole LM head": {"modules_to_save": ["lm_head"]},
+    "a complete LM head": {"modules_to_save": ["lm_head"]},
     "all linear layers": {"target_modules": "all-linear"},
     "rows of tokens": ROWS,
     "layers by a pattern": {"target_modules": r".*\.1\..*\.(gate|down)_proj"},
@@ -207,21 +208,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", [*SETTINGS])
-def test_whatever_peft_has_trained_is_merged_right(
+def test_every_supported_peft_setting_is_merged_exactly(
     case: str, biased_model: Path, tmp_path: Path
 ) -> None:
     base = AutoModelForCausalLM.from_pretrained(biased_model)
     tokenizer = AutoTokenizer.from_pretrained(biased_model)
-    adapter = made(base, tmp_path / "adapter", tokenizer, **SETTINGS[case])
+    adapter = write_adapter(base, tmp_path / "adapter", tokenizer, **SETTINGS[case])
     _, expected = logits_of(biased_model, adapter, four_bit=False)
     assert (answers(biased_model) - expected).abs().max() > 1e-2
     folder = merged(adapter, "--base", biased_model)
     assert (answers(folder) - expected).abs().max() < 1e-4
 
 
-def test_weights_that_lie_the_other_way_round_are_merged_right(
-    chat_tokenizer: Any, tmp_path: Path
-) -> None:
+def test_transposed_weights_are_merged_exactly(chat_tokenizer: Any, tmp_path: Path) -> None:
     tokenizer, base = small_tokenizer(chat_tokenizer), tmp_path / "base"
     sizes = {"vocab_size": len(tokenizer), "n_embd": 64, "n_layer": 1, "n_head": 4}
     config = GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
@@ -229,13 +228,15 @@ def test_weights_that_lie_the_other_way_round_are_merged_right(
     tokenizer.save_pretrained(base)
     gpt2 = GPT2LMHeadModel.from_pretrained(base)
     targets = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
-    adapter = made(gpt2, tmp_path / "adapter", tokenizer, **targets)
+    adapter = write_adapter(gpt2, tmp_path / "adapter", tokenizer, **targets)
     _, expected = logits_of(base, adapter, four_bit=False)
     assert (answers(merged(adapter, "--base", base)) - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("model", BOTH, indirect=True)
-def test_transformers_loads_an_adapter_by_itself_as_peft_does(model: Path, tmp_path: Path) -> None:
+def test_transformers_alone_gives_an_adapter_the_logits_of_peft(
+    model: Path, tmp_path: Path
+) -> None:
     adapter = trained("run", model, tmp_path)
     _, expected = logits_of(model, adapter, four_bit=False)
     pairs = AutoConfig.from_pretrained(model).is_encoder_decoder

@@ -1,4 +1,4 @@
-"""Weights rounded for a layer's inputs keep what it computes better than those to nearest."""
+"""Rounding with a layer's inputs changes its outputs less than rounding to nearest."""
 
 from pathlib import Path
 
@@ -18,54 +18,54 @@ from tests.support.helpers import write_dialogues
 
 
 @pytest.fixture(scope="module")
-def alike() -> tuple[Tensor, Tensor]:
-    """Return a matrix [96, 160], and inputs [2000, 160] that lie near a plane, as hidden states."""
+def weight_and_inputs() -> tuple[Tensor, Tensor]:
+    """Return a matrix [96, 160] and inputs [2000, 160] of nearly rank 20, like hidden states."""
     torch.manual_seed(0)
     inputs = torch.randn(2000, 20) @ torch.randn(20, 160) + 0.1 * torch.randn(2000, 160)
     return 0.02 * torch.randn(96, 160), inputs * torch.rand(160)
 
 
-def lost(weight: Tensor, exact: Tensor, inputs: Tensor) -> float:
+def output_error(weight: Tensor, exact: Tensor, inputs: Tensor) -> float:
     return float(((weight.float() - exact) @ inputs.T).norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_with_inputs_not_seen_lose_less_than_half(
-    alike: tuple[Tensor, Tensor], dtype: torch.dtype
+def test_outputs_for_other_inputs_differ_by_less_than_half(
+    weight_and_inputs: tuple[Tensor, Tensor], dtype: torch.dtype
 ) -> None:
-    weight, inputs = alike
-    found = rounded(weight, inputs[:1000], dtype)
-    assert found.dtype == dtype
-    nearest = weight.to(dtype)
-    assert lost(found, weight, inputs[1000:]) < lost(nearest, weight, inputs[1000:]) / 2
-    # Each is still one of the values about the exact one, not a fit of its own.
+    weight, inputs = weight_and_inputs
+    result = rounded(weight, inputs[:1000], dtype)
+    assert result.dtype == dtype
+    nearest, other = weight.to(dtype), inputs[1000:]
+    assert output_error(result, weight, other) < output_error(nearest, weight, other) / 2
+    # Each value is still near the exact one.
     step = (nearest.float() - weight).abs().max()
-    assert (found.float() - weight).abs().max() < 6 * step
+    assert (result.float() - weight).abs().max() < 6 * step
 
 
-def test_what_16_bits_hold_is_not_changed_and_rows_do_not_depend_on_each_other(
-    alike: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+def test_16_bit_values_are_not_changed_and_rows_are_independent(
+    weight_and_inputs: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight, inputs = alike
-    held = weight.bfloat16().float()
-    assert torch.equal(rounded(held, inputs, torch.bfloat16).float(), held)
-    whole = rounded(weight, inputs, torch.bfloat16)
-    monkeypatch.setattr(rounding, "ROWS", 32)
+    weight, inputs = weight_and_inputs
+    exact = weight.bfloat16().float()
+    assert torch.equal(rounded(exact, inputs, torch.bfloat16).float(), exact)
+    at_once = rounded(weight, inputs, torch.bfloat16)
+    monkeypatch.setattr(rounding, "ROWS_AT_ONCE", 32)
     parts = rounded(weight, inputs, torch.bfloat16)
-    # A product of other rows beside it may differ in its last bit, and so one rounding in a 1,000.
-    assert (whole != parts).float().mean() < 1e-3
+    # A matrix product of fewer rows may differ in the last bit, and so one rounding in 1,000.
+    assert (at_once != parts).float().mean() < 1e-3
 
 
-def test_a_layer_that_was_given_zeros_is_rounded_to_nearest() -> None:
+def test_a_layer_whose_inputs_are_zero_is_rounded_to_nearest() -> None:
     weight = torch.randn(4, 8)
     found = rounded(weight, torch.zeros(10, 8), torch.bfloat16)
     assert torch.equal(found, weight.bfloat16())
 
 
-def adapter_of(base: Path, folder: Path, targets: str | list[str], *whole: str) -> Path:
+def adapter_of(base: Path, folder: Path, targets: str | list[str], *saved: str) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = LoraConfig(r=8, target_modules=targets, modules_to_save=[*whole])
+    config = LoraConfig(r=8, target_modules=targets, modules_to_save=[*saved])
     adapted = get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -77,7 +77,7 @@ def adapter_of(base: Path, folder: Path, targets: str | list[str], *whole: str) 
     return folder
 
 
-def test_layers_that_share_an_input_share_what_is_kept_and_no_more_than_may_be(
+def test_layers_share_the_kept_inputs_which_stay_within_the_given_bytes(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     adapter = read_adapter(adapter_of(tiny_model, tmp_path / "adapter", "all-linear", "lm_head"))
@@ -98,17 +98,17 @@ def test_layers_that_share_an_input_share_what_is_kept_and_no_more_than_may_be(
     assert [part.shape for part in down] == [(length, 128) for length in lengths]
     assert all(one is other for one, other in zip(query, key, strict=True))
     assert all(one is not other for one, other in zip(query, gate, strict=True))
-    # Of a layer 3 inputs of 64 and one of 128 are kept, and 64 of the LM head, of 2 bytes each.
+    # Each layer has 3 inputs of width 64 and one of 128, the LM head one of 64, 2 bytes an element.
     most = 2 * (2 * (3 * 64 + 128) + 64) * sum(lengths) // 3
     few = inputs_of(model, layers, texts, most)
     down = few["model.layers.1.mlp.down_proj"]
-    assert len(down) == 6  # of every text, the longer the fewer of its tokens
+    assert len(down) == 6  # Every text is kept, with fewer of its tokens.
     assert sum(len(part) for part in down) <= sum(lengths) / 3
     step = -(-len(found["lm_head"][0]) // len(few["lm_head"][0]))
     assert torch.equal(few["lm_head"][0], found["lm_head"][0][::step])
 
 
-def test_a_text_that_reaches_none_of_the_layers_tells_nothing(
+def test_a_text_that_reaches_no_layer_adds_no_inputs(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = read_adapter(adapter_of(tiny_model, tmp_path / "adapter", ["q_proj"]))
@@ -120,25 +120,27 @@ def test_a_text_that_reaches_none_of_the_layers_tells_nothing(
     assert len(inputs_of(model, [layer], texts, 1e9)[layer]) == 1
 
 
-@pytest.mark.parametrize("whole", [["mlp"], ["lm_head"]])
-def test_whole_modules_are_rounded_too_and_proven_against_what_was_trained(
-    whole: list[str], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("saved", [["mlp"], ["lm_head"]])
+def test_completely_trained_modules_are_rounded_and_verified_against_their_fp32_values(
+    saved: list[str], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tmp_path / "base"
     AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(base)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
-    adapter = adapter_of(base, tmp_path / "adapter", ["q_proj"], *whole)
+    adapter = adapter_of(base, tmp_path / "adapter", ["q_proj"], *saved)
     means = []
     for texts in ("0", "32"):
         words = ["--adapter", str(adapter), "--output_dir", str(tmp_path / texts)]
         merge.main([*words, "--rounding_texts", texts])
-        told = capsys.readouterr().out
-        means.append(float(told.split("root mean square ")[1].split(";")[0]))
-    # Beside a model whose LM head is itself rounded to nearest, that would seem the better one.
+        output = capsys.readouterr().out
+        assert ("rounding: with inputs of 32 texts" in output) == (texts == "32")
+        assert ("--rounding_texts 64 adds less" in output) == (texts == "0")
+        means.append(float(output.split("root mean square ")[1].split(";")[0]))
+    # Against a reference with a head rounded to nearest, nearest would seem to be better.
     assert means[1] < means[0]
 
 
-def test_texts_that_prove_do_not_tell_how_to_round_unless_there_are_no_others(
+def test_texts_for_rounding_are_not_those_for_verification_unless_there_are_no_others(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     adapter = read_adapter(adapter_of(tiny_model, tmp_path / "adapter", ["q_proj"]))
@@ -157,7 +159,7 @@ def test_texts_that_prove_do_not_tell_how_to_round_unless_there_are_no_others(
 
 
 @pytest.mark.slow
-def test_a_real_model_s_merge_loses_far_less_than_one_that_rounds_to_nearest(
+def test_rounding_the_bundled_model_with_inputs_differs_far_less_than_to_nearest(
     chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = adapter_of(chat_model, tmp_path / "adapter", ["q_proj", "v_proj", "down_proj"])
@@ -166,7 +168,7 @@ def test_a_real_model_s_merge_loses_far_less_than_one_that_rounds_to_nearest(
         target = tmp_path / f"merged-{texts}"
         words = ["--adapter", str(adapter), "--rounding_texts", texts]
         merge.main([*words, "--output_dir", str(target)])
-        told = capsys.readouterr().out
-        means.append(float(told.split("root mean square ")[1].split(";")[0]))
-    print(f"root mean square of the differences: to nearest {means[0]}, else {means[1]}")
+        output = capsys.readouterr().out
+        means.append(float(output.split("root mean square ")[1].split(";")[0]))
+    print(f"root mean square difference: to nearest {means[0]}, with inputs {means[1]}")
     assert means[1] < 0.6 * means[0]

@@ -1,4 +1,4 @@
-"""Only the command line lets Python code that comes with a model or an adapter run."""
+"""Python code that comes with a model or an adapter runs only with the command line's flag."""
 
 import json
 import shlex
@@ -36,7 +36,7 @@ AUTO_MAP = {
 
 
 def add_code(folder: Path, marker: Path) -> None:
-    """Turn a model's folder into one of a class of its own, whose code leaves a marker."""
+    """Give a model's folder custom code that creates the marker file when it runs."""
     file = folder / "config.json"
     values = json.loads(file.read_text()) | {"model_type": "marked", "auto_map": AUTO_MAP}
     file.write_text(json.dumps(values))
@@ -45,7 +45,7 @@ def add_code(folder: Path, marker: Path) -> None:
 
 @pytest.fixture
 def adapter(tiny_model: Path, train: Callable[..., Path], tmp_path: Path) -> Path:
-    """An adapter of a base with code, whose training_config.yaml asks for trust."""
+    """Return an adapter whose base has custom code and whose training_config.yaml trusts it."""
     folder, base = train("run"), tmp_path / "base"
     shutil.copytree(tiny_model, base)
     add_code(base, tmp_path / "marker")
@@ -59,8 +59,8 @@ def adapter(tiny_model: Path, train: Callable[..., Path], tmp_path: Path) -> Pat
     return folder
 
 
-def asked(adapter: Path, name: str, *flags: str) -> CompletedProcess[str]:
-    """Run chat or merge on an adapter, answering yes to every question on the terminal."""
+def run_command(adapter: Path, name: str, *flags: str) -> CompletedProcess[str]:
+    """Run chat or merge on an adapter, with yes as the answer to every prompt."""
     words = [sys.executable, "-m", "loop", name, "--adapter", str(adapter), *flags]
     words += ["--prompt", "Hi", "--max_new_tokens", "4"] if name == "chat" else []
     modules = {"HF_MODULES_CACHE": str(adapter.parent / "modules")}
@@ -68,26 +68,26 @@ def asked(adapter: Path, name: str, *flags: str) -> CompletedProcess[str]:
 
 
 def assert_refused(done: CompletedProcess[str], marker: Path) -> None:
-    said = done.stdout + done.stderr
-    assert done.returncode == 2, said
-    assert "found Python code that comes with" in said
-    assert "--trust_remote_code True" in said
-    assert "Traceback" not in said
-    assert "[y/N]" not in said
+    output = done.stdout + done.stderr
+    assert done.returncode == 2, output
+    assert "found Python code that comes with" in output
+    assert "--trust_remote_code True" in output
+    assert "Traceback" not in output
+    assert "[y/N]" not in output
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("name", ["chat", "merge"])
-def test_a_folders_settings_do_not_let_code_run_and_the_flag_does(
+def test_code_runs_with_the_flag_but_not_by_a_folders_settings(
     name: str, adapter: Path, tmp_path: Path
 ) -> None:
     marker = tmp_path / "marker"
-    assert_refused(asked(adapter, name), marker)
+    assert_refused(run_command(adapter, name), marker)
     assert not (tmp_path / "run-merged").exists()
-    done = asked(adapter, name, "--trust_remote_code", "True")
+    done = run_command(adapter, name, "--trust_remote_code", "True")
     assert done.returncode == 0, done.stdout + done.stderr
     assert marker.exists()
-    # The merged model needs the code, and has it.
+    # The merged folder includes the code that its model needs.
     assert (tmp_path / "run-merged" / "modeling_marked.py").exists() == (name == "merge")
 
 
@@ -101,7 +101,7 @@ def test_an_adapter_that_is_its_own_base_runs_no_code(
     file = adapter / "adapter_config.json"
     values = json.loads(file.read_text()) | {"base_model_name_or_path": str(adapter)}
     file.write_text(json.dumps(values))
-    assert_refused(asked(adapter, name), tmp_path / "marker")
+    assert_refused(run_command(adapter, name), tmp_path / "marker")
 
 
 @pytest.mark.parametrize("name", ["chat", "merge"])
@@ -113,7 +113,7 @@ def test_an_adapters_tokenizer_runs_no_code(name: str, adapter: Path, tmp_path: 
     values = json.loads((tmp_path / "base" / "config.json").read_text())
     del values["auto_map"]
     (tmp_path / "base" / "config.json").write_text(json.dumps(values | {"model_type": "llama"}))
-    assert_refused(asked(adapter, name), tmp_path / "marker")
+    assert_refused(run_command(adapter, name), tmp_path / "marker")
 
 
 def test_training_runs_no_code_of_its_base(
@@ -124,9 +124,9 @@ def test_training_runs_no_code_of_its_base(
     assert not (tmp_path / "marker").exists()
 
 
-def test_a_file_of_settings_cannot_switch_trust_on(adapter: Path) -> None:
+def test_a_config_file_cannot_enable_trust(adapter: Path) -> None:
     file = str(adapter / "training_config.yaml")
-    with pytest.raises(UserError, match=r"found trust_remote_code: True, which only .* --trust"):
+    with pytest.raises(UserError, match=r"trust_remote_code: True; expected it only .* --trust"):
         read_config(["--config", file], Config)
     assert read_config(["--config", file, "--trust_remote_code", "True"], Config).trust_remote_code
     assert not read_config(["--config", file, "--no_trust_remote_code"], Config).trust_remote_code

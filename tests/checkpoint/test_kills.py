@@ -1,4 +1,4 @@
-"""A run killed at any instant ends as one that was never killed, bit for bit."""
+"""A run killed at any moment ends bit for bit like one that was never killed."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from benchmarks.kill_sweep import BACKENDS, dialogues, sweep
 from tests.support.helpers import adapter_of, launch, write_dialogues
 
-# benchmarks/kill_sweep.py makes 200 kills, or as many as you like.
+# benchmarks/kill_sweep.py makes 200 kills or more.
 KILLS = [
     ("one process", 2),
     *[pytest.param(backend, 5, marks=pytest.mark.slow) for backend in BACKENDS],
@@ -16,7 +16,7 @@ KILLS = [
 
 
 @pytest.mark.parametrize(("backend", "kills"), KILLS)
-def test_a_run_killed_again_and_again_ends_as_one_never_killed(
+def test_a_run_killed_repeatedly_ends_like_one_never_killed(
     backend: str, kills: int, tiny_model: Path, tmp_path: Path
 ) -> None:
     data = write_dialogues(tmp_path / "data.json", *dialogues())
@@ -28,15 +28,18 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
-def test_three_ranks_go_on_bit_for_bit(config: str, tiny_model: Path, tmp_path: Path) -> None:
-    # Three numbers' sum depends on their order, and so on how gradients are laid out in buckets.
+def test_three_ranks_resume_bit_for_bit(config: str, tiny_model: Path, tmp_path: Path) -> None:
+    # A sum of three numbers depends on their order, and so on the layout of gradient buckets.
     flags = ["--model_name_or_path", tiny_model, "--max_steps", "8", "--save_steps", "4"]
     flags += ["--data_path", write_dialogues(tmp_path / "data.json", *dialogues())]
     flags += ["--global_batch_size", "6", "--per_device_train_batch_size", "1"]
     flags += ["--lora_target_modules", "all-linear", "--mixed_precision", "no"]
-    launch(config, tmp_path / "whole", *flags, processes=3)
-    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    launch(config, tmp_path / "uninterrupted", *flags, processes=3)
+    checkpoint = tmp_path / "uninterrupted" / "checkpoint-4"
     flags += ["--resume_from_checkpoint", checkpoint]
     launch(config, tmp_path / "resumed", *flags, processes=3)
-    whole, resumed = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "resumed")
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    uninterrupted, resumed = (
+        adapter_of(tmp_path / "uninterrupted"),
+        adapter_of(tmp_path / "resumed"),
+    )
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in uninterrupted.items())

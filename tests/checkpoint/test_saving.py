@@ -1,4 +1,4 @@
-"""What a run leaves loads elsewhere, proves itself, and is not overwritten."""
+"""A run's output is checked, loads in peft, and is not overwritten."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-def test_a_run_leaves_what_the_design_lists_and_peft_loads_it(
+def test_a_run_leaves_the_documented_files_and_peft_loads_them(
     train: Train, tiny_model: Path
 ) -> None:
     folder = train("run")
@@ -54,7 +54,7 @@ def test_a_run_leaves_what_the_design_lists_and_peft_loads_it(
     assert (state["global_step"], state["max_steps"], state["epoch"]) == (4, 4, 4.0)
 
 
-def test_the_log_holds_what_the_design_lists(train: Train) -> None:
+def test_the_log_has_the_documented_keys(train: Train) -> None:
     history = log_of(train("run", "--logging_steps", "2"))
     assert [entry["step"] for entry in history] == [1, 2, 4]
     keys = {
@@ -89,7 +89,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(
     one = adapter_of(train("one"))
     plain = len(forwards)
     two = adapter_of(train("two", "--gradient_checkpointing"))
-    assert len(forwards) == 3 * plain  # once more for every layer
+    assert len(forwards) == 3 * plain  # a second forward pass per layer
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
 
 
@@ -112,7 +112,7 @@ def test_trained_biases_are_saved_and_loaded(bias: str, train: Train, tmp_path: 
     assert all(tensor.any() and torch.equal(loaded[n], tensor) for n, tensor in saved.items())
 
 
-def test_an_adapter_is_continued_with_its_own_shape(train: Train) -> None:
+def test_training_continues_an_adapter_with_its_own_shape(train: Train) -> None:
     first = train("first", "--lora_r", "4", "--lora_target_modules", "q_proj", "o_proj")
     second = train("second", "--lora_weight_path", first, "--learning_rate", "1e-12")
     third = train("dropped", "--lora_weight_path", first, "--lora_dropout", "0.5")
@@ -138,7 +138,7 @@ def test_an_adapter_is_continued_with_its_own_shape(train: Train) -> None:
         train("third", "--lora_weight_path", first)
 
 
-def test_all_linear_reaches_every_linear_layer_but_the_head(train: Train) -> None:
+def test_all_linear_targets_every_linear_layer_except_the_head(train: Train) -> None:
     names = adapter_of(train("run", "--lora_target_modules", "all-linear"))
     layers = {name.split(".")[-3] for name in names}
     assert layers == {
@@ -146,7 +146,7 @@ def test_all_linear_reaches_every_linear_layer_but_the_head(train: Train) -> Non
     }  # fmt: skip
 
 
-def test_a_target_that_matches_nothing_is_refused_with_the_names_that_exist(train: Train) -> None:
+def test_an_unknown_target_is_refused_with_the_existing_names(train: Train) -> None:
     with pytest.raises(UserError, match=r"named query.*k_proj, lm_head, o_proj, q_proj"):
         train("run", "--lora_target_modules", "q_proj", "query")
 
@@ -163,27 +163,27 @@ def test_the_logged_loss_is_weighted_by_tokens_over_the_steps(train: Train) -> N
     assert [entry["step"] for entry in some] == [1, 3, 6, 7]
     counts = [b["supervised_tokens"] - a["supervised_tokens"] for a, b in pairwise(each)]
     counts = [each[0]["supervised_tokens"], *counts]
-    assert len({*counts}) == 2, "the steps must differ in tokens for this to show anything"
+    assert len({*counts}) == 2, "the steps must differ in tokens, or the test proves nothing"
     for begin, end, entry in ((1, 3, some[1]), (3, 6, some[2])):
         part = [(e["loss"], n) for e, n in zip(each, counts, strict=True)][begin:end]
         mean = sum(loss * n for loss, n in part) / sum(n for _, n in part)
         assert entry["loss"] == pytest.approx(mean, rel=1e-6)
 
 
-def test_a_single_step_of_warm_up_is_refused_before_it_trains_nothing(train: Train) -> None:
+def test_a_single_step_of_warm_up_is_refused(train: Train) -> None:
     with pytest.raises(UserError, match=r"learning rate 0.*--warmup_ratio 0"):
         train("run", "--max_steps", "1")
     assert log_of(train("run", "--max_steps", "1", "--warmup_ratio", "0"))[0]["step"] == 1
 
 
-def test_a_folder_that_cannot_be_written_is_the_users_mistake(train: Train, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_a_user_error(train: Train, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/run: cannot be written: Not a directory"):
         train("file/run")
 
 
 @pytest.mark.parametrize("damaged", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_damaged_model_folder_is_named(
+def test_a_corrupt_model_folder_is_a_user_error(
     damaged: str, train: Train, tiny_model: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "damaged"
@@ -205,7 +205,7 @@ def test_a_model_that_lacks_a_weight_is_refused(
         train("run", "--model_name_or_path", folder)
 
 
-def test_a_wrong_save_is_an_error(train: Train) -> None:
+def test_an_incorrectly_saved_adapter_is_an_error(train: Train) -> None:
     file = train("run") / "adapter_model.safetensors"
     good = load_file(file)
     shapes = {name: tuple(tensor.shape) for name, tensor in good.items()}
@@ -217,7 +217,7 @@ def test_a_wrong_save_is_an_error(train: Train) -> None:
         ({**good, "other": good[name].clone()}, "unknown"),
         ({**good, name: torch.zeros(0)}, "misshapen"),
         ({**good, name: good[name] * torch.inf}, "not finite"),
-        (zeros, "learnt nothing"),
+        (zeros, "is not trained"),
     ):
         save_file(wrong, file)
         with pytest.raises(RuntimeError, match=complaint):

@@ -1,4 +1,4 @@
-"""A run that is begun again goes on from its own checkpoints, and loses nobody's."""
+"""A restarted run resumes from its own checkpoints and deletes no others."""
 
 import shutil
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from data.errors import RunError, Stopped, UserError
 from loop.checkpoint import saver, storage
 from loop.checkpoint.storage import CorruptCheckpoint, check_room, list_folders, prune, verify
 from loop.distributed import optimizer_state
-from loop.distributed.signals import LAUNCH_NAME, _told_disk, is_restart, record_launch
+from loop.distributed.signals import LAUNCH_NAME, _convert_disk_errors, is_restart, record_launch
 from tests.checkpoint.test_storage import damage, same
 from tests.support.helpers import log_of
 
@@ -22,7 +22,7 @@ STOP = ("--max_minutes", "1e-6")
 
 
 def stopped(train: Train, *flags: str | Path) -> str:
-    """Train one step; return how the run was stopped."""
+    """Train one step; return the message of the stop."""
     with pytest.raises(Stopped) as found:
         train("run", *SIX, *STOP, *flags)
     return str(found.value)
@@ -32,17 +32,17 @@ def names(output: Path) -> list[str]:
     return [folder.name for folder in list_folders(output)]
 
 
-def test_afresh_counts_once_for_a_launch_and_again_for_the_next(
+def test_starting_afresh_applies_once_per_launch(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "run"
     stopped(train)
     monkeypatch.setenv(LAUNCH_NAME, "first")
     afresh = ("--resume_from_checkpoint", "False")
-    assert "command, without --resume_from_checkpoint, goes on" in stopped(train, *afresh)
+    assert "command, without --resume_from_checkpoint, resumes" in stopped(train, *afresh)
     assert names(output) == ["checkpoint-1"]
     assert len([*output.glob("discarded-*/checkpoint-1")]) == 1
-    # As torchelastic and --until-done do: the same launch, the same flags.
+    # The same launch with the same flags, as torchelastic and --until-done restart it.
     stopped(train, *afresh)
     assert names(output) == ["checkpoint-2", "checkpoint-1"]
     monkeypatch.setenv(LAUNCH_NAME, "second")
@@ -51,19 +51,19 @@ def test_afresh_counts_once_for_a_launch_and_again_for_the_next(
     assert len([*output.glob("discarded-*/metrics.jsonl")]) == 2
 
 
-def test_a_named_checkpoint_counts_until_the_launch_has_saved_one_itself(
+def test_a_named_checkpoint_is_used_until_the_launch_has_saved_its_own(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train("other", *SIX)
-    named = ("--resume_from_checkpoint", whole / "checkpoint-4")
-    stopped(train)  # Another run's, which is not to be gone on with.
+    other = train("other", *SIX)
+    named = ("--resume_from_checkpoint", other / "checkpoint-4")
+    stopped(train)  # another run's checkpoint, which must not be resumed
     monkeypatch.setenv(LAUNCH_NAME, "first")
     stopped(train, *named)
     assert names(tmp_path / "run") == ["checkpoint-5"]
-    shutil.rmtree(tmp_path / "run/checkpoint-5")  # As if the launch had crashed before it.
+    shutil.rmtree(tmp_path / "run/checkpoint-5")  # as if the launch had crashed before
     stopped(train, *named)
     assert names(tmp_path / "run") == ["checkpoint-5"]
-    assert same(train("run", *SIX, *named), whole)
+    assert same(train("run", *SIX, *named), other)
     assert [entry["step"] for entry in log_of(tmp_path / "run")] == [*range(1, 7)]
 
 
@@ -76,7 +76,7 @@ def test_a_torchelastic_restart_is_the_same_launch(
     assert is_restart(tmp_path)
 
 
-def test_a_stop_during_a_restart_is_not_forgotten(
+def test_a_stop_request_survives_a_restart(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(LAUNCH_NAME, "first")
@@ -94,7 +94,7 @@ def test_who_asked_on_another_machine_wants_no_other_launch() -> None:
     assert "STOP" not in saver.ELSEWHERE[saver.SIGNAL] + saver.ELSEWHERE[saver.TIME_IS_OVER]
 
 
-def test_damaged_ones_are_set_aside_and_do_not_crowd_out_whole_ones(
+def test_corrupt_checkpoints_are_moved_aside_and_do_not_count_as_kept(
     train: Train, tmp_path: Path
 ) -> None:
     output = train("run", *SIX)
@@ -107,7 +107,9 @@ def test_damaged_ones_are_set_aside_and_do_not_crowd_out_whole_ones(
     assert [*output.glob("discarded-*/checkpoint-6")]
 
 
-def test_a_checkpoint_under_another_number_is_not_taken(train: Train, tmp_path: Path) -> None:
+def test_a_checkpoint_with_another_step_in_its_name_is_refused(
+    train: Train, tmp_path: Path
+) -> None:
     output = train("run", *SIX)
     (output / "checkpoint-4").rename(output / "checkpoint-99")
     with pytest.raises(CorruptCheckpoint, match="renamed, it is checkpoint-4"):
@@ -116,7 +118,7 @@ def test_a_checkpoint_under_another_number_is_not_taken(train: Train, tmp_path: 
     assert verify(output / "best").step == 4
 
 
-def test_pruning_leaves_what_a_link_leads_to(tmp_path: Path) -> None:
+def test_pruning_removes_a_link_but_not_its_target(tmp_path: Path) -> None:
     target = tmp_path / "elsewhere"
     for folder in (target, tmp_path / "checkpoint-3", tmp_path / "checkpoint-7"):
         folder.mkdir()
@@ -124,10 +126,10 @@ def test_pruning_leaves_what_a_link_leads_to(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-2").symlink_to(target)
     prune(tmp_path, 3, 1)
     assert (target / storage.MANIFEST).exists()
-    assert names(tmp_path) == ["checkpoint-7", "checkpoint-3"]  # 7 is of another run.
+    assert names(tmp_path) == ["checkpoint-7", "checkpoint-3"]  # 7 is newer than the step
 
 
-def test_a_run_that_fitted_on_the_disk_may_go_on(
+def test_a_run_that_fitted_on_the_disk_may_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     each = 12 * 1_000_000 + storage.SMALL
@@ -139,7 +141,7 @@ def test_a_run_that_fitted_on_the_disk_may_go_on(
     check_room(tmp_path, 1_000_000, 10, 2)
 
 
-def test_a_finished_run_without_its_log_can_be_gone_on_with(train: Train, tmp_path: Path) -> None:
+def test_a_run_without_its_log_can_resume(train: Train, tmp_path: Path) -> None:
     output = train("run", *SIX)
     (output / "metrics.jsonl").unlink()
     (output / "trainer_state.json").unlink()
@@ -150,27 +152,25 @@ def test_a_finished_run_without_its_log_can_be_gone_on_with(train: Train, tmp_pa
     train("run", *SIX)
 
 
-def test_fewer_steps_than_are_done_are_refused(train: Train) -> None:
+def test_fewer_steps_than_the_checkpoint_has_are_refused(train: Train) -> None:
     train("run", *SIX)
     with pytest.raises(UserError, match="found 6 steps done; expected at most the 3"):
         train("run", *SIX, "--max_steps", "3", "--allow_resume_mismatch")
 
 
-def test_another_first_adapter_is_refused(train: Train, tmp_path: Path) -> None:
+def test_another_initial_adapter_is_refused(train: Train, tmp_path: Path) -> None:
     first = train("first", *SIX)
     stopped(train, "--lora_weight_path", first)
     with pytest.raises(UserError, match=r"--lora_weight_path .*was .*, is None"):
         train("run", *SIX)
 
 
-def test_a_loss_scale_is_put_back_in_fp16_alone() -> None:
+def test_the_loss_scale_is_restored_in_fp16_only() -> None:
     other: Any = SimpleNamespace(mixed_precision="no", scaler=None)
     optimizer_state.put_loss_scale(other, object(), {"scale": 2.0})
 
 
-def test_an_empty_folder_of_the_users_stays_and_the_first_error_is_told(
-    train: Train, tmp_path: Path
-) -> None:
+def test_a_failed_start_removes_only_a_folder_that_it_created(train: Train, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="nowhere"):
         train("run", "--data_path", tmp_path / "nowhere.json")
@@ -180,9 +180,9 @@ def test_an_empty_folder_of_the_users_stays_and_the_first_error_is_told(
     assert not (tmp_path / "fresh").exists()
 
 
-def test_a_full_disk_is_one_message_wherever_it_is_met(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_message_wherever_it_occurs(tmp_path: Path) -> None:
     full = Path("/dev/full")
-    with pytest.raises(RunError, match="No space left"), _told_disk():
+    with pytest.raises(RunError, match="No space left"), _convert_disk_errors():
         full.write_text("x")
-    with pytest.raises(FileNotFoundError), _told_disk():
+    with pytest.raises(FileNotFoundError), _convert_disk_errors():
         (tmp_path / "missing").read_text()

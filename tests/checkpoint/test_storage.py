@@ -1,4 +1,4 @@
-"""Checkpoints are whole, small and proved; only what is whole and of this run is gone on with."""
+"""Checkpoints are small and verified; a run resumes only from a valid one of its own."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def same(one: Path, two: Path) -> bool:
 
 
 def cut_off(output: Path, after: int) -> None:
-    """Leave of a finished run what a kill after this step would have left."""
+    """Reduce a finished run to what a kill after this step leaves."""
     for folder in list_folders(output):
         if int(folder.name.partition("-")[2]) > after:
             shutil.rmtree(folder)
@@ -48,11 +48,11 @@ def reference(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def saved(reference: Path, tmp_path: Path) -> Path:
-    """A copy of it, where `train` looks for its own."""
+    """A copy of the reference run in the folder that `train` uses."""
     return shutil.copytree(reference, tmp_path / "run")
 
 
-def test_a_checkpoint_is_small_holds_no_pickle_and_peft_loads_it(
+def test_a_checkpoint_is_small_without_pickles_and_peft_loads_it(
     saved: Path, tiny_model: Path
 ) -> None:
     folder = saved / "checkpoint-4"
@@ -79,7 +79,7 @@ def test_a_checkpoint_is_small_holds_no_pickle_and_peft_loads_it(
     assert any(tensor.any() for name, tensor in loaded.state_dict().items() if "lora_B" in name)
 
 
-def test_a_run_cut_off_goes_on_to_the_same_end_and_the_same_log(
+def test_a_killed_run_resumes_to_the_same_adapter_and_log(
     saved: Path, reference: Path, train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut_off(saved, after=4)
@@ -90,7 +90,7 @@ def test_a_run_cut_off_goes_on_to_the_same_end_and_the_same_log(
     assert f"resume: {saved / 'checkpoint-4'}, after step 4 of 6" in capsys.readouterr().out
     assert same(saved, reference)
     keys = ("step", "epoch", "loss", "learning_rate", "grad_norm", "supervised_tokens")
-    # The entry after step 6 covers steps 4 to 6, of which the checkpoint held the first.
+    # The entry after step 6 covers steps 4 to 6; the checkpoint has the loss of step 4.
     assert [[e[k] for k in keys] for e in log_of(saved)] == [
         [e[k] for k in keys] for e in log_of(reference)
     ]
@@ -109,7 +109,7 @@ def damage(file: Path, how: str) -> None:
         file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
 
 
-def test_every_file_cut_flipped_or_removed_is_found_out(saved: Path) -> None:
+def test_every_truncated_altered_or_missing_file_is_detected(saved: Path) -> None:
     folder = saved / "checkpoint-4"
     assert verify(folder).step == 4
     for name in [*storage.FILES, storage.MANIFEST]:
@@ -122,25 +122,25 @@ def test_every_file_cut_flipped_or_removed_is_found_out(saved: Path) -> None:
     assert verify(folder).step == 4
 
 
-def test_a_damaged_checkpoint_is_named_and_an_older_one_gone_on_with(
+def test_a_corrupt_checkpoint_is_reported_and_an_older_one_resumed(
     saved: Path, reference: Path, train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut_off(saved, after=4)
     damage(saved / "checkpoint-4/optimizer.safetensors", "flipped")
     train("run", *DROPOUT, "--save_steps", "2")
-    told = capsys.readouterr().out
-    assert "checkpoint-4: damaged: optimizer.safetensors: found" in told
-    assert "checkpoint-2, after step 2 of 6" in told
+    output = capsys.readouterr().out
+    assert "checkpoint-4: corrupt: optimizer.safetensors: found" in output
+    assert "checkpoint-2, after step 2 of 6" in output
     assert same(saved, reference)
-    verify(saved / "checkpoint-4")  # written anew
+    verify(saved / "checkpoint-4")  # written again
 
 
-def test_none_whole_stops_the_run_and_afresh_keeps_them_aside(
+def test_without_a_valid_checkpoint_the_run_stops_and_starting_afresh_keeps_them(
     saved: Path, reference: Path, train: Train
 ) -> None:
     cut_off(saved, after=2)
     damage(saved / "checkpoint-2/progress.json", "cut")
-    with pytest.raises(UserError, match=r"progress\.json.*no checkpoint that is whole"):
+    with pytest.raises(UserError, match=r"progress\.json.*no valid checkpoint"):
         train("run", *DROPOUT, "--save_steps", "2")
     train("run", *DROPOUT, "--save_steps", "2", "--resume_from_checkpoint", "False")
     assert same(saved, reference)
@@ -151,12 +151,14 @@ def test_none_whole_stops_the_run_and_afresh_keeps_them_aside(
 def test_other_settings_are_refused_with_the_difference(saved: Path, train: Train) -> None:
     cut_off(saved, after=4)
     with pytest.raises(
-        UserError, match=r"checkpoint-4: made of something else: --seed was 42, is 7"
+        UserError, match="checkpoint-4: other data or settings: --seed was 42, is 7"
     ):
         train("run", *DROPOUT, "--seed", "7")
     with pytest.raises(UserError, match=r"template was chat \w+, is vicuna"):
         train("run", *DROPOUT, "--template", "vicuna")
-    with pytest.raises(UserError, match=r"step was 2, is 1\. On 1 rank.*--global_batch_size 2, or"):
+    with pytest.raises(
+        UserError, match=r"step was 2, is 1; .* on 1 rank.*--global_batch_size 2, or"
+    ):
         train("run", *DROPOUT, "--per_device_train_batch_size", "1")
     with pytest.raises(UserError, match=r"has .*lora_A.* \(8, 64\), the model \(4, 64\)"):
         train("run", *DROPOUT, "--lora_r", "4", "--allow_resume_mismatch")
@@ -198,7 +200,7 @@ def test_a_newer_format_is_refused(saved: Path, train: Train) -> None:
         train("run", *DROPOUT)
 
 
-def test_a_folder_that_is_named_is_gone_on_with(saved: Path, train: Train, tmp_path: Path) -> None:
+def test_a_named_checkpoint_folder_is_resumed(saved: Path, train: Train, tmp_path: Path) -> None:
     other = train("other", *DROPOUT, "--resume_from_checkpoint", saved / "checkpoint-4")
     assert same(saved, other)
     assert [e["step"] for e in log_of(other)] == [e["step"] for e in log_of(saved)]
@@ -206,7 +208,7 @@ def test_a_folder_that_is_named_is_gone_on_with(saved: Path, train: Train, tmp_p
         train("third", "--resume_from_checkpoint", tmp_path / "nowhere")
 
 
-def test_as_many_are_kept_as_were_asked_for(train: Train) -> None:
+def test_save_total_limit_is_the_number_of_kept_checkpoints(train: Train) -> None:
     folder = train("run", *DROPOUT, "--save_steps", "1", "--save_total_limit", "2")
     assert [path.name for path in list_folders(folder)] == ["checkpoint-6", "checkpoint-5"]
     assert not list_folders(train("none", "--save_strategy", "no"))
@@ -226,15 +228,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_disk_that_is_too_small_is_told_before_training(train: Train, small_disk: Path) -> None:
+def test_a_disk_that_is_too_small_is_an_error_before_training(
+    train: Train, small_disk: Path
+) -> None:
     with pytest.raises(UserError, match=r"MB free; expected .* MB for 4 checkpoints"):
         train("run", "--output_dir", small_disk / "run", "--save_steps", "1")
 
 
-def test_a_disk_that_fills_up_ends_the_run_and_older_checkpoints_stay(
+def test_a_full_disk_ends_the_run_and_older_checkpoints_stay(
     train: Train, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As under a quota, of which the file system says nothing.
+    # As under a quota, which the reported free space does not include.
     monkeypatch.setattr(storage, "check_room", lambda *_: None)
     (small_disk / "ballast").write_bytes(bytes(2_800_000))
     with pytest.raises(RunError, match=r"cannot be written: .*No space left on device"):
@@ -261,20 +265,21 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert all(verify(folder) for folder in list_folders(tmp_path / "run"))
 
 
-def test_a_read_only_disk_is_the_users_mistake(train: Train, small_disk: Path) -> None:
+def test_a_read_only_disk_is_a_user_error(train: Train, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(UserError, match="cannot be written: Read-only file system"):
         train("run", "--output_dir", small_disk / "run")
 
 
-def test_a_folder_that_another_run_writes_to_is_refused_with_its_owner(
+def test_a_folder_locked_by_another_run_is_refused_with_its_owner(
     train: Train, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     code = (
-        "import sys; from loop.config.flags import Config\n"
-        "from loop.checkpoint.run_folder import claimed\n"
-        f"with claimed(Config(output_dir={str(folder)!r})): print('held', flush=True); input()"
+        "from loop.config.flags import Config\n"
+        "from loop.checkpoint.run_folder import locked_output_dir\n"
+        f"with locked_output_dir(Config(output_dir={str(folder)!r})):\n"
+        "    print('held', flush=True); input()"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -1,4 +1,4 @@
-"""Whatever a file holds, each command names it or counts it: no traceback, bounded memory."""
+"""Each command names or counts invalid input, without a traceback and in bounded memory."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def nested(levels: int) -> bytes:
 PRIVATE = "".join(
     map(chr, [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)])
 )
-# What stands between two good records, and whether it counts as a bad one.
+# A line between two valid records, and whether it counts as a bad record.
 LINES: dict[str, tuple[bytes, bool]] = {
     "cut off": (LINE[:40], True),
     "nested as deep as may be": (nested(DEEPEST), False),
@@ -114,7 +114,7 @@ def test_half_a_surrogate_pair_is_dropped_or_cleaned(tiny_model: Path, tmp_path:
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_text_of_two_bytes_a_character_is_named_with_and_without_a_mark(
+def test_utf16_is_refused_with_and_without_a_mark(
     suffix: str, encoding: str, tmp_path: Path
 ) -> None:
     file = tmp_path / f"data.{suffix}"
@@ -159,7 +159,7 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path: Path) -> None:
         list(rows)
 
 
-def test_a_line_beyond_all_bounds_is_counted_in_bounded_memory(tmp_path: Path) -> None:
+def test_a_huge_line_is_counted_in_bounded_memory(tmp_path: Path) -> None:
     import tracemalloc
 
     file = tmp_path / "data.jsonl"
@@ -177,14 +177,14 @@ def test_a_line_beyond_all_bounds_is_counted_in_bounded_memory(tmp_path: Path) -
     assert peak < 5 * LARGEST + CHUNK_OF_A_FILE
 
 
-def test_the_largest_record_that_is_read_leaves_room_within_a_gibibyte(tmp_path: Path) -> None:
+def test_the_largest_record_is_read_within_a_gibibyte(tmp_path: Path) -> None:
     import tracemalloc
 
     file = tmp_path / "data.jsonl"
     with file.open("w", encoding="utf-8") as opened:
         opened.write('{"text": "')
         for _ in range(LARGEST >> 16):
-            opened.write("\U0001f600" * ((1 << 16) - 1))  # of four bytes a character in memory
+            opened.write("\U0001f600" * ((1 << 16) - 1))  # four bytes per character in memory
         opened.write('"}\n')
     tracemalloc.start()
     ((_, record),) = read_records(file)
@@ -194,7 +194,7 @@ def test_the_largest_record_that_is_read_leaves_room_within_a_gibibyte(tmp_path:
     assert peak < 256 << 20
 
 
-def test_calls_of_tools_that_can_be_read_but_not_written_stay_text() -> None:
+def test_tool_calls_that_cannot_be_written_as_json_stay_text() -> None:
     for levels in range(900, 1000):
         function = {"name": "f", "arguments": "[" * levels + "]" * levels}
         call = {"role": "assistant", "tool_calls": [{"function": function}]}
@@ -202,7 +202,7 @@ def test_calls_of_tools_that_can_be_read_but_not_written_stay_text() -> None:
         assert "[" * levels in made["conversations"][1]["value"]
 
 
-def test_chunks_end_with_so_many_characters_as_with_so_many_records(tmp_path: Path) -> None:
+def test_a_chunk_ends_at_a_limit_of_characters_or_of_records(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     long = answer("x" * (LARGE // 4))
     file.write_bytes(b"\n".join([LINE] * (CHUNK + 1) + [long] * 9))
@@ -215,7 +215,7 @@ def test_chunks_end_with_so_many_characters_as_with_so_many_records(tmp_path: Pa
         assert size == sum(characters(record) for record, _ in chunk) < LARGE * 5 / 4 + 1000
 
 
-def test_no_more_than_so_many_characters_are_held_at_once() -> None:
+def test_the_chunks_in_flight_have_a_limit_of_characters() -> None:
     held: list[int] = []
 
     def given() -> Any:
@@ -231,11 +231,11 @@ def test_no_more_than_so_many_characters_are_held_at_once() -> None:
 
 
 def die(chunk: Any) -> None:
-    """End as the system ends a process when memory runs out."""
+    """Die like a process that the system kills when memory runs out."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_process_that_is_killed_is_told_in_one_message() -> None:
+def test_a_killed_process_is_one_error_message() -> None:
     given = [([(number, "f: record 0")], 1) for number in range(3)]
     with pytest.raises(RunError, match="was killed, as the system does when memory runs out"):
         list(in_order(die, given, 2))

@@ -1,4 +1,4 @@
-"""Encoded data is used again while it fits, and made anew, aloud, when it does not."""
+"""Cached examples are reused while their key is equal, and encoded again with a note if not."""
 
 import re
 import shutil
@@ -37,7 +37,7 @@ def written(folder: Path) -> Path:
     return folder / "data.bin"
 
 
-def test_what_was_kept_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_cache_returns_the_examples_that_were_written(tmp_path: Path) -> None:
     file = written(tmp_path)
     examples = cache.read_cache(str(file), KEY)
     assert examples is not None
@@ -59,25 +59,25 @@ def test_examples_are_found_in_any_batch(tmp_path: Path) -> None:
         kept[len(many)]
 
 
-def test_none_is_no_mistake(tmp_path: Path) -> None:
+def test_a_missing_cache_is_no_error(tmp_path: Path) -> None:
     assert cache.read_cache(str(tmp_path / "none"), KEY) is None
 
 
-def test_another_key_is_named_and_the_data_made_anew(
+def test_another_key_is_named_and_the_data_encoded_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = written(tmp_path)
     assert cache.read_cache(str(file), {"data": "b", "--seed": 1}) is None
-    assert "made of another data; made anew" in capsys.readouterr().out
+    assert "encoded with other data; encoded again" in capsys.readouterr().out
 
 
-def test_encoded_data_is_that_of_todays_code_and_libraries(
+def test_a_change_of_code_or_libraries_encodes_the_data_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = written(tmp_path)
     monkeypatch.setattr(cache, "version", lambda name: f"99 of {name}")
     assert cache.read_cache(str(file), KEY) is None
-    assert "made of another tokenizers, transformers; made anew" in capsys.readouterr().out
+    assert "encoded with other tokenizers, transformers; encoded again" in capsys.readouterr().out
     monkeypatch.undo()
     code = tmp_path / "code"
     shutil.copytree(ROOT / "data", code)
@@ -86,10 +86,10 @@ def test_encoded_data_is_that_of_todays_code_and_libraries(
     with (code / "encoding/templates.py").open("a") as opened:
         opened.write("VICUNA_SYSTEM = 'Another.'\n")
     assert cache.read_cache(str(file), KEY) is None
-    assert "made of another code; made anew" in capsys.readouterr().out
+    assert "encoded with other code; encoded again" in capsys.readouterr().out
 
 
-def test_all_code_from_record_to_token_counts() -> None:
+def test_the_key_covers_all_code_from_record_to_token() -> None:
     found, waiting = (
         set[str](),
         ["dialogues/sources", "encoding/encode", "encoding/seq2seq", "encoding/tokenizer"],
@@ -104,7 +104,7 @@ def test_all_code_from_record_to_token_counts() -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty tail"])
-def test_a_damaged_file_is_made_anew(
+def test_a_damaged_file_is_encoded_again(
     damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = written(tmp_path)
@@ -113,7 +113,7 @@ def test_a_damaged_file_is_made_anew(
         raw[-3] ^= 1
     file.write_bytes({"cut": raw[:-8], "flipped": raw, "empty tail": raw + b"\0" * 8}[damage])
     assert cache.read_cache(str(file), KEY) is None
-    assert "damaged; made anew" in capsys.readouterr().out
+    assert "damaged; encoded again" in capsys.readouterr().out
 
 
 def large(folder: Path) -> tuple[Path, list[Example]]:
@@ -126,7 +126,7 @@ def large(folder: Path) -> tuple[Path, list[Example]]:
 def test_a_flipped_bit_anywhere_never_gives_other_examples(tmp_path: Path) -> None:
     file, many = large(tmp_path)
     raw = file.read_bytes()
-    heard = Counter[str]()
+    outcomes = Counter[str]()
     for place in [*range(0, len(raw), len(raw) // 150), *range(len(raw) - 20, len(raw))]:
         damaged = bytearray(raw)
         damaged[place] ^= 1 << place % 8
@@ -134,12 +134,12 @@ def test_a_flipped_bit_anywhere_never_gives_other_examples(tmp_path: Path) -> No
         try:
             kept = cache.read_cache(str(file), KEY, silent=True)
             assert kept is None or [*kept] == many, place
-            heard["made anew" if kept is None else "unharmed"] += 1
+            outcomes["encoded again" if kept is None else "unharmed"] += 1
         except UserError as error:
-            heard[type(error).__name__] += 1
-    assert heard["Fault"] > 100
-    assert heard["made anew"] > 20
-    assert not heard["unharmed"]
+            outcomes[type(error).__name__] += 1
+    assert outcomes["RunError"] > 100
+    assert outcomes["encoded again"] > 20
+    assert not outcomes["unharmed"]
 
 
 def test_a_damaged_batch_is_named_when_it_is_read_and_the_file_removed(tmp_path: Path) -> None:
@@ -179,13 +179,13 @@ def test_opening_reads_no_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sum(summed) < 0.6 * file.stat().st_size
 
 
-def test_a_file_of_the_format_before_is_made_anew(
+def test_a_file_of_an_older_format_is_encoded_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = written(tmp_path)
     file.write_bytes(file.read_bytes().replace(cache.FORMAT.encode(), cache.OURS + b" 2"))
     assert cache.read_cache(str(file), KEY) is None
-    assert "of an older format; made anew" in capsys.readouterr().out
+    assert "an older format; encoded again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"", b'{"input_ids": [], "labels": []}', b"\x08" + b"\0" * 80])
@@ -197,7 +197,7 @@ def test_a_file_of_another_kind_is_never_overwritten(content: bytes, tmp_path: P
     assert file.read_bytes() == content
 
 
-def test_a_place_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     place = str(tmp_path / "file" / "x")
     with pytest.raises(UserError, match="cannot be written"), cache.locked_cache(place):
@@ -206,7 +206,7 @@ def test_a_place_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> 
         cache.write_cache(place, KEY, EXAMPLES, Tally())
 
 
-def test_four_processes_that_want_one_file_make_it_once(tiny_model: Path, tmp_path: Path) -> None:
+def test_four_processes_with_one_cache_encode_once(tiny_model: Path, tmp_path: Path) -> None:
     script = (
         "import sys\n"
         "from loop.config.flags import Config\n"
@@ -226,7 +226,7 @@ def test_four_processes_that_want_one_file_make_it_once(tiny_model: Path, tmp_pa
     assert len({text.splitlines()[-1] for text in said}) == 1
 
 
-def test_a_run_uses_what_another_has_kept_and_gives_the_same(
+def test_a_run_with_another_runs_cache_has_the_same_result(
     train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = adapter_of(train("plain"))
@@ -245,7 +245,7 @@ def test_a_run_uses_what_another_has_kept_and_gives_the_same(
     assert len(made) == 2
 
 
-def test_the_first_rank_alone_says_why_the_file_is_made_anew(
+def test_only_rank_0_prints_why_data_is_encoded_again(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     data, kept = write_dialogues(tmp_path / "data.json", ["Hi", "Yo"]), str(tmp_path / "kept")
@@ -253,10 +253,10 @@ def test_the_first_rank_alone_says_why_the_file_is_made_anew(
         monkeypatch.setenv("RANK", rank)
         config = Config(str(tiny_model), data_path=(str(data),), preprocessed_path=kept)
         preparing.read_training_data(replace(config, model_max_length=length))
-        assert capsys.readouterr().out.count("made anew") == notes
+        assert capsys.readouterr().out.count("encoded again") == notes
 
 
-def test_num_data_takes_dialogues_by_the_seed(tiny_t5: Path, tmp_path: Path) -> None:
+def test_num_data_selects_dialogues_by_the_seed(tiny_t5: Path, tmp_path: Path) -> None:
     texts = [[f"Question {n}?", f"{LONG} {n}"] for n in range(20)]
     data = write_dialogues(tmp_path / "data.json", *texts)
 

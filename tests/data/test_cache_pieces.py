@@ -1,4 +1,4 @@
-"""An encoding that is killed goes on behind its last piece, and gives what one in one go gives."""
+"""A killed encoding resumes after its last piece, and has the result of an uninterrupted one."""
 
 import signal
 import subprocess
@@ -20,13 +20,13 @@ from data.preparation.split import load_tokenizer
 from tests.support.helpers import ROOT, write_dialogues
 
 KEY = {"data": "a"}
-SIZE = 30  # dialogues of a piece
+SIZE = 30  # dialogues in a piece
 COUNT = 100
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dialogues of which some are cut, and some have nothing to learn within the limit."""
+    """Dialogues; some are truncated, some have no supervised token within the limit."""
     texts = [["Hi " * (1 + n % 50), "Yo " * (n % 7 + 1), "And?", "So."] for n in range(COUNT)]
     return write_dialogues(tmp_path_factory.mktemp("pieces") / "data.json", *texts)
 
@@ -45,13 +45,13 @@ def dialogues_in(file: Path, tally: Tally) -> Iterator[Dialogue]:
 
 
 def whole(file: Path, encode: Encode) -> Any:
-    """Return what encoding in one go gives."""
+    """Return the examples of an uninterrupted encoding."""
     tally = Tally()
     return in_memory(encode(dialogues_in(file, tally), tally), tally)
 
 
 @pytest.mark.parametrize("kind", ["decoder", "t5"])
-def test_pieces_give_the_examples_and_the_account_of_one_go(
+def test_pieces_give_the_examples_and_the_tally_of_one_encoding(
     kind: str, file: Path, tiny_model: Path, tiny_t5: Path, tmp_path: Path
 ) -> None:
     encode, tally = encoder(kind, tiny_model if kind == "decoder" else tiny_t5), Tally()
@@ -60,14 +60,14 @@ def test_pieces_give_the_examples_and_the_account_of_one_go(
     expected, kept = whole(file, encode), read_cache(path, KEY)
     assert kept is not None
     assert [*kept] == [*expected]
-    assert kept[-1].record > SIZE  # the place among all dialogues, not within a piece
+    assert kept[-1].record > SIZE  # the index among all dialogues, not within a piece
     assert kept.tally == expected.tally
     assert sum(kept.tally.dropped.values()) > 0 or kind == "t5"
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 def counted(encode: Encode, seen: list[str]) -> Encode:
-    """Return the same, which notes what it encodes, and breaks at a dialogue's id."""
+    """Return an encoding that records ids, and stops at the dialogue `stop`."""
 
     def noting(dialogues: Iterator[Dialogue], stop: str) -> Iterator[Dialogue]:
         for dialogue in dialogues:
@@ -82,7 +82,7 @@ def counted(encode: Encode, seen: list[str]) -> Encode:
     return run
 
 
-def test_what_was_encoded_before_is_not_encoded_again(
+def test_finished_pieces_are_not_encoded_again(
     file: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encode, path = encoder("decoder", tiny_model), str(tmp_path / "kept")
@@ -95,11 +95,11 @@ def test_what_was_encoded_before_is_not_encoded_again(
     tally = Tally()
     encode_in_pieces(path, KEY, dialogues_in(file, tally), counted(encode, again), tally, SIZE)
     assert again == ids[2 * SIZE :]
-    assert "going on behind dialogue 60" in capsys.readouterr().out
+    assert "resumed after dialogue 60" in capsys.readouterr().out
     kept = read_cache(path, KEY)
     assert kept is not None
     assert [*kept] == [*whole(file, encode)]
-    # Another key has no use for the pieces, and takes none.
+    # Another key takes none of the pieces.
     seen.clear()
     encode_in_pieces(
         path, {"data": "b"}, dialogues_in(file, Tally()), counted(encode, seen), Tally(), SIZE
@@ -107,7 +107,7 @@ def test_what_was_encoded_before_is_not_encoded_again(
     assert seen == ids
 
 
-def test_a_piece_that_was_damaged_is_named_and_made_anew(
+def test_a_damaged_piece_is_named_and_encoded_again(
     file: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     encode, path = encoder("decoder", tiny_model), str(tmp_path / "kept")
@@ -133,32 +133,30 @@ def test_a_piece_that_was_damaged_is_named_and_made_anew(
 IN_PIECES = """
 import os, signal, sys
 from functools import partial
-from data import pieces
-from loop import prepare
+from data.encoding import cache
 from loop.config.flags import Config
-write = pieces.write_cache
+from loop.inputs import training_data as reading
+write = cache.write_cache
 def killed(name, *rest):
     if name.endswith("piece-3"):
         os.kill(os.getpid(), signal.SIGKILL)
     return write(name, *rest)
 if len(sys.argv) > 4:
-    pieces.write_cache = killed
-prepare.encode_in_pieces = partial(pieces.encode_in_pieces, size=200)
+    cache.write_cache = killed
+reading.encode_in_pieces = partial(cache.encode_in_pieces, size=200)
 model, data, kept = sys.argv[1:4]
 config = Config(model_name_or_path=model, data_path=(data,), preprocessed_path=kept)
-print(len(prepare.prepare(config).examples))
+print(len(reading.read_training_data(config).examples))
 """
 
 
-def test_a_killed_run_leaves_pieces_that_the_next_one_takes(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_the_next_run_takes_the_pieces_of_a_killed_one(tiny_model: Path, tmp_path: Path) -> None:
     data = write_dialogues(tmp_path / "data.json", *[[f"Hi {n}", f"Yo {n}"] for n in range(1000)])
     words = [sys.executable, "-c", IN_PIECES, tiny_model, data, tmp_path / "kept"]
     first = subprocess.run([*words, "killed"], cwd=ROOT, stdout=subprocess.DEVNULL)
     assert first.returncode == -signal.SIGKILL
     assert not (tmp_path / "kept").exists()
     second = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "going on behind dialogue 600\n" in second.stdout
+    assert "resumed after dialogue 600\n" in second.stdout
     assert second.stdout.splitlines()[-1] == "1000"
     assert not [path for path in tmp_path.iterdir() if "piece" in path.name]

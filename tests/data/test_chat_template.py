@@ -1,4 +1,4 @@
-"""A chat template of the user's own, in place of the model's."""
+"""--chat_template replaces the model's chat template."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -49,21 +49,21 @@ def texts(model: Path, data: Path, template: Path) -> list[str]:
     return decoded
 
 
-def test_the_files_template_renders_and_its_answers_are_supervised(
+def test_a_template_file_renders_and_its_answers_are_supervised(
     tiny_model: Path, data: Path, own: Path
 ) -> None:
     found = texts(tiny_model, data, own)
     assert found[0] == "<|im_start|>you: Hello there.<|im_end|>\n<|im_start|>me:\nHi.<|im_end|>"
 
 
-def test_a_template_that_tells_the_date_gives_the_same_ids_on_any_day(
+def test_a_template_with_the_date_gives_the_same_ids_on_any_day(
     tiny_model: Path, data: Path, own: Path
 ) -> None:
     own.write_text(DATED)
     assert texts(tiny_model, data, own)[0].startswith("26 Jul 2024\n<|im_start|>you: Hello")
 
 
-def test_it_is_saved_with_the_adapter_and_another_one_is_another_run(
+def test_the_template_is_saved_with_the_adapter_and_identifies_the_run(
     tiny_model: Path, data: Path, own: Path, tmp_path: Path
 ) -> None:
     flags = ("--data_path", data, "--chat_template", own, "--save_steps", "2")
@@ -99,7 +99,7 @@ def test_it_is_saved_with_the_adapter_and_another_one_is_another_run(
         ("{{ messages[0].nothing.at_all }}", "refuses a dialogue"),
     ],
 )
-def test_a_template_of_no_use_is_refused(
+def test_an_invalid_template_is_refused(
     text: str | bytes | None, told: str, tiny_model: Path, data: Path, own: Path
 ) -> None:
     own.unlink()

@@ -1,4 +1,4 @@
-"""Compressed files that are damaged, and tables that are none: read as far as they go, or named."""
+"""Damaged compressed files are read up to the damage, and invalid tables are named."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ PACK: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstanda
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_of_a_file_cut_off_all_whole_records_are_read_and_the_damage_told(
+def test_all_complete_records_of_a_truncated_file_are_read_and_the_damage_is_named(
     kind: str, tmp_path: Path
 ) -> None:
     packed = PACK[kind](LINES)
@@ -29,27 +29,27 @@ def test_of_a_file_cut_off_all_whole_records_are_read_and_the_damage_told(
     found = [record for _, record in read_records(file)]
     good = [record for record in found if not isinstance(record, BadRecord)]
     assert good == RECORDS[: len(good)]
-    # A frame of zstd is unpacked by blocks of 128 KiB; gzip to the last byte.
+    # zstd is decompressed in blocks of 128 KiB, gzip to the last byte.
     assert len(good) > len(RECORDS) * (0.89 if kind == "gz" else 0.7)
-    told = [str(record) for record in found if isinstance(record, BadRecord)]
-    assert "its compression is damaged" in told[-1]
+    errors = [str(record) for record in found if isinstance(record, BadRecord)]
+    assert "its compression is damaged" in errors[-1]
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_damage_in_a_files_middle_is_told(suffix: str, kind: str, tmp_path: Path) -> None:
+def test_damage_in_the_middle_of_a_file_is_named(suffix: str, kind: str, tmp_path: Path) -> None:
     rows = "n,text\n" + "\n".join(f"{one['n']},{one['text']}" for one in RECORDS)
     raw = bytearray(PACK[kind](LINES if suffix == "jsonl" else rows.encode()))
     raw[len(raw) // 2 : len(raw) // 2 + 64] = b"\xff" * 64
     file = tmp_path / f"a.{suffix}.{kind}"
     file.write_bytes(raw)
-    # gzip tells some damage as an error of the disk.
+    # gzip raises OSError for some damage.
     with suppress(UserError):
         found = [record for _, record in read_records(file)]
         assert isinstance(found[-1], BadRecord)
 
 
-def test_frames_one_behind_the_other_are_one_file(tmp_path: Path) -> None:
+def test_consecutive_frames_are_one_file(tmp_path: Path) -> None:
     parts = [json.dumps(record).encode() + b"\n" for record in RECORDS[:300]]
     for kind, pack in PACK.items():
         file = tmp_path / f"a.jsonl.{kind}"
@@ -57,7 +57,7 @@ def test_frames_one_behind_the_other_are_one_file(tmp_path: Path) -> None:
         assert [record for _, record in read_records(file)] == RECORDS[:300]
 
 
-def test_a_little_that_unpacks_to_much_is_read_in_pieces(tmp_path: Path) -> None:
+def test_a_highly_compressed_file_is_read_in_pieces(tmp_path: Path) -> None:
     import tracemalloc
 
     file = tmp_path / "a.jsonl.zst"
@@ -70,7 +70,7 @@ def test_a_little_that_unpacks_to_much_is_read_in_pieces(tmp_path: Path) -> None
     assert peak < 192 << 20
 
 
-def test_tables_of_no_use_are_named(tmp_path: Path) -> None:
+def test_invalid_tables_are_named(tmp_path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -84,5 +84,5 @@ def test_tables_of_no_use_are_named(tmp_path: Path) -> None:
     assert (bad.cause, good) == ("not UTF-8", {"a": "3", "b": "4"})
     latin = pa.array([b"caf\xe9"], pa.binary()).view(pa.string())
     parquet.write_table(pa.table({"text": latin}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet: not a whole Parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet: not a complete Parquet file"):
         [*read_records(tmp_path / "a.parquet")]

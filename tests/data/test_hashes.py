@@ -1,4 +1,4 @@
-"""A file's hash is remembered while it is the same file, and never when it may be another."""
+"""A file's hash is cached while the file is the same, and never when it may have changed."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from tests.support.helpers import wait_until, write_dialogues
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What grows with each file that is really read; files count as settled at once."""
+    """A list that grows with each file that is read; files count as settled at once."""
     made: list[int] = []
     digest = hashlib.file_digest
 
@@ -26,7 +26,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return digest(*words)
 
     monkeypatch.setattr(hashlib, "file_digest", counted)
-    monkeypatch.setattr(hashes, "UNSURE", 0)
+    monkeypatch.setattr(hashes, "UNSETTLED_NANOSECONDS", 0)
     return made
 
 
@@ -35,14 +35,14 @@ def sha256(file: Path) -> str:
 
 
 def changed(file: Path, text: str) -> None:
-    """Write text, later than all that was before, by the file system's clock."""
+    """Write text with a newer time stamp by the file system's clock."""
     await_tick(file.parent)
     file.write_text(text)
     await_tick(file.parent)
 
 
 def await_tick(folder: Path) -> None:
-    """Wait until the file system's clock has moved on, which does so a few times a second."""
+    """Wait until the file system's clock advances, a few times a second."""
     probe = folder / "clock"
 
     def now() -> int:
@@ -64,7 +64,7 @@ def test_an_unchanged_file_is_read_once(tmp_path: Path, reads: list[int]) -> Non
     assert len(reads) == 2
 
 
-def test_a_file_with_the_size_and_time_of_another_is_told_from_it(
+def test_a_replaced_file_of_equal_size_and_time_is_read_again(
     tmp_path: Path, reads: list[int]
 ) -> None:
     file, memory = tmp_path / "a", tmp_path / "memory"
@@ -83,14 +83,14 @@ def test_a_file_with_the_size_and_time_of_another_is_told_from_it(
     assert len(reads) == 3
 
 
-def test_a_file_that_changed_just_now_is_not_remembered(tmp_path: Path) -> None:
+def test_the_hash_of_a_file_that_has_just_changed_is_not_cached(tmp_path: Path) -> None:
     file, memory = tmp_path / "a", tmp_path / "memory"
     file.write_text("one")
     assert file_sha256(file, memory) == sha256(file)
     assert not memory.exists()
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_remembered(
+def test_the_hash_of_a_file_that_changes_while_it_is_read_is_not_cached(
     tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, memory = tmp_path / "a", tmp_path / "memory"
@@ -108,7 +108,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[1]", '{"%s": 5}', '{"%s": {"state": 1}}'])
-def test_a_memory_of_no_use_is_made_anew(damage: str, tmp_path: Path, reads: list[int]) -> None:
+def test_a_damaged_hash_cache_is_replaced(damage: str, tmp_path: Path, reads: list[int]) -> None:
     file, memory = tmp_path / "a", tmp_path / "memory"
     changed(file, "one")
     memory.write_text(damage.replace("%s", str(file.resolve())))
@@ -116,7 +116,9 @@ def test_a_memory_of_no_use_is_made_anew(damage: str, tmp_path: Path, reads: lis
     assert len(reads) == 1
 
 
-def test_without_a_file_or_a_place_for_the_memory(tmp_path: Path, reads: list[int]) -> None:
+def test_hashes_work_without_a_cache_and_missing_files_are_named(
+    tmp_path: Path, reads: list[int]
+) -> None:
     file = tmp_path / "a"
     with pytest.raises(UserError, match="a: cannot be read: No such file"):
         file_sha256(file, tmp_path / "memory")

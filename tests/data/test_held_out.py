@@ -1,4 +1,4 @@
-"""The part of the dialogues that a split holds out, and the second file that it is written to."""
+"""A split holds out dialogues by their content, and writes them to a second file."""
 
 import json
 from pathlib import Path
@@ -26,11 +26,12 @@ def test_growing_the_data_moves_no_dialogue_into_or_out_of_the_held_out_part(
     account = run(tmp_path, tiny_model, [dialogue(n) for n in range(40)], *flags)
     before, held_out = sources(tmp_path / "out.json"), sources(tmp_path / "out.eval.json")
     assert account["held_out"] == len(json.loads((tmp_path / "out.eval.json").read_text()))
-    assert account["held_out"] > len(held_out)  # some are cut, and their pieces stay together
+    # Some dialogues are cut; all pieces of one are on the same side.
+    assert account["held_out"] > len(held_out)
     assert 4 <= len(held_out) <= 20
     assert not before & held_out
     assert len(before | held_out) == account["noted"]["dialogues"] == 40
-    # New ones stand between, all ids change places, and roles go by other names.
+    # New dialogues are inserted, ids are permuted, and roles have other names.
     more = [dialogue(n) for n in reversed(range(80))]
     run(tmp_path, tiny_model, more, *flags)
     grown, grown_held_out = sources(tmp_path / "out.json"), sources(tmp_path / "out.eval.json")
@@ -38,7 +39,7 @@ def test_growing_the_data_moves_no_dialogue_into_or_out_of_the_held_out_part(
     assert held_out <= grown_held_out
 
 
-def test_who_is_held_out_does_not_depend_on_ids_limits_or_names_of_roles(tiny_model: Path) -> None:
+def test_held_out_dialogues_do_not_depend_on_ids_limits_or_role_names(tiny_model: Path) -> None:
     def held_out(limit: int, human: str, identity: str) -> list[bool]:
         how = Settings(str(tiny_model), "chat", limit, "drop", 0.5)
         asked = [record([(f"Question {n}", "Yes")]) for n in range(30)]
@@ -52,9 +53,7 @@ def test_who_is_held_out_does_not_depend_on_ids_limits_or_names_of_roles(tiny_mo
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_both_outputs_of_a_run_that_was_killed_go_on_where_they_were(
-    suffix: str, tmp_path: Path
-) -> None:
+def test_both_outputs_of_a_killed_run_are_resumed(suffix: str, tmp_path: Path) -> None:
     outputs = [tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"]
     results = [Result(str(n), ({"n": n},), held_out=n % 3 == 0) for n in range(30)]
     with Journal(outputs, {}, 0.9) as journal:
@@ -76,7 +75,7 @@ def test_both_outputs_of_a_run_that_was_killed_go_on_where_they_were(
     assert {file.name for file in tmp_path.iterdir()} == {output.name for output in outputs}
 
 
-def test_half_a_surrogate_pair_is_written_so_that_it_can_be_read(tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_can_be_read_after_it_is_written(tmp_path: Path) -> None:
     with Journal([tmp_path / "a.jsonl"], {}, 0.9) as journal:
         journal.add(Result("0", ({"key": "\ud800é"},)))
         journal.finish()

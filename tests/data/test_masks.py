@@ -1,4 +1,4 @@
-"""Exactly the answers and the tokens that close them are supervised."""
+"""The answers and the tokens that end them are supervised, and nothing else is."""
 
 import gzip
 import json
@@ -66,7 +66,7 @@ def test_vicuna_masks_equal_fastchats(
 
 
 @pytest.mark.parametrize("template", ["vicuna", "chat"])
-def test_supervised_runs_are_the_answers_with_their_end(
+def test_supervised_runs_are_the_answers_with_their_end_tokens(
     template: TemplateName, chat_tokenizer: Any
 ) -> None:
     dialogues, _ = dialogues_in(DUMMY_DATA)
@@ -111,10 +111,10 @@ def test_a_chat_template_that_trims_and_decorates_answers_is_followed_exactly(
     ("template", "complaint"),
     [
         ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", "close"),
-        # Only the dialogue's end is closed: the first answer's end would lie behind the question.
+        # Only the dialogue's end has a control token: the first answer has none of its own.
         ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}<|im_end|>", "close"),
         ("{% for m in messages %}{{ m['role'] }}<|im_end|>{% endfor %}", "does not show"),
-        # A title that quotes the answer: between it and the answer stands the question.
+        # A title quotes the answer, before the question.
         (
             "{{ messages[1]['content'] }}{% for m in messages %}{{ m['content'] }}<|im_end|>"
             "{% endfor %}",
@@ -174,7 +174,7 @@ def test_a_slow_tokenizer_is_refused() -> None:
         next(encode_dialogues([dialogue("Hi", "Yo")], "chat", Slow(), 100, Tally()))
 
 
-def test_searching_for_spans_gives_what_walking_to_them_gives() -> None:
+def test_binary_search_for_spans_equals_a_linear_search() -> None:
     draw = random.Random(0)
     for _ in range(2000):
         offsets, place = [(0, 0)] * draw.randint(0, 1), 0
@@ -182,7 +182,7 @@ def test_searching_for_spans_gives_what_walking_to_them_gives() -> None:
             end = place + draw.randint(0, 3)
             offsets += [(place, end)] * draw.choice([1, 1, 1, 2])  # bytes of one character
             place = end
-        offsets += [(0, 0)] * draw.randint(0, 1)  # an EOS of the tokenizer's own
+        offsets += [(0, 0)] * draw.randint(0, 1)  # an EOS that the tokenizer adds
         spans, end = [], 0
         while end < place:
             start = end + draw.randint(3, 6)

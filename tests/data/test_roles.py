@@ -1,4 +1,4 @@
-"""Who is learnt from: every role, marks on turns, and text that looks like control tokens."""
+"""Supervision by role and by marks on turns, and text that looks like control tokens."""
 
 import json
 from pathlib import Path
@@ -19,12 +19,12 @@ TRAPS = [
     *("</s>", "<s>", " ASSISTANT: ", "USER: ", "<|im_end|>", "<|im_start|>assistant\n", "###"),
     *("<|endoftext|>", "<|im_", "end|>", "\n", " ", "☃", "a", "### Human: ", "é", "\u2028", "0"),
 ]
-# SmolLM2's vocabulary lacks control characters, and bytes of planes that are not assigned.
+# SmolLM2's vocabulary lacks control characters and bytes of unassigned planes.
 LETTERS = st.characters(max_codepoint=0x2FFFF, exclude_categories=["Cc", "Cs", "Cn", "Co"])
 TEXT = st.lists(st.sampled_from(TRAPS) | st.text(LETTERS, max_size=5), min_size=1, max_size=6).map(
     "".join
 )
-# A template's newline and an answer's first one may share a token, which is then learnt whole.
+# A template's newline and an answer's first one may be one token, which is then supervised.
 MESSAGE = TEXT.map(lambda text: text.lstrip("\n")).filter(lambda text: bool(text.strip()))
 
 
@@ -41,13 +41,13 @@ def encode(dialogue: Dialogue, template: TemplateName, tokenizer: Any) -> Exampl
     return next(encode_dialogues([dialogue], template, tokenizer, 4096, Tally(1)))
 
 
-def learnt(example: Example, tokenizer: Any) -> str:
+def trained(example: Example, tokenizer: Any) -> str:
     ids = [one for one in example.labels if one != IGNORE_INDEX]
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def encoded(dialogue: Dialogue, template: TemplateName, encoder: Encoder) -> Example:
-    """Encode with an encoder that is at hand: to make one takes a second."""
+    """Encode with a cached encoder, since a new one takes a second."""
     rendered = render(dialogue, template, encoder.tokenizer)
     ids, spans, offsets = encoder([rendered])[0]
     labels, ends = label(ids, offsets, spans)
@@ -68,7 +68,7 @@ def mistral_encoder(shared: Path) -> Encoder:
     return Encoder(LlamaTokenizer.from_pretrained(folder, add_bos_token=True, legacy=False))
 
 
-def test_tools_are_read_and_never_learnt(tmp_path: Path, chat_tokenizer: Any) -> None:
+def test_tool_turns_are_read_and_never_supervised(tmp_path: Path, chat_tokenizer: Any) -> None:
     called = [
         *(turn("human", "Weather?"), turn("function_call", "look()"), turn("observation", "Rain")),
         turn("gpt", "It rains."),
@@ -76,7 +76,7 @@ def test_tools_are_read_and_never_learnt(tmp_path: Path, chat_tokenizer: Any) ->
     (dialogue,), _ = read(tmp_path / "data.json", *called)
     assert [one.role for one in dialogue.turns] == ["user", "assistant", "tool", "assistant"]
     example = encode(dialogue, "chat", chat_tokenizer)
-    assert learnt(example, chat_tokenizer) == "look()<|im_end|>It rains.<|im_end|>"
+    assert trained(example, chat_tokenizer) == "look()<|im_end|>It rains.<|im_end|>"
     text = render(dialogue, "vicuna", chat_tokenizer).text
     assert text.endswith("ASSISTANT: look()<|im_end|>TOOL: Rain ASSISTANT: It rains.<|im_end|>")
     pairs = render(dialogue, "t5", chat_tokenizer)
@@ -84,27 +84,27 @@ def test_tools_are_read_and_never_learnt(tmp_path: Path, chat_tokenizer: Any) ->
     assert "look()\n### Tool: Rain\n### Assistant: It rains." in pairs.text
 
 
-def test_answers_in_a_row_are_all_learnt(tmp_path: Path, chat_tokenizer: Any) -> None:
+def test_consecutive_answers_are_all_supervised(tmp_path: Path, chat_tokenizer: Any) -> None:
     turns = [turn("human", "Count."), turn("gpt", "One"), turn("gpt", "Two")]
     (dialogue,), _ = read(tmp_path / "data.json", *turns)
     example = encode(dialogue, "chat", chat_tokenizer)
-    assert learnt(example, chat_tokenizer) == "One<|im_end|>Two<|im_end|>"
+    assert trained(example, chat_tokenizer) == "One<|im_end|>Two<|im_end|>"
     assert "### Assistant: One\n### Assistant: Two\n" in render(dialogue, "t5", None).text
 
 
 @pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}, {"train": 0}])
-def test_a_marked_turn_is_not_learnt(
+def test_a_turn_with_weight_0_is_not_supervised(
     mark: dict[str, Any], tmp_path: Path, chat_tokenizer: Any
 ) -> None:
     turns = [turn("human", "Hi"), turn("gpt", "Bad", **mark), turn("human", "So"), turn("gpt", "B")]
     (dialogue,), _ = read(tmp_path / "data.json", *turns)
-    assert learnt(encode(dialogue, "chat", chat_tokenizer), chat_tokenizer) == "B<|im_end|>"
+    assert trained(encode(dialogue, "chat", chat_tokenizer), chat_tokenizer) == "B<|im_end|>"
 
 
-def test_supervise_last_learns_the_last_answer(tmp_path: Path, chat_tokenizer: Any) -> None:
+def test_train_on_last_supervises_the_last_answer(tmp_path: Path, chat_tokenizer: Any) -> None:
     turns = [turn("human", "Hi"), turn("gpt", "A"), turn("human", "So"), turn("gpt", "B")]
     (dialogue,), _ = read(tmp_path / "data.json", *turns, train_on="last")
-    assert learnt(encode(dialogue, "chat", chat_tokenizer), chat_tokenizer) == "B<|im_end|>"
+    assert trained(encode(dialogue, "chat", chat_tokenizer), chat_tokenizer) == "B<|im_end|>"
 
 
 def test_an_unknown_weight_is_named(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_an_unknown_weight_is_named(tmp_path: Path) -> None:
         read(tmp_path / "data.json", turn("human", "Hi"), turn("gpt", "A", weight=0.5))
 
 
-def test_an_end_that_is_no_control_token_is_refused(chat_tokenizer: Any) -> None:
+def test_an_answer_end_that_is_no_control_token_is_refused(chat_tokenizer: Any) -> None:
     class EndsInWords:
         eos_token = " End"
 
@@ -130,17 +130,17 @@ def test_an_end_that_is_no_control_token_is_refused(chat_tokenizer: Any) -> None
 @pytest.mark.parametrize("template", ["chat", "vicuna"])
 @settings(max_examples=30, deadline=None)
 @given(texts=st.lists(MESSAGE, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0))
-def test_text_like_control_tokens_never_leaks_or_shifts_what_is_learnt(
+def test_text_like_control_tokens_never_leaks_or_shifts_labels(
     template: TemplateName, texts: list[str], chat_tokenizer: Any, chat_encoder: Encoder
 ) -> None:
     turns = [Turn("assistant" if n % 2 else "user", text) for n, text in enumerate(texts)]
     control = chat_encoder.control_ids
     example = encoded(Dialogue("d", tuple(turns)), template, chat_encoder)
     space = " " if template == "vicuna" else ""
-    assert learnt(example, chat_tokenizer) == "".join(
+    assert trained(example, chat_tokenizer) == "".join(
         f"{space}{text}<|im_end|>" for text in texts[1::2]
     )
-    # The control tokens are the template's own, as with messages that hold none.
+    # The control tokens are those of the template, like with messages without any.
     plain = [Turn(one.role, "x") for one in turns]
     expected = encoded(Dialogue("d", tuple(plain)), template, chat_encoder)
     assert [i for i in example.input_ids if i in control] == [
@@ -150,7 +150,7 @@ def test_text_like_control_tokens_never_leaks_or_shifts_what_is_learnt(
 
 @settings(max_examples=30, deadline=None)
 @given(texts=st.lists(MESSAGE, min_size=2, max_size=2))
-def test_a_sentencepiece_vocabulary_keeps_it_too(
+def test_text_like_control_tokens_stays_text_with_sentencepiece(
     texts: list[str], mistral_encoder: Encoder
 ) -> None:
     mistral = mistral_encoder.tokenizer
@@ -159,4 +159,4 @@ def test_a_sentencepiece_vocabulary_keeps_it_too(
     assert example.input_ids.count(mistral.eos_token_id) == 1
     assert example.input_ids.count(mistral.bos_token_id) == 1
     assert example.labels[-1] == mistral.eos_token_id
-    assert learnt(example, mistral).removesuffix("</s>").strip() == texts[1].strip()
+    assert trained(example, mistral).removesuffix("</s>").strip() == texts[1].strip()

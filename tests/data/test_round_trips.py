@@ -1,4 +1,4 @@
-"""What is supervised, decoded, is the answers as they were written: with four real tokenizers."""
+"""Decoded supervised tokens equal the answers, with four real tokenizers."""
 
 import re
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from tests.support.helpers import dialogues_in
 from tests.support.real_tokenizers import llama3_tokenizer
 
 UNCUT = 1 << 20  # tokens
-# Real dialogues where they are, of people who write in Markdown, code, emoji and other scripts.
+# Real dialogues if available, with Markdown, code, emoji and other scripts.
 REAL = SHARED / "data" / "oasst_en.json"
 DIALOGUES = REAL if REAL.is_file() else DUMMY_DATA
 
@@ -56,7 +56,7 @@ def decoded(tokenizer: Any, ids: list[int]) -> str:
 
 
 def runs(example: Example) -> list[list[int]]:
-    """Return each run of supervised ids; those that are not are where the labels say so."""
+    """Return each run of supervised ids."""
     pairs = zip(example.input_ids, example.labels, strict=True)
     assert all(label in (IGNORE_INDEX, one) for one, label in pairs)
     groups = groupby(example.labels, key=lambda label: label != IGNORE_INDEX)
@@ -80,9 +80,9 @@ def as_written(text: str) -> str:
     [
         ("chat_tokenizer", "chat", as_written),
         ("chat_tokenizer", "vicuna", vicuna),
-        # Its decoder takes the first space of a text away, which here is the template's.
+        # Its decoder removes the first space of a text, which here is the template's.
         ("mistral", "vicuna", as_written),
-        # Llama 3's template takes white space from both ends.
+        # Llama 3's template strips messages.
         pytest.param("llama3", "chat", str.strip, marks=pytest.mark.slow),
         pytest.param("llama3", "vicuna", vicuna, marks=pytest.mark.slow),
     ],
@@ -104,9 +104,7 @@ def test_supervised_ids_decode_to_every_answer_and_its_end(
         assert [decoded(tokenizer, run) for run in found] == written, dialogue.id
 
 
-def test_t5s_targets_decode_to_every_answer_as_its_normaliser_writes_it(
-    t5: Any, dialogues: list[Dialogue]
-) -> None:
+def test_t5_targets_decode_to_every_normalised_answer(t5: Any, dialogues: list[Dialogue]) -> None:
     tally = Tally(len(dialogues))
     limits = PairLimits(UNCUT, UNCUT, keep_header=False)
     pairs = [*encode_pairs(dialogues, t5, limits, False, tally)]
@@ -120,13 +118,13 @@ def test_t5s_targets_decode_to_every_answer_as_its_normaliser_writes_it(
             assert found.endswith("</s>")
             text = next((one for one in written if same(found[:-4], one, t5)), None)
             assert text is not None, (dialogue.id, found)
-            del written[: written.index(text) + 1]  # in their order, some too short to be there
+            del written[: written.index(text) + 1]  # in order; short pairs are dropped
             whole += "<unk>" not in found
     assert whole > 0.95 * len(pairs)
 
 
 def normalised(text: str, tokenizer: Any) -> str:
-    """Return the text as T5's own normaliser (NFKC and such) writes it, piece by piece.
+    """Return the text after T5's normaliser (NFKC and others), piece by piece.
 
     The characters that the tokenizer was given are cut out before, and stay as they are.
     """
@@ -135,7 +133,7 @@ def normalised(text: str, tokenizer: Any) -> str:
 
 
 def same(found: str, written: str, tokenizer: Any) -> bool:
-    """Whether two texts are equal but for <unk>, each for characters that T5 has no piece for."""
+    """Return whether two texts are equal, with <unk> for characters without a piece in T5."""
     pattern = "(.+?)".join(map(re.escape, found.split("<unk>")))
     match = re.fullmatch(pattern, written, re.DOTALL)
     unknown = tokenizer.unk_token_id

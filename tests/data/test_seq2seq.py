@@ -1,4 +1,4 @@
-"""Sources and targets for encoder-decoders: whole, exactly cut, FastChat's where that is asked."""
+"""Sources and targets of encoder-decoders: complete, truncated, and FastChat's on request."""
 
 import gzip
 import json
@@ -86,7 +86,7 @@ def test_a_source_has_the_ids_of_its_text_alone_and_a_target_of_its_answer(
     assert direct == [(example.input_ids, example.labels) for example in examples]
 
 
-def test_a_pair_is_all_that_was_said_before_and_the_answer_with_its_end(tokenizer: Any) -> None:
+def test_a_pair_is_the_dialogue_before_an_answer_and_the_answer_with_eos(tokenizer: Any) -> None:
     (first, second), _ = pairs_of([dialogue("Hello.", LONG, "Who are you?", LONG)], tokenizer)
     asked = f"{HEADER}### Human: Hello.\n### Assistant: "
     assert tokenizer.decode(first.input_ids) == f"{asked}</s>"
@@ -97,27 +97,27 @@ def test_a_pair_is_all_that_was_said_before_and_the_answer_with_its_end(tokenize
     assert first.supervised_tokens == len(first.labels)
 
 
-def test_a_source_is_cut_on_the_left_and_a_target_on_the_right(tokenizer: Any) -> None:
+def test_a_source_is_truncated_on_the_left_and_a_target_on_the_right(tokenizer: Any) -> None:
     (whole,), _ = pairs_of([dialogue(LONG, LONG)], tokenizer)
     (cut,), tally = pairs_of([dialogue(LONG, LONG)], tokenizer, PairLimits(30, 10, False))
     assert cut.input_ids == whole.input_ids[-30:]
-    assert cut.labels == whole.labels[:10]  # and no EOS, which would teach to end there
+    assert cut.labels == whole.labels[:10]  # without EOS, which would train the model to end there
     assert tally.noted["sources cut on the left"] == 1
     assert tally.noted["targets cut on the right, without EOS"] == 1
 
 
-def test_keep_header_cuts_behind_the_header(tokenizer: Any) -> None:
+def test_keep_header_truncates_after_the_header(tokenizer: Any) -> None:
     (whole,), _ = pairs_of([dialogue(LONG, LONG)], tokenizer)
     header = tokenizer(HEADER, add_special_tokens=False)["input_ids"]
     limits = PairLimits(len(header) + 10, 2048, keep_header=True)
     (cut,), _ = pairs_of([dialogue(LONG, LONG)], tokenizer, limits)
     assert cut.input_ids == header + whole.input_ids[-10:]
-    # A header that leaves no room is cut as all else.
+    # A header that leaves no room is truncated, too.
     (cut,), _ = pairs_of([dialogue(LONG, LONG)], tokenizer, PairLimits(20, 2048, True))
     assert cut.input_ids == whole.input_ids[-20:]
 
 
-def test_a_long_turn_does_not_shift_the_pairs_behind_it(tokenizer: Any) -> None:
+def test_a_long_turn_does_not_shift_later_pairs(tokenizer: Any) -> None:
     texts = ["Hello.", " ".join([LONG] * 20), "Who are you?", LONG]
     examples, _ = pairs_of([dialogue(*texts)], tokenizer, PairLimits(64, 64, False))
     assert tokenizer.decode(examples[1].labels) == f"{LONG}</s>"
@@ -133,7 +133,7 @@ def test_short_pairs_empty_answers_and_unknown_characters_are_counted(tokenizer:
     assert (tally.kept, tally.dropped) == (2, {"no pair left": 1})
 
 
-def test_empty_answers_are_a_mistake_for_decoders_only(tmp_path: Path) -> None:
+def test_empty_answers_are_an_error_for_decoders_only(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": ""}]
     file = tmp_path / "data.json"
     file.write_text(json.dumps([{"conversations": turns}]))

@@ -1,4 +1,4 @@
-"""Bad input is named exactly, or counted; nothing is lost in silence."""
+"""Invalid input is named with its place or counted; no record is lost."""
 
 import json
 from pathlib import Path
@@ -144,7 +144,7 @@ def test_jsonl_lines_may_hold_unicode_line_separators(tmp_path: Path) -> None:
         ("{0}\n{{\n{0}", 2, {"not valid JSON": 1}),
     ],
 )
-def test_what_is_whole_is_read_around_what_is_broken(
+def test_complete_records_between_broken_ones_are_read(
     text: str, good: int, causes: dict[str, int], tmp_path: Path
 ) -> None:
     file = tmp_path / "data.json"
@@ -153,14 +153,14 @@ def test_what_is_whole_is_read_around_what_is_broken(
     assert (len(dialogues), tally.dropped) == (good, causes)
 
 
-def test_a_key_that_stands_twice_takes_no_longer_than_any_other(tmp_path: Path) -> None:
+def test_a_duplicate_key_takes_no_longer_than_other_errors(tmp_path: Path) -> None:
     doubled = ", ".join(f'"{n % 50_000}": 1' for n in range(100_000))
     file = tmp_path / "data.jsonl"
     file.write_text(f"{{{doubled}}}\n{json.dumps(GOOD)}\n")
     assert len(dialogues_in(file, "skip")[0]) == 1
 
 
-def test_packed_files_and_parquet_are_read_as_plain_ones(tmp_path: Path) -> None:
+def test_compressed_files_and_parquet_are_read_like_plain_files(tmp_path: Path) -> None:
     import gzip
 
     import pyarrow as pa

@@ -1,4 +1,4 @@
-"""What --data_path names: several files with weights, Arrow, and data sets of the hub."""
+"""--data_path: several files with weights, Arrow files, and hub data sets."""
 
 import json
 from collections import Counter
@@ -32,14 +32,14 @@ def taken(count: int, weight: float, seed: int = 0) -> tuple[Counter[str], Tally
 
 
 @pytest.mark.parametrize(("count", "weight"), [(2500, 0.3), (1, 0.3), (10, 0.25), (3000, 1 / 3)])
-def test_a_share_is_taken_exactly_each_dialogue_once(count: int, weight: float) -> None:
+def test_a_weight_below_one_takes_an_exact_share_without_repeats(count: int, weight: float) -> None:
     found, tally = taken(count, weight)
     assert found.total() == int(count * weight + 1e-9)
     assert {*found.values()} <= {1}
     assert tally.dropped == {"beyond its source's weight": count - found.total()}
 
 
-def test_a_weight_above_one_takes_all_and_some_again() -> None:
+def test_a_weight_above_one_takes_all_and_repeats_some() -> None:
     found, tally = taken(1500, 2.5)
     assert Counter(found.values()) == {2: 750, 3: 750}
     assert tally.noted == {"copies by weight": 1500 + 750}
@@ -49,7 +49,7 @@ def test_a_weight_above_one_takes_all_and_some_again() -> None:
 def test_the_seed_decides_which_dialogues_are_taken() -> None:
     chosen = [{*taken(2000, 0.5, seed)[0]} for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
-    # Neither the first ones nor every second one.
+    # Neither the first dialogues nor every second one.
     assert 400 < sum(int(one) < 1000 for one in chosen[0]) < 600
     assert 400 < sum(int(one) % 2 for one in chosen[0]) < 600
 
@@ -64,7 +64,7 @@ def test_the_seed_decides_which_dialogues_are_taken() -> None:
         ("someone/talks@test:0.5", Source("someone/talks@test", 0.5)),
     ],
 )
-def test_what_stands_behind_the_last_colon_is_a_weight(word: str, source: Source) -> None:
+def test_the_number_after_the_last_colon_is_a_weight(word: str, source: Source) -> None:
     assert parse_source(word) == source
 
 
@@ -74,19 +74,19 @@ def test_a_file_whose_name_looks_like_a_weight_is_that_file(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "1e9"])
-def test_a_weight_of_no_use_is_refused(weight: str) -> None:
+def test_an_invalid_weight_is_refused(weight: str) -> None:
     with pytest.raises(UserError, match=f"found the weight {weight}; expected one above 0"):
         parse_source(f"a.json:{weight}")
 
 
-def test_several_paths_are_read_in_their_order_and_accounted_together(
+def test_several_paths_are_read_in_order_and_counted_together(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     first = write_dialogues(tmp_path / "one.json", *[["Hi", "Yes."]] * 10)
     (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, records(4))))
     paths = (f"{first}:0.5", str(tmp_path / "two.jsonl"))
     report = tmp_path / "made" / "report.json"
-    config = Config(str(tiny_model), data_path=paths, report=str(report))
+    config = Config(str(tiny_model), data_path=paths, data_report=str(report))
     prepared = read_training_data(config)
     assert [one.id for one in prepared.examples][5:] == ["r0", "r1", "r2", "r3"]
     account = json.loads(report.read_text())
@@ -99,12 +99,17 @@ def test_several_paths_are_read_in_their_order_and_accounted_together(
     assert len(hashes) == 4
 
 
-def test_an_account_that_is_refused_is_written_too(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_report_of_refused_data_is_written(tiny_model: Path, tmp_path: Path) -> None:
     file = write_dialogues(tmp_path / "one.json", ["Hi", "Yes."], ["Long " * 50, "Yes."])
     report = tmp_path / "report.json"
     with pytest.raises(UserError, match="without a supervised token; expected at most"):
         read_training_data(
-            Config(str(tiny_model), data_path=(str(file),), report=str(report), model_max_length=20)
+            Config(
+                str(tiny_model),
+                data_path=(str(file),),
+                data_report=str(report),
+                model_max_length=20,
+            )
         )
     account = json.loads(report.read_text())
     assert account["read"] == account["kept"] + sum(
@@ -112,7 +117,7 @@ def test_an_account_that_is_refused_is_written_too(tiny_model: Path, tmp_path: P
     )
 
 
-def test_arrow_is_read_as_datasets_and_feather_write_it(tmp_path: Path) -> None:
+def test_arrow_files_of_datasets_and_feather_are_read(tmp_path: Path) -> None:
     import pyarrow as pa
     from datasets import Dataset
     from pyarrow import feather
@@ -127,11 +132,11 @@ def test_arrow_is_read_as_datasets_and_feather_write_it(tmp_path: Path) -> None:
     for file in (*saved, tmp_path / "rows.arrow"):
         assert [record for _, record in read_records(file)] == given
         file.write_bytes(file.read_bytes()[:-2000])
-        with pytest.raises(UserError, match="not a whole Arrow file"):
+        with pytest.raises(UserError, match="not a complete Arrow file"):
             [*read_records(file)]
 
 
-def test_a_data_set_of_the_hub_is_trained_on_and_then_without_the_hub(
+def test_a_hub_data_set_is_trained_on_and_then_read_from_the_cache(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     served = tmp_path / "served"
@@ -156,5 +161,5 @@ def test_a_data_set_of_the_hub_is_trained_on_and_then_without_the_hub(
     assert len(again.stdout.splitlines()) == 6, again.stderr
     other = display_path(address, "someone/other")
     assert other.returncode == 2
-    assert "which cannot be asked" in other.stderr
+    assert "which cannot be reached" in other.stderr
     assert "Traceback" not in other.stderr

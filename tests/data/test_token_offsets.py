@@ -1,4 +1,4 @@
-"""Places from the tokens' bytes give the ids and labels that offsets give, or are not used."""
+"""Places by bytes give the ids and labels of offsets, or are not used."""
 
 import copy
 from pathlib import Path
@@ -23,7 +23,7 @@ KINDS = [("chat", "chat"), ("chat", "vicuna"), ("mistral", "vicuna"), ("composed
 
 @pytest.fixture(scope="module")
 def encoders(shared: Path, chat_tokenizer: Any) -> dict[str, Encoder]:
-    """Encoders of three kinds: bytes, SentencePiece with a BOS, and one that composes letters."""
+    """Three encoders: byte-level, SentencePiece with BOS, and one with NFC normalisation."""
     from tokenizers import normalizers
     from transformers import LlamaTokenizer
 
@@ -38,11 +38,11 @@ def encoders(shared: Path, chat_tokenizer: Any) -> dict[str, Encoder]:
     }
 
 
-def slowly(encoder: Encoder, items: list[Rendered]) -> list[Any]:
+def by_offsets(encoder: Encoder, items: list[Rendered]) -> list[Any]:
     return [*encoder._encoded(encoder.tokenizer, items)]
 
 
-def learnt(found: Any) -> Any:
+def ids_and_labels(found: Any) -> Any:
     ids, spans, placed = found
     return ids, label(ids, placed, spans)
 
@@ -57,10 +57,10 @@ def test_any_text_has_the_ids_and_labels_that_offsets_give(
     turns = [Turn("assistant" if n % 2 else "user", f"{text}.") for n, text in enumerate(texts)]
     turns += [Turn("assistant", "So.")] * (len(turns) % 2)
     item = render(Dialogue("d", tuple(turns)), template, encoder.tokenizer)
-    (found,) = encoder._quickly([item])
-    (expected,) = slowly(encoder, [item])
-    assert learnt(found) == learnt(expected)
-    encoder.tiles.usable = True  # type: ignore[union-attr] # one text of odd letters is no proof
+    (found,) = encoder._without_offsets([item])
+    (expected,) = by_offsets(encoder, [item])
+    assert ids_and_labels(found) == ids_and_labels(expected)
+    encoder.tiles.usable = True  # type: ignore[union-attr] # one such text does not disable them
 
 
 @pytest.mark.parametrize(("name", "template"), KINDS)
@@ -70,15 +70,15 @@ def test_real_dialogues_are_encoded_without_offsets(
     encoder = encoders[name]
     dialogues, _ = dialogues_in(shared / "data/oasst_en.json")
     items = [render(one, template, encoder.tokenizer) for one in dialogues[:200]]
-    found = [*encoder._quickly(items)]
+    found = [*encoder._without_offsets(items)]
     assert encoder.tiles is not None
     tiled = encoder.tiles.encode(items, False)
     assert sum(one is None for one in tiled) <= 2
-    for quick, slow in zip(found, slowly(encoder, items), strict=True):
-        assert learnt(quick) == learnt(slow)
+    for quick, slow in zip(found, by_offsets(encoder, items), strict=True):
+        assert ids_and_labels(quick) == ids_and_labels(slow)
 
 
-def test_a_tokenizer_that_does_more_than_its_backend_is_seen(
+def test_a_tokenizer_that_does_more_than_its_backend_uses_offsets(
     encoders: dict[str, Encoder], chat_tokenizer: Any
 ) -> None:
     class Lowers:
@@ -92,11 +92,11 @@ def test_a_tokenizer_that_does_more_than_its_backend_is_seen(
     encoder = Encoder(Lowers())
     dialogue = Dialogue("d", (Turn("user", "Hi THERE"), Turn("assistant", "YO")))
     item = render(dialogue, "vicuna", chat_tokenizer)
-    assert [*encoder._quickly([item, item])] == slowly(encoder, [item, item])
-    assert [*encoder._quickly([item])] == slowly(encoder, [item])
+    assert [*encoder._without_offsets([item, item])] == by_offsets(encoder, [item, item])
+    assert [*encoder._without_offsets([item])] == by_offsets(encoder, [item])
 
 
-def test_texts_that_tokens_do_not_make_up_are_given_up_after_a_batch(
+def test_places_by_bytes_are_disabled_if_they_fail_for_most_texts(
     encoders: dict[str, Encoder],
 ) -> None:
     tiles = Tiles(encoders["composed"].tokenizer)

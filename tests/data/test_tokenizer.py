@@ -1,4 +1,4 @@
-"""Text goes through a T5's tokenizer unchanged, and its ids stay what they were."""
+"""A T5 tokenizer with new tokens keeps every text, and the ids of words."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def plain(request: pytest.FixtureRequest) -> Any:
     return AutoTokenizer.from_pretrained(request.getfixturevalue("shared") / "tokenizers/t5")
 
 
-def there_and_back(tokenizer: Any, text: str) -> str:
+def round_trip(tokenizer: Any, text: str) -> str:
     decoded: str = tokenizer.decode(
         tokenizer(text)["input_ids"], skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -39,7 +39,7 @@ def there_and_back(tokenizer: Any, text: str) -> str:
 
 @pytest.fixture(scope="module")
 def reloaded(plain: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The tokenizer with its new tokens, as a model's folder gives it back."""
+    """The tokenizer with new tokens, saved and loaded."""
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -48,17 +48,17 @@ def reloaded(plain: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("text", CODE)
-def test_code_goes_through_tokenizer_folder_and_decoding_unchanged(
+def test_code_is_unchanged_after_saving_encoding_and_decoding(
     text: str, plain: Any, reloaded: Any
 ) -> None:
-    if len(plain) > TOKENS:  # The small one has not seen every letter.
-        assert there_and_back(reloaded, text) == text
-        assert there_and_back(plain, text) != text
+    if len(plain) > TOKENS:  # the small vocabulary lacks some letters
+        assert round_trip(reloaded, text) == text
+        assert round_trip(plain, text) != text
     known = "".join(c for c in text if c in CHARACTERS or c == " ")
-    assert there_and_back(reloaded, f"a{known}a") == f"a{known}a"
+    assert round_trip(reloaded, f"a{known}a") == f"a{known}a"
 
 
-def test_a_text_of_words_has_the_ids_that_it_had(plain: Any, reloaded: Any) -> None:
+def test_new_tokens_do_not_change_the_ids_of_words(plain: Any, reloaded: Any) -> None:
     dialogues, _ = dialogues_in(DUMMY_DATA)
     texts = [" ".join(turn.text.split()) for d in dialogues for turn in d.turns]
     texts = [text for text in texts if not {*text} & {*CHARACTERS}]
@@ -73,18 +73,18 @@ def test_each_character_becomes_one_token_and_none_twice(plain: Any, reloaded: A
     assert with_missing_characters(reloaded)[1] == []
 
 
-def test_a_tokenizer_that_lacks_nothing_is_left_as_it_is(chat_tokenizer: Any) -> None:
+def test_a_tokenizer_that_lacks_no_character_is_unchanged(chat_tokenizer: Any) -> None:
     assert with_missing_characters(chat_tokenizer) == (chat_tokenizer, [])
 
 
-def test_normalizers_that_make_one_space_of_several_are_left_out() -> None:
+def test_normalizers_that_merge_spaces_are_left_out() -> None:
     one_space = normalizers.Replace(Regex(" {2,}"), "▁")
     for given in (one_space, normalizers.Sequence([normalizers.NFKC(), one_space])):
         tokenizer = t5_tokenizer()
         tokenizer.backend_tokenizer.normalizer = given
         made, _ = with_missing_characters(tokenizer)
-        assert there_and_back(made, "a  {   a") == "a  {   a"
-        wide = there_and_back(made, "ａ")
+        assert round_trip(made, "a  {   a") == "a  {   a"
+        wide = round_trip(made, "ａ")
         assert wide == ("a" if isinstance(given, normalizers.Sequence) else wide)
 
 
@@ -99,12 +99,12 @@ def test_fastchats_tokens_have_fastchats_order(shared: Path) -> None:
     assert len(tokenizer(T5_SYSTEM)["input_ids"]) > 45
 
 
-def test_every_sign_of_ascii_comes_back_and_white_space_is_never_unknown(
+def test_every_ascii_character_survives_and_white_space_is_never_unknown(
     plain: Any, reloaded: Any
 ) -> None:
     if len(plain) > TOKENS:
         signs = map(chr, range(33, 127))
-        assert not [c for c in signs if there_and_back(reloaded, f"a {c} b") != f"a {c} b"]
+        assert not [c for c in signs if round_trip(reloaded, f"a {c} b") != f"a {c} b"]
     windows = "a\r\na\xa0a\u3000\ta\x0ca\ra"
-    assert there_and_back(reloaded, windows) == "a\na a \ta a a"
+    assert round_trip(reloaded, windows) == "a\na a \ta a a"
     assert reloaded.unk_token_id not in reloaded(windows)["input_ids"]

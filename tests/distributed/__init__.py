@@ -1,1 +1,1 @@
-"""Tests of distributed."""
+"""Tests of loop/distributed: launches, backends, optimizer state, output, stops."""

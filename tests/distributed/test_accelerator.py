@@ -1,4 +1,4 @@
-"""Launches that cannot work are refused before anything is loaded, with flag, value and remedy."""
+"""A launch that cannot work is refused before the model is loaded, with flag, value and remedy."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def refused(file: Path, values: Any, *flags: str) -> str:
-    """Return the message with which a DeepSpeed JSON is refused."""
+    """Return the message that refuses a DeepSpeed JSON."""
     file.write_text(values if isinstance(values, str) else json.dumps(values))
     config = read_config(["--data_path", "x", "--deepspeed", str(file), *flags], Config)
     with pytest.raises(UserError) as error:
@@ -47,17 +47,17 @@ def refused(file: Path, values: Any, *flags: str) -> str:
         ([], "expected a JSON object"),
         (
             TWO | {"gradient_cliping": 1},
-            "known here. Did you mean gradient_clipping?",
+            "gradient_cliping: unknown key. Did you mean gradient_clipping?",
         ),
         ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "Did you mean overlap_comm?"),
         (
             {"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}},
             "reduce_bucket_size: found",
         ),
-        (TWO | {"bf16": {"enabld": True}}, "bf16.enabld: unknown key. Mend its name, or remove"),
+        (TWO | {"bf16": {"enabld": True}}, "bf16.enabld: unknown key. Correct its name, or remove"),
         (TWO | {"fp16": {"loss_scle_window": 3}}, "fp16.loss_scle_window: unknown key."),
         (TWO | {"communication_data_type": "fp17"}, 'data_type: found "fp17", which DeepSpeed do'),
-        (TWO | {"flops_profiler": 3}, "flops_profiler: found 3, which DeepSpeed does not take"),
+        (TWO | {"flops_profiler": 3}, "flops_profiler: found 3, which DeepSpeed does not accept"),
         (TWO | {"comms_logger": {"bad": 1}}, "comms_logger.bad: unknown key."),
         (TWO | {"tensorboard": {"bad": 1}}, "tensorboard.bad: unknown key."),
         (TWO | {"wall_clock_breakdown": "auto"}, 'wall_clock_breakdown: found "auto", which'),
@@ -68,10 +68,10 @@ def refused(file: Path, values: Any, *flags: str) -> str:
         ({"zero_optimization": 2}, "found 2; expected an object"),
         ({}, "stage: found null"),
         (TWO | {"optimizer": {"type": "Adam"}}, "--learning_rate"),
-        (TWO | {"gradient_clipping": 0.5}, "says gradient_clipping 0.5, --max_grad_norm is 1.0"),
+        (TWO | {"gradient_clipping": 0.5}, "has gradient_clipping 0.5, --max_grad_norm is 1.0"),
         (
             TWO | {"train_micro_batch_size_per_gpu": 2},
-            "says train_micro_batch_size_per_gpu 2, --per_device_train_batch_size is 8",
+            "has train_micro_batch_size_per_gpu 2, --per_device_train_batch_size is 8",
         ),
         (TWO | {"gradient_accumulation_steps": 3}, "gradient_accumulation_steps 3, "),
         (TWO | {"train_batch_size": 99}, "train_batch_size 99, examples a step is 16"),
@@ -102,7 +102,7 @@ def test_a_deepspeed_file_and_the_accelerate_config_must_agree(
     assert "under an accelerate config without DeepSpeed" in refused(tmp_path / "ds.json", TWO)
 
 
-def test_the_loops_own_values_fill_what_a_file_leaves_open(
+def test_values_that_a_file_leaves_open_come_from_the_flags(
     launched: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "ds.json"
@@ -131,8 +131,8 @@ def test_the_loops_own_values_fill_what_a_file_leaves_open(
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("GRADIENT_ACCUMULATION_STEPS", "8", "says gradient_accumulation_steps 8.0, "),
-        ("GRADIENT_CLIPPING", "0.5", "says gradient_clipping 0.5, --max_grad_norm is 1.0"),
+        ("GRADIENT_ACCUMULATION_STEPS", "8", "has gradient_accumulation_steps 8.0, "),
+        ("GRADIENT_CLIPPING", "0.5", "has gradient_clipping 0.5, --max_grad_norm is 1.0"),
         ("GRADIENT_CLIPPING", "abc", "gradient_clipping: found abc; expected a number"),
         ("GRADIENT_ACCUMULATION_STEPS", "x", "gradient_accumulation_steps: found x; expected a"),
         ("DEEPSPEED_ZERO_STAGE", "three", "zero_stage: found three; expected 1, 2 or 3"),
@@ -152,7 +152,7 @@ def test_an_accelerate_configs_clipping_at_1_contradicts_another_max_grad_norm(
     launched: pytest.MonkeyPatch,
 ) -> None:
     launched.setenv("ACCELERATE_GRADIENT_CLIPPING", "1.0")
-    # What accelerate puts where nothing was said: no contradiction.
+    # accelerate exports this if the config sets nothing: no contradiction.
     launched.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     config = Config(max_grad_norm=0.3)
     with pytest.raises(UserError, match=r"gradient_clipping 1\.0, --max_grad_norm is 0\.3"):
@@ -175,7 +175,7 @@ def test_an_accelerate_configs_clipping_at_1_contradicts_another_max_grad_norm(
         ({}, {"offload_param": {"device": "none"}, "reduce_bucket_size": "auto"}, None),
     ],
 )
-def test_machines_launched_otherwise_are_told_apart_before_anything_is_built(
+def test_different_launches_on_two_machines_are_refused_before_anything_is_built(
     other: dict[str, str],
     section: dict[str, Any] | None,
     expected: str | None,
@@ -199,7 +199,7 @@ def test_machines_launched_otherwise_are_told_apart_before_anything_is_built(
 
 
 @pytest.mark.parametrize("name", ["FSDP", "MEGATRON_LM"])
-def test_other_ways_to_shard_are_refused_and_zero3_is_named(
+def test_fsdp_and_megatron_are_refused_and_the_message_names_zero3(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
@@ -210,7 +210,7 @@ def test_other_ways_to_shard_are_refused_and_zero3_is_named(
 def test_more_ranks_than_gpus_and_bf16_without_support_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # There is no GPU here: only what PyTorch would say of one is put in its place.
+    # This test needs no GPU: the functions that query it are replaced.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
@@ -265,9 +265,7 @@ T5_EXAMPLE = """
 
 
 @pytest.mark.parametrize("flags", [SHELL, pytest.param(T5_EXAMPLE, marks=pytest.mark.slow)])
-def test_fastchats_command_lines_start_and_train(
-    flags: str, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_fastchats_command_lines_train(flags: str, tiny_model: Path, tmp_path: Path) -> None:
     # FastChat: scripts/train_lora.sh, at 2 epochs and in bf16, and docs/training.md.
     deepspeed = tmp_path / "deepspeed_config_s2.json"
     deepspeed.write_text(json.dumps(FASTCHAT_S2))
@@ -281,7 +279,7 @@ def test_fastchats_command_lines_start_and_train(
         *("--output_dir", tmp_path / "run", *given),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    note = "per_device_eval_batch_size: there is nothing to evaluate on"
+    note = "per_device_eval_batch_size: there is no evaluation data"
     assert done.stdout.count(f"note: --{note}") == 1
     assert len(log_of(tmp_path / "run")) == (4 if flags is SHELL else 3)
 

@@ -1,4 +1,4 @@
-"""A rank or a launcher that is killed takes all the others with it, or is started again."""
+"""If a rank or the launcher is killed, all other processes end, or all ranks are restarted."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ LAUNCH = (
 
 @pytest.fixture
 def start(tiny_model: Path, tmp_path: Path) -> Iterator[Callable[..., psutil.Popen]]:
-    """Start a run on two ranks and wait until it is in mid-training."""
+    """Start a run on two ranks and wait until it has trained two steps."""
     started: list[psutil.Popen] = []
     data = write_dialogues(
         tmp_path / "data.json", *[["Hi " * 9 * n, "Yo " * 9] for n in range(1, 9)]
@@ -91,7 +91,7 @@ def test_a_killed_launcher_leaves_no_rank_training(start: Callable[..., psutil.P
     assert not psutil.wait_procs(ranks, timeout=HANG)[1]
 
 
-def test_launch_sh_and_all_its_processes_told_to_stop_save_and_end(
+def test_a_signal_to_launch_sh_and_all_its_processes_saves_and_ends(
     start: Callable[..., psutil.Popen], tmp_path: Path
 ) -> None:
     launched = start(10**6, ROOT / "launch.sh", "accelerate_configs/zero2.yaml")
@@ -106,7 +106,7 @@ def test_launch_sh_and_all_its_processes_told_to_stop_save_and_end(
 
 
 @pytest.mark.slow
-def test_with_max_restarts_a_killed_rank_is_started_again(
+def test_max_restarts_restarts_the_ranks_after_one_is_killed(
     start: Callable[..., psutil.Popen], tmp_path: Path
 ) -> None:
     words = (ROOT / "launch.sh", "accelerate_configs/zero2.yaml", "--max_restarts", "1")
@@ -117,31 +117,31 @@ def test_with_max_restarts_a_killed_rank_is_started_again(
 
 
 def is_connected(processes: list[psutil.Popen], port: int) -> bool:
-    """Say whether the first of the processes has called that port of this machine."""
+    """Return whether the first process is connected to that port of this machine."""
     return any(one.raddr and one.raddr.port == port for one in processes[0].net_connections())
 
 
-def test_ranks_started_again_do_not_call_those_that_are_gone() -> None:
-    # As torchelastic's static rendezvous does it: one store, in the launcher, for all attempts.
+def test_restarted_ranks_do_not_connect_to_dead_ranks() -> None:
+    # torchelastic's static rendezvous has one store in the launcher for all attempts.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     words = (
         sys.executable,
         "-c",
         "from loop.distributed import accelerator; accelerator.init_process_group_once()",
     )
-    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
     for attempt in ("0", "1"):
         ranks: list[psutil.Popen] = []
         joined = partial(is_connected, ranks, store.port)
         keys = store.num_keys()
         for rank in ("1", "0"):
-            env = places | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RESTART_COUNT": attempt}
-            env |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+            env = environment | {"RANK": rank, "LOCAL_RANK": rank}
+            env |= {"TORCHELASTIC_RESTART_COUNT": attempt, "TORCHELASTIC_USE_AGENT_STORE": "True"}
             ranks.append(psutil.Popen(words, cwd=ROOT, env={**os.environ, **env}))
-            if rank == "1":  # Let it read what rank 0 of the first attempt has left.
+            if rank == "1":  # It could read the address of the first attempt's rank 0.
                 wait_until(joined)
-                # It leaves its own address, and then reads. A rank that called those that are gone
-                # would overwrite keys instead: no key would be added.
+                # It writes its own address, and then reads. A rank that used the old keys would
+                # overwrite them: no key would be added.
                 deadline = time.monotonic() + 20
                 while store.num_keys() == keys and time.monotonic() < deadline:
                     time.sleep(0.05)

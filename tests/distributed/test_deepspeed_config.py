@@ -1,4 +1,4 @@
-"""All that is wrong in one DeepSpeed file is told in one call, by the doctor and by training."""
+"""Doctor and training report all errors of a DeepSpeed file at once."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from tests.doctor.test_doctor import CONFIGS, ZERO3, Doctor, deepspeed, doctor, 
 __all__ = ["doctor", "right"]  # fixtures
 
 
-def test_all_that_is_wrong_in_one_deepspeed_file_is_told_at_once(
+def test_the_doctor_reports_all_errors_of_a_deepspeed_file_at_once(
     doctor: Doctor, tmp_path: Path
 ) -> None:
     bad = {"stage": 3, "stagee": 2, "overlap_com": True, "reduce_bucket_size": -1}
@@ -28,18 +28,18 @@ def test_all_that_is_wrong_in_one_deepspeed_file_is_told_at_once(
         "zero_optimization.overlap_com: unknown key. Did you mean overlap_comm?",
         "zero_optimization.reduce_bucket_size: found -1",
         "bf16.enabld: unknown key",
-        "comms_logger: found 3, which DeepSpeed does not take",
+        "comms_logger: found 3, which DeepSpeed does not accept",
         "has zero_stage 3, the accelerate config has 2",
         "has offload_optimizer_device cpu, the accelerate config has none",
-        "says gradient_clipping 0.5, --max_grad_norm is 1.0",
-        'says bf16 {"enabled": true}, --mixed_precision is no',
+        "has gradient_clipping 0.5, --max_grad_norm is 1.0",
+        'has bf16 {"enabled": true}, --mixed_precision is no',
     )
     found = doctor(*zero2, *flags)
     assert not [text for text in expected if not any(text in problem for problem in found)], found
     assert len(found) == len(expected), found
 
 
-def test_a_wrong_stage_hides_nothing_and_contradicts_nothing(
+def test_a_wrong_stage_hides_no_other_error_and_contradicts_no_flag(
     doctor: Doctor, tmp_path: Path
 ) -> None:
     file = deepspeed(tmp_path, zero_optimization={"stagee": 3}, gradient_clipping=0.5)
@@ -48,37 +48,39 @@ def test_a_wrong_stage_hides_nothing_and_contradicts_nothing(
         "zero_optimization.stage: found null; expected",
         "zero_optimization.stagee: unknown key. Did yo",
     ]
-    assert "says gradient_clipping 0.5" in found[2]
+    assert "has gradient_clipping 0.5" in found[2]
     assert "--torch_compile: found ZeRO-3" in found[3]  # as the accelerate config says
     assert len(found) == 4, found
 
 
 @pytest.mark.parametrize(
-    ("section", "told"),
+    ("section", "expected"),
     [
         ({"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "ratio"),
         ({"stage": 3, "compute_grad_norm": False}, "compute_grad_norm"),
         (
             {"stage": 2, "cpu_offload": True, "offload_optimizer": {"device": "cpu"}},
-            "which DeepSpeed does not take",
+            "which DeepSpeed does not accept",
         ),
         (3, "found 3; expected an object"),
     ],
 )
-def test_a_section_that_is_wrong_as_a_whole_hides_nothing_else(
-    section: Any, told: str, doctor: Doctor, tmp_path: Path
+def test_a_wrong_section_hides_no_other_error(
+    section: Any, expected: str, doctor: Doctor, tmp_path: Path
 ) -> None:
     file = deepspeed(tmp_path, zero_optimization=section, gradient_clipping=0.5)
     stage = section["stage"] if isinstance(section, dict) else 2
     config = CONFIGS / f"zero{stage}.yaml"
     found = doctor("--accelerate_config", config, "--deepspeed", file, "--max_grad_norm", "1")
     assert "zero_optimization" in found[0]
-    assert told in found[0]
-    assert "says gradient_clipping 0.5, --max_grad_norm is 1.0" in found[1]
+    assert expected in found[0]
+    assert "has gradient_clipping 0.5, --max_grad_norm is 1.0" in found[1]
     assert len(found) == 2, found
 
 
-def test_training_tells_all_of_it_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_training_reports_all_errors_of_a_deepspeed_file_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     section = {"stage": 3, "stagee": 2}
@@ -89,6 +91,6 @@ def test_training_tells_all_of_it_too(monkeypatch: pytest.MonkeyPatch, tmp_path:
     for text in (
         "zero_optimization.stagee: unknown key. Did you mean stage?",
         "has zero_stage 3, the accelerate config has 2",
-        "says gradient_clipping 0.5, --max_grad_norm is 1.0",
+        "has gradient_clipping 0.5, --max_grad_norm is 1.0",
     ):
         assert text in str(error.value)

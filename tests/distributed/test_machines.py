@@ -1,4 +1,4 @@
-"""Two machines: network namespaces, or loopback addresses where namespaces are forbidden."""
+"""Two machines: two network namespaces, or loopback addresses if namespaces are forbidden."""
 
 import json
 import os
@@ -21,7 +21,7 @@ EXACT = ["--mixed_precision", "no", "--lora_dropout", "0", "--learning_rate", "1
 
 @dataclass
 class Machine:
-    """How to run a command there, and the address it has."""
+    """A simulated machine: its address, and the prefix that runs a command on it."""
 
     address: str
     prefix: list[str] = field(default_factory=list)
@@ -35,7 +35,7 @@ def quietly(*words: str) -> bool:
 
 @pytest.fixture(scope="module")
 def machines() -> Iterator[list[Machine]]:
-    """Two network namespaces joined by a cable, each with one address."""
+    """Two network namespaces, connected by a veth pair, each with one address."""
     names = [f"loop{os.getpid()}{end}" for end in "ab"]
     cards = [f"lv{os.getpid()}{end}" for end in "ab"]
     try:
@@ -51,7 +51,7 @@ def machines() -> Iterator[list[Machine]]:
             made = made and quietly(*inside, "link", "set", "lo", "up")
         if made:
             yield [
-                # gloo would else take the address of the host's name, which is 127.0.0.1.
+                # Else gloo uses the address of the host name, which is 127.0.0.1.
                 Machine(f"10.77.0.{n}", ["ip", "netns", "exec", name], {"GLOO_SOCKET_IFNAME": card})
                 for n, (name, card) in enumerate(zip(names, cards, strict=True), 1)
             ]
@@ -108,7 +108,7 @@ def start(
     finally:
         for process in running:
             if process.poll() is None:
-                process.terminate()  # launch.sh passes it on
+                process.terminate()  # launch.sh passes the request to its ranks.
 
 
 @pytest.fixture(scope="module")
@@ -125,22 +125,22 @@ def common(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_two_machines_train_what_one_does_and_the_first_rank_alone_writes(
+def test_two_machines_have_the_losses_of_one_and_only_rank_0_writes(
     stage: int, machines: list[Machine], common: list[str], tmp_path: Path
 ) -> None:
-    # Each has a disk of its own, as it were.
+    # Two output folders, as if each machine had its own disk.
     folders = [tmp_path / "first", tmp_path / "second"]
     flags = [[*common, "--output_dir", str(folder)] for folder in folders]
     done = start(machines, f"multi_node_zero{stage}", flags, tmp_path)
     for code, text in done:
         assert code == 0, text
-    said = [[line.split(":")[0] for line in text.splitlines()] for _, text in done]
+    starts = [[line.split(":")[0] for line in text.splitlines()] for _, text in done]
     for what in ("data", "plan", "model", "result"):
-        assert [lines.count(what) for lines in said] == [1, 0], done
+        assert [lines.count(what) for lines in starts] == [1, 0], done
     assert not folders[1].exists()
     alone = launch(f"zero{stage}", tmp_path / "alone", *common, processes=2)
     log = json.loads((folders[0] / "trainer_state.json").read_text())["log_history"]
-    # To rounding: a machine with one rank has both cores' threads for a product, two ranks share.
+    # Equal up to rounding: one rank per machine uses twice the threads of two ranks on one.
     assert [entry["loss"] for entry in log] == pytest.approx(
         [entry["loss"] for entry in alone], rel=1e-5
     )
@@ -155,7 +155,7 @@ def test_two_machines_train_what_one_does_and_the_first_rank_alone_writes(
         (["--seed", "7"], "--seed is 42 on rank 0 and 7 on rank 1"),
     ],
 )
-def test_what_one_machine_lacks_or_has_otherwise_is_told_on_both(
+def test_a_file_or_flag_that_differs_on_one_machine_is_one_error_on_both(
     wrong: list[str], found: str, machines: list[Machine], common: list[str], tmp_path: Path
 ) -> None:
     flags = [*common, "--output_dir", str(tmp_path / "run")]
@@ -169,7 +169,7 @@ def test_what_one_machine_lacks_or_has_otherwise_is_told_on_both(
         assert "Traceback" not in text
 
 
-def test_a_request_on_one_machine_stops_both_for_its_reason_and_until_done_ends(
+def test_a_stop_request_on_one_machine_stops_both_and_ends_until_done(
     machines: list[Machine], common: list[str], tmp_path: Path
 ) -> None:
     flags = [*common, "--output_dir", str(tmp_path / "run"), "--max_steps", "100000"]

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from tests.support.helpers import adapter_of, write_dialogues
 from tests.support.matrix import BACKENDS, TOLERANCE, Train, held, log_in, logits_of, trainings
 
-# What is trained beside LoRA's matrices, so that every choice is saved under ZeRO-3 too.
+# Biases that are trained with LoRA's matrices: every choice of --lora_bias is saved under ZeRO-3.
 BIAS = {"LoRA": "all", "QLoRA": "lora_only"}
 QUICK = [("LoRA", "zero3"), ("QLoRA", "zero3")]
-# From which backend's checkpoint to which one; each is left once and entered once at least.
+# (kind, backend of the checkpoint, backend of the resumed run): each backend is on both sides.
 MOVES = [
     *[("LoRA", "one", to) for to in ("ddp", "zero1", "zero2", "zero3")],
     *[("LoRA", backend, "one") for backend in ("ddp", "zero1", "zero2", "zero3")],
@@ -43,7 +43,7 @@ def outputs(biased_model: Path, dialogues: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.parametrize(("kind", "backend"), ALL)
-def test_every_backend_gives_the_losses_and_the_adapter_of_one_process(
+def test_every_backend_has_the_losses_and_the_adapter_of_one_process(
     kind: str, backend: str, outputs: Train
 ) -> None:
     alone, output = outputs(kind, "one"), outputs(kind, backend)
@@ -66,7 +66,7 @@ def test_every_backend_gives_the_losses_and_the_adapter_of_one_process(
         for move in MOVES
     ],
 )
-def test_a_checkpoint_goes_on_under_any_other_backend_and_number_of_ranks(
+def test_a_checkpoint_resumes_under_any_other_backend_and_number_of_ranks(
     kind: str, source: str, target: str, outputs: Train
 ) -> None:
     folder = outputs(kind, source) / "checkpoint-4"
@@ -81,8 +81,8 @@ def test_a_checkpoint_goes_on_under_any_other_backend_and_number_of_ranks(
 
 
 @pytest.mark.parametrize("kind", [*BIAS])
-def test_the_run_learns_and_the_gradient_was_clipped(kind: str, outputs: Train) -> None:
-    # Were nothing learnt or clipped, the backends could agree for the wrong reason.
+def test_the_loss_falls_and_the_gradient_is_clipped(kind: str, outputs: Train) -> None:
+    # Without training or clipping, the backends would agree for the wrong reason.
     log = log_in(outputs(kind, "one"))
     assert log[-1]["loss"] < log[0]["loss"] - 0.05
     assert max(entry["grad_norm"] for entry in log) > 1.0
@@ -91,17 +91,17 @@ def test_the_run_learns_and_the_gradient_was_clipped(kind: str, outputs: Train) 
 
 
 @pytest.mark.parametrize(("kind", "backend"), [("LoRA", "one"), ("QLoRA", "one"), *ALL])
-def test_peft_loads_the_adapter_and_it_answers_as_the_trained_model(
+def test_peft_loads_the_adapter_and_has_the_logits_of_the_trained_model(
     kind: str, backend: str, outputs: Train, biased_model: Path
 ) -> None:
     output = outputs(kind, backend)
     trained = load_file(output / "logits.safetensors")["logits"]
     base, loaded = logits_of(biased_model, output, four_bit=kind == "QLoRA")
     assert torch.allclose(loaded, trained, atol=1e-4, rtol=0)
-    assert (base - trained).abs().max() > 0.01  # the adapter is what makes the difference
+    assert (base - trained).abs().max() > 0.01  # The adapter changes the logits.
 
 
-def test_under_zero3_each_rank_holds_its_share_of_the_4_bit_weights(outputs: Train) -> None:
+def test_under_zero3_each_rank_holds_half_of_the_4_bit_weights(outputs: Train) -> None:
     whole = held(outputs("QLoRA", "one"))[0]["four_bit"]
     # Two layers of 64 x 64 + 2 x 32 x 64 + 64 x 64 + 3 x 64 x 128 weights of half a byte each.
     assert whole == {"whole": 36_864, "held": 36_864}
@@ -109,13 +109,13 @@ def test_under_zero3_each_rank_holds_its_share_of_the_4_bit_weights(outputs: Tra
         assert rank["four_bit"] == {"whole": 36_864, "held": 18_432}
 
 
-def test_under_zero3_each_rank_holds_its_share_of_plain_weights(outputs: Train) -> None:
+def test_under_zero3_each_rank_holds_half_of_the_plain_weights(outputs: Train) -> None:
     for rank in held(outputs("LoRA", "zero3")):
         assert rank["base"]["held"] == pytest.approx(rank["base"]["whole"] / 2, rel=0.001)
 
 
-def test_a_save_takes_memory_for_the_adapter_not_for_the_model(outputs: Train) -> None:
-    # The base has 25 MB, half of them in one matrix; the adapter has 0.02.
+def test_a_save_needs_memory_for_the_adapter_not_for_the_model(outputs: Train) -> None:
+    # The base model has 25 MB, half of them in one matrix; the adapter has 0.02 MB.
     for rank in held(outputs("LoRA", "zero3")):
         assert rank["saving"]["held"] < rank["saving"]["whole"] / 4
 
@@ -133,21 +133,21 @@ def test_the_saved_keys_are_exactly_the_expected_ones_under_zero3(
     for layer in range(2):
         prefix = f"base_model.model.model.layers.{layer}.self_attn."
         expected |= {f"{prefix}{t}.lora_{x}.weight" for t in targets for x in "AB"}
-        # peft names the bias of a target by the layer that it wrapped.
+        # peft names the bias of a target by the wrapped layer.
         expected |= {f"{prefix}{t}{'.base_layer' * (t in targets)}.bias" for t in biased}
     assert {*adapter_of(output)} == expected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*BIAS])
-def test_under_zero3_no_rank_loads_a_private_whole_copy(
+def test_under_zero3_no_rank_loads_a_private_unpartitioned_copy(
     kind: str, outputs: Train, chat_model: Path
 ) -> None:
-    # 270 MB in bf16: enough to be seen beside what else a process takes.
+    # 270 MB in bf16: large enough to be seen in the memory of a process.
     real = ("--model_name_or_path", chat_model, "--max_steps", "2", "--mixed_precision", "bf16")
     for rank in held(outputs(kind, "zero3", *real)):
-        share = 1.0 if kind == "QLoRA" else 0.5  # a 4-bit model is shared out after it is loaded
-        # A private whole copy would come on top of the share; libraries take about 80 MB meanwhile.
+        share = 1.0 if kind == "QLoRA" else 0.5  # A 4-bit model is partitioned after it is loaded.
+        # A private copy would come on top of the partition. Libraries allocate about 80 MB.
         assert rank["loading"]["held"] < (share + 0.5) * rank["loading"]["whole"] + 100e6
 
 

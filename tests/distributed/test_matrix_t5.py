@@ -1,4 +1,4 @@
-"""A T5 trains, stops and goes on under every backend as a decoder does: a smaller selection."""
+"""A T5 trains, stops and resumes under every backend: a smaller selection than for decoders."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten dialogues of very different lengths, some of them with tokens that T5 lacks."""
+    """Ten dialogues of very different lengths, with characters that T5's tokenizer lacks."""
     texts = [
         ["What is " + "very " * (3 * n) + "long?", "No {idea}.\n" + "I am happy. " * (n + 1)]
         for n in range(10)
@@ -40,7 +40,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outputs(tiny_t5: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    # Where a gradient is as small as 2e-5, AdamW makes 1e-3 of this rate of its rounding.
+    # For gradients as small as 2e-5, AdamW turns rounding into 1e-3 of the learning rate.
     flags = ["--save_non_lora_state", "all", "--learning_rate", "3e-3"]
     runs = tmp_path_factory.mktemp("runs")
     return trainings(runs, tiny_t5, data, dict.fromkeys(TOLERANCE, flags))
@@ -65,7 +65,7 @@ def test_a_t5_has_the_losses_and_the_adapter_of_one_process(
 
 
 @pytest.mark.parametrize(("kind", "backend"), KINDS)
-def test_the_base_is_saved_whole_and_its_old_rows_as_they_were(
+def test_the_saved_base_model_is_complete_and_its_old_rows_are_unchanged(
     kind: str, backend: str, outputs: Train, tiny_t5: Path
 ) -> None:
     before = load_file(tiny_t5 / "model.safetensors")
@@ -87,13 +87,13 @@ def test_the_base_is_saved_whole_and_its_old_rows_as_they_were(
 @pytest.mark.parametrize(
     "backend", ["zero3", *(pytest.param(b, marks=pytest.mark.slow) for b in ("ddp", "zero2"))]
 )
-def test_the_base_in_shards_is_the_base_whole_and_what_was_trained_is_the_adapters(
+def test_the_shards_hold_the_same_base_model_and_trainable_holds_the_adapters_rows(
     backend: str, outputs: Train, tiny_t5: Path, tmp_path: Path
 ) -> None:
     output = outputs("LoRA", backend)
     state = load_file(output / "non_lora_state.safetensors")
     joined = joined_shards(output / "shards", tiny_t5, tmp_path / "alone")
-    assert {*state} < {*joined}  # the embedding under its other names, too
+    assert {*state} < {*joined}  # The shards also have the embedding's other names.
     assert all(torch.equal(joined[name], state[name]) for name in state)
     trainable = load_file(output / "trainable" / "non_lora_state.safetensors")
     expected = {n: rows for n, rows in adapter_of(output).items() if "trainable_tokens" in n}
@@ -110,7 +110,7 @@ def test_the_base_in_shards_is_the_base_whole_and_what_was_trained_is_the_adapte
         pytest.param("QLoRA", "zero2", "zero2", marks=pytest.mark.slow),
     ],
 )
-def test_a_t5s_checkpoint_goes_on_elsewhere(
+def test_a_t5_checkpoint_resumes_under_another_backend(
     kind: str, source: str, target: str, outputs: Train
 ) -> None:
     folder = outputs(kind, source) / "checkpoint-4"
@@ -126,7 +126,7 @@ def test_a_t5s_checkpoint_goes_on_elsewhere(
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["zero2", "zero3"])
 @pytest.mark.parametrize("case", ["too few rows", "frozen rows"])
-def test_rows_that_are_grown_or_frozen_are_the_same_on_every_backend(
+def test_added_or_frozen_rows_are_the_same_on_every_backend(
     case: str, backend: str, outputs: Train, tiny_t5: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     flags: list[str | Path] = ["--train_new_tokens", "False"]
@@ -153,10 +153,10 @@ def test_rows_that_are_grown_or_frozen_are_the_same_on_every_backend(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "kills"), [("one process", 2), ("ZeRO-3 x 2", 3)])
-def test_a_t5_killed_again_and_again_ends_as_one_never_killed(
+def test_a_t5_run_that_is_killed_repeatedly_ends_as_one_without_kills(
     backend: str, kills: int, tiny_t5: Path, tmp_path: Path
 ) -> None:
-    # Pairs of few ids are dropped, and data of which many are is refused.
+    # Very short pairs are dropped, and data with many dropped pairs is refused.
     longer = [[asked, f"{answer} That is all I know."] for asked, answer in dialogues()]
     file = write_dialogues(tmp_path / "data.json", *longer)
     given = ["--model_name_or_path", str(tiny_t5), "--data_path", str(file)]
@@ -176,7 +176,7 @@ def test_a_t5_in_bf16_stays_near_fp32(backend: str, outputs: Train) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["one", "zero2", "zero3"])
-def test_a_t5_in_4_bits_and_bf16_stays_near_fp32_with_its_wo_in_it(
+def test_a_t5_in_4_bits_and_bf16_stays_near_fp32_and_keeps_wo_in_fp32(
     backend: str, outputs: Train, tmp_path: Path
 ) -> None:
     exact = log_in(outputs("QLoRA", "one"))
@@ -184,7 +184,7 @@ def test_a_t5_in_4_bits_and_bf16_stays_near_fp32_with_its_wo_in_it(
     output = outputs("QLoRA", backend, "--mixed_precision", "bf16", *file)
     for mine, theirs in zip(log_in(output), exact, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-2)
-    # wo of two encoder and two decoder layers, each 64 x 128, and nothing else is in fp32.
+    # Only wo is in fp32: two encoder and two decoder layers, each 64 x 128.
     whole = 4 * 64 * 128 * 4
     for rank in held(output):
         share = whole // 2 if backend == "zero3" else whole

@@ -1,4 +1,4 @@
-"""What of a run's state has no place in the adapter or in AdamW."""
+"""The fp16 loss scale: the only trained state that is neither in the adapter nor in AdamW."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,7 @@ from loop.distributed.optimizer_state import loss_scale, put_loss_scale
 
 def plain(scale: float) -> Any:
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    scaler.scale(torch.zeros(()))  # makes its state
+    scaler.scale(torch.zeros(()))  # creates its state
     return SimpleNamespace(mixed_precision="fp16", scaler=scaler)
 
 
@@ -21,7 +21,7 @@ def deepspeed(scale: float) -> Any:
     return SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))
 
 
-def test_the_fp16_loss_scale_goes_on_and_crosses_backends() -> None:
+def test_the_fp16_loss_scale_resumes_on_the_same_and_on_another_backend() -> None:
     under_deepspeed = SimpleNamespace(mixed_precision="fp16", scaler=None)
     saved = loss_scale(plain(512.0), None)
     assert saved

@@ -1,4 +1,4 @@
-"""What a run prints is its own, once, and fit for where it goes: a terminal, a pipe or a file."""
+"""A run prints its own lines only, once, in a form that fits a terminal, a pipe or a file."""
 
 import importlib
 import io
@@ -17,7 +17,7 @@ from loop.doctor import show
 from tests.support.helpers import command, write_dialogues
 
 Train = Callable[..., Path]
-# Each line that a run prints, in this order; of these the notes may be missing.
+# The lines of a run, in this order. Lines in parentheses are optional.
 OURS = (
     r"(note: this CPU has no bf16 instructions.*)?",
     r"data: .*: read 8 = kept 8 \+ dropped 0; .*",
@@ -32,7 +32,7 @@ OURS = (
 
 
 class Terminal(io.StringIO):
-    """What is written to a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -49,14 +49,14 @@ def printed(config: str, *flags: str | Path) -> tuple[str, str]:
         "accelerate", "launch", "--config_file", f"accelerate_configs/{config}.yaml",
         "--num_processes", "2", "--main_process_port", "0", "loop/train.py",
         "--max_steps", "2", *flags,
-        OMP_NUM_THREADS="1",  # as launch.sh sets it; else torchrun tells that it does
+        OMP_NUM_THREADS="1",  # As in launch.sh. Else torchrun prints a note.
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(("kind", "config"), [("tiny_t5", "ddp"), ("tiny_model", "zero3")])
-def test_two_ranks_print_the_first_ones_lines_and_nothing_of_other_packages(
+def test_two_ranks_print_the_lines_of_rank_0_and_nothing_of_other_packages(
     kind: str, config: str, data: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     model = request.getfixturevalue(kind)
@@ -69,7 +69,7 @@ def test_two_ranks_print_the_first_ones_lines_and_nothing_of_other_packages(
 
 
 def test_wandb_adds_one_line(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    # In a process of its own: what wandb says at the exit counts, and it keeps its environment.
+    # In a process of its own: wandb prints at exit, and keeps its environment.
     done = command(
         "python", "loop/train.py", "--model_name_or_path", tiny_model, "--data_path", data,
         "--output_dir", tmp_path / "run", "--max_steps", "2", "--report_to", "wandb",
@@ -78,11 +78,11 @@ def test_wandb_adds_one_line(tiny_model: Path, data: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     lines = [line for line in (done.stdout + done.stderr).splitlines() if "wandb:" in line]
     assert len(lines) == 1, lines
-    assert lines[0].startswith("wandb: no login found, so the run is kept offline.")
+    assert lines[0].startswith("wandb: no login found; the run is kept offline.")
 
 
 @pytest.mark.parametrize(("rank", "seen"), [("0", 1), ("1", 0)])
-def test_other_ranks_leave_warnings_to_the_first(
+def test_only_rank_0_prints_warnings(
     rank: str, seen: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("RANK", rank)
@@ -106,7 +106,7 @@ def test_other_ranks_leave_warnings_to_the_first(
 
 
 @pytest.mark.parametrize(("fp16", "seen"), [(False, 1), (True, 2)])
-def test_deepspeed_tells_of_an_overflow_only_where_the_loop_does_not(
+def test_deepspeed_reports_an_overflow_only_if_the_loop_does_not(
     fp16: bool, seen: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     scalers: Any = importlib.import_module("deepspeed.runtime.fp16.loss_scaler")
@@ -120,12 +120,12 @@ def test_deepspeed_tells_of_an_overflow_only_where_the_loop_does_not(
 
 
 @pytest.mark.parametrize(("out", "err", "bar"), [(1, 1, True), (0, 1, False), (1, 0, False)])
-def test_the_bar_is_drawn_on_a_terminal_that_has_all_lines_and_nowhere_else(
+def test_the_progress_bar_is_drawn_only_if_stdout_and_stderr_are_one_terminal(
     out: int, err: int, bar: bool, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streams = [Terminal() if is_terminal else io.StringIO() for is_terminal in (out, err)]
     if out and err:
-        streams[1] = streams[0]  # one terminal, where lines and bar must not mix
+        streams[1] = streams[0]  # One terminal: lines and bar must not mix.
     monkeypatch.setattr(sys, "stdout", streams[0])
     monkeypatch.setattr(sys, "stderr", streams[1])
     train("run")

@@ -1,7 +1,9 @@
-"""A run that is asked to stop ends after the step, with a checkpoint, by 75; never hanging."""
+"""A stop request ends a run after the step, with a checkpoint and exit code 75."""
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +17,10 @@ from loop import train as training
 from loop.checkpoint import storage
 from loop.checkpoint.saver import ASKED, GO_ON, SIGNAL, Request, agreed_reason
 from loop.checkpoint.storage import list_folders, verify
+from loop.distributed import signals
 from tests.checkpoint.test_storage import same
 from tests.support.helpers import (
+    HANG,
     ROOT,
     adapter_of,
     command,
@@ -31,7 +35,7 @@ SIX = ("--max_steps", "6", "--lora_dropout", "0.3", "--logging_steps", "1")
 
 
 def at_step(step: int, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have something done in the middle of a step."""
+    """Run `action` in the middle of a step."""
     loss_sum, calls = training.supervised_loss_sum, []
 
     def interrupted(*arguments: Any) -> Any:
@@ -46,7 +50,7 @@ def at_step(step: int, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("number", "step"), [(signal.SIGTERM, 1), (signal.SIGINT, 2), (signal.SIGUSR1, 5)]
 )
-def test_a_signal_is_answered_after_the_step_and_the_run_can_go_on(
+def test_a_signal_stops_the_run_after_the_step_and_the_run_resumes(
     number: signal.Signals, step: int, train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     reference = train("reference", *SIX)
@@ -60,7 +64,7 @@ def test_a_signal_is_answered_after_the_step_and_the_run_can_go_on(
     assert [entry["step"] for entry in log_of(tmp_path / "run")] == [*range(1, 7)]
 
 
-def test_a_request_during_a_save_is_answered_after_the_next_step(
+def test_a_request_during_a_save_stops_the_run_after_the_next_step(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, asked = storage.write, threading.Event()
@@ -78,7 +82,9 @@ def test_a_request_during_a_save_is_answered_after_the_next_step(
     assert same(train("run", *SIX, "--save_steps", "2"), train("reference", *SIX))
 
 
-def test_a_second_interrupt_stops_at_once(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_interrupt_stops_the_run_at_once(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -88,18 +94,18 @@ def test_a_second_interrupt_stops_at_once(train: Train, monkeypatch: pytest.Monk
         train("run", *SIX)
 
 
-def test_a_file_named_stop_is_a_request(
+def test_a_file_named_stop_stops_the_run_and_the_same_command_removes_it(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     at_step(3, (tmp_path / "run/STOP").touch, monkeypatch)
     with pytest.raises(Stopped, match="STOP; checkpoint-3 is saved"):
         train("run", *SIX)
-    # The same command takes it away and goes on.
+    # The same command removes the file and resumes.
     assert len(log_of(train("run", *SIX))) == 6
     assert not (tmp_path / "run/STOP").exists()
 
 
-def test_after_max_minutes_it_stops_though_nothing_else_is_saved(
+def test_max_minutes_saves_a_checkpoint_although_save_strategy_is_no(
     train: Train, tmp_path: Path
 ) -> None:
     flags = (*SIX, "--save_strategy", "no")
@@ -135,7 +141,7 @@ def wait_for(text: str, log: Path, launched: Any) -> None:
     wait_until(lambda: log.exists() and text in log.read_text(), lambda: launched.poll() is None)
 
 
-def test_launch_sh_passes_a_request_on_and_goes_on_when_run_again(
+def test_launch_sh_passes_a_request_to_the_ranks_and_the_same_command_resumes(
     launched: Any, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
@@ -161,7 +167,9 @@ def entries(output: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_request_while_data_is_prepared_ends_it_at_once(launched: Any, tmp_path: Path) -> None:
+def test_a_request_before_the_loop_ends_the_run_without_a_checkpoint(
+    launched: Any, tmp_path: Path
+) -> None:
     log = tmp_path / "log"
     run = launched("--max_steps", "100000")
     wait_for("+ accelerate launch", log, run)
@@ -171,20 +179,22 @@ def test_a_request_while_data_is_prepared_ends_it_at_once(launched: Any, tmp_pat
 
 
 @pytest.mark.slow
-def test_until_done_goes_on_after_crashes_and_stops(launched: Any, tmp_path: Path) -> None:
+def test_until_done_runs_again_after_a_crash_and_ends_after_a_stop_file(
+    launched: Any, tmp_path: Path
+) -> None:
     log = tmp_path / "log"
     steps = ("--max_steps", "100000", "--save_steps", "20")
     run = launched(*steps, "--until-done")
     wait_for("step     30/", log, run)
     for process in psutil.process_iter(["cmdline"]):
-        # A rank, by the file it is run from and the folder it writes to.
+        # A rank, recognized by its -u and its output folder.
         words = process.info["cmdline"] or []
         if "-u" in words and str(tmp_path / "run") in words:
             process.kill()
             break
-    wait_for("going on", log, run)
+    wait_for("starting again", log, run)
     wait_for("resume: ", log, run)
-    wait_for("step     60/", log, run)  # Farther than the launch that was killed.
+    wait_for("step     60/", log, run)  # Further than the killed launch.
     (tmp_path / "run/STOP").touch()
     assert run.wait() == 75, log.read_text()
     assert len(entries(tmp_path / "run")) > 30
@@ -195,8 +205,9 @@ def test_until_done_goes_on_after_crashes_and_stops(launched: Any, tmp_path: Pat
 def test_the_reason_is_that_of_the_rank_that_saw_the_request(
     asked: str, flags: list[str | Path], tmp_path: Path
 ) -> None:
-    """The first rank, which prints the message, sees nothing itself."""
+    """Rank 0, which prints the message, sees no request itself."""
     status = tmp_path / "status"
+    status.touch()
     done = command(
         *("accelerate", "launch", "--config_file", "accelerate_configs/zero2.yaml"),
         *("--num_processes", "2", "--main_process_port", "0", "tests/support/asked_train.py"),
@@ -211,7 +222,7 @@ def test_the_reason_is_that_of_the_rank_that_saw_the_request(
     assert status.read_text().startswith(f"75 {reason}")
 
 
-def test_every_rank_words_the_reason_alike_and_names_the_machine_if_there_are_several() -> None:
+def test_all_ranks_have_the_same_reason_and_name_the_machine_if_there_are_several() -> None:
     def ranks(*kinds: int, machines: str) -> list[Request]:
         return [
             Request(kind, f"reason of {rank}", int(machine), f"node{machine}")
@@ -223,6 +234,60 @@ def test_every_rank_words_the_reason_alike_and_names_the_machine_if_there_are_se
     assert agreed_reason(ranks(signal, none, asked, asked, machines="0000"), asked) == "reason of 2"
     two = ranks(none, signal, none, signal, machines="0022")
     assert agreed_reason(two, signal) == "on machine node0: reason of 1"
-    # By this word launch.sh of the other machine knows not to start again: --until-done.
+    # launch.sh of the other machine looks for STOP: --until-done ends there, too.
     two = ranks(none, signal, asked, asked, machines="0022")
     assert agreed_reason(two, asked) == "STOP on machine node2: reason of 2"
+
+
+def test_a_reader_of_the_status_file_never_sees_a_part_of_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = tmp_path / "status"
+    status.touch()
+    monkeypatch.setenv(signals.STATUS_FILE, str(status))
+    with status.open() as opened_before:
+        signals._write_status(2, "a reason")
+        assert opened_before.read() == ""  # The file was replaced, not written to.
+    assert status.read_text() == "2 a reason\n"
+    assert [*tmp_path.iterdir()] == [status]
+
+
+def rank_process(code: str, status: Path, rank: int = 0) -> subprocess.Popen[bytes]:
+    """Start Python code as one of two ranks that `accelerate launch` started."""
+    variables = {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2", "RANK": str(rank)}
+    variables |= {"LOCAL_RANK": str(rank), signals.STATUS_FILE: str(status)}
+    words = [sys.executable, "-c", code]
+    return subprocess.Popen(words, cwd=ROOT, env={**os.environ, **variables})
+
+
+# While a signal is blocked, as in a collective, Python cannot run its handler.
+STUCK = """
+import signal, time
+from loop.distributed import signals
+
+def main():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    time.sleep(600)
+
+signals.GRACE_SECONDS = 0.1
+signals.run_and_exit(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "before", "after"), [(0, "", "75 \n"), (1, "", ""), (0, "0 \n", "0 \n")]
+)
+def test_a_first_rank_that_is_stuck_writes_75_before_it_kills_itself(
+    rank: int, before: str, after: str, tmp_path: Path
+) -> None:
+    status = tmp_path / "status"
+    status.write_text(before)
+    (tmp_path / f"status{signals.STOP_SUFFIX}").touch()
+    assert rank_process(STUCK, status, rank).wait(timeout=HANG) == 75
+    assert status.read_text() == after
+
+
+def test_a_status_file_that_launch_sh_removed_is_not_created_again(tmp_path: Path) -> None:
+    code = "from loop.distributed.signals import run_and_exit\nrun_and_exit(lambda: None)"
+    assert rank_process(code, tmp_path / "status").wait(timeout=HANG) == 0
+    assert not [*tmp_path.iterdir()]

@@ -20,8 +20,9 @@ from loop.doctor.memory import estimate_t5
 from loop.doctor.memory.estimate import activations, base_weights, scales
 from loop.doctor.memory.run import Run, Size
 from loop.doctor.memory.shape import backends, read_shape
+from loop.model.dtypes import torch_dtype
 from loop.model.kernels import replace_dropout
-from loop.model.load import DTYPES, leave_inputs
+from loop.model.load import leave_inputs
 from loop.model.quantization import compute_in_fp32, four_bit, kept_in_fp32
 from loop.training.loss import supervised_loss_sum
 from tests.support.helpers import ROOT
@@ -48,7 +49,7 @@ def built(folder: Path, config: DoctorConfig, name: str = "single_gpu") -> Any:
     from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    dtype = DTYPES[config.precision]
+    dtype = torch_dtype(config.precision)
     T5ForConditionalGeneration(T5Config.from_pretrained(folder)).save_pretrained(folder)
     options = {"quantization_config": four_bit(dtype)} if config.q_lora else {}
     if config.q_lora:

@@ -166,7 +166,7 @@ def test_the_state_of_the_output_folder_is_reported(
     before = sorted(tmp_path.rglob("*"))
     assert "holds this run, finished; resumes from checkpoint-4" in output(doctor, *four)
     (found,) = doctor(*four, "--lora_r", "4")
-    assert "made of something else: --lora_r was 8, is 4" in found
+    assert "other data or settings: --lora_r was 8, is 4" in found
     assert doctor(*four, "--lora_r", "4", "--resume_from_checkpoint", "False") == []
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "run" / "trainer_state.json").unlink()

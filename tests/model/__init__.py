@@ -1,1 +1,1 @@
-"""Tests of model."""
+"""Tests of the base model and its adapter."""

@@ -1,4 +1,4 @@
-"""The embedded model appears whole or not at all."""
+"""The conversion of the bundled model is atomic."""
 
 import shutil
 import signal
@@ -15,7 +15,7 @@ NAME = "SmolLM2-135M-Instruct"
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The project's code alone, without the converted model."""
+    """Return a copy of the project's code without the converted model."""
     for folder in ("loop", "data"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     return tmp_path
@@ -36,7 +36,7 @@ def convert(copy: Path, *how: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_a_killed_conversion_leaves_nothing_and_two_at_once_convert_once(copy: Path) -> None:
+def test_a_killed_conversion_leaves_no_model_and_two_at_once_convert_once(copy: Path) -> None:
     models = copy / "models"
     killed = convert(copy, "-c", KILLED)
     killed.communicate()

@@ -1,4 +1,4 @@
-"""On a CPU each element is dropped by itself, as often as asked; and memory is kept."""
+"""On a CPU, dropout is independent for each element with the given rate; freed memory is kept."""
 
 import ctypes
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import nn
 
 from loop import train as training
 from loop.model import load as loading
-from loop.model.kernels import LEVELS, Dropout, replace_dropout
+from loop.model.kernels import DROPOUT_LEVELS, Dropout, replace_dropout
 from tests.support.helpers import command
 
 Train = Callable[..., Path]
@@ -19,16 +19,16 @@ Train = Callable[..., Path]
 
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_as_many_are_dropped_as_asked_and_what_is_left_is_scaled_up(
+def test_dropout_has_the_given_rate_and_scales_the_other_values_up(
     p: float, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     values = torch.ones(1001, 999, dtype=dtype, requires_grad=True)
     found = Dropout(p)(values)
     assert found.dtype == dtype
-    share = (found == 0).float().mean().item()
-    assert share == pytest.approx(p, abs=5 * (p * (1 - p) / values.numel()) ** 0.5)
-    scale = LEVELS / (LEVELS - round(p * LEVELS))
+    rate = (found == 0).float().mean().item()
+    assert rate == pytest.approx(p, abs=5 * (p * (1 - p) / values.numel()) ** 0.5)
+    scale = DROPOUT_LEVELS / (DROPOUT_LEVELS - round(p * DROPOUT_LEVELS))
     assert scale == pytest.approx(1 / (1 - p), rel=1e-3)
     assert {*found.detach().unique().tolist()} == {0.0, torch.tensor(scale, dtype=dtype).item()}
     found.backward(torch.full_like(found, 3.0))
@@ -37,11 +37,11 @@ def test_as_many_are_dropped_as_asked_and_what_is_left_is_scaled_up(
     assert values.grad.max() == (torch.tensor(3.0, dtype=dtype) * scale).to(dtype)
 
 
-def test_neighbours_that_share_a_draw_are_dropped_by_themselves() -> None:
+def test_elements_of_one_random_number_are_dropped_independently() -> None:
     torch.manual_seed(0)
     dropped = (Dropout(0.3)(torch.ones(1 << 20)) == 0).view(-1, 4).float()
     pairs = dropped.T @ dropped / len(dropped)
-    # Of two places both are dropped 0.09 times as often as not; five standard deviations.
+    # Two different places are both dropped with probability 0.09; five standard deviations.
     for one in range(4):
         for other in range(4):
             expected = 0.3 if one == other else 0.09
@@ -49,7 +49,7 @@ def test_neighbours_that_share_a_draw_are_dropped_by_themselves() -> None:
             assert pairs[one, other].item() == pytest.approx(expected, abs=5 * deviation)
 
 
-def test_a_seed_drops_the_same_and_evaluation_nothing() -> None:
+def test_dropout_repeats_with_the_seed_and_is_off_in_evaluation() -> None:
     values = torch.randn(3, 7)
     module = Dropout(0.5)
     found = []
@@ -63,7 +63,7 @@ def test_a_seed_drops_the_same_and_evaluation_nothing() -> None:
     assert torch.equal(Dropout(1.0)(values), torch.zeros_like(values))
 
 
-def test_all_of_a_model_are_replaced_in_the_mode_they_are_in() -> None:
+def test_all_dropout_modules_are_replaced_and_keep_their_mode() -> None:
     model = nn.ModuleDict({"a": nn.Sequential(nn.Dropout(0.1)), "b": nn.Dropout(0.2).eval()})
     twice = nn.Sequential(*[nn.Dropout(0.1)] * 2)
     replace_dropout(twice)
@@ -77,23 +77,23 @@ def test_all_of_a_model_are_replaced_in_the_mode_they_are_in() -> None:
 
 
 @pytest.mark.parametrize(("compiled", "kind"), [("False", Dropout), ("True", nn.Dropout)])
-def test_a_run_on_a_cpu_has_it_unless_it_is_compiled(
+def test_a_cpu_run_uses_this_dropout_unless_it_is_compiled(
     compiled: str, kind: type[nn.Dropout], train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[nn.Module] = []
-    kept: list[None] = []
+    calls: list[None] = []
     load = training.load_model
 
-    def noted(*arguments: object) -> object:
+    def recorded(*arguments: object) -> object:
         model = load(*arguments)  # type: ignore[arg-type]
         seen.extend(model.modules())
         return model
 
-    monkeypatch.setattr(training, "load_model", noted)
-    monkeypatch.setattr(loading, "keep_memory", lambda: kept.append(None))
+    monkeypatch.setattr(training, "load_model", recorded)
+    monkeypatch.setattr(loading, "keep_memory", lambda: calls.append(None))
     train("run", "--max_steps", "2", "--torch_compile", compiled)
     assert {type(module) for module in seen if isinstance(module, nn.Dropout)} == {kind}
-    assert kept == [None]
+    assert calls == [None]
     adapted = [module for module in seen if isinstance(module, LoraLayer)]
     assert {module.cast_input_dtype_enabled for module in adapted} == {False}
 

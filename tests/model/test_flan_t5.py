@@ -1,4 +1,4 @@
-"""Flan-T5's real shapes, from its configurations: LoRA finds what it should, and no more."""
+"""LoRA and new tokens on the real shapes of Flan-T5, small to XXL."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config
 from loop.model.lora_targets import target_names
 from loop.model.new_tokens import grow, places
 
-# google/flan-t5-*'s config.json: d_model, d_kv, d_ff, layers of each side, heads.
+# config.json of google/flan-t5-*: d_model, d_kv, d_ff, layers of each side, heads.
 SHAPES = {
     "small": (512, 64, 1024, 8, 6),
     "base": (768, 64, 2048, 12, 12),
@@ -18,7 +18,7 @@ SHAPES = {
     "xl": (2048, 64, 5120, 24, 32),
     "xxl": (4096, 64, 10240, 24, 64),
 }
-# Each q and v of r 8: 8 x (d_model + heads x d_kv), in 3 attentions of as many layers.
+# For each q and v, r = 8: 8 x (d_model + heads x d_kv), in 3 attentions per layer.
 TRAINABLE = {
     "small": 344_064,
     "base": 884_736,
@@ -47,7 +47,7 @@ def flan_t5(size: str) -> Any:
 
 
 @pytest.mark.parametrize("size", [*SHAPES])
-def test_lora_finds_q_and_v_in_encoder_decoder_and_cross_attention(size: str) -> None:
+def test_lora_adapts_q_and_v_of_encoder_decoder_and_cross_attention(size: str) -> None:
     model, layers = flan_t5(size), SHAPES[size][3]
     targets = target_names(model, None)
     assert targets == ("q", "v")
@@ -71,7 +71,7 @@ def test_lora_finds_q_and_v_in_encoder_decoder_and_cross_attention(size: str) ->
 
 
 @pytest.mark.parametrize("size", ["small", "xxl"])
-def test_the_new_tokens_fit_in_the_rows_that_flan_t5_has(size: str) -> None:
+def test_flan_t5_has_enough_rows_for_the_new_tokens(size: str) -> None:
     model, new = flan_t5(size), [*range(32100, 32108)]
     grow(model, 32108)
     assert model.shared.weight.shape == model.lm_head.weight.shape == (32128, SHAPES[size][0])

@@ -1,4 +1,4 @@
-"""4-bit models and flags that cannot work together are refused; one that fits is taken."""
+"""4-bit models that do not fit the flags are refused; those that fit are loaded as stored."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ NF4 = {
             {"quant_method": "bitsandbytes", "load_in_4bit": True},
             *(Config(), 2, {}, "Give --q_lora True"),
         ),
-        (NF4, Config(q_lora=True, bf16=True), 3, {}, "stored as uint8, which ZeRO-3 cannot share"),
+        (NF4, Config(q_lora=True, bf16=True), 3, {}, "as uint8, which ZeRO-3 cannot partition"),
         (
             NF4 | {"bnb_4bit_quant_type": "fp4"},
             *(Config(q_lora=True, bf16=True), 0, {}, "of the type fp4; expected nf4. Give the pla"),
@@ -42,7 +42,7 @@ NF4 = {
         (None, Config(q_lora=True), 3, {"zero_quantized_weights": True}, "zero_quantized_weights"),
     ],
 )
-def test_4_bit_combinations_that_cannot_work_are_refused(
+def test_a_4_bit_model_that_does_not_fit_the_run_is_refused(
     stored: Any, config: Config, stage: int, section: dict[str, Any], expected: str
 ) -> None:
     base_config = SimpleNamespace(quantization_config=stored)
@@ -55,7 +55,7 @@ def test_4_bit_combinations_that_cannot_work_are_refused(
 @pytest.mark.parametrize(
     ("storage", "stage"), [("uint8", 0), ("uint8", 2), ("float32", 0), ("bfloat16", 3)]
 )
-def test_a_4_bit_model_that_fits_the_run_is_taken(storage: str, stage: int) -> None:
+def test_a_4_bit_model_that_fits_the_run_is_accepted(storage: str, stage: int) -> None:
     base_config = SimpleNamespace(quantization_config=NF4 | {"bnb_4bit_quant_storage": storage})
     zero = {"stage": stage} if stage else {}
     check_quantization("base", base_config, Config(q_lora=True, bf16=True), zero)
@@ -64,27 +64,23 @@ def test_a_4_bit_model_that_fits_the_run_is_taken(storage: str, stage: int) -> N
 def test_a_4_bit_model_keeps_its_own_settings_without_a_warning(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    # In a process of its own: bitsandbytes must not be imported in this one.
+    # In a separate process: bitsandbytes must not be imported in this one.
     code = f"""
 import sys, torch, warnings
-from types import SimpleNamespace
 from transformers import AutoConfig, AutoModelForCausalLM
-from loop.config.flags import Config
-from loop.model.load import _load_base
+from loop.model.load import load_pretrained
 from loop.model.quantization import four_bit
 warnings.filterwarnings("error", message=".*quantization_config.*")
 settings = four_bit(torch.float32)
 settings.bnb_4bit_quant_storage = torch.uint8
 plain, folder = {str(tiny_model)!r}, {str(tmp_path / "four")!r}
 AutoModelForCausalLM.from_pretrained(plain, quantization_config=settings).save_pretrained(folder)
-state = SimpleNamespace(deepspeed_plugin=None)
-accelerator = SimpleNamespace(state=state, device=torch.device("cpu"), print=print)
 base_config = AutoConfig.from_pretrained(folder)
-prepared = SimpleNamespace(base=folder, base_config=base_config, packed=False)
-model = _load_base(prepared, Config(q_lora=True, mixed_precision="no"), accelerator)
+model, missing = load_pretrained(folder, base_config, torch.float32, torch.float32)
+assert not missing
 weight = model.model.layers[0].self_attn.q_proj.weight
-print("held:", weight.dtype, weight.quant_state.quant_type, model.lm_head.weight.dtype)
+print("loaded:", weight.dtype, weight.quant_state.quant_type, model.lm_head.weight.dtype)
 """
     done = command("python", "-c", code)
-    assert "held: torch.uint8 nf4 torch.float32" in done.stdout, done.stderr
+    assert "loaded: torch.uint8 nf4 torch.float32" in done.stdout, done.stderr
     assert "quantization_config" not in done.stderr

@@ -1,7 +1,7 @@
-"""liger-kernel's functions on a GPU: they compute what transformers' own do, as far as a CPU shows.
+"""liger-kernel's layers compute what transformers' own do, checked on a CPU.
 
-Triton's interpreter runs its kernels without a GPU. Both come with pip into a folder of their own,
-300 MB, so that the rest runs as it does where they are not installed.
+Triton's interpreter runs the kernels without a GPU. pip installs both packages (300 MB) into a
+separate folder, so that other tests run without them.
 """
 
 import json
@@ -23,7 +23,7 @@ PACKAGES = ("liger-kernel==0.8.5", "triton==3.9.0")
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    """Return where both packages lie."""
+    """Return the folder of both packages."""
     if not (KEPT / "made").exists():
         shutil.rmtree(KEPT, ignore_errors=True)
         pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", KEPT)
@@ -46,8 +46,8 @@ def compared(folder: Path, kind: str, activation: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", sorted(kernels.KINDS))
-def test_fused_layers_give_the_losses_and_the_gradients_of_transformers_own(
+@pytest.mark.parametrize("kind", sorted(kernels.LIGER_MODELS))
+def test_fused_layers_have_the_losses_and_gradients_of_transformers_own(
     kind: str, folder: Path
 ) -> None:
     found = compared(folder, kind, "silu")
@@ -59,7 +59,7 @@ def test_fused_layers_give_the_losses_and_the_gradients_of_transformers_own(
 
 
 @pytest.mark.slow
-def test_an_activation_that_it_does_not_have_stays_the_models_own(folder: Path) -> None:
+def test_an_activation_other_than_silu_is_not_patched(folder: Path) -> None:
     found = compared(folder, "llama", "gelu")
     assert found["told"] == "liger-kernel 0.8.5: norms, rotary embedding"
     assert found["run"][0] == "transformers.models.llama.modeling_llama"
@@ -68,10 +68,10 @@ def test_an_activation_that_it_does_not_have_stays_the_models_own(folder: Path) 
 
 
 class Foreign(LlamaForCausalLM):
-    """A model whose code came with it."""
+    """A model whose code is not transformers' own."""
 
 
-def test_models_of_other_kinds_and_broken_installations_run_without(
+def test_other_models_and_broken_installations_are_not_patched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 9, "num_hidden_layers": 1}
@@ -85,8 +85,8 @@ def test_models_of_other_kinds_and_broken_installations_run_without(
     monkeypatch.setattr(kernels, "version", lambda package: "0.8.5")
     assert kernels.use_kernels(t5) == "liger-kernel 0.8.5: not used for this t5 model"
     assert kernels.use_kernels(foreign) == "liger-kernel 0.8.5: not used for this llama model"
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)  # importing it fails
-    told = kernels.use_kernels(llama)
-    assert told.startswith("liger-kernel 0.8.5: not used, since it cannot be loaded: ")
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)  # The import fails.
+    summary = kernels.use_kernels(llama)
+    assert summary.startswith("liger-kernel 0.8.5: not used, since it cannot be loaded: ")
     del llama.model.layers[0].mlp.gate_proj
     assert kernels.use_kernels(llama) == "liger-kernel 0.8.5: not used for this llama model"

@@ -1,23 +1,23 @@
-"""Attention over the dialogues of a row: in bf16 on a CPU, short ones are computed in fp32."""
+"""Packed attention in bf16 on a CPU computes short examples in fp32."""
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from loop.model.packed_attention import BF16_PAYS, Row, per_example
+from loop.model.packed_attention import MIN_BF16_TOKENS, Row, per_example
 
-SHORT, LONG = 30, BF16_PAYS
+SHORT, LONG = 30, MIN_BF16_TOKENS
 
 
 class Layer:
-    """What transformers asks a layer."""
+    """The attributes that transformers' attention reads from a layer."""
 
     is_causal = True
     num_key_value_groups = 3
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_short_dialogues_are_computed_in_fp32_under_autocast_too(autocast: bool) -> None:
+def test_short_examples_are_computed_in_fp32_with_and_without_autocast(autocast: bool) -> None:
     torch.manual_seed(0)
     row = [torch.randn(1, heads, SHORT + LONG, 16).bfloat16() for heads in (6, 2, 2)]
     for part in row:

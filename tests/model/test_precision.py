@@ -1,4 +1,4 @@
-"""Which numbers are held in which precision."""
+"""The dtypes of trained and frozen parameters."""
 
 import re
 import time
@@ -20,7 +20,7 @@ Train = Callable[..., Path]
 
 @pytest.fixture
 def dtypes(monkeypatch: pytest.MonkeyPatch) -> dict[bool, set[torch.dtype]]:
-    """The dtypes of what is trained and what is frozen, as the run has loaded them."""
+    """Collect the dtypes of trainable (True) and frozen (False) parameters of loaded models."""
     found: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
     describe = training.describe_parameters
 
@@ -42,18 +42,18 @@ def test_fp16_without_a_gpu_is_refused_with_the_reason(train: Train) -> None:
         train("run", "--flash_attn", "--bf16")
 
 
-def test_qlora_upcasts_nothing_and_tells_the_bytes(
+def test_qlora_upcasts_no_frozen_parameter_and_prints_the_bytes(
     train: Train, capsys: pytest.CaptureFixture[str], dtypes: dict[bool, set[torch.dtype]]
 ) -> None:
     train("run", "--bf16", "--q_lora", "True")
-    # Norms, embeddings and LM head are bf16, and so are the tensors that hold the 4-bit codes.
+    # Norms, embeddings, LM head and the tensors of the 4-bit codes are bf16.
     assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("model:")]
     sizes = dict(re.findall(r"(4-bit scales|4-bit|\w+) ([\d.]+) MiB", line))
     assert {*sizes} == {"bfloat16", "4-bit", "4-bit scales", "float32"}
 
 
-def test_bf16_keeps_what_is_trained_in_fp32(
+def test_bf16_training_keeps_trainable_parameters_in_fp32(
     train: Train, dtypes: dict[bool, set[torch.dtype]]
 ) -> None:
     folder = train("run", "--bf16")

@@ -1,4 +1,4 @@
-"""An encoder-decoder trains through the same loop, and what it leaves answers elsewhere, too."""
+"""An encoder-decoder trains in the same loop, and peft loads its adapter with the new tokens."""
 
 import json
 from collections.abc import Callable
@@ -35,7 +35,7 @@ Train = Callable[..., Path]
 
 @pytest.fixture
 def train(tiny_t5: Path, tmp_path: Path) -> Train:
-    """Train a T5 in this process on two dialogues with code, four steps."""
+    """Return a function that trains a T5 in this process on two dialogues with code."""
     data = write_dialogues(tmp_path / "code.json", ["Show me.", CODE], ["And?", LONG, "Go", CODE])
     run = trainer(tiny_t5, tmp_path)
     return lambda name, *flags: run(name, "--data_path", data, "--lora_dropout", "0", *flags)
@@ -62,7 +62,7 @@ def model(request: pytest.FixtureRequest, tiny_t5: Path, tmp_path: Path) -> Path
     return make_t5(tmp_path / "model", AutoTokenizer.from_pretrained(tiny_t5), tied, rows)
 
 
-def test_peft_gives_back_the_trained_model_with_its_new_tokens(
+def test_peft_loads_the_trained_model_with_its_new_tokens(
     model: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[torch.Tensor] = []
@@ -88,21 +88,21 @@ def test_peft_gives_back_the_trained_model_with_its_new_tokens(
         mean = before[matrix][:TOKENS].mean(0)
         assert value.shape == (len(NEW), 64)
         moved = (value - mean).abs().max()
-        assert 1e-3 < moved < 0.1  # begun at the mean, and trained
+        assert 1e-3 < moved < 0.1  # initialised with the mean, then trained
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["task_type"], {*config["target_modules"]}) == ("SEQ_2_SEQ_LM", {"q", "v"})
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.convert_tokens_to_ids("{") == TOKENS
 
 
-def test_new_rows_are_saved_in_the_precision_that_training_computes_with(train: Train) -> None:
+def test_new_rows_are_saved_in_the_precision_of_training(train: Train) -> None:
     for precision, expected in (("no", False), ("bf16", True)):
         saved = adapter_of(train(precision, "--mixed_precision", precision))
         rows = [value for name, value in saved.items() if "trainable_tokens" in name]
         assert [torch.equal(row, row.bfloat16().float()) for row in rows] == [expected] * 3
 
 
-def test_an_lm_head_of_its_own_keeps_its_old_rows_bit_for_bit(
+def test_a_separate_lm_head_keeps_its_old_rows_bit_for_bit(
     tiny_t5: Path, train: Train, tmp_path: Path
 ) -> None:
     small = make_t5(tmp_path / "small", AutoTokenizer.from_pretrained(tiny_t5), False, TOKENS)
@@ -117,11 +117,11 @@ def test_an_lm_head_of_its_own_keeps_its_old_rows_bit_for_bit(
             old = before[matrix][:TOKENS]
             assert torch.equal(state[matrix][:TOKENS], old)
             wrapped = "lm_head.token_adapter.base_layer.weight"
-            kept = again[wrapped if matrix == "lm_head.weight" else matrix]
-            assert torch.equal(kept[:TOKENS], old)
+            reloaded = again[wrapped if matrix == "lm_head.weight" else matrix]
+            assert torch.equal(reloaded[:TOKENS], old)
 
 
-def test_a_single_missing_character_has_a_row_of_its_own_in_both_matrices(
+def test_a_single_missing_character_gets_its_own_row_in_both_matrices(
     tiny_t5: Path, train: Train, tmp_path: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_t5)
@@ -155,7 +155,7 @@ def test_frozen_new_tokens_stay_the_mean_and_are_saved(tiny_t5: Path, train: Tra
     assert not torch.equal(changed[min(rows)], rows[min(rows)])
 
 
-def test_the_base_whole_or_in_shards_and_the_adapter_give_the_trained_model(
+def test_the_saved_base_in_one_file_or_in_shards_restores_the_trained_model(
     tiny_t5: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = train("run", "--save_non_lora_state", "all")
@@ -180,7 +180,7 @@ def test_the_base_whole_or_in_shards_and_the_adapter_give_the_trained_model(
     assert torch.allclose(alone, logits(loaded(tiny_t5, folder)), atol=1e-6)
 
 
-def test_the_loss_is_the_plain_one_of_each_targets_ids(tiny_t5: Path, tmp_path: Path) -> None:
+def test_the_loss_is_the_cross_entropy_of_each_target(tiny_t5: Path, tmp_path: Path) -> None:
     data = write_dialogues(tmp_path / "data.json", ["Hello.", LONG], ["And?", f"{LONG} {LONG}"])
     prepared = read_training_data(Config(str(tiny_t5), data_path=(str(data),)))
     model = AutoModelForSeq2SeqLM.from_pretrained(tiny_t5).eval()
@@ -196,7 +196,7 @@ def test_the_loss_is_the_plain_one_of_each_targets_ids(tiny_t5: Path, tmp_path: 
     assert empty.item() == 0.0
 
 
-def test_an_adapter_with_new_tokens_is_continued(train: Train, tmp_path: Path) -> None:
+def test_training_continues_an_adapter_with_new_tokens(train: Train, tmp_path: Path) -> None:
     first = train("first")
     second = train("second", "--lora_weight_path", first, "--learning_rate", "1e-12")
     before, after = adapter_of(first), adapter_of(second)
@@ -209,20 +209,22 @@ def test_an_adapter_with_new_tokens_is_continued(train: Train, tmp_path: Path) -
         train("third", "--lora_weight_path", first)
 
 
-def test_checkpointing_changes_nothing_and_a_run_goes_on(train: Train) -> None:
-    whole = adapter_of(train("whole", "--save_steps", "2"))
+def test_gradient_checkpointing_changes_no_gradient_and_a_resumed_run_is_identical(
+    train: Train,
+) -> None:
+    unbroken = adapter_of(train("unbroken", "--save_steps", "2"))
     recomputed = train("recomputed", "--gradient_checkpointing")
-    # The mean of the gradients, not the weights: of a gradient near 0 AdamW makes a whole step.
+    # Compare mean gradients, not weights: AdamW makes a full step from a gradient near 0.
     ours, theirs = (
         load_file(folder / "checkpoint-4" / "optimizer.safetensors")
-        for folder in (train("whole"), recomputed)
+        for folder in (train("unbroken"), recomputed)
     )
     means = [name for name in ours if name.startswith("exp_avg.")]
     assert max(ours[name].abs().max() for name in means) > 1e-2
     assert all(torch.allclose(ours[name], theirs[name], atol=5e-6, rtol=0) for name in means)
-    checkpoint = train("whole") / "checkpoint-2"
+    checkpoint = train("unbroken") / "checkpoint-2"
     resumed = adapter_of(train("resumed", "--resume_from_checkpoint", checkpoint))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
 
 
 def test_chat_answers_with_the_reloaded_model(tiny_t5: Path, train: Train) -> None:
@@ -236,7 +238,7 @@ def test_chat_answers_with_the_reloaded_model(tiny_t5: Path, train: Train) -> No
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--template", "vicuna"), r"found vicuna .*an encoder-decoder \(t5\); expected t5"),
         (("--lora_target_modules", "q_proj"), "nothing in the model is named q_proj"),
@@ -244,10 +246,10 @@ def test_chat_answers_with_the_reloaded_model(tiny_t5: Path, train: Train) -> No
         (("--lora_target_modules", "encoder.embed_tokens"), "found encoder.embed_tokens, which"),
     ],
 )
-def test_what_does_not_fit_an_encoder_decoder_is_refused(
-    flags: tuple[str, ...], told: str, train: Train
+def test_flags_that_do_not_fit_an_encoder_decoder_are_refused(
+    flags: tuple[str, ...], message: str, train: Train
 ) -> None:
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         train("run", *flags)
 
 
@@ -264,14 +266,14 @@ def test_fp16_with_t5_is_refused_before_the_data_is_read(tiny_t5: Path) -> None:
         read_training_data(Config(str(tiny_t5), fp16=True, data_path=("none.json",)))
 
 
-def test_limits_that_nothing_heeds_are_refused(tiny_t5: Path, tiny_model: Path) -> None:
+def test_limits_that_the_model_does_not_use_are_refused(tiny_t5: Path, tiny_model: Path) -> None:
     with pytest.raises(UserError, match=r"found --max_target_length .*one limit"):
         read_training_data(Config(str(tiny_t5), t5_compat=True, max_target_length=8))
     with pytest.raises(UserError, match=r"found --keep_header .*a decoder"):
         read_training_data(Config(str(tiny_model), keep_header=True))
 
 
-def test_what_is_t5s_does_not_fit_a_decoder(tiny_model: Path) -> None:
+def test_t5_flags_are_refused_for_a_decoder(tiny_model: Path) -> None:
     with pytest.raises(UserError, match=r"found t5 .*a decoder"):
         read_training_data(Config(str(tiny_model), template="t5"))
     with pytest.raises(UserError, match=r"--t5_compat: .* is a decoder"):
@@ -284,7 +286,7 @@ def test_relatives_of_t5_train_too(kind: str, tiny_t5: Path, train: Train, tmp_p
     flags: list[str] = []
     if kind == "bart":
         flags = ["--model_max_length", "1024"]  # its positions
-        sizes["vocab_size"] = TOKENS  # its rows have to be more, and so its final_logits_bias
+        sizes["vocab_size"] = TOKENS  # Its rows and final_logits_bias must grow.
         sizes |= {"encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0, "eos_token_id": 1}
         sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     else:

@@ -1,4 +1,4 @@
-"""Trackers hold what was logged, and a tracker that fails never stops training."""
+"""Trackers hold every log entry, and a failing tracker never stops training."""
 
 import math
 import struct
@@ -20,13 +20,13 @@ def read_wandb(file: Path) -> list[Any]:
 
     data, at, records, parts = file.read_bytes(), 7, [], b""
     while at + 7 <= len(data):
-        if BLOCK - at % BLOCK < 7:  # No header fits in the rest of a block; it is padding.
+        if BLOCK - at % BLOCK < 7:  # The rest of a block is padding if no header fits.
             at += BLOCK - at % BLOCK
             continue
         size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
         parts += data[at + 7 : at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # a whole record, or the last part of one
+        if kind in (1, 4):  # a complete record, or the last part of one
             record = Record()
             record.ParseFromString(parts)
             records.append(record)
@@ -35,7 +35,7 @@ def read_wandb(file: Path) -> list[Any]:
 
 
 def tensorboard_losses(output: Path) -> list[tuple[int, Any]]:
-    """Return steps and losses, each of which equals what was logged to fp32's precision."""
+    """Return steps and losses; TensorBoard stores fp32, so losses are approximate."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (folder,) = (output / "tensorboard").iterdir()
@@ -87,7 +87,7 @@ def test_wandb_offline_and_tensorboard_hold_every_logged_step(
     assert tensorboard_losses(tmp_path / "run") == [(e["step"], e["loss"]) for e in history]
 
 
-def test_a_run_that_goes_on_is_the_same_one_to_its_trackers(
+def test_a_resumed_run_is_the_same_run_in_its_trackers(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -106,15 +106,15 @@ def test_a_run_that_goes_on_is_the_same_one_to_its_trackers(
 
 
 @pytest.mark.slow
-def test_a_tracker_that_fails_never_stops_training(tiny_model: Path, tmp_path: Path) -> None:
-    # A file where TensorBoard's folder should be, and a mode that wandb does not know.
+def test_a_failing_tracker_never_stops_training(tiny_model: Path, tmp_path: Path) -> None:
+    # A file in place of TensorBoard's folder, and an unknown wandb mode.
     (tmp_path / "run").mkdir()
     (tmp_path / "run/tensorboard").write_text("")
     done = train(tiny_model, tmp_path, "tensorboard", "wandb", WANDB_MODE="nonsense")
     assert done.returncode == 0, done.stderr
     assert "tensorboard: " in done.stdout
     assert "wandb: " in done.stdout
-    assert done.stdout.count("going on without it") == 2
+    assert done.stdout.count("training continues without it") == 2
     assert len(log_of(tmp_path / "run")) == 3
 
 

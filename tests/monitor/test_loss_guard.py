@@ -1,4 +1,4 @@
-"""A step without a finite loss and gradient leaves no trace in what is trained, and is named."""
+"""A step with a non-finite loss or gradient is skipped and reported."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ FLAGS = ("--max_steps", "6", "--lr_scheduler_type", "constant", "--seed", "1")
 
 
 def broken_at(*steps: int, monkeypatch: pytest.MonkeyPatch, grow: float = float("nan")) -> None:
-    """Multiply the losses of these steps, counted from 1; each step has one micro-batch."""
+    """Multiply the losses of these steps by `grow`, counted from 1; one micro-batch per step."""
     loss_sum, calls = training.supervised_loss_sum, []
 
     def broken(*arguments: Any) -> Any:
@@ -30,18 +30,18 @@ def broken_at(*steps: int, monkeypatch: pytest.MonkeyPatch, grow: float = float(
 
 
 @pytest.mark.parametrize("grow", [float("nan"), float("inf")])
-def test_a_bad_step_makes_no_update_and_is_named_with_its_samples(
+def test_a_non_finite_step_is_skipped_and_its_examples_are_printed(
     grow: float, train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # One dialogue, the same in every step: a run that leaves one step out is a shorter run.
+    # One dialogue, the same in every step: a run that skips one step equals a shorter run.
     one = ("--num_data", "1", *FLAGS, "--logging_steps", "2", "--lora_dropout", "0")
     shorter = train("shorter", *one, "--max_steps", "5")
     broken_at(3, monkeypatch=monkeypatch, grow=grow)
     run = train("run", *one)
     assert same(run, shorter)
-    said = capsys.readouterr().out
-    assert said.count("step 3: the loss or the gradient is not finite; no update is made.") == 1
-    assert "Samples: d" in said
+    output = capsys.readouterr().out
+    assert output.count("step 3: the loss or the gradient is not finite; the step is skipped.") == 1
+    assert "Examples: d" in output
     log, expected = log_of(run), log_of(shorter)
     assert [(entry["step"], entry["bad_steps"]) for entry in log] == [
         (1, 0),
@@ -49,14 +49,14 @@ def test_a_bad_step_makes_no_update_and_is_named_with_its_samples(
         (4, 1),
         (6, 0),
     ]
-    # What is logged after step 4 is its loss alone, which is the third step of the shorter run.
+    # The entry after step 4 has the loss of step 4 only, the third step of the shorter run.
     assert [e["loss"] for e in log][:2] == [e["loss"] for e in expected][:2]
-    # The shorter run logs the mean of its third and fourth, the one that is left out is not in it.
+    # The shorter run logs the mean of its third and fourth step.
     fourth = 2 * expected[2]["loss"] - log[2]["loss"]
     assert (fourth + expected[3]["loss"]) / 2 == pytest.approx(log[3]["loss"], rel=1e-5)
 
 
-def test_after_too_many_bad_steps_in_a_row_the_run_ends(
+def test_too_many_non_finite_steps_in_a_row_end_the_run(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     flags = (*FLAGS, "--max_nonfinite_steps", "2", "--save_steps", "1")
@@ -70,7 +70,7 @@ def test_after_too_many_bad_steps_in_a_row_the_run_ends(
     assert list_folders(tmp_path / "run")[0].name == "checkpoint-4"
 
 
-def test_bad_steps_are_counted_on_over_a_kill(
+def test_the_count_of_non_finite_steps_survives_a_kill(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     flags = (*FLAGS, "--save_steps", "2", "--logging_steps", "6")
@@ -107,7 +107,7 @@ run_and_exit(train.main)
     ["ddp", "zero2", *[pytest.param(c, marks=pytest.mark.slow) for c in ("zero1", "zero3")]],
 )
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_what_is_bad_on_one_rank_is_left_out_on_all(
+def test_a_non_finite_step_on_one_rank_is_skipped_on_all(
     config: str, precision: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     data = write_dialogues(tmp_path / "data.json", ["Hi", "Yo there"], ["Hi", "Yo there"])
@@ -126,7 +126,7 @@ def test_what_is_bad_on_one_rank_is_left_out_on_all(
         assert torch.equal(run[name], tensor), name
 
 
-def test_mfu_is_what_the_formula_says(tiny_model: Path, tmp_path: Path) -> None:
+def test_mfu_follows_the_documented_formula(tiny_model: Path, tmp_path: Path) -> None:
     data = write_dialogues(tmp_path / "data.json", ["Hi", "Yo there"], ["And?", "So it is."])
     done = command(
         "python", "loop/train.py", "--model_name_or_path", tiny_model, "--data_path", data,
@@ -135,17 +135,16 @@ def test_mfu_is_what_the_formula_says(tiny_model: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     entry = log_of(tmp_path / "run")[-1]
-    # Two layers: width 64, 4 heads of 16, 2 of keys and values, 128 in between; 1,000 tokens.
+    # Two layers: hidden 64, 4 heads of 16, 2 key-value heads, MLP 128; 1,000 tokens.
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128
     norms = 5 * 64
     lora = 2 * 8 * (64 + 64 + 64 + 32)
-    seconds = 1 / entry["padded_tokens_per_second"]  # for one token that is run
+    seconds = 1 / entry["padded_tokens_per_second"]  # per computed token
     tokens = entry["mfu"] * 0.5e12 * seconds
     supervised = entry["supervised_tokens_per_second"] / entry["padded_tokens_per_second"]
     known = 4 * (2 * layer + norms) + 6 * lora + 4 * 64_000 * supervised
     attention = tokens - known
-    # Of 2 x 64 wide attention: 6 x 128 x length, and these are some tens of tokens long.
+    # Two layers of width 64: 6 x 128 x length, at lengths of some tens of tokens.
     assert 6 * 128 * 10 < attention < 6 * 128 * 60
-    assert (
-        f"  padding 0%  shared {entry['shared_share']:.0%}  MFU {entry['mfu']:.1%}  " in done.stdout
-    )
+    shares = f"prefix-shared {entry['shared_share']:.0%}  MFU {entry['mfu']:.1%}"
+    assert f"  padding 0%  {shares}  " in done.stdout

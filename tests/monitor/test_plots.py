@@ -1,4 +1,4 @@
-"""Pictures of runs show what was logged, and a run that cannot be drawn ends all the same."""
+"""Plots show the logged values, and a failing plot never fails a run."""
 
 import ast
 import json
@@ -23,7 +23,7 @@ Entries = list[dict[str, Any]]
 
 
 def entries(steps: range, **more: float) -> Entries:
-    """Return what a run might have logged."""
+    """Return log entries of these steps."""
     return [
         {
             "step": step,
@@ -41,7 +41,7 @@ def entries(steps: range, **more: float) -> Entries:
 
 
 def write(folder: Path, log: Entries | str, settings: str = "") -> Path:
-    """Write a run's folder: its log, and its settings if there are any."""
+    """Write a run's folder: its log, and its settings if given."""
     folder.mkdir(parents=True)
     text = log if isinstance(log, str) else "".join(json.dumps(entry) + "\n" for entry in log)
     (folder / "metrics.jsonl").write_text(text)
@@ -54,7 +54,7 @@ def titles(figure: Any) -> list[str]:
     return [axes.get_title(loc="left").partition("  ")[0] for axes in figure.axes]
 
 
-def test_a_run_is_drawn_when_it_ends(train: Train) -> None:
+def test_a_finished_run_leaves_a_plot_of_the_logged_values(train: Train) -> None:
     folder = train("run", "--logging_steps", "1")
     assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG\r\n")
     figure = draw(read_runs([str(folder)]))
@@ -67,7 +67,7 @@ def test_a_run_is_drawn_when_it_ends(train: Train) -> None:
         assert [*line.get_ydata()] == [entry[key] for entry in history]
 
 
-def test_a_run_that_is_stopped_is_drawn_once_its_checkpoint_is_safe(
+def test_a_stopped_run_is_drawn_after_its_checkpoint_is_valid(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def drawn(folder: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_run_that_is_stopped_is_drawn_once_its_checkpoint_is_safe(
     assert (tmp_path / "run/training_curves.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_a_stopped_run_that_cannot_be_drawn_is_a_stopped_run_all_the_same(
+def test_a_failing_plot_does_not_change_how_a_stopped_run_ends(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run/training_curves.png").mkdir(parents=True)
@@ -89,7 +89,7 @@ def test_a_stopped_run_that_cannot_be_drawn_is_a_stopped_run_all_the_same(
     assert "note: training_curves.png was not drawn: " in capsys.readouterr().out
 
 
-def test_a_run_that_cannot_be_drawn_ends_all_the_same(
+def test_a_failing_plot_does_not_fail_a_finished_run(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run/training_curves.png").mkdir(parents=True)
@@ -105,7 +105,7 @@ def test_matplotlib_is_imported_only_when_something_is_drawn() -> None:
     assert not [node for node in at_once if "matplotlib" in ast.unparse(node)]
 
 
-def test_only_what_was_logged_is_drawn_and_several_runs_share_a_panel(tmp_path: Path) -> None:
+def test_null_values_are_left_out_and_several_runs_share_a_panel(tmp_path: Path) -> None:
     one = entries(range(1, 9), peak_memory_gib=11.5)
     one.insert(4, {"step": 4, "eval_loss": 2.9})
     first = write(tmp_path / "one", one)
@@ -120,11 +120,11 @@ def test_only_what_was_logged_is_drawn_and_several_runs_share_a_panel(tmp_path: 
 
 
 def test_a_resumed_run_is_drawn_as_one(tmp_path: Path) -> None:
-    told = entries(range(1, 7))
-    told[3]["resumed_from"] = 3
-    # A log that nobody has cut: what was logged past the checkpoint was trained anew.
+    marked = entries(range(1, 7))
+    marked[3]["resumed_from"] = 3
+    # A log whose entries past the checkpoint were not removed at the resume.
     uncut = [*entries(range(1, 6)), *entries(range(4, 7), grad_norm=2.5)]
-    for name, log, norm in (("told", told, 1.5), ("uncut", uncut, 2.5)):
+    for name, log, norm in (("marked", marked, 1.5), ("uncut", uncut, 2.5)):
         (run,) = read_runs([str(write(tmp_path / name, log))])
         assert [x for x, _ in run.points("loss")] == [1, 2, 3, 4, 5, 6]
         assert run.points("grad_norm")[3:] == [(4, norm), (5, norm), (6, norm)]
@@ -133,7 +133,7 @@ def test_a_resumed_run_is_drawn_as_one(tmp_path: Path) -> None:
         assert len(marks) == 1
 
 
-def test_another_trainers_log_is_drawn_and_a_line_that_a_kill_cut_off_is_not(
+def test_another_trainers_log_is_drawn_and_a_truncated_last_line_is_ignored(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "theirs").mkdir()
@@ -146,7 +146,7 @@ def test_another_trainers_log_is_drawn_and_a_line_that_a_kill_cut_off_is_not(
     assert [x for x, _ in run.points("loss")] == [1, 2]
 
 
-def test_a_line_through_noise_is_straight_where_the_values_are() -> None:
+def test_the_running_mean_keeps_a_straight_line_and_removes_noise() -> None:
     straight = [2.0 - 0.01 * step for step in range(90)]
     assert running_mean(straight) == pytest.approx(straight)
     noisy = [value + (-1) ** step for step, value in enumerate(straight)]
@@ -156,26 +156,28 @@ def test_a_line_through_noise_is_straight_where_the_values_are() -> None:
 
 BAD = {
     "no such folder": None,
-    "line 2 is damaged: not valid JSON": '{"step": 1, "loss": 2}\n{"st\n{"step": 3, "loss": 2}\n',
+    "line 2 is not valid JSON": '{"step": 1, "loss": 2}\n{"st\n{"step": 3, "loss": 2}\n',
     "line 1: found no step": '{"loss": 2}\n',
     "line 1: loss: found '2'; expected a number": '{"step": 1, "loss": "2"}\n',
-    "nothing is logged there yet": "",
+    "found no metrics yet": "",
 }
 
 
-@pytest.mark.parametrize("told", BAD)
-def test_what_cannot_be_drawn_is_named(told: str, tmp_path: Path) -> None:
-    log = BAD[told]
+@pytest.mark.parametrize("message", BAD)
+def test_a_log_that_cannot_be_drawn_is_an_error(message: str, tmp_path: Path) -> None:
+    log = BAD[message]
     folder = tmp_path / "run"
     if log is not None:
         write(folder, log)
-    with pytest.raises(UserError, match=re.escape(told)):
+    with pytest.raises(UserError, match=re.escape(message)):
         plots.main([str(folder)])
     assert not [*tmp_path.rglob("training_curves*")]
     draw_at_end(folder)  # raises nothing
 
 
-def test_wrong_folders_and_flags_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_folders_and_flags_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = str(write(tmp_path / "run", entries(range(1, 3))))
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
@@ -191,15 +193,15 @@ def test_wrong_folders_and_flags_are_named(tmp_path: Path, monkeypatch: pytest.M
         (run, "--out", str(tmp_path / "file/x")): "cannot be written",
         (run, "--outt", "x"): "Did you mean --out?",
     }
-    for words, told in wrong.items():
-        with pytest.raises(UserError, match=re.escape(told)):
+    for words, message in wrong.items():
+        with pytest.raises(UserError, match=re.escape(message)):
             plots.main(words)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
         plots.main([run])
 
 
-def test_the_command_says_what_it_has_written(tmp_path: Path) -> None:
+def test_the_command_prints_the_files_that_it_writes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write(tmp_path / name, entries(range(1, 5)))
     alone = command("python", "-m", "loop", "plot", tmp_path / "one")
@@ -231,7 +233,7 @@ plot.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.widt
 def test_the_page_draws_every_run_in_a_browser_and_shows_values_under_the_pointer(
     tmp_path: Path,
 ) -> None:
-    named = tmp_path / "<!--<script>"  # A folder may be called so.
+    named = tmp_path / "<!--<script>"  # a valid folder name
     log = entries(range(1, 10), peak_memory_gib=2.25)
     log[4]["resumed_from"] = 4
     log.append({"step": 9, "eval_loss": 2.625})
@@ -257,12 +259,12 @@ def test_the_page_draws_every_run_in_a_browser_and_shows_values_under_the_pointe
 
 
 @needs_chromium
-def test_the_page_asks_for_nothing(tmp_path: Path) -> None:
+def test_the_page_makes_no_network_request(tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     html = page(read_runs([str(write(tmp_path / "run", entries(range(1, 10))))]))
     file.write_text(html)
     assert opened(f"file://{file}").requests == []
-    # Such a request would have been seen, and the page's policy would have stopped it.
+    # The page's policy blocks such a request; without the policy the log shows it.
     image = '<img src="http://outside.invalid/pixel.png">'
     file.write_text(html.replace("<main", f"{image}<main"))
     assert opened(f"file://{file}").requests == []
@@ -271,7 +273,7 @@ def test_the_page_asks_for_nothing(tmp_path: Path) -> None:
 
 
 @needs_chromium
-def test_the_page_follows_the_viewers_theme(tmp_path: Path) -> None:
+def test_the_page_follows_the_systems_colour_scheme(tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     file.write_text(page(read_runs([str(write(tmp_path / "run", entries(range(1, 10))))])))
     strokes = {

@@ -1,4 +1,4 @@
-"""What trackers are given beside the curves: tags, summary, samples, the adapter; and trackio."""
+"""Trackers get tags, summary, samples and the adapter; trackio holds every step once."""
 
 import json
 import sqlite3
@@ -12,7 +12,7 @@ from data.errors import Stopped, UserError
 from loop.config import load, preflight
 from loop.config.flags import Config
 from loop.distributed.layout import Layout
-from loop.monitor.history import Progress
+from loop.monitor.history import PriorRun
 from loop.monitor.trackers import Trackers, summary
 from tests.conftest import trainer
 from tests.monitor.test_logger import read_wandb
@@ -31,20 +31,20 @@ HISTORY: list[dict[str, Any]] = [
 
 
 def trackers(folder: Path, *kinds: Any, **more: Any) -> Trackers:
-    """Return trackers of a run of three steps, opened."""
+    """Return opened trackers of a run of three steps."""
     PartialState(cpu=True)
     folder.mkdir(exist_ok=True)
     config = Config(output_dir=str(folder), report_to=kinds, **more)
-    made = Trackers(config, Layout(0, 1, 2, 1, 2, 1, 3), Progress(0, {}))
+    made = Trackers(config, Layout(0, 1, 2, 1, 2, 1, 3), PriorRun(0, {}))
     made.open()
     assert {*made.opened} == {*kinds}
     return made
 
 
 def records(folder: Path, kind: str) -> list[Any]:
-    """Return the records of one kind in wandb's only file, once that is complete.
+    """Return the records of one kind in wandb's only file, once it is complete.
 
-    wandb's own process writes it, and may do so a moment after the run was finished.
+    wandb's own process may finish writing it shortly after the run.
     """
     (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
     found: list[tuple[str, Any]] = []
@@ -58,12 +58,12 @@ def records(folder: Path, kind: str) -> list[Any]:
 
 
 def exit_codes(folder: Path) -> list[int]:
-    """Return how the run ended to wandb."""
+    """Return the exit codes in wandb's file."""
     return [record.exit_code for record in records(folder, "exit")]
 
 
 def values(folder: Path) -> dict[str, Any]:
-    """Return what wandb's summary ends with."""
+    """Return wandb's final summary."""
     found: dict[str, Any] = {}
     for record in records(folder, "summary"):
         found |= {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.update}
@@ -85,15 +85,15 @@ def test_wandb_holds_tags_summary_and_samples(tmp_path: Path) -> None:
     assert [*records(tmp_path, "run")[0].tags] == ["t5", "first try"]
     assert exit_codes(tmp_path) == [0]
     found = values(tmp_path)
-    told = {"final_loss": 2.0, "best_loss": 1.0, "best_loss_step": 2, "seconds": 4.0}
-    told |= {"final_eval_loss": 2.5, "best_eval_loss": 2.5, "supervised_tokens": 210}
-    told |= {
+    expected = {"final_loss": 2.0, "best_loss": 1.0, "best_loss_step": 2, "seconds": 4.0}
+    expected |= {"final_eval_loss": 2.5, "best_eval_loss": 2.5, "supervised_tokens": 210}
+    expected |= {
         "eval/loss": 2.5,
         "eval/loss_by_source/a": 2.0,
         "eval/loss_by_source/b": 3.0,
         "train/loss": 2.0,
     }
-    assert {key: found[key] for key in told} == told
+    assert {key: found[key] for key in expected} == expected
     assert not {"train/resumed_from", "train/step", "train/grad_norm"} & {*found}
     (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/*.table.json")
     shown = json.loads(table.read_text())
@@ -101,13 +101,13 @@ def test_wandb_holds_tags_summary_and_samples(tmp_path: Path) -> None:
     assert shown["data"] == [[*row.values()] for row in ROWS]
 
 
-def test_a_failed_run_is_a_failed_one_at_wandb(tmp_path: Path) -> None:
+def test_wandb_marks_a_failed_run_as_failed(tmp_path: Path) -> None:
     made = trackers(tmp_path, "wandb", wandb_artifact=True)
     made.finish([], failed=True)
     assert exit_codes(tmp_path) == [1]
 
 
-def test_the_adapter_is_an_artifact_where_that_is_asked_for(
+def test_the_adapter_is_uploaded_to_wandb_only_if_set(
     tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = trainer(tiny_model, tmp_path)
@@ -125,7 +125,7 @@ def test_the_adapter_is_an_artifact_where_that_is_asked_for(
     assert "artifact" not in "".join(capfd.readouterr())
 
 
-def test_tensorboard_shows_samples_as_text_in_which_nothing_is_markup(tmp_path: Path) -> None:
+def test_tensorboard_shows_samples_as_a_table_with_escaped_markup(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     made = trackers(tmp_path, "tensorboard")
@@ -144,7 +144,7 @@ def test_tensorboard_shows_samples_as_text_in_which_nothing_is_markup(tmp_path: 
 
 
 def scripted(folder: Path, kind: str, lines: str, **env: str) -> str:
-    """Run lines about `made`, in a process whose trackers know this environment; what it said."""
+    """Run lines that use `made`, in a process with this environment; return its output."""
     script = folder / "script.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
@@ -157,25 +157,25 @@ def scripted(folder: Path, kind: str, lines: str, **env: str) -> str:
     return done.stdout
 
 
-def test_a_wandb_that_is_not_reached_leaves_the_run_offline(
+def test_without_a_network_the_wandb_run_is_kept_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_MODE")
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
     lines = "made.log(HISTORY[0]); made.finish(HISTORY, failed=False)"
-    said = scripted(tmp_path, "wandb", lines, WANDB_INIT_TIMEOUT="1", **nowhere)
-    assert "wandb: not reached (" in said
+    output = scripted(tmp_path, "wandb", lines, WANDB_INIT_TIMEOUT="1", **nowhere)
+    assert "wandb: not reached (" in output
     assert values(tmp_path / "run")["train/loss"] == 3.0
 
 
 def trackio_rows(folder: Path) -> list[tuple[str, int, dict[str, Any]]]:
-    """Return what trackio's database holds: the run's id, step, what was logged."""
+    """Return the rows of trackio's database: run id, step, metrics."""
     with sqlite3.connect(folder / "lora-loop.db") as database:
         found = database.execute("select run_id, step, metrics from metrics order by id")
         return [(run, step, json.loads(text)) for run, step, text in found]
 
 
-def test_trackio_holds_every_logged_step_once_though_the_run_was_stopped(
+def test_trackio_holds_every_logged_step_once_after_a_stop_and_resume(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     data = write_dialogues(tmp_path / "data.json", ["Hi", "Hello there."], ["And?", "So."])
@@ -185,7 +185,7 @@ def test_trackio_holds_every_logged_step_once_though_the_run_was_stopped(
     env = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
     stopped = command("python", "loop/train.py", *flags, "--max_minutes", "1e-6", **env)
     assert stopped.returncode == 75, stopped.stderr
-    # As if it had gone one step further and been killed before the next checkpoint.
+    # As if the run had been killed one step later, before the next checkpoint.
     ((run, _, _),) = trackio_rows(tmp_path / "trackio")
     with sqlite3.connect(tmp_path / "trackio/lora-loop.db") as database:
         database.execute(
@@ -223,20 +223,20 @@ def test_the_summary_of_a_run_that_logged_nothing_is_empty() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--wandb_artifact",), "found no wandb in --report_to"),
         (("--tags", "x" * 65), "more than 64 characters"),
     ],
 )
-def test_trackers_that_cannot_be_are_named_before_the_run(
-    flags: tuple[str, ...], told: str
+def test_wrong_tracker_flags_are_refused_before_the_run(
+    flags: tuple[str, ...], message: str
 ) -> None:
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         load.read_config(flags, Config)
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_the_run(
+def test_a_tracker_that_is_not_installed_is_refused_before_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(preflight, "version", lambda name: None if name == "trackio" else "1.0")
@@ -245,7 +245,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_the_run(
     assert "pip install trackio" in found
 
 
-def test_a_stop_is_no_failure_to_wandb(tiny_model: Path, tmp_path: Path) -> None:
+def test_wandb_does_not_mark_a_stopped_run_as_failed(tiny_model: Path, tmp_path: Path) -> None:
     run = trainer(tiny_model, tmp_path)
     with pytest.raises(Stopped):
         run("run", "--report_to", "wandb", "--max_minutes", "1e-6")

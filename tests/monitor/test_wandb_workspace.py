@@ -1,4 +1,4 @@
-"""The workspace at wandb shows what the loop logs, in its groups; all of it without a network."""
+"""The wandb workspace has panels for the logged metrics; tested without a network."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def metrics(section: Any) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What the command writes where it is told to write."""
+    """The JSON that the command writes with --out."""
     file = tmp_path_factory.mktemp("workspace") / "workspace.json"
     none = {"WANDB_ENTITY": "", "WANDB_MODE": "offline"}
     done = command("python", "-m", "loop", "dashboard", "--out", file, **none)
@@ -47,7 +47,7 @@ def test_the_workspace_groups_loss_speed_memory_and_samples(spec: Any) -> None:
     assert columns["config:lora_r.value"]
 
 
-def test_its_panels_draw_what_a_run_logs(spec: Any, train: Callable[..., Path]) -> None:
+def test_every_panel_metric_is_logged_by_a_run(spec: Any, train: Callable[..., Path]) -> None:
     logged = {f"train/{key}" for key in log_of(train("run"))[-1]}
     sections = spec["section"]["panelBankConfig"]["sections"]
     drawn = {key for section in sections for keys in metrics(section) for key in keys}
@@ -69,7 +69,7 @@ def test_wandbs_own_library_reads_the_workspace_back(spec: Any) -> None:
     assert drawn == [[*keys] for keys in wandb_workspace.GROUPS["Loss"].values()]
 
 
-def test_what_is_missing_is_named_and_nothing_is_asked_for(
+def test_a_missing_login_entity_or_package_is_an_error_without_a_prompt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("WANDB_API_KEY", "WANDB_ENTITY", "WANDB_MODE", "WANDB_PROJECT"):
@@ -77,12 +77,12 @@ def test_what_is_missing_is_named_and_nothing_is_asked_for(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
 
-    def refused(told: str, *words: str) -> None:
-        with pytest.raises(UserError, match=re.escape(told)):
+    def refused(message: str, *words: str) -> None:
+        with pytest.raises(UserError, match=re.escape(message)):
             wandb_workspace.main(words)
 
     refused("--entity: found none")
-    refused("found no login to wandb; expected one. Run wandb login", "--entity", "e")
+    refused("found no wandb login; expected one. Run wandb login", "--entity", "e")
     refused("cannot be written", "--entity", "e", "--out", str(tmp_path / "no/such/file"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     refused("found WANDB_MODE=offline", "--entity", "e")
@@ -91,9 +91,9 @@ def test_what_is_missing_is_named_and_nothing_is_asked_for(
 
 
 @pytest.mark.slow
-def test_a_wandb_that_is_not_reached_is_given_up(tmp_path: Path) -> None:
+def test_an_unreachable_wandb_is_one_error_message(tmp_path: Path) -> None:
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
     done = command("python", "-m", "loop", "dashboard", "--entity", "e", **nowhere)
     assert done.returncode == 2
-    assert "wandb did not take the workspace for e/lora-loop: " in done.stderr
+    assert "wandb rejected the workspace for e/lora-loop: " in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""`python -m data clean`: what it changes, what it drops, and that it counts both."""
+"""`python -m data clean` changes and drops dialogues by rule, and counts both."""
 
 import json
 import signal
@@ -34,7 +34,7 @@ def dropped(record: dict[str, Any], rules: Settings = ALL) -> tuple[str, ...]:
 
 
 def run(*records: Any, folder: Path, flags: str = "") -> tuple[list[dict[str, Any]], Any]:
-    """Clean the records by the command and return what is kept, and the report."""
+    """Clean the records with the command; return the kept ones and the report."""
     file, out, report = folder / "in.json", folder / "out.json", folder / "report.json"
     file.write_text(json.dumps(records))
     words = f"--in {file} --out {out} --report {report} --processes 1 {flags}"
@@ -42,7 +42,7 @@ def run(*records: Any, folder: Path, flags: str = "") -> tuple[list[dict[str, An
     return json.loads(out.read_text()), json.loads(report.read_text())
 
 
-def test_a_dialogue_goes_from_the_first_question_to_the_last_answer() -> None:
+def test_a_dialogue_is_trimmed_to_the_first_question_and_the_last_answer() -> None:
     turns = dialogue(
         "Be brief.", "left over", QUESTION, ANSWER, "Thanks", roles="system gpt human gpt human"
     )
@@ -87,7 +87,7 @@ WORDS = [f"word{number}" for number in range(400)]
 
 
 def near_pair(change: int) -> list[dict[str, Any]]:
-    """Return two dialogues that differ in one of so many words."""
+    """Return two dialogues; the second differs in one of every `change` words."""
     other = [f"other{n}" if n % change == 5 else word for n, word in enumerate(WORDS)]
     return [dialogue(QUESTION, " ".join(words)) for words in (WORDS, other)]
 
@@ -121,7 +121,7 @@ def test_languages_are_kept_or_skipped(tmp_path: Path) -> None:
         run(english, folder=tmp_path, flags="--skip_languages eng")
 
 
-# For each rule a dialogue, or several, on which it alone has an effect.
+# For each rule, dialogues that only this rule changes.
 EFFECTS: dict[str, list[dict[str, Any]]] = {
     "invisible": [dialogue(QUESTION, "so\u200b it is")],
     "html": [dialogue(QUESTION, "<b>so</b> it is")],
@@ -170,7 +170,7 @@ def test_other_keys_of_records_and_turns_stay_as_they_are() -> None:
         ({"conversations": [{"from": "human", "value": 7}]}, "value is not text"),
     ],
 )
-def test_what_is_no_dialogue_is_told_or_counted(record: Any, cause: str, tmp_path: Path) -> None:
+def test_an_invalid_dialogue_is_named_or_counted(record: Any, cause: str, tmp_path: Path) -> None:
     with pytest.raises(BadRecord) as bad:
         clean.clean(ALL, record, "x.json: record 0")
     assert bad.value.cause == cause
@@ -191,7 +191,7 @@ def test_cleaning_a_file_again_changes_nothing_and_drops_nothing(
     assert report == {"read": len(kept), "kept": len(kept), "dropped": {}, "noted": {}}
 
 
-# A run that is killed when 2,100 records are written, of which it has made sure of 2,000.
+# A run that is killed after 2,100 records, of which 2,000 are committed.
 KILLED = """
 import os, signal
 from data.__main__ import main
@@ -208,7 +208,7 @@ main()
 """
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_killed_run_is_resumed(tmp_path: Path) -> None:
     texts = [[f"{QUESTION} {n}", f"{ANSWER}\n\n\n{n % 500}"] for n in range(3000)]
     file = write_dialogues(tmp_path / "in.json", *texts)
     words = [sys.executable, "-m", "data", "clean", "--in", file, "--processes", "1", "--out"]
@@ -217,7 +217,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists()
     went_on = subprocess.run([*words, out], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "going on behind record 2,000" in went_on.stderr
+    assert "resumed after record 2,000" in went_on.stderr
     assert "read 3000 = kept 3000" in went_on.stderr
     clean.main([str(word) for word in [*words[4:], tmp_path / "whole.jsonl"]])
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -1,4 +1,4 @@
-"""What `python -m data clean` makes of messages: HTML, leftovers of pages, characters, data."""
+"""Rules of `python -m data clean` for messages: HTML, leftovers, characters, personal data."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def cleaned(text: str, rules: Settings) -> clean.Result:
 
 
 def answer(text: str, rules: Settings | None = None) -> str:
-    """Return what becomes of an answer."""
+    """Return the cleaned answer."""
     (record,) = cleaned(text, rules or without()).records
     value: str = record["conversations"][1]["value"]
     return value
@@ -94,7 +94,7 @@ def test_html_becomes_markdown(html: str, markdown: str) -> None:
         "```\n# Copy code\nx\n```",
     ],
 )
-def test_what_only_looks_like_markup_or_residue_stays(text: str) -> None:
+def test_text_that_only_looks_like_markup_or_residue_stays(text: str) -> None:
     assert answer(text, without("newlines")) == text
 
 
@@ -116,7 +116,7 @@ def test_leftovers_of_pages_are_removed(text: str, expected: str) -> None:
     assert answer(text) == expected
 
 
-def test_invisible_characters_go_but_not_those_that_scripts_and_emoji_are_made_with() -> None:
+def test_invisible_characters_are_removed_but_not_those_of_scripts_and_emoji() -> None:
     assert answer("a\u200bb\ufeffc\xadd\xa0e\r\nf\x00g\ud800h\u2028i") == "abcd e\nfgh\ni"
     for text in ("👨\u200d👩\u200d👧", "❤️\u200d🔥", "می\u200cخواهم", "क्\u200dष", "ភាសា\u200bខ្មែរ"):
         assert answer(text) == text
@@ -158,7 +158,7 @@ DIALOGUES = st.lists(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(record=DIALOGUES, skipped=st.sets(st.sampled_from([*STEPS, "trim", "empty", "short"])))
-def test_cleaning_what_is_clean_changes_nothing(record: Any, skipped: set[str]) -> None:
+def test_cleaning_is_idempotent(record: Any, skipped: set[str]) -> None:
     rules = without(*skipped, "alternation", personal="mask")
     for kept in clean.clean(rules, record, "x.json: record 0").records:
         again = clean.clean(rules, kept, "x.json: record 0")

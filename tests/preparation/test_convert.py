@@ -1,4 +1,4 @@
-"""Every known form of dialogues becomes ShareGPT, and what is none is named or counted."""
+"""Known dialogue formats are converted to ShareGPT; other records are named or counted."""
 
 import csv
 import gzip
@@ -25,7 +25,7 @@ def written(tmp_path: Path, name: str, *records: Any) -> Path:
 
 
 def converted(tmp_path: Path, *words: str | Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return what the command writes, and its report."""
+    """Return the written records and the report."""
     out, report = tmp_path / "out.jsonl", tmp_path / "report.json"
     main([str(w) for w in (*words, "--out", out, "--report", report, "--processes", "1")])
     account = json.loads(report.read_text())
@@ -39,7 +39,7 @@ def converted(tmp_path: Path, *words: str | Path) -> tuple[list[dict[str, Any]],
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
 
 
-def test_a_sharegpt_record_comes_back_itself() -> None:
+def test_a_sharegpt_record_is_returned_itself() -> None:
     record = {"id": "a", "conversations": [{"from": "human", "value": "Hi"}], "model": "m"}
     assert as_sharegpt(record) is record
 
@@ -136,13 +136,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("record, cause, found", BAD.values(), ids=BAD)  # noqa: PT006
-def test_a_record_of_no_known_form_is_named(record: Any, cause: str, found: str) -> None:
+def test_a_record_of_an_unknown_format_is_named(record: Any, cause: str, found: str) -> None:
     with pytest.raises(BadRecord, match=found) as error:
         turn_roles(as_sharegpt(record))
     assert error.value.cause == cause
 
 
-def test_every_name_of_a_role_is_read() -> None:
+def test_every_role_name_is_accepted() -> None:
     turns = [{"from": name, "value": "x"} for name in ROLES]
     assert turn_roles({"conversations": turns}) == [*ROLES.values()]
 
@@ -196,7 +196,7 @@ def test_all_paths_of_a_tree_end_with_each_last_answer(tmp_path: Path) -> None:
     assert [record["id"] for record in records] == ["t_0", "t_1", "t_2"]
 
 
-def test_a_tree_without_an_answer_is_counted_and_one_of_no_use_named(tmp_path: Path) -> None:
+def test_a_tree_without_an_answer_is_counted_and_an_invalid_one_named(tmp_path: Path) -> None:
     alone = {"message_tree_id": "t", "prompt": message("prompter", "q")}
     gone = {"message_tree_id": "u", "prompt": message("prompter", "q", deleted=True)}
     for paths in ("best", "all"):
@@ -250,7 +250,7 @@ def test_named_columns_of_any_table_become_dialogues(kind: str, tmp_path: Path) 
     assert [dialogue.id for dialogue in dialogues] == ["a", "b"]
 
 
-def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_column_is_named(tmp_path: Path) -> None:
     file = written(tmp_path, "a.jsonl", {"question": "Hi", "reply": "Yo"})
     flags = ("--columns", "user=question", "assistant=answer")
     with pytest.raises(UserError, match="found the columns question, reply; expected answer"):
@@ -268,12 +268,12 @@ def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("--columns", "user=a", "assistant=b", "--format", "alpaca"),
     ],
 )
-def test_columns_that_cannot_be_meant_are_refused(flags: tuple[str, ...], tmp_path: Path) -> None:
+def test_invalid_columns_are_refused(flags: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--columns"):
         converted(tmp_path, "--in", written(tmp_path, "a.jsonl", ROWS[0]), *flags)
 
 
-def test_many_processes_write_what_one_does(tmp_path: Path) -> None:
+def test_many_processes_write_the_output_of_one(tmp_path: Path) -> None:
     records = [{"messages": CHAT, "id": str(number)} for number in range(700)]
     file, out = written(tmp_path, "a.jsonl", *records), tmp_path / "many.jsonl"
     converted(tmp_path, "--in", file)
@@ -281,7 +281,7 @@ def test_many_processes_write_what_one_does(tmp_path: Path) -> None:
     assert out.read_bytes() == (tmp_path / "out.jsonl").read_bytes()
 
 
-def test_the_account_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_counts_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(tmp_path, "a.jsonl", {"messages": CHAT}, 7)
     converted(tmp_path, "--in", file, "--on_bad_record", "skip")
     account = "read 2 = kept 1 + dropped 1 (record is not an object: 1)"

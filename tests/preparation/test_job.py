@@ -1,4 +1,4 @@
-"""Preparations that are killed, interrupted or started twice, and what all of them write."""
+"""Preparations resume after a kill, end on Ctrl-C, and exclude each other."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def dialogues(folder: Path, count: int) -> Path:
     return write_dialogues(folder / "in.json", *texts)
 
 
-# The run waits for ever once it has been given a result: it cannot be over before it is ended.
+# The run waits forever after its first result, so it does not end by itself.
 UNENDING = """
 import threading
 from data.__main__ import main
@@ -37,25 +37,33 @@ main()
 
 
 def started(data: Path, out: Path) -> subprocess.Popen[str]:
-    """Start a run on all cores; return when its processes are there."""
+    """Start a run on all cores; return when its workers run."""
     words = [sys.executable, "-c", UNENDING, "convert", "--in", data, "--out", out]
     run = subprocess.Popen(
         words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     process = psutil.Process(run.pid)
-    wait_until(lambda: len(process.children()) >= CORES, lambda: run.poll() is None)
+    lock = str(out.with_name(f".{out.name}.lock"))
+
+    def has_workers() -> bool:
+        """Whether all workers run, and have closed the lock that a fork inherits."""
+        workers = process.children()
+        opened = [file.path for worker in workers for file in worker.open_files()]
+        return len(workers) >= CORES and lock not in opened
+
+    wait_until(has_workers, lambda: run.poll() is None)
     return run
 
 
 @pytest.mark.skipif(CORES < 2, reason="on one core there are no other processes")
-def test_when_a_run_on_all_cores_is_killed_its_processes_end_and_the_next_goes_on(
+def test_the_workers_of_a_killed_run_end_and_the_next_run_resumes(
     tmp_path: Path,
 ) -> None:
     data, out = dialogues(tmp_path, 6000), tmp_path / "out.jsonl"
     run = started(data, out)
     others = psutil.Process(run.pid).children()
     for one in others:
-        one.suspend()  # they are there when the next run begins, whatever ends them
+        one.suspend()  # they still exist when the next run begins
     run.kill()
     run.wait()
     convert.main(["--in", str(data), "--out", str(out), "--processes", "1"])
@@ -69,10 +77,10 @@ def test_when_a_run_on_all_cores_is_killed_its_processes_end_and_the_next_goes_o
 def test_ctrl_c_ends_a_run_and_its_processes_without_a_traceback(tmp_path: Path) -> None:
     run = started(dialogues(tmp_path, 6000), tmp_path / "out.jsonl")
     others = psutil.Process(run.pid).children()
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to all of them
-    told = run.communicate()[1]
+    os.killpg(run.pid, signal.SIGINT)  # like a terminal: to all of them
+    stderr = run.communicate()[1]
     assert run.returncode == 130
-    assert "Traceback" not in told
+    assert "Traceback" not in stderr
     assert psutil.wait_procs(others, timeout=HANG)[1] == []
 
 
@@ -85,7 +93,8 @@ def test_ctrl_c_that_another_thread_takes_waits_until_the_processes_have_started
     def start() -> None:
         with parallel._no_ctrl_c():
             os.kill(os.getpid(), signal.SIGINT)
-            wait_until(lambda: signal.SIGINT not in signal.sigpending())  # the other took it
+            # until the other thread received it
+            wait_until(lambda: signal.SIGINT not in signal.sigpending())
             time.sleep(0.2)
             done.append("started")
 
@@ -95,13 +104,15 @@ def test_ctrl_c_that_another_thread_takes_waits_until_the_processes_have_started
     assert done == ["started"]
 
 
-def test_a_second_run_of_one_output_is_told_of_the_first(tmp_path: Path) -> None:
+def test_a_second_run_with_the_same_output_is_refused(tmp_path: Path) -> None:
     data, out = dialogues(tmp_path, 1), tmp_path / "out.jsonl"
     words = [sys.executable, "-m", "data", "convert", "--in", data, "--out", out]
-    with job._claimed(out):
+    with job.locked_output(out):
         second = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         assert second.returncode == 2
-        assert second.stderr == f"error: --out {out}: another run is writing it.\n"
+        expected = f"error: --out {out}: another run is writing it: process {os.getpid()} of "
+        assert second.stderr.startswith(expected)
+        assert second.stderr.count("\n") == 1
     assert subprocess.run(words, cwd=ROOT).returncode == 0
 
 
@@ -131,17 +142,17 @@ def test_a_report_that_cannot_be_written_costs_no_work(
 ) -> None:
     data, out = dialogues(tmp_path, 300), tmp_path / "out.jsonl"
     words = ["--in", str(data), "--out", str(out), "--processes", "1", "--report"]
-    blocked = tmp_path / "in.json/report.json"  # beneath a file there is no folder
+    blocked = tmp_path / "in.json/report.json"  # a file has no folder below it
     with pytest.raises(UserError, match=r"--report .*in.json/report.json: cannot be written"):
         convert.main([*words, str(blocked)])
     assert not out.exists()
     convert.main([*words, str(tmp_path / "report.json")])
-    assert "going on behind record 300" in capsys.readouterr().err
+    assert "resumed after record 300" in capsys.readouterr().err
     assert json.loads((tmp_path / "report.json").read_text())["kept"] == 300
     assert len(out.read_text().splitlines()) == 300
 
 
-def test_numbers_that_are_none_are_written_as_null(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_written_as_null(tmp_path: Path) -> None:
     turns = '[{"from": "human", "value": "\\ud800 a"}, {"from": "gpt", "value": "b"}]'
     data, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     numbers = '"score": NaN, "list": [1e999, {"low": -Infinity}], "good": 1.5'
@@ -152,14 +163,14 @@ def test_numbers_that_are_none_are_written_as_null(tmp_path: Path) -> None:
     assert record == {"score": None, "list": [None, {"low": None}], "good": 1.5}
 
 
-def test_a_name_that_the_disk_does_not_take_is_named(tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_is_named(tmp_path: Path) -> None:
     name = str(tmp_path / f"{'a' * 300}.jsonl")
     with pytest.raises(UserError, match="cannot be written: File name too long"):
         convert.main(["--in", str(dialogues(tmp_path, 1)), "--out", name])
 
 
 @pytest.mark.parametrize("command", [clean, stats])
-def test_a_link_that_leads_to_itself_is_named(command: Any, tmp_path: Path) -> None:
+def test_a_link_to_itself_is_named(command: Any, tmp_path: Path) -> None:
     link = tmp_path / "in.json"
     link.symlink_to(link)
     with pytest.raises(UserError, match=r"in\.json: cannot be read: Too many levels"):

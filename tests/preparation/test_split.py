@@ -1,4 +1,4 @@
-"""Every round that fits comes out once and in order, in pieces that fit; dialogues stay whole."""
+"""Each round that fits is written once and in order, in pieces that fit."""
 
 import json
 from pathlib import Path
@@ -34,16 +34,16 @@ def rounds_of(piece: dict[str, Any]) -> Texts:
 
 
 def length(piece: dict[str, Any], how: Settings) -> int:
-    """Return the tokens of a piece as training encodes it."""
+    """Return the number of tokens of a piece in training."""
     turns = piece["conversations"]
     system = turns[0]["value"] if turns[0]["from"] == "system" else None
-    said = tuple(Turn(NAMES[t["from"]], t["value"]) for t in turns if t["from"] in NAMES)
+    parsed = tuple(Turn(NAMES[t["from"]], t["value"]) for t in turns if t["from"] in NAMES)
     tokenizer, tally = load_tokenizer(*how.kind), Tally()
     if how.template == "t5":
-        pairs = encode_pairs([Dialogue("", said, system)], tokenizer, NO_LIMIT, False, tally)
+        pairs = encode_pairs([Dialogue("", parsed, system)], tokenizer, NO_LIMIT, False, tally)
         return max(max(pair.lengths) for pair in pairs)
     (example,) = encode_dialogues(
-        [Dialogue("", said, system)], how.template, tokenizer, HUGE, tally
+        [Dialogue("", parsed, system)], how.template, tokenizer, HUGE, tally
     )
     return len(example.input_ids)
 
@@ -54,7 +54,7 @@ def settings_of(model: Path, template: str, limit: int, long_round: str = "drop"
 
 @pytest.fixture(scope="session")
 def with_bos(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaMA-like vocabulary whose tokenizer begins each text with its BOS."""
+    """A LLaMA-like vocabulary whose tokenizer adds BOS."""
     from transformers import LlamaTokenizer
 
     folder = tmp_path_factory.mktemp("models") / "mistral"
@@ -70,7 +70,7 @@ text = st.lists(words, min_size=1, max_size=30).map("".join).map(lambda made: f"
 
 
 def check(texts: Texts, system: str | None, how: Settings) -> None:
-    """Hold a split to its promise: what fits comes out, once, in order, and greedily."""
+    """Check a split: each round that fits is in it once and in order, in the longest pieces."""
     found = split(how, record(texts, system, model="m"), "f: record 3")
     pieces = [*found.records]
     fitting = [one for one in texts if length(record([one], system), how) <= how.max_length]
@@ -82,7 +82,7 @@ def check(texts: Texts, system: str | None, how: Settings) -> None:
         opening = piece["conversations"][0]
         assert opening == {"from": "system", "value": system} or system is None
         assert piece["model"] == "m"
-        # The rounds follow each other in the source, and one more would not have fitted.
+        # The rounds are consecutive in the source, and one more would not fit.
         number = (start - (system is not None)) // 2
         size = len(rounds_of(piece))
         assert rounds_of(piece) == texts[number : number + size]
@@ -112,7 +112,7 @@ def test_a_bos_and_sentencepieces_joins_are_counted(with_bos: Path) -> None:
         check(texts, None, settings_of(with_bos, "vicuna", limit))
 
 
-def test_of_a_t5_the_sources_and_targets_of_a_piece_fit(tiny_t5: Path, tmp_path: Path) -> None:
+def test_the_sources_and_targets_of_a_t5s_piece_fit(tiny_t5: Path, tmp_path: Path) -> None:
     texts = [("Why {not}?" + " and why?" * n, "Because.\n" * (n % 9 + 5)) for n in range(12)]
     for limit in range(64, 110, 3):
         check(texts, None, settings_of(tiny_t5, "t5", limit))
@@ -123,7 +123,7 @@ def test_of_a_t5_the_sources_and_targets_of_a_piece_fit(tiny_t5: Path, tmp_path:
     assert pieces == [*split(how, record(texts), "f: record 3").records]
 
 
-def test_a_chat_template_of_ones_own_is_counted(tmp_path: Path, tiny_model: Path) -> None:
+def test_the_tokens_of_an_own_chat_template_are_counted(tmp_path: Path, tiny_model: Path) -> None:
     template, texts = tmp_path / "own.jinja", [("Why?", "Because.")] * 12
     template.write_text(f"{'x ' * 40}{load_tokenizer(str(tiny_model)).chat_template}")
     flags = ["--model_max_length", "160", "--chat_template", str(template)]
@@ -136,7 +136,7 @@ def test_a_chat_template_of_ones_own_is_counted(tmp_path: Path, tiny_model: Path
     assert len(pieces) > len(split(plain, record(texts), "f: record 3").records)
 
 
-def test_no_token_of_a_bytewise_vocabulary_stands_for_less_than_a_byte(
+def test_every_token_of_a_bytewise_vocabulary_is_at_least_one_byte(
     chat_model: Path, tiny_model: Path
 ) -> None:
     @settings(max_examples=50, deadline=None)
@@ -217,7 +217,7 @@ def test_a_question_that_alone_does_not_fit_is_dropped_in_both_cases(tiny_model:
         assert len(found.dropped) == 1
 
 
-def test_a_gigantic_dialogue_is_cut_as_its_beginning_would_be(tiny_model: Path) -> None:
+def test_a_huge_dialogue_is_cut_like_its_beginning(tiny_model: Path) -> None:
     texts = [(f"Why {n}?", "Because it is so. " * (n % 7 + 1)) for n in range(400)]
     how = settings_of(tiny_model, "chat", 128)
     assert sum(map(len, (a + b for a, b in texts))) > 3 * 64 * how.max_length
@@ -231,7 +231,7 @@ def test_a_gigantic_dialogue_is_cut_as_its_beginning_would_be(tiny_model: Path) 
 
 
 def run(tmp_path: Path, model: Path, records: list[Any], *flags: str) -> dict[str, Any]:
-    """Split the records, hold the account to its law, and return it."""
+    """Split the records; check read = kept + dropped, and return the report."""
     data, report = tmp_path / "data.json", tmp_path / "report.json"
     data.write_text(json.dumps(records), encoding="utf-8")
     words = ["--in", data, "--out", tmp_path / "out.json", "--report", report]
@@ -262,7 +262,7 @@ def test_without_eval_there_is_one_output(tmp_path: Path, tiny_model: Path) -> N
         (["--model_name_or_path", "data"], "data: its tokenizer cannot be loaded"),
     ],
 )
-def test_a_mistake_in_flags_is_named(
+def test_an_error_in_flags_is_named(
     flags: list[str], complaint: str, tmp_path: Path, tiny_model: Path
 ) -> None:
     with pytest.raises(UserError, match=complaint):
@@ -280,7 +280,9 @@ def test_a_dialogue_without_a_question_is_named(tmp_path: Path, tiny_model: Path
     assert account["dropped"] == {"no human turn": ["0"]}
 
 
-def test_real_dialogues_come_out_whole(tmp_path: Path, chat_model: Path, shared: Path) -> None:
+def test_real_dialogues_are_complete_after_a_split(
+    tmp_path: Path, chat_model: Path, shared: Path
+) -> None:
     data = json.loads((shared / "data/oasst_en.json").read_text(encoding="utf-8"))[:60]
     run(tmp_path, chat_model, data, "--model_max_length", "400")
     pieces = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))

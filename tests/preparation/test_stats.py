@@ -1,4 +1,4 @@
-"""What `python -m data stats` counts is what training reads, cuts and takes."""
+"""The counts of `python -m data stats` equal those of training."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ LONG = ["Why?", "Because. " * 600, "And?", "So. " * 900]
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Dialogues of every length: some that each limit cuts, one of which nothing is left."""
+    """Dialogues of all lengths: each limit truncates some, and one has no token left."""
     short = [[f"Question {n}?", f"It is {n}. " * n] for n in range(1, 40)]
     return write_dialogues(tmp_path / "data.json", *short, LONG, ["x " * 2000, "Yes."])
 
@@ -38,7 +38,7 @@ def stats(tmp_path: Path, *words: str | Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_tokens_and_cuts_are_those_of_training(
+def test_tokens_and_cuts_equal_those_of_training(
     processes: str, data: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     words = ("--in", data, "--model_name_or_path", tiny_model, "--processes", processes)
@@ -63,14 +63,14 @@ def test_tokens_and_cuts_are_those_of_training(
         assert cut["nothing_left"] == len(gone)
         lost = sum(one.tokens - min(one.tokens, int(limit)) for one in whole)
         assert cut["tokens"] == lost
-        learnt = sum(one.supervised_tokens for one in left)
-        assert cut["supervised"] == facts["supervised"] - learnt
+        supervised = sum(one.supervised_tokens for one in left)
+        assert cut["supervised"] == facts["supervised"] - supervised
         assert cut["examples"] == sum(one.tokens > int(limit) for one in whole)
     assert facts["cut_at"]["512"]["nothing_left"] == 1
     assert facts["cut_at"]["8192"]["examples"] == 0
 
 
-def test_of_a_t5_pairs_are_counted(tiny_t5: Path, data: Path, tmp_path: Path) -> None:
+def test_the_examples_of_a_t5_are_pairs(tiny_t5: Path, data: Path, tmp_path: Path) -> None:
     facts = stats(tmp_path, "--in", data, "--model_name_or_path", tiny_t5, "--processes", "1")
     tokenizer, _ = with_missing_characters(load_tokenizer(str(tiny_t5)))
     limits = PairLimits(1 << 30, 1 << 30, False)
@@ -81,7 +81,7 @@ def test_of_a_t5_pairs_are_counted(tiny_t5: Path, data: Path, tmp_path: Path) ->
     assert facts["supervised"] == sum(len(one.labels) for one in pairs)
 
 
-def test_steps_are_those_of_training(data: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_steps_equal_those_of_training(data: Path, tiny_model: Path, tmp_path: Path) -> None:
     words = ("--in", data, "--model_name_or_path", tiny_model, "--processes", "1")
     for batch, epochs, length in (("8", "1.5", "512"), ("64", "2", "2048")):
         flags = ("--global_batch_size", batch, "--num_train_epochs", epochs)
@@ -95,7 +95,7 @@ def test_steps_are_those_of_training(data: Path, tiny_model: Path, tmp_path: Pat
         assert estimate["examples_per_step"] == layout.global_batch_size
 
 
-def test_the_time_is_that_of_all_tokens_at_the_rate_of_a_run(
+def test_the_time_is_the_tokens_divided_by_the_rate_of_a_run(
     data: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [json.dumps({"step": n, "tokens_per_second": r}) for n, r in enumerate((1, 90, 110))]
@@ -137,13 +137,13 @@ def test_duplicates_languages_and_bad_records_are_counted(
     assert facts["languages"]["de"] == 1
 
 
-def test_without_a_model_it_tells_what_needs_no_tokenizer_and_says_so(tmp_path: Path) -> None:
+def test_without_a_model_only_counts_without_a_tokenizer_are_printed(tmp_path: Path) -> None:
     out = tmp_path / "lengths.png"
     words = ("--in", DUMMY_DATA, "--out", out, "--tokens_per_second", "5")
     done = command("python", "-m", "data", "stats", *words)
     assert done.returncode == 0, done.stderr
     assert "read 500 = kept 500 + dropped 0" in done.stderr
-    assert "Without --model_name_or_path there are no tokens, cuts and time." in done.stdout
+    assert "Tokens, cuts and training time need --model_name_or_path." in done.stdout
     assert "189 steps" in done.stdout
     assert "tokens/s" not in done.stdout
     from PIL import Image
@@ -154,7 +154,7 @@ def test_without_a_model_it_tells_what_needs_no_tokenizer_and_says_so(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ("--template vicuna", "needs a tokenizer"),
         ("--model_name_or_path /nowhere", "no such folder"),
@@ -165,6 +165,6 @@ def test_without_a_model_it_tells_what_needs_no_tokenizer_and_says_so(tmp_path: 
         ("--out /proc/none/x.png", "cannot be written"),
     ],
 )
-def test_flags_of_no_use_are_named(flags: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_invalid_flags_are_named(flags: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         main(["--in", str(DUMMY_DATA), *flags.split()])

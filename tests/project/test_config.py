@@ -1,16 +1,26 @@
-"""Flags and YAML give the settings that were meant, or one message that says what is wrong."""
+"""Flags and YAML give the intended settings, or one message that names the error."""
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
 from data.errors import UserError
-from loop.config.flags import ROOT, Config
-from loop.config.load import MAIN_JOB, dump, ignored_flag_notes, read_config
-from loop.config.parser import parse
+from loop.checkpoint.resume import _check_facts
+from loop.checkpoint.run_folder import is_finished
+from loop.config.flags import ROOT, Config, names_of
+from loop.config.load import ALIASES, MAIN_JOB, dump, ignored_flag_notes, read_config
+from loop.config.parser import parse, parser_of
+from loop.distributed.layout import global_batch_size
+from loop.doctor.flags import DoctorConfig
 from loop.doctor.memory import shape
+from loop.doctor.show import ShowConfig
+from loop.inputs.training_data import data_sha256
 
 MODEL = ["--model_name_or_path", "some/model"]
 
@@ -19,7 +29,7 @@ def read(*argv: str) -> Config:
     return read_config(argv, Config)
 
 
-def test_no_flag_means_the_main_job_and_a_flag_beats_it() -> None:
+def test_without_flags_the_main_job_applies_and_a_flag_overrides_it() -> None:
     main_job = yaml.safe_load(MAIN_JOB.read_text())
     assert read().learning_rate == main_job["learning_rate"] == 1e-3
     assert read().output_dir == "runs/main_job"
@@ -28,7 +38,7 @@ def test_no_flag_means_the_main_job_and_a_flag_beats_it() -> None:
 
 
 @pytest.mark.parametrize("flag", ["--model_name_or_path", "--data_path"])
-def test_a_model_or_data_means_the_general_defaults(flag: str) -> None:
+def test_with_a_model_or_data_the_general_defaults_apply(flag: str) -> None:
     config = read(flag, "x")
     assert config.learning_rate == 2e-5
     assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (8, 16, 0.05)
@@ -36,9 +46,9 @@ def test_a_model_or_data_means_the_general_defaults(flag: str) -> None:
     assert (config.num_train_epochs, config.warmup_ratio, config.max_grad_norm) == (3, 0.03, 1)
 
 
-def test_a_yaml_file_is_read_and_a_flag_beats_it(tmp_path: Path) -> None:
+def test_a_flag_overrides_a_yaml_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    # 1e-3 is a string in YAML 1.1, and no a boolean: both must mean what they look like.
+    # YAML 1.1 reads 1e-3 as a string and no as a boolean; here they are a number and a word.
     file.write_text("learning_rate: 1e-3\nlora_r: 4\nreport_to: [wandb]\nmixed_precision: no\n")
     config = read("--config", str(file), "--lora_r", "16")
     assert (config.learning_rate, config.lora_r, config.report_to) == (1e-3, 16, ("wandb",))
@@ -62,7 +72,7 @@ def test_booleans_take_every_usual_form(words: list[str]) -> None:
     assert read(*MODEL, "--lora-r", "4").lora_r == 4
 
 
-def test_a_precision_flag_beats_the_accelerate_config(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_precision_flag_overrides_the_accelerate_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert read(*MODEL).precision == "bf16"
     assert read(*MODEL, "--mixed_precision", "no").precision == "no"
@@ -92,7 +102,7 @@ def test_a_precision_flag_beats_the_accelerate_config(monkeypatch: pytest.Monkey
         (["--bf16", "maybe"], 'found "maybe"; expected True or False'),
         (["--template", "alpaca"], "expected one of vicuna, chat"),
         (["--report_to", "wandb", "mlfow"], 'found "mlfow"'),
-        (["--report_to", "none", "wandb"], "none beside a tracker"),
+        (["--report_to", "none", "wandb"], "none and a tracker"),
         (["--bf16", "--fp16"], "found both bf16 and fp16"),
         (["--bf16", "--mixed_precision", "fp16"], "found both bf16 and fp16"),
         (["--global_batch_size", "8", "--gradient_accumulation_steps", "2"], "expected one of"),
@@ -113,7 +123,7 @@ def test_a_wrong_flag_is_one_message(argv: list[str], found: str) -> None:
         ("lora_rank: 8", "lora_rank: unknown key. Did you mean lora_r"),
         ("lora_r: [1, 2]", "found 2 values"),
         ("lora_r: {a: 1}", "found a mapping"),
-        ("just words", "expected lines of"),
+        ("just words", "expected lines `key"),
         ("a: [", "not valid YAML"),
     ],
 )
@@ -135,7 +145,7 @@ def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
     assert "(default: 2e-05)" in text
 
 
-def test_flags_without_meaning_may_stand_in_a_yaml_file_too(tmp_path: Path) -> None:
+def test_ignored_flags_are_accepted_in_a_yaml_file_too(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("lora_r: 4\nlazy_preprocess: true\nevaluation_strategy: epoch\n")
     config = read_config(["--config", str(file)], Config)
@@ -145,7 +155,7 @@ def test_flags_without_meaning_may_stand_in_a_yaml_file_too(tmp_path: Path) -> N
     assert ignored_flag_notes([f"--config={file}"]) == [note]
 
 
-def test_a_users_file_among_the_configs_is_left_out_with_a_note(
+def test_an_unusable_file_among_the_configs_is_skipped_with_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(ROOT / "accelerate_configs" / "zero2.yaml", tmp_path)
@@ -159,3 +169,92 @@ def test_a_users_file_among_the_configs_is_left_out_with_a_note(
     for note, name in zip(notes, ("broken.yaml", "fsdp.yaml"), strict=True):
         assert note.startswith("note: left out: ")
         assert name in note
+
+
+# Old flag name -> a value, as words and as parsed.
+OLD_FLAGS: dict[str, tuple[str, Any]] = {
+    "evaluation_strategy": ("epoch", "epoch"),
+    "load_best_at_end": ("True", True),
+    "max_bad_steps": ("7", 7),
+    "report": ("data.json", "data.json"),
+    "resume_anyway": ("True", True),
+    "supervise": ("last", "last"),
+}
+EVALUATES = ["--eval_fraction", "0.1"]  # load_best_at_end needs it
+ALL_CONFIGS = pytest.mark.parametrize("config_type", [Config, ShowConfig, DoctorConfig])
+
+
+def test_every_old_flag_is_tested_and_no_help_lists_it() -> None:
+    assert {*OLD_FLAGS} == {*ALIASES}
+    text = parser_of(Config, "").format_help()
+    assert not [name for name in ALIASES if f"--{name} " in text]
+    assert {*ALIASES.values()} <= {*Config.__dataclass_fields__}
+
+
+@ALL_CONFIGS
+@pytest.mark.parametrize("old", OLD_FLAGS)
+def test_an_old_flag_works_on_the_command_line_and_in_yaml(
+    old: str, config_type: type[Config], tmp_path: Path
+) -> None:
+    word, value = OLD_FLAGS[old]
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{old}: {word}\n")
+    dashes = f"--{old.replace('_', '-')}={word}"
+    for argv in ([f"--{old}", word], [dashes], ["--config", str(file)]):
+        config = read_config([*MODEL, *EVALUATES, *argv], config_type)
+        assert getattr(config, ALIASES[old]) == value
+
+
+@ALL_CONFIGS
+@pytest.mark.parametrize("old", OLD_FLAGS)
+def test_the_flag_suggested_for_a_misspelt_old_name_is_a_current_one(
+    old: str, config_type: type[Config]
+) -> None:
+    with pytest.raises(UserError) as error:
+        read_config([f"--{old}x", "1"], config_type)
+    _, _, suggestion = str(error.value).partition("Did you mean --")
+    assert not suggestion or suggestion.partition("?")[0] in config_type.__dataclass_fields__
+
+
+def test_old_names_in_the_facts_of_a_checkpoint_are_compared_as_current_ones() -> None:
+    config, layout = Config(), SimpleNamespace(total_steps=9, global_batch_size=8)
+    old = {"--supervise": "all", "examples a step": 8}
+    found = SimpleNamespace(folder=Path("checkpoint-4"), step=4, manifest={"facts": old})
+    _check_facts(found, {"--train_on": "all", "examples a step": 8}, config, layout)
+    with pytest.raises(UserError, match="--train_on was all, is last"):
+        _check_facts(found, {"--train_on": "last", "examples a step": 8}, config, layout)
+
+
+def test_a_finished_run_with_old_names_in_its_settings_is_recognised(tmp_path: Path) -> None:
+    config = read(*MODEL, "--output_dir", str(tmp_path))
+    settings = yaml.safe_load(dump(config))
+    for old, new in ALIASES.items():
+        settings[old] = settings.pop(new)
+    assert "train_on" not in settings
+    (tmp_path / "training_config.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "adapter_model.safetensors").touch()
+    state = {
+        "finished": True,
+        "data_sha256": data_sha256(config),
+        "chat_template_sha256": None,
+        "global_batch_size": global_batch_size(config, 1),
+    }
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert is_finished(config)
+    with pytest.raises(UserError, match="train_on was all, is last"):
+        is_finished(dataclasses.replace(config, train_on="last"))
+
+
+def test_every_flag_that_trains_declares_what_it_affects() -> None:
+    # The template is compared by its text; trusted code does not change weights.
+    exempt = {"template", "trust_remote_code"}
+    undeclared = {*names_of(affects=None, is_path=False)}
+    groups = ("model", "LoRA", "data", "training")
+    trains = {name for group in groups for name in names_of(group=group)}
+    assert trains & undeclared == exempt
+
+
+def test_a_setting_that_changes_token_ids_or_weights_is_shared_and_compared() -> None:
+    compared = {*names_of(affects="encoding"), *names_of(affects="result")}
+    assert {"seed", "train_on", "lora_r", "learning_rate"} <= compared
+    assert compared <= {*names_of(finished_check="value", is_path=False)}

@@ -1,4 +1,4 @@
-"""The example jobs in docs/ are well-formed, and start ./launch.sh as a cluster would."""
+"""The example jobs in docs/ are well-formed and start ./launch.sh as a cluster does."""
 
 import json
 import os
@@ -24,21 +24,21 @@ ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = ROOT / "docs" / "pytorchjob.yaml"
 SBATCH = ROOT / "docs" / "slurm.sbatch"
 
-# Of sbatch's options those that these scripts may use.
+# The options of sbatch that the script may use.
 SBATCH_OPTIONS = {
     *("account", "cpus-per-task", "exclusive", "gpus-per-node", "job-name", "mem", "requeue"),
     *("nodes", "ntasks-per-node", "open-mode", "output", "partition", "signal", "time"),
 }
 SRUN_OPTIONS = {"--kill-on-bad-exit=1", "--cpus-per-task=64"}
 
-# Leaves what it was started with, and ends as it is told to.
+# Records its arguments and environment, and exits with ENDS_WITH.
 LAUNCH = """#!/usr/bin/env python3
 import json, os, sys
 with open("started.jsonl", "a") as file:
     file.write(json.dumps({"words": sys.argv[1:], "env": dict(os.environ)}) + "\\n")
 sys.exit(int(os.environ.get("ENDS_WITH", "0")))
 """
-# Runs its command on each node in turn, with what SLURM tells a task; ends as the worst of them.
+# Runs its command for each node in turn with SLURM's variables; exits with the last failure.
 SRUN = """#!/usr/bin/env bash
 worst=0
 while [[ $1 == --* ]]; do echo "$1" >> srun_options; shift; done
@@ -54,7 +54,7 @@ class Record(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     """A part of a PyTorchJob; the fields are those of training-operator v1.9.0.
 
     Source: its pkg/apis/kubeflow.org/v1/pytorch_types.go and common_types.go. An elasticPolicy and
-    a schedulingPolicy, which the manifest has no use for, are left out.
+    a schedulingPolicy, which the manifest does not use, are left out.
     """
 
 
@@ -90,7 +90,7 @@ def read_job(text: str) -> PyTorchJob:
     """Return a manifest's job; a field that is unknown or of the wrong type fails."""
     written = yaml.safe_load(text)
     job = msgspec.convert(written, PyTorchJob)
-    # Kubernetes' own records pass over what they do not know; here it would be missing.
+    # Kubernetes' own records ignore unknown fields, which are then missing here.
     assert msgspec.to_builtins(job) == written
     return job
 
@@ -112,7 +112,7 @@ def directives() -> dict[str, str]:
 def run(
     folder: Path, *words: str | Path, **env: str
 ) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
-    """Run a command beside a stub launch.sh; return what it did and what launch.sh was given."""
+    """Run a command with stub tools; return its result and the recorded calls of launch.sh."""
     tools = folder / "bin"
     tools.mkdir(exist_ok=True)
     stubs = {folder / "launch.sh": LAUNCH, tools / "srun": SRUN, tools / "scontrol": SCONTROL}
@@ -144,7 +144,7 @@ def operator(node: int, per_node: str) -> dict[str, str]:
 
 
 def sbatch(folder: Path, **env: str) -> tuple[Any, list[dict[str, Any]]]:
-    """Run the batch script as SLURM would: a copy, from elsewhere, on the first node."""
+    """Run the batch script as SLURM does: a copy, from another folder, on the first node."""
     spool = folder / "spool"
     spool.mkdir(exist_ok=True)
     shutil.copy(SBATCH, spool / "slurm_script")
@@ -159,7 +159,7 @@ def sbatch(folder: Path, **env: str) -> tuple[Any, list[dict[str, Any]]]:
 
 
 def check_words(words: list[str]) -> Config:
-    """Return the settings of a launch, after making sure that launch.sh knows every word."""
+    """Return the settings of a launch, after checking its config and flags."""
     config, *flags = words
     assert re.fullmatch(r"accelerate_configs/multi_node_\w+\.yaml", config)
     assert (ROOT / config).is_file()
@@ -215,7 +215,7 @@ def test_a_wrong_field_or_value_in_the_manifest_is_found(right: str, wrong: str)
 
 @pytest.mark.parametrize("per_node", ["auto", "8"])
 @pytest.mark.parametrize(("role", "node"), [("Master", 0), ("Worker", 1)])
-def test_a_pod_tells_launch_sh_its_place(
+def test_a_pod_passes_its_rank_and_address_to_launch_sh(
     role: Literal["Master", "Worker"], node: int, per_node: str, tmp_path: Path
 ) -> None:
     pod = container(role)
@@ -249,7 +249,7 @@ def test_the_batch_script_asks_for_two_nodes_of_eight_gpus_with_one_task_each() 
         "ntasks-per-node": "1",
         "gpus-per-node": "8",
     }
-    # Those to be adapted too, and none twice; sbatch stops reading at the first command.
+    # Commented options count too, and none occurs twice. sbatch stops reading at the first command.
     lines = re.findall(r"^##?SBATCH --([\w-]+)(?:=\S+)?$", text, re.MULTILINE)
     assert len(lines) == len(re.findall(r"^\W*SBATCH ", text, re.MULTILINE)) == len({*lines})
     assert {*lines} <= SBATCH_OPTIONS
@@ -266,12 +266,12 @@ def test_the_batch_script_starts_launch_sh_on_each_node(tmp_path: Path) -> None:
     assert [launch["env"]["SLURM_NODEID"] for launch in started] == ["0", "1"]
     assert started[0]["words"] == started[1]["words"]
     assert check_words(started[0]["words"]).output_dir == "runs/my_adapter"
-    # launch.sh takes its place from SLURM where these are not set.
+    # Without these, launch.sh takes its values from SLURM.
     for launch in started:
         assert not {"NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} & {*launch["env"]}
 
 
-def test_the_batch_script_ends_as_launch_sh_did(tmp_path: Path) -> None:
+def test_the_batch_script_exits_with_the_code_of_launch_sh(tmp_path: Path) -> None:
     (tmp_path / ".venv").mkdir()
     done, _ = sbatch(tmp_path, ENDS_WITH="2")
     assert done.returncode == 2
@@ -281,13 +281,13 @@ def test_the_batch_script_ends_as_launch_sh_did(tmp_path: Path) -> None:
     assert (tmp_path / "scontrol_words").read_text() == "requeue 4242\n"
 
 
-def test_the_batch_script_does_not_let_the_nodes_set_up(tmp_path: Path) -> None:
+def test_the_batch_script_refuses_to_set_up_on_the_nodes(tmp_path: Path) -> None:
     done, started = sbatch(tmp_path)
     assert done.returncode == 2
     assert "Run ./launch.sh setup once" in done.stderr
     assert not started
 
 
-def test_a_flag_that_does_not_exist_is_found() -> None:
+def test_an_unknown_flag_is_found() -> None:
     with pytest.raises(UserError, match="--lora_rank"):
         check_words(["accelerate_configs/multi_node_zero2.yaml", "--lora_rank", "8"])

@@ -1,4 +1,4 @@
-"""Each command's --help names every flag, in groups, with what it takes and its default."""
+"""The --help of each command lists every flag by group, with its value and its default."""
 
 import importlib
 import re
@@ -16,32 +16,37 @@ from loop.monitor.plots import PlotConfig
 from loop.monitor.wandb_workspace import DashboardConfig
 
 CONFIGS = (Config, ShowConfig, DoctorConfig, ChatConfig, MergeConfig, PlotConfig, DashboardConfig)
-# A flag's lines: its name, what it takes, and its text, which may begin on the next line.
+# The lines of a flag: its name, its value, and its text, which may start on the next line.
 FLAG = re.compile(r"^  (--\w+)((?: \S+)*?)(?:  +|\n +)((?:\S.*)(?:\n {8,}\S.*)*)", re.MULTILINE)
 
 
 def flags_of(text: str) -> dict[str, tuple[str, str]]:
-    """Return what each flag takes, and its text in one line."""
-    return {name: (takes, " ".join(told.split())) for name, takes, told in FLAG.findall(text)}
+    """Return the value and the text of each flag, the text in one line."""
+    return {
+        name: (takes, " ".join(help_text.split())) for name, takes, help_text in FLAG.findall(text)
+    }
 
 
 def help_of(config: type, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit):
-        parse(config, ["--help"], "`python -m loop x`: says what.")
+        parse(config, ["--help"], "`python -m loop x`: does something.")
     return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
-def test_every_flag_of_loop_says_what_it_takes_and_its_default(
+def test_every_flag_of_loop_has_a_value_and_a_default(
     config: type, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = help_of(config, capsys)
-    assert text.startswith("usage: python -m loop x [--flag value ...]\n\nSays what.\n")
+    assert text.startswith("usage: python -m loop x [--flag value ...]\n\nDoes something.\n")
     found = flags_of(text)
     assert {*found} == {f"--{name}" for name in ("config", *config.__dataclass_fields__)}
-    for name, (takes, told) in found.items():
+    for name, (takes, help_text) in found.items():
         assert takes, name
-        assert "(default: " in told or "none: " in told or name == "--config", (name, told)
+        assert "(default: " in help_text or "none: " in help_text or name == "--config", (
+            name,
+            help_text,
+        )
 
 
 def test_training_flags_are_grouped_and_numbers_have_their_unit(
@@ -60,13 +65,13 @@ def test_training_flags_are_grouped_and_numbers_have_their_unit(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_flag_of_data_says_what_it_takes_and_its_default(name: str) -> None:
+def test_every_flag_of_data_has_a_value_and_a_default(name: str) -> None:
     text = importlib.import_module(f"data.preparation.{name}").flags().format_help()
     assert text.startswith(f"usage: python -m data {name} --in FILE ...")
     assert {"files", "how it is run", name} <= {*re.findall(r"^(\w[\w ]+):$", text, re.MULTILINE)}
     found = flags_of(text)
     assert len(found) >= 8
     required = {"--in", "--out" if name != "stats" else "", "--model_name_or_path"}
-    for flag, (takes, told) in found.items():
+    for flag, (takes, help_text) in found.items():
         assert takes, flag
-        assert "default" in told or flag in required, (flag, told)
+        assert "default" in help_text or flag in required, (flag, help_text)

@@ -1,8 +1,9 @@
-"""launch.sh and the commands: the right exit code, one message, no traceback."""
+"""launch.sh and the commands end with the documented exit code, one message and no traceback."""
 
 import contextlib
 import itertools
 import json
+import shlex
 import shutil
 import socket
 from pathlib import Path
@@ -19,12 +20,12 @@ MODEL = "--model_name_or_path"
 @pytest.fixture(scope="module", autouse=True)
 def _environment() -> None:
     if not (ROOT / ".venv").is_dir():
-        pytest.skip("needs the .venv that ./launch.sh test makes")
-    command("./launch.sh", "--help")  # Whatever starts first waits for the warm process to be so.
+        pytest.skip("needs the .venv of ./launch.sh test")
+    command("./launch.sh", "--help")  # The first command waits until the warm process is ready.
 
 
 def one_message(text: str) -> str:
-    """Return the one error of an output; anything like a second one or a trace fails."""
+    """Return the only error of an output; a second error or a traceback fails."""
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, text
     assert "Traceback" not in text
@@ -42,7 +43,7 @@ def one_message(text: str) -> str:
         ([MODEL, "my--model"], "my--model cannot be loaded: HFValidationError"),
         (["--data_path", "accelerate_configs"], "accelerate_configs: a folder without data"),
         (["missing.yaml"], "missing.yaml: no such file"),
-        (["loop/config/main_job.yaml"], "A run's own settings go after --config"),
+        (["loop/config/main_job.yaml"], "Give settings of a run with --config"),
     ],
 )
 def test_a_wrong_flag_or_path_is_named_without_retries_of_the_hub(
@@ -87,16 +88,16 @@ def test_wrong_data_is_one_message_from_two_ranks(tiny_model: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_plain_launch_of_two_ranks_tells_a_mistake_once(tmp_path: Path) -> None:
+def test_a_plain_launch_of_two_ranks_reports_an_error_once(tmp_path: Path) -> None:
     done = command(
         "accelerate", "launch", "--config_file", "accelerate_configs/zero2.yaml",
         "--num_processes", "2", "--main_process_port", "0", "loop/train.py", "--lora_rank", "8",
     )  # fmt: skip
-    assert done.returncode == 1  # the launcher's, whatever the ranks say
+    assert done.returncode == 1  # The launcher's code, whatever the ranks return.
     assert done.stderr.count("--lora_rank: unknown flag. Did you mean --lora_r?") == 1
 
 
-def test_a_failure_that_is_not_the_users_is_1(broken_model: Path, tmp_path: Path) -> None:
+def test_a_failure_without_a_user_error_exits_with_1(broken_model: Path, tmp_path: Path) -> None:
     data = write_dialogues(tmp_path / "data.json", ["Hi", "Yo"])
     done = command(
         "./launch.sh", "accelerate_configs/cpu.yaml", MODEL, broken_model, "--data_path", data,
@@ -110,11 +111,11 @@ def test_help_lists_every_flag_and_trains_nothing() -> None:
     done = command("./launch.sh", "--lora_r", "4", "--help")
     assert done.returncode == 0
     assert "--lora_target_modules" in done.stdout
-    assert "--until-done" in done.stdout  # launch.sh's own, too
+    assert "--until-done" in done.stdout  # A flag of launch.sh itself.
     assert "./launch.sh setup" in command("./launch.sh", "-h").stdout
 
 
-def test_a_machine_without_what_is_needed_is_told_the_package(tmp_path: Path) -> None:
+def test_a_missing_requirement_is_reported_with_its_package(tmp_path: Path) -> None:
     script = (ROOT / "launch.sh").read_text()
     (tmp_path / "launch.sh").write_text(script)
     tools = tmp_path / "bin"
@@ -138,7 +139,7 @@ def test_a_machine_without_what_is_needed_is_told_the_package(tmp_path: Path) ->
 
 @pytest.fixture
 def dry(tmp_path: Path) -> Path:
-    """A copy of launch.sh whose tools only say what they were given; .invalid is no known name."""
+    """A copy of launch.sh with stub tools that print their arguments; *.invalid is unknown."""
     for name in ("requirements.txt", "accelerate_configs", "launch.sh"):
         source = ROOT / name
         copy = shutil.copytree if source.is_dir() else shutil.copy
@@ -146,14 +147,14 @@ def dry(tmp_path: Path) -> Path:
     tools = tmp_path / ".venv" / "bin"
     tools.mkdir(parents=True)
     shutil.copy(ROOT / "requirements.txt", tmp_path / ".venv" / ".installed-requirements.txt")
-    says = {
+    scripts = {
         "pip": "exit 0",
         "python": "exit 0",
         "accelerate": 'echo "STARTED $*"; echo 0 > "$LORA_LOOP_STATUS_FILE"',
         "scontrol": '[ "$*" = "show hostnames node[07-08]" ] && printf "node07\\nnode08\\n"',
     }
-    says |= {"getent": 'case "$*" in *.invalid) exit 2 ;; esac', "sleep": "exit 0"}
-    for name, text in says.items():
+    scripts |= {"getent": 'case "$*" in *.invalid) exit 2 ;; esac', "sleep": "exit 0"}
+    for name, text in scripts.items():
         (tools / name).write_text(f"#!/bin/sh\n{text}\n")
         (tools / name).chmod(0o755)
     return tmp_path
@@ -170,7 +171,7 @@ SLURM = {
 }
 
 
-def test_slurms_variables_become_the_rendezvous(dry: Path) -> None:
+def test_the_variables_of_slurm_give_the_rendezvous(dry: Path) -> None:
     done = command("./launch.sh", ZERO2, "--lora_r", "4", cwd=dry, **SLURM)
     assert done.returncode == 0, done.stderr
     started = next(line for line in done.stdout.splitlines() if line.startswith("STARTED"))
@@ -185,7 +186,7 @@ def test_slurms_variables_become_the_rendezvous(dry: Path) -> None:
     assert "found 16 SLURM tasks on 2 nodes" in one_message(two.stderr)
 
 
-def test_explicit_machines_beat_slurms_and_wrong_ones_are_named(dry: Path) -> None:
+def test_explicit_machines_override_slurm_and_invalid_ones_are_named(dry: Path) -> None:
     mine = {"NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
     done = command("./launch.sh", ZERO2, "--lora_r", "4", cwd=dry, **SLURM | mine)
     started = next(line for line in done.stdout.splitlines() if line.startswith("STARTED"))
@@ -198,7 +199,10 @@ def test_explicit_machines_beat_slurms_and_wrong_ones_are_named(dry: Path) -> No
     for words, found in (
         ({"NNODES": "2", "NODE_RANK": "0"}, "found NNODES=2 without MASTER_ADDR"),
         ({"NNODES": "2", "MASTER_ADDR": "10.0.0.1"}, "found NNODES=2 without NODE_RANK"),
-        ({**mine, "MASTER_ADDR": "nowhere.invalid"}, "MASTER_ADDR: found nowhere.invalid, a name"),
+        (
+            {**mine, "MASTER_ADDR": "nowhere.invalid"},
+            "MASTER_ADDR: found nowhere.invalid, an unknown host",
+        ),
         ({**mine, "NNODES": "9" * 20}, "expected a whole number of six digits at most"),
         ({**mine, "NODE_RANK": "3"}, "NODE_RANK: found 3; expected 0 to 2"),
         ({**mine, "MASTER_PORT": "x"}, "MASTER_PORT: found x"),
@@ -224,13 +228,71 @@ def test_a_launch_that_cannot_work_is_refused(words: list[str], found: str, dry:
     assert found in one_message(done.stderr)
 
 
-def test_max_restarts_goes_to_torchelastic_on_one_machine_only(dry: Path) -> None:
+def test_max_restarts_is_passed_to_torchelastic_only_on_one_machine(dry: Path) -> None:
     words = ("./launch.sh", ZERO2, "--max_restarts", "5", "--lora_r", "4")
     assert "--max_restarts 5 loop/train.py --lora_r 4" in command(*words, cwd=dry).stdout
     two = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "10.0.0.1"}
-    assert "found it on 2 machines" in one_message(command(*words, cwd=dry, **two).stderr)
+    assert "--max_restarts: found 2 machines" in one_message(command(*words, cwd=dry, **two).stderr)
     words = ("./launch.sh", "accelerate_configs/single_gpu.yaml")
-    assert "knows of no other machine" in one_message(command(*words, cwd=dry, **two).stderr)
+    assert "starts one process on one machine" in one_message(
+        command(*words, cwd=dry, **two).stderr
+    )
+
+
+MARKED = """import pytest
+
+def test_plain(): pass
+@pytest.mark.skip(reason="no reason")
+def test_skipped(): pass
+"""
+WORKERS = "-n 4 --dist worksteal"
+
+
+@pytest.mark.parametrize(
+    ("words", "calls"),
+    [
+        ("", [f'"not serial and not slow" {WORKERS}', '"serial and not slow" -n 0']),
+        ("--all -x", [f'"not serial" {WORKERS} -x', "serial -x -n 0"]),
+        (
+            "-n 2 -k a",
+            ['"not serial and not slow" -n 2 -k a', '"serial and not slow" -n 2 -k a -n 0'],
+        ),
+        ("--all -m gpu", [f"{WORKERS} -m gpu"]),
+    ],
+)
+def test_the_test_command_runs_serial_tests_apart(words: str, calls: list[str], dry: Path) -> None:
+    for name in ("ruff", "mypy"):
+        (dry / ".venv/bin" / name).symlink_to("/bin/true")
+    (dry / ".venv/bin/python").write_text('#!/bin/sh\nfor w; do printf "<%s>" "$w"; done; echo\n')
+    shutil.copy(ROOT / "requirements-dev.txt", dry)
+    done = command("./launch.sh", "test", *words.split(), cwd=dry)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("<-m><pytest>")]
+    expected = [
+        shlex.split(f"-m pytest {'' if call.startswith('-n') else '-m '}{call}") for call in calls
+    ]
+    assert lines == ["".join(f"<{word}>" for word in call) for call in expected]
+
+
+@pytest.mark.parametrize(
+    ("plain", "serial", "code"), [(0, 0, 0), (0, 5, 0), (5, 0, 0), (5, 5, 5), (1, 0, 1), (0, 1, 1)]
+)
+def test_the_test_command_has_one_exit_code(plain: int, serial: int, code: int, dry: Path) -> None:
+    for name in ("ruff", "mypy"):
+        (dry / ".venv/bin" / name).symlink_to("/bin/true")
+    script = f'#!/bin/sh\ncase "$*" in *"not serial"*) exit {plain} ;; *) exit {serial} ;; esac\n'
+    (dry / ".venv/bin/python").write_text(script)
+    shutil.copy(ROOT / "requirements-dev.txt", dry)
+    assert command("./launch.sh", "test", cwd=dry).returncode == code
+
+
+def test_a_run_of_the_tests_ends_with_its_skips_by_reason(tmp_path: Path) -> None:
+    (tmp_path / "test_marked.py").write_text(MARKED)
+    words = ("python", "-m", "pytest", tmp_path, "-p", "tests.conftest", "-n", "2")
+    words += ("--rootdir", ROOT, "-c", ROOT / "pyproject.toml")
+    done = command(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-2] == "skipped: 1 (no reason)"
 
 
 def test_show_prints_what_the_loop_trains_on(tiny_model: Path, tmp_path: Path) -> None:
@@ -261,7 +323,7 @@ def test_an_unknown_command_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("kind", [UserError, RunError])
-def test_what_is_told_to_all_ranks_keeps_its_exit_code(kind: type[UserError]) -> None:
+def test_an_error_raised_on_all_ranks_keeps_its_exit_code(kind: type[UserError]) -> None:
     with pytest.raises(UserError, match="the disk is full") as raised, raise_on_all_ranks():
         raise kind("the disk is full")
     assert raised.value.exit_code == kind.exit_code

@@ -1,4 +1,4 @@
-"""What is known in milliseconds stops a run before it costs anything."""
+"""Checks that take milliseconds stop a run before it costs anything."""
 
 import shutil
 import sys
@@ -27,7 +27,7 @@ from tests.support.helpers import command, write_dialogues
 __all__ = ["doctor", "right"]  # fixtures
 
 
-def test_versions_that_do_not_go_together_are_told(
+def test_incompatible_versions_are_reported(
     doctor: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.syspath_prepend(installed(tmp_path / "a", "peft", "0.10.0"))
@@ -37,7 +37,7 @@ def test_versions_that_do_not_go_together_are_told(
     assert "found tokenizers 0.99.0; transformers 5.23.0 expects" in odd
 
 
-def test_packages_that_cannot_even_be_imported_are_told_without_a_trace(tmp_path: Path) -> None:
+def test_packages_that_cannot_be_imported_are_reported_without_a_traceback(tmp_path: Path) -> None:
     old = str(installed(tmp_path, "tokenizers", "0.1.0"))
     done = command(
         *(sys.executable, "-m", "loop", "doctor", "--lora_r", "0"),
@@ -68,7 +68,7 @@ def test_packages_that_cannot_even_be_imported_are_told_without_a_trace(tmp_path
         ("--accelerate_config accelerate_configs/zero2.yaml", "deepspeed"),
     ],
 )
-def test_a_package_that_is_asked_for_and_not_there_is_told(
+def test_a_missing_package_that_a_flag_needs_is_reported(
     flags: str, package: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = preflight.version
@@ -78,7 +78,7 @@ def test_a_package_that_is_asked_for_and_not_there_is_told(
     assert doctor() == []
 
 
-def test_room_on_the_disk_and_in_memory_is_compared_with_what_is_needed(
+def test_free_disk_and_memory_are_compared_with_the_need(
     doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
@@ -100,19 +100,19 @@ def test_room_on_the_disk_and_in_memory_is_compared_with_what_is_needed(
     [
         (Config(torch_compile=True), 3, "--torch_compile: found ZeRO-3"),
         (Config(q_lora=True, bf16=True, lora_bias="all"), 0, "without an fp32 master"),
-        (Config(lora_weight_path="x", lora_bias="all"), 3, "cannot be put into a base"),
+        (Config(lora_weight_path="x", lora_bias="all"), 3, "under which biases cannot be loaded"),
     ],
 )
-def test_flags_that_cannot_work_under_a_stage_are_refused_there_and_nowhere_else(
+def test_flags_that_a_zero_stage_does_not_support_are_refused_only_there(
     config: Config, stage: int, expected: str
 ) -> None:
     (found,) = preflight.problems(config, stage)
     assert expected in found
     assert not [*preflight.problems(config, 2)]
-    assert not [*preflight.problems(config)]  # before the launch the stage is not known
+    assert not [*preflight.problems(config)]  # The stage is unknown before the launch.
 
 
-def test_training_tells_all_that_is_known_in_one_message(
+def test_training_reports_all_errors_in_one_message(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.syspath_prepend(installed(tmp_path, "peft", "0.10.0"))
@@ -126,7 +126,7 @@ def test_training_tells_all_that_is_known_in_one_message(
     assert [text in line for text, line in zip(found, lines, strict=True)] == [True] * 4
 
 
-def test_two_ranks_tell_it_once_before_anything_is_read(tmp_path: Path) -> None:
+def test_two_ranks_report_an_error_once_before_data_is_read(tmp_path: Path) -> None:
     words = ("--torch_compile", "--data_path", write_dialogues(tmp_path / "d.json", ["Hi", "Yo"]))
     done = command(
         *("./launch.sh", "accelerate_configs/zero3.yaml", *words, "--output_dir", tmp_path / "run"),
@@ -147,7 +147,7 @@ def test_it_imports_nothing_large() -> None:
     assert command(sys.executable, "-c", code).stdout == "set()\n"
 
 
-def test_contradictions_of_a_deepspeed_json_are_told_whatever_the_data_and_beside_a_bad_key(
+def test_contradictions_of_a_deepspeed_json_are_reported_next_to_data_errors_and_a_bad_key(
     doctor: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     values = {"gradient_clipping": 0.5, "train_micro_batch_size_per_gpu": 7, "nonsense": 1}
@@ -164,12 +164,12 @@ def test_contradictions_of_a_deepspeed_json_are_told_whatever_the_data_and_besid
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     with pytest.raises(UserError) as error:
         check_launch(Config(deepspeed=str(file), torch_compile=True))
-    told = problems(str(error.value))
-    assert [text in line for text, line in zip(expected, told, strict=True)] == [True] * 4
+    reported = problems(str(error.value))
+    assert [text in line for text, line in zip(expected, reported, strict=True)] == [True] * 4
 
 
 @pytest.mark.parametrize("text", ["{", '{"zero_optimization": {"stage": 3, "bad": 1}}'])
-def test_beside_a_deepspeed_json_that_cannot_be_taken_the_launch_is_still_examined(
+def test_the_launch_is_checked_even_if_the_deepspeed_json_is_invalid(
     text: str, doctor: Doctor, tmp_path: Path
 ) -> None:
     file = write(tmp_path / "ds.json", text)
@@ -177,7 +177,7 @@ def test_beside_a_deepspeed_json_that_cannot_be_taken_the_launch_is_still_examin
     assert "--torch_compile: found ZeRO-3" in stage
 
 
-def test_a_word_that_names_no_file_is_refused_as_a_prompt_and_a_question_is_not() -> None:
+def test_a_prompt_that_looks_like_a_missing_file_is_refused_and_a_question_is_not() -> None:
     lost = ("/no/such", "none.txt", "none.jsonl")
     found = [*preflight.problems(Config(sample_prompts=lost))]
     assert len(found) == 3

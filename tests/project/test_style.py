@@ -1,6 +1,7 @@
-"""The budgets and import directions that keep the project readable."""
+"""Budgets of length, import directions, and words that the project does not use."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CODE = sorted([*ROOT.glob("loop/**/*.py"), *ROOT.glob("data/**/*.py")])
 FILES = sorted([*CODE, *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
 
-# Who may import whom: each package only from those before it, and never in a circle.
+# Each package imports only from the packages before it.
 PACKAGES = [
     *("data.errors", "data.files", "data.dialogues", "data.encoding", "data.batching"),
     *("data.preparation", "data.bundled", "data.__main__"),
@@ -17,7 +18,7 @@ PACKAGES = [
     *("loop.checkpoint", "loop.training", "loop.doctor", "loop.adapters"),
     *("loop.train", "loop.__main__"),
 ]
-INDEPENDENT = {("loop.adapters", "loop.doctor")}  # neither imports the other
+INDEPENDENT = {("loop.adapters", "loop.doctor")}  # Neither imports the other.
 ONLY_IN = {
     "deepspeed": {
         "loop/distributed/optimizer_state.py",
@@ -30,10 +31,26 @@ ONLY_IN = {
     "wandb": {"loop/monitor/trackers.py"},
     "wandb_workspaces": {"loop/monitor/wandb_workspace.py"},
 }
+# Former identifiers, each replaced by a field term.
+FORMER_NAMES = (
+    *("told_to_all", "first_rank_says", "from_first_rank", "join_ranks", "_meet_again", "Damaged"),
+    *("Dealt", "begun_alike", "side_by_side", "unlearnt", "until_enough", "find_start", "AFRESH"),
+    *("crossed", "put_master", "put_trained", "_is_shared_out", "keep_buckets"),
+    *("NOT_COMPARED", "GROUPS_THAT_TRAIN", "WITHOUT_MEANING", "NOTHING_HELD_OUT", "lost_prompts"),
+)
+# Phrases that have a plain replacement, with it.
+FORMER_PHRASES = {
+    "no token is run behind": "each sequence stops at its last supervised token",
+    "beside a tracker": "and a tracker",
+    "since the first decides the second": "the first sets the second",
+    "a prompt a line": "one prompt per line",
+    "these very versions": "the same versions",
+    "docs/scaling.md": "docs/memory.md",
+}
 
 
 def imports(path: Path) -> list[str]:
-    """Return the modules a file imports, wherever in it."""
+    """Return the modules that a file imports, at its top or inside functions."""
     names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -46,12 +63,12 @@ def imports(path: Path) -> list[str]:
 
 
 def is_module(name: str) -> bool:
-    """Whether this is a module of the project, not a name within one."""
+    """Whether this is a module of the project, not a name inside a module."""
     return ROOT.joinpath(*name.split(".")).with_suffix(".py").is_file()
 
 
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Return every function of a file, methods and nested ones too."""
+    """Return every function of a file, including methods and nested functions."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
 
@@ -66,7 +83,7 @@ def test_files_functions_and_lines_keep_their_budgets(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_says_first_what_it_is_for(path: Path) -> None:
+def test_a_file_starts_with_its_docstring(path: Path) -> None:
     assert path.read_text().startswith('"""')
 
 
@@ -87,7 +104,7 @@ def test_the_loop_fits_on_one_screen() -> None:
     assert not [node for node in ast.walk(loop) if isinstance(node, ast.If)]
 
 
-def test_data_imports_nothing_of_loop_and_no_accelerate() -> None:
+def test_data_imports_neither_loop_nor_accelerate() -> None:
     for path in ROOT.glob("data/**/*.py"):
         tops = {name.partition(".")[0] for name in imports(path)}
         assert not tops & {"loop", "accelerate", "deepspeed", "peft"}, path
@@ -119,7 +136,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
-        assert module not in trail, f"a circle: {' -> '.join((*trail, module))}"
+        assert module not in trail, f"an import circle: {' -> '.join((*trail, module))}"
         if module in done:
             return
         for other in sorted(arrows.get(module, ())):
@@ -148,7 +165,7 @@ def test_init_files_hold_one_docstring_and_no_code() -> None:
 
 
 @pytest.mark.parametrize("package", ["bitsandbytes", "trl", *ONLY_IN])
-def test_heavy_packages_are_imported_where_they_belong_only(package: str) -> None:
+def test_heavy_packages_are_imported_only_in_their_modules(package: str) -> None:
     users = {
         str(path.relative_to(ROOT))
         for path in CODE
@@ -162,7 +179,7 @@ def test_no_module_is_named_like_a_dependency() -> None:
     assert not {path.stem for path in CODE} & taken
 
 
-def test_the_trainer_of_transformers_is_used_nowhere() -> None:
+def test_the_trainer_of_transformers_is_not_used() -> None:
     names = {
         alias.name
         for path in CODE
@@ -172,3 +189,17 @@ def test_the_trainer_of_transformers_is_used_nowhere() -> None:
     }
     assert not [name for name in names if name.endswith(("Trainer", "TrainingArguments"))]
     assert "transformers.Trainer" not in "".join(path.read_text() for path in CODE)
+
+
+def test_no_former_name_or_phrase_is_left() -> None:
+    pages = [*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    texts = [*FILES, *pages, ROOT / "launch.sh", *ROOT.glob("accelerate_configs/*.yaml")]
+    names = re.compile(
+        rf"\b({'|'.join(FORMER_NAMES)})\b|{'|'.join(map(re.escape, FORMER_PHRASES))}"
+    )
+    found = {
+        str(path.relative_to(ROOT)): names.findall(path.read_text())
+        for path in texts
+        if path != Path(__file__).resolve() and names.search(path.read_text())
+    }
+    assert not found

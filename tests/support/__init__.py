@@ -1,1 +1,1 @@
-"""What tests share: commands run as a user would, tiny models, fake servers."""
+"""Shared by tests: commands run as a user runs them, tiny models, fake servers."""

@@ -1,6 +1,6 @@
-"""loop/train.py, in which rank 1 alone sees a request to stop, in the middle of its third step.
+"""Runs loop/train.py; only rank 1 sees a stop request, in the middle of its third step.
 
-ASKED: "launcher" for a request of launch.sh, by its file; "signal" for a signal to that rank.
+ASKED: "launcher" for a stop file of launch.sh, "signal" for a signal to that rank.
 """
 
 import os
@@ -22,11 +22,11 @@ calls: list[int] = []
 
 
 def interrupted(*arguments: Any) -> Any:
-    """Ask in the middle of the step, after all ranks have met in the one before."""
+    """Request the stop in the middle of a step, after all ranks have finished the one before."""
     calls.append(1)
     if len(calls) == 3:
         if os.environ["ASKED"] == "launcher":
-            Path(f"{os.environ[signals.STATUS_FILE]}{signals.STOP}").touch()
+            Path(f"{os.environ[signals.STATUS_FILE]}{signals.STOP_SUFFIX}").touch()
         os.kill(os.getpid(), signal.SIGTERM)
     return loss_sum(*arguments)
 
@@ -35,6 +35,6 @@ if __name__ == "__main__":
     if os.environ["RANK"] == "1":
         train.supervised_loss_sum = interrupted
     else:
-        # It looks for the file twice a second: this rank is always too late.
+        # As if this rank, which polls for the file, always looked too early.
         signals.launcher_asks = saver.launcher_asks = lambda: False
     run_and_exit(train.main)

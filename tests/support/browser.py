@@ -1,4 +1,4 @@
-"""Opens pages in a headless Chromium that reaches nothing but this machine."""
+"""Opens pages in a headless Chromium that can reach this machine only."""
 
 import json
 import shutil
@@ -25,14 +25,14 @@ needs_chromium = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Opened:
-    """What became of a page: its elements once its script has run, and what it asked for."""
+    """An opened page: its DOM after its script has run, and the URLs that it requested."""
 
     dom: str
     requests: list[str]
 
 
 def chromium(*words: str, seconds: float = HANG) -> str:
-    """Run it with a profile of its own and return what it printed."""
+    """Run Chromium with a temporary profile and return its standard output."""
     with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
         done = subprocess.run(
             [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", *words],
@@ -46,10 +46,10 @@ def chromium(*words: str, seconds: float = HANG) -> str:
 
 
 def opened(address: str, *words: str) -> Opened:
-    """Open a page; of its requests those that Chromium makes for itself have no origin."""
+    """Open a page. Chromium's own requests have no origin and are left out."""
     with tempfile.TemporaryDirectory(prefix="chromium-log-") as folder:
         log = Path(folder) / "net.json"
         dom = chromium(f"--log-net-log={log}", *words, "--dump-dom", address)
         events = json.loads(log.read_text())["events"]
-    asked = [event["params"] for event in events if "initiator" in event.get("params", {})]
-    return Opened(dom, [one["url"] for one in asked if one["initiator"] != "not an origin"])
+    requests = [event["params"] for event in events if "initiator" in event.get("params", {})]
+    return Opened(dom, [one["url"] for one in requests if one["initiator"] != "not an origin"])

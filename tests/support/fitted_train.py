@@ -1,8 +1,8 @@
-"""loop/train.py on ranks of a memory that a test decides; for test_auto_micro_batch_zero3.
+"""Runs loop/train.py with a memory per rank that a test sets; for test_auto_micro_batch_zero3.
 
-ROOM: a number for each rank, tokens that a pass may have there; on a rank whose number is negative
-the memory ends within the first pass of more tokens than that. Passes are real. What they have left
-in the engine is looked at before the first step.
+ROOM: for each rank, the tokens of the largest pass that fits in memory. If the number is negative,
+the first larger pass runs out of memory in its middle. Passes are real. The state of DeepSpeed's
+engine is checked before the first step.
 """
 
 import os
@@ -29,7 +29,7 @@ def mine() -> int:
 
 
 def measured(model: Any, batch: Any, *rest: Any) -> None:
-    """Run a pass; where memory ends, end it in its midst, when others are in collectives."""
+    """Run a pass; if memory runs out, fail in its middle, while other ranks are in collectives."""
     tried.append(batch.tokens)
     hooks = []
     if mine() < 0 and batch.tokens > -mine():
@@ -47,7 +47,7 @@ def measured(model: Any, batch: Any, *rest: Any) -> None:
 
 
 def checked(layout: Any, config: Any, prepared: Any, model: Any, *rest: Any) -> Any:
-    """Fit as ever; then nothing of it may be left in DeepSpeed's engine."""
+    """Fit the micro-batch, then check that DeepSpeed's engine is as before."""
     found = fit_once(layout, config, prepared, model, *rest)
     print(f"tried on rank {os.environ['RANK']}: {tried}", flush=True)
     zero = model.optimizer
@@ -61,7 +61,7 @@ def checked(layout: Any, config: Any, prepared: Any, model: Any, *rest: Any) -> 
 if __name__ == "__main__":
     auto_micro_batch.memory_room = lambda _: PER_TOKEN * (mine() if mine() > 0 else 10**9)
     auto_micro_batch.memory_used = lambda _: 0
-    # What was tried last is what the pass took.
+    # The peak of a pass is its tokens.
     peak_of = auto_micro_batch._peak_of
 
     def peak(*arguments: Any) -> int:

@@ -1,4 +1,4 @@
-"""Runs the project's commands as a user would, and reads what they leave."""
+"""Runs the project's commands as a user does, and reads their output files."""
 
 import contextlib
 import functools
@@ -22,24 +22,24 @@ from torch.profiler import profile
 from data.dialogues.sharegpt import Dialogue, Tally, read_dialogues
 
 ROOT = Path(__file__).resolve().parents[2]
-HANG = 900.0  # seconds after which what a test waits for hangs, on any machine
+HANG = 900.0  # seconds after which a test counts a process as hanging, on any machine
 BIN = Path(sys.executable).parent
 SUPPORT = ROOT / "tests" / "support"
 
 
-def wait_until(done: Callable[[], object], going_on: Callable[[], bool] = lambda: True) -> None:
-    """Poll until something has happened; fail once it no longer can, or after HANG seconds."""
+def wait_until(done: Callable[[], object], running: Callable[[], bool] = lambda: True) -> None:
+    """Poll until `done`; fail once nothing is `running`, or after HANG seconds."""
     deadline = time.monotonic() + HANG
     while not done():
-        # A process may do it and end between two looks.
-        assert going_on() or done(), "ended before it happened"
+        # A process may be done and end between the two calls.
+        assert running() or done(), "ended before it happened"
         assert time.monotonic() < deadline, "hangs"
         time.sleep(0.01)
 
 
 @dataclass
 class Allocated:
-    """Bytes that tensors on the CPU were given: the most at any time, and what is left of it."""
+    """Bytes that tensors on the CPU allocate: the peak, and the rest at the end."""
 
     most: int = 0
     left: int = 0
@@ -47,18 +47,18 @@ class Allocated:
 
 @contextlib.contextmanager
 def allocated(mapped: Path | None = None) -> Iterator[Allocated]:
-    """Count what the block's tensors allocate beyond what was there before, in this thread.
+    """Count the bytes that the block's tensors allocate in this thread.
 
-    Read from PyTorch's allocator, so the same on every machine: no scratch memory of oneDNN's,
-    which depends on the CPU, and nothing that other libraries take. `mapped`: a folder whose files
-    are not counted. A tensor that is mapped from a file counts as the whole file (torch 2.13,
-    MapAllocator), however little of it is in memory.
+    Read from PyTorch's allocator, so the same on every machine: without oneDNN's scratch memory,
+    which depends on the CPU, and without other libraries. `mapped`: a folder whose files are not
+    counted. Else a tensor mapped from a file counts as the full file size (torch 2.13,
+    MapAllocator), even if little of it is in memory.
     """
     found = Allocated()
-    with torch.backends.mkldnn.flags(enabled=False), profile(profile_memory=True) as told:
+    with torch.backends.mkldnn.flags(enabled=False), profile(profile_memory=True) as profiled:
         yield found
     sizes = {file.stat().st_size for file in mapped.rglob("*")} if mapped else set[int]()
-    for event in told.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profiled.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]" and abs(event.nbytes()) not in sizes:
             found.left += event.nbytes()
             found.most = max(found.most, found.left)
@@ -66,10 +66,10 @@ def allocated(mapped: Path | None = None) -> Iterator[Allocated]:
 
 @functools.cache
 def _server() -> tuple[Path, subprocess.Popen[bytes]]:
-    """Start the process that commands are forked from; return the socket that it listens on."""
+    """Start the process that forks commands; return its socket and the process."""
     folder = Path(tempfile.mkdtemp(prefix="lora-loop-"))
     with (folder / "log").open("w") as log:
-        # It ends when this process does, and its standard input with it.
+        # It ends with this process, because its standard input is closed then.
         server = subprocess.Popen(
             [sys.executable, SUPPORT / "warm_server.py", folder / "socket"],
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
@@ -82,12 +82,12 @@ def _server() -> tuple[Path, subprocess.Popen[bytes]]:
 
 
 def warm() -> dict[str, str]:
-    """Return the environment that has commands start warm: tests/support/sitecustomize.py."""
+    """Return the environment with which commands start warm: tests/support/sitecustomize.py."""
     return {"LORA_LOOP_WARM": str(_server()[0]), "PYTHONPATH": str(SUPPORT)}
 
 
 def command(*words: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a command, from the repository root by default, and return what it printed."""
+    """Run a command, from the repository root by default; return its exit code and output."""
     return subprocess.run(
         [str(word) for word in words],
         cwd=cwd,
@@ -100,7 +100,7 @@ def command(*words: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.Comp
 
 
 def start(*words: str | Path, log: Path) -> subprocess.Popen[bytes]:
-    """Start a command; it goes on while the test does. What it prints is added to the log."""
+    """Start a command in the background. Its output is appended to the log."""
     with log.open("a") as opened:
         return subprocess.Popen(
             [str(word) for word in words],
@@ -112,7 +112,7 @@ def start(*words: str | Path, log: Path) -> subprocess.Popen[bytes]:
 
 
 def kill_everything(launched: subprocess.Popen[bytes]) -> None:
-    """Kill a command that was started warm, and whatever it has started, all at once."""
+    """Kill a command that was started warm, and all processes that it has started."""
     forked = psutil.Process(_server()[1].pid).children(recursive=True)
     for process in [*forked, launched]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -143,7 +143,7 @@ def launch(
 
 
 def prompt_of(config: Any) -> dict[str, Tensor]:
-    """Return ids that every model under test knows; for a T5 the tokens that it lacked, too."""
+    """Return ids that every model under test has; for a T5 also the added tokens."""
     known = [*range(100, 120)]
     if not config.is_encoder_decoder:
         return {"input_ids": torch.tensor([known])}
@@ -156,7 +156,7 @@ def prompt_of(config: Any) -> dict[str, Tensor]:
 
 
 def log_of(output: Path) -> list[dict[str, Any]]:
-    """Return a run's log, after making sure that both copies of it agree."""
+    """Return a run's log, after checking that its two copies are equal."""
     history: list[dict[str, Any]] = json.loads((output / "trainer_state.json").read_text())[
         "log_history"
     ]
@@ -187,6 +187,6 @@ def write_dialogues(file: Path, *dialogues: list[str]) -> Path:
 
 
 def dialogues_in(file: Path, *how: Any, **more: Any) -> tuple[list[Dialogue], Tally]:
-    """Return all dialogues of a file, and the account of its records."""
+    """Return all dialogues of a file, and the tally of its records."""
     tally = Tally()
     return [*read_dialogues([file], tally, *how, **more)], tally

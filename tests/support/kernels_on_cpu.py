@@ -1,4 +1,4 @@
-"""Loss and gradients with liger-kernel's functions and without, by triton's interpreter, as JSON.
+"""Compares loss and gradients with and without liger-kernel, in triton's interpreter; prints JSON.
 
 python tests/support/kernels_on_cpu.py KIND ACTIVATION, with TRITON_INTERPRET=1
 """
@@ -26,8 +26,8 @@ from loop.training.loss import supervised_loss_sum
 
 
 def mend_interpreter() -> None:
-    """Have triton 3.9's interpreter take floats as numbers, and know the GPU's rsqrt."""
-    # Here, since pytest imports every module of tests/, where neither is installed.
+    """Make triton 3.9's interpreter accept Python floats and the GPU's rsqrt."""
+    # Imported here: pytest imports every module of tests/, even if neither is installed.
     import liger_kernel.ops.rms_norm as norm
     import triton.language as tl
     from triton.runtime import interpreter
@@ -45,7 +45,7 @@ def mend_interpreter() -> None:
 
 
 def tiny(kind: str, activation: str) -> Any:
-    """Return a random model of two layers, whose norms are not all ones."""
+    """Return a random model of two layers, with norm weights other than 1."""
     torch.manual_seed(0)
     shape = AutoConfig.for_model(
         kind,
@@ -65,8 +65,8 @@ def tiny(kind: str, activation: str) -> Any:
     return model
 
 
-def learnt(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return loss sum and the adapter's gradients of a row of two dialogues."""
+def loss_and_gradients(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss sum of a row of two dialogues, and the adapter's gradients."""
     examples = [
         Example("a", [*range(5, 22)], [-100] * 6 + [*range(11, 22)], 3),
         Example("b", [*range(30, 41)], [-100] * 3 + [*range(33, 41)], 3),
@@ -75,12 +75,12 @@ def learnt(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     loss = supervised_loss_sum(model, batch)
     loss.backward()  # type: ignore[no-untyped-call]
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), found
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients
 
 
 def main(kind: str, activation: str) -> None:
-    """Print what differs, and whose functions the layers run."""
+    """Print the differences, and the modules whose functions the layers run."""
     mend_interpreter()
     base = tiny(kind, activation)
     targets = ["q_proj", "v_proj", "gate_proj", "down_proj"]
@@ -88,15 +88,15 @@ def main(kind: str, activation: str) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, 0, 0.3)
-    loss, gradients = learnt(model)
-    told = use_kernels(base)
-    theirs, their_gradients = learnt(model)
+    loss, gradients = loss_and_gradients(model)
+    note = use_kernels(base)
+    theirs, their_gradients = loss_and_gradients(model)
     layer = base.model.layers[0]
     rotation = sys.modules[type(base).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
     print(
         json.dumps(
             {
-                "told": told,
+                "told": note,
                 "loss": abs(loss - theirs).item() / loss.item(),
                 "gradients": max(
                     ((g - their_gradients[n]).abs().max() / g.abs().max()).item()

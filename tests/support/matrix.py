@@ -1,4 +1,4 @@
-"""Trains a model under every backend, for the tests that compare them."""
+"""Trains a model under every backend, for tests that compare backends."""
 
 import json
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from torch import Tensor
 from tests.support.helpers import launch, prompt_of
 
 EXACT = ["--mixed_precision", "no", "--lora_dropout", "0", "--learning_rate", "1e-2"]
-# Accelerate config, processes, examples in a micro-batch. Of a window's four each rank runs two, in
-# one micro-batch or two; the third window of an epoch is short.
+# Accelerate config, processes, examples in a micro-batch. A window has four examples: with two
+# ranks, each runs two, in one or two micro-batches. The third window of an epoch is short.
 BACKENDS = {
     "one": ("cpu", 1, 4),
     "ddp": ("ddp", 2, 1),
@@ -21,7 +21,7 @@ BACKENDS = {
     "zero3": ("zero3", 2, 2),
 }
 TOLERANCE = {"LoRA": 1e-5, "QLoRA": 1e-3}
-# A user's own DeepSpeed file. Nothing is too small to be shared out, as nothing large would be.
+# A user's DeepSpeed file. Threshold 0: by default ZeRO-3 does not partition such small parameters.
 SHARE_ALL = {
     "zero_optimization": {
         "stage": 3,
@@ -44,9 +44,9 @@ def share_all_file(folder: Path) -> Path:
 
 
 def trainings(folder: Path, model: Path, data: Path, flags: dict[str, list[str]]) -> Train:
-    """Return what trains a combination when it is first asked for, by the flags of its kind.
+    """Return a function that trains a combination once and returns its output folder.
 
-    Eight steps, the same global batch; the folder of its output is returned.
+    Every run has eight steps and the same global batch. flags: by kind.
     """
     share_all = share_all_file(folder)
     done: dict[str, Path] = {}
@@ -57,7 +57,7 @@ def trainings(folder: Path, model: Path, data: Path, flags: dict[str, list[str]]
             config, processes, per_device = BACKENDS[backend]
             given = [*EXACT, "--q_lora", str(kind == "QLoRA"), *flags[kind], *more]
             if backend == "zero3" and not more:
-                # Recomputing, whose weights have been shared out again meanwhile.
+                # Recomputation gathers weights that ZeRO-3 has partitioned again.
                 given += ["--deepspeed", share_all, "--gradient_checkpointing", "True"]
             launch(
                 config,
@@ -75,7 +75,7 @@ def trainings(folder: Path, model: Path, data: Path, flags: dict[str, list[str]]
 
 
 def held(output: Path) -> list[dict[str, dict[str, int]]]:
-    """Return the bytes of weights that each rank held."""
+    """Return the bytes of weights that each rank holds, as probed_train.py records them."""
     files = sorted(output.glob("held-*.json"))
     return [json.loads(file.read_text()) for file in files]
 
@@ -86,7 +86,7 @@ def log_in(output: Path) -> Log:
 
 
 def logits_of(model: Path, adapter: Path, four_bit: bool) -> tuple[Tensor, Tensor]:
-    """Return what the base model answers, and what peft makes of it with the adapter."""
+    """Return the logits of the base model, and of the base model with the adapter in peft."""
     from loop.model.quantization import four_bit as settings
 
     quantised = {"quantization_config": settings(torch.float32)} if four_bit else {}

@@ -1,8 +1,8 @@
-"""loop/train.py, and then a look at the trained model while all ranks still hold it.
+"""Runs loop/train.py, then examines the trained model while all ranks hold it; for test_matrix.py.
 
-For test_matrix.py. Leaves beside the adapter: `logits.safetensors` of the trained model,
- `held-<rank>.json`, the bytes of weights that each rank holds, and where the base
-is saved whole, that once more in `shards/`, and what else was trained in `trainable/`.
+Writes into the output folder: `logits.safetensors` of the trained model, and `held-<rank>.json`,
+the bytes of weights of each rank. With --save_non_lora_state all also `shards/`, the base model in
+several files, and `trainable/`, the other trained weights.
 """
 
 import json
@@ -28,7 +28,7 @@ loading = {"held": 0}
 
 
 def bytes_held(parameters: list[Any]) -> dict[str, int]:
-    """Return the bytes of these weights when whole, and what of them this rank holds."""
+    """Return the unpartitioned bytes of these weights, and the bytes that this rank holds."""
     whole = held = 0
     for parameter in parameters:
         size = parameter.element_size()
@@ -40,13 +40,13 @@ def bytes_held(parameters: list[Any]) -> dict[str, int]:
 
 
 def private_memory() -> int:
-    """Return the bytes of this process that no file backs and no other process shares."""
+    """Return the anonymous memory of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
 
 
 def watched_load(*arguments: Any) -> Any:
-    """Load as ever, and note the most private memory that it took at any time."""
+    """Load the model and record the peak of private memory."""
     before, done = private_memory(), threading.Event()
 
     def watch() -> None:
@@ -63,7 +63,7 @@ def watched_load(*arguments: Any) -> Any:
 
 
 def probed(accelerator: Any, model: Any, prepared: Any, *rest: Any) -> None:
-    """Save as ever, then leave the logits and what this rank holds."""
+    """Save the run, then write the logits and the bytes that this rank holds."""
     folder = Path(rest[-1].output_dir)
     inner = accelerator.unwrap_model(model)
     base = [p for p in inner.parameters() if not p.requires_grad]
@@ -76,13 +76,13 @@ def probed(accelerator: Any, model: Any, prepared: Any, *rest: Any) -> None:
     held["saving"] = {"held": saving.most, "whole": held["base"]["whole"]}
     (folder / f"held-{accelerator.process_index}.json").write_text(json.dumps(held))
     if rest[-1].save_non_lora_state == "all":
-        for what in ("shards", "trainable"):
-            (folder / what).mkdir(exist_ok=True)
+        for name in ("shards", "trainable"):
+            (folder / name).mkdir(exist_ok=True)
         trainable = replace(rest[-1], save_non_lora_state="trainable")
         save_non_lora(accelerator, inner, folder / "shards", rest[-1], shard=50_000)
         save_non_lora(accelerator, inner, folder / "trainable", trainable)
-    # Still in training mode, with dropout 0: in eval, bitsandbytes 0.50 multiplies in bf16 on CPUs
-    # that can (nn/modules.py, Linear4bit).
+    # In training mode, with dropout 0: in eval mode, bitsandbytes 0.50 multiplies in bf16 on CPUs
+    # with bf16 instructions (nn/modules.py, Linear4bit).
     with torch.no_grad():
         logits = inner(**prompt_of(inner.config)).logits
     if accelerator.is_main_process:

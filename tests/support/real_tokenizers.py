@@ -1,4 +1,4 @@
-"""Real tokenizers of other kinds than the embedded model's: Llama 3's, from a wheel."""
+"""Loads a real tokenizer of another kind than the bundled model's: Llama 3's, from a wheel."""
 
 import base64
 import subprocess
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 WHEEL, VOCABULARY = "llama-models==0.3.0", "llama_models/llama3/tokenizer.model"
-# What Llama 3 splits a text at before it merges bytes: contractions, words, numbers of three
-# digits, punctuation, line ends, other white space.
+# The pieces into which Llama 3 splits a text before it merges bytes: contractions, words, numbers
+# of up to three digits, punctuation, line ends, other white space.
 SPLIT = "|".join(
     [
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
@@ -39,7 +39,7 @@ TEMPLATE = (
 
 
 def llama3_tokenizer(folder: Path) -> Any:
-    """Return Llama 3's tokenizer with a chat template; skips where its wheel cannot be had."""
+    """Return Llama 3's tokenizer with a chat template; skip if its wheel cannot be downloaded."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -69,7 +69,7 @@ def llama3_tokenizer(folder: Path) -> Any:
 
 
 def _ranks(folder: Path) -> dict[bytes, int]:
-    """Return the tokens with their ranks, which are also their ids, from the wheel."""
+    """Return the wheel's tokens with their ranks, which are also their ids."""
     if not [*folder.glob("*.whl")]:
         words = ["download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
         pip = [sys.executable, "-m", "pip", *words, "--retries", "0", "--timeout", "10"]
@@ -83,10 +83,10 @@ def _ranks(folder: Path) -> dict[bytes, int]:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
-    """Return the pairs that make each token, those of the first token first.
+    """Return the pairs that form each token, in the order of the tokens' ranks.
 
-    tiktoken joins the two neighbours whose union has the lowest rank, however they came about; so
-    every way to cut a token in two is a merge of its rank.
+    tiktoken joins the two neighbours whose union has the lowest rank, however they were formed. So
+    every split of a token into two tokens is a merge of its rank.
     """
     merges: list[tuple[str, str]] = []
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -98,9 +98,9 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
 
 
 def _alphabet() -> dict[int, str]:
-    """Return the letter that stands for each byte where bytes are tokenised, as GPT-2 has them.
+    """Return GPT-2's letter for each byte.
 
-    Printable bytes of Latin-1 stand for themselves, the others, in their order, for U+0100 on.
+    Printable bytes of Latin-1 keep their character; the others get U+0100 and up, in their order.
     """
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]

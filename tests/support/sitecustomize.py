@@ -1,10 +1,10 @@
 """Starts the project's commands warm: forked from a process that has imported the libraries.
 
-Every Python that the tests start imports this file first, since tests/conftest.py puts its folder
-on PYTHONPATH. A command of the project (`accelerate launch`, `loop/train.py`, `python -m loop`)
-then hands its arguments, environment, folder and files to the server, which forks itself and runs
-the command there; whatever else Python is started for goes on as ever. Imports are most of a small
-run's time. A test that is about the process itself starts it cold: `LORA_LOOP_WARM=""`.
+Imports take most of the time of a small run. Every Python that the tests start imports this file
+first, since its folder is on PYTHONPATH. A command of the project (`accelerate launch`,
+`loop/train.py`, `python -m loop`) sends its arguments, environment, folder and files to the server,
+which forks and runs the command. Other Python processes start as usual. A test of the process
+itself starts it cold: `LORA_LOOP_WARM=""`.
 """
 
 import json
@@ -23,7 +23,7 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def command_of(words: list[str]) -> list[str]:
-    """Return what follows the interpreter and its -u, where it is a command of the project."""
+    """Return the words after the interpreter and its -u; empty if no command of the project."""
     words = [word for word in words[1:2] if word != "-u"] + words[2:]
     if words[:1] == ["-m"]:
         return words if words[1] in MODULES else []
@@ -31,12 +31,12 @@ def command_of(words: list[str]) -> list[str]:
 
 
 def hand_over(words: list[str]) -> None:
-    """Have the server run the command; end as it ends."""
+    """Let the server run the command; exit with its exit code or signal."""
     server = socket.socket(socket.AF_UNIX)
-    deadline = time.monotonic() + 1800  # The libraries are being imported.
+    deadline = time.monotonic() + 1800  # The server is importing the libraries.
     while server.connect_ex(SOCKET):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{SOCKET}: nobody listens; see the log beside it")
+            raise TimeoutError(f"{SOCKET}: found no server; see the log in its folder")
         time.sleep(0.05)
     body = json.dumps([words, dict(os.environ), os.getcwd()]).encode()
     network = os.open("/proc/self/ns/net", os.O_RDONLY)
@@ -53,6 +53,6 @@ def hand_over(words: list[str]) -> None:
 
 
 if SOCKET and __name__ == "sitecustomize":
-    found = command_of(sys.orig_argv)
-    if found:
-        hand_over(found)
+    project_command = command_of(sys.orig_argv)
+    if project_command:
+        hand_over(project_command)

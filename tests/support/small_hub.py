@@ -1,4 +1,4 @@
-"""A hub of one data set, on this machine: what the hub's client asks, answered from a folder."""
+"""Serves a folder as a hub with one data set, for the hub's client."""
 
 import hashlib
 import json
@@ -32,11 +32,11 @@ class Answers(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         try:
-            paths = json.loads(asked)["paths"]
+            paths = json.loads(body)["paths"]
         except ValueError:
-            paths = parse_qs(asked).get("paths", [])
+            paths = parse_qs(body).get("paths", [])
         files = [self.folder / path for path in paths]
         self.answer([_entry(file, self.folder) for file in files if file.is_file()])
 
@@ -67,7 +67,7 @@ class Answers(BaseHTTPRequestHandler):
 
 @contextmanager
 def small_hub(name: str, folder: Path) -> Iterator[str]:
-    """Serve the folder's files as data set `name`; yield the address for HF_ENDPOINT."""
+    """Serve the folder's files as data set `name`; yield the URL for HF_ENDPOINT."""
     answers = type("Answers", (Answers,), {"name": name, "folder": folder})
     server = ThreadingHTTPServer(("127.0.0.1", 0), answers)
     thread = Thread(target=server.serve_forever)

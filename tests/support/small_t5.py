@@ -1,4 +1,4 @@
-"""Makes small T5s, with a tokenizer of T5's kind: it lacks the characters that T5's lacks."""
+"""Creates small T5s with a tokenizer that lacks the same characters as T5's."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ TOKENS = 1000
 
 
 def t5_tokenizer() -> Any:
-    """Return a unigram tokenizer of the bundled dialogues, built and splitting as T5's own."""
+    """Return a unigram tokenizer trained on the bundled dialogues, which splits as T5's."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import T5Tokenizer
 
@@ -32,7 +32,7 @@ def t5_tokenizer() -> Any:
 
 
 def make_t5(folder: Path, tokenizer: Any, tied: bool = False, rows: int = TOKENS + 32) -> Path:
-    """Write a random T5 of two layers; like Flan-T5 with an LM head of its own, unless tied."""
+    """Write a random T5 of two layers; unless tied, with a separate LM head, like Flan-T5."""
     import torch
 
     from benchmarks.small_t5 import random_t5
@@ -47,9 +47,9 @@ def make_t5(folder: Path, tokenizer: Any, tied: bool = False, rows: int = TOKENS
 
 
 def joined_shards(folder: Path, model: Path, alone: Path) -> Any:
-    """Return the state that transformers reads from the shards of a base that was saved whole.
+    """Return the state that transformers reads from the shards of a saved base model.
 
-    They are linked into the folder `alone`, since it would load an adapter that lies beside them.
+    The shards are linked into the folder `alone`: transformers would load an adapter in their own.
     """
     from transformers import AutoModelForSeq2SeqLM
 

@@ -1,6 +1,6 @@
-"""loop/train.py, which also leaves `trace-<rank>.jsonl`: what it trains on, and when.
+"""Runs loop/train.py and writes `trace-<rank>.jsonl`: the micro-batches in training order.
 
-One line a window with its step and the ids of each micro-batch, one line a micro-batch begun.
+One line per window, with its step and the ids of each micro-batch; one line per micro-batch begun.
 """
 
 import json
@@ -17,39 +17,39 @@ from loop.distributed.signals import run_and_exit
 
 all_windows, loss_sum = train.windows, train.supervised_loss_sum
 prefetched = train.prefetched
-seen: dict[int, list[list[str]]] = {}  # by step, made ahead
+seen: dict[int, list[list[str]]] = {}  # by step, filled by the prefetch thread
 lines: list[Any] = []
 
 
-def tell(**line: Any) -> None:
+def write_line(**line: Any) -> None:
     lines[0].write(json.dumps(line) + "\n")
 
 
 def traced_windows(
     examples: Any, layout: Any, seed: int, collate: Any, *more: Any
 ) -> Iterator[Any]:
-    made: list[list[str]] = []
+    collated: list[list[str]] = []
 
-    def noted(part: Any, part_seed: int) -> Any:
-        made.append([example.id for example in part])
-        return collate(part, part_seed)
+    def recorded(part: Any, *rest: Any) -> Any:
+        collated.append([example.id for example in part])
+        return collate(part, *rest)
 
     output = Path(sys.argv[sys.argv.index("--output_dir") + 1])
     lines.append(open(output / f"trace-{layout.rank}.jsonl", "a", buffering=1))  # noqa: SIM115
-    for window in all_windows(examples, layout, seed, noted, *more):
-        seen[window.step] = [*made]
-        made.clear()
+    for window in all_windows(examples, layout, seed, recorded, *more):
+        seen[window.step] = [*collated]
+        collated.clear()
         yield window
 
 
 def traced_ahead(items: Iterator[Any]) -> Iterator[Any]:
     for window in prefetched(items):
-        tell(step=window.step, ids=seen.pop(window.step))
+        write_line(step=window.step, ids=seen.pop(window.step))
         yield window
 
 
 def traced_loss_sum(*arguments: Any) -> Any:
-    tell(begun=True)
+    write_line(begun=True)
     return loss_sum(*arguments)
 
 

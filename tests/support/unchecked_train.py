@@ -1,4 +1,4 @@
-"""Trains without the comparison of losses before the first step."""
+"""Runs loop/train.py without the loss check before the first step."""
 
 import sys
 from pathlib import Path

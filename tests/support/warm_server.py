@@ -1,4 +1,4 @@
-"""The process that imports the libraries once and forks itself for each command of a test.
+"""Imports the libraries once and forks for each command of a test.
 
 python tests/support/warm_server.py SOCKET
 """
@@ -29,7 +29,7 @@ Request = tuple[list[str], dict[str, str], str, list[int]]
 
 
 def receive(client: socket.socket) -> Request:
-    """Return a command's words, environment, folder and files: the three usual, its network."""
+    """Return a command's words, environment, folder and files: 0, 1, 2 and network namespace."""
     size, files, _, _ = socket.recv_fds(client, 4, 4)
     body = b""
     while len(body) < int.from_bytes(size, "big"):
@@ -39,7 +39,7 @@ def receive(client: socket.socket) -> Request:
 
 
 def serve(address: str) -> Request:
-    """Fork for each command until the tests end; returns in the forks alone, with what to run."""
+    """Fork for each command until the tests end; return only in a fork, with its request."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
@@ -47,7 +47,7 @@ def serve(address: str) -> Request:
     wait.register(listener, selectors.EVENT_READ)
     wait.register(sys.stdin, selectors.EVENT_READ)
     while True:
-        key, _ = wait.select()[0]  # One at a time: it may close what another is about.
+        key, _ = wait.select()[0]  # One event at a time: it may close the file of another.
         if key.fileobj is sys.stdin:
             sys.exit()
         if key.fileobj is listener:
@@ -64,9 +64,9 @@ def serve(address: str) -> Request:
             wait.register(client, selectors.EVENT_READ, child)
             wait.register(os.pidfd_open(child), selectors.EVENT_READ, (child, client))
         elif isinstance(key.data, int):
-            told = key.fileobj.recv(1)  # type: ignore[union-attr]
-            os.kill(key.data, told[0] if told else signal.SIGKILL)
-            if not told:  # Who asked was killed.
+            received = key.fileobj.recv(1)  # type: ignore[union-attr]
+            os.kill(key.data, received[0] if received else signal.SIGKILL)
+            if not received:  # The client was killed.
                 wait.unregister(key.fileobj)
         else:
             child, client = key.data
@@ -81,7 +81,7 @@ def serve(address: str) -> Request:
 
 
 def become(request: Request) -> None:
-    """Run the command as a Python of its own would."""
+    """Run the command as a Python process of its own."""
     words, environment, folder, files = request
     for number, file in enumerate(files[:3]):
         os.dup2(file, number)

@@ -105,6 +105,7 @@ def test_too_little_memory_on_one_rank_is_one_message_and_exit_code_2_on_all(
     usual: list[str | Path], tmp_path: Path
 ) -> None:
     status = tmp_path / "status"
+    status.touch()
     done = run(
         *(tmp_path / "run", *usual, "--auto_micro_batch"),
         room="100000 1",

@@ -59,9 +59,8 @@ def split(window: list[Example], order: str, count: int, ranks: int, form: str) 
     """Return the micro-batches of all ranks."""
     if order == "dealt":
         limits = Limits(-(-8 // (count * ranks)), packed=form == "packed")
-        parts = [
-            part for rank in assign_micro_batches(window, ranks, limits).ranks for part in rank
-        ]
+        assignment = assign_micro_batches(window, ranks, limits)
+        parts = [batch.examples for rank in assignment.ranks for batch in rank]
     else:
         size = 8 // (count * ranks)
         parts = [window[i : i + size] for i in range(0, 8, size)]

@@ -20,10 +20,10 @@ def test_the_loss_holds_what_the_chunks_allocate(precision: str, small: Shape) -
     """Read from the allocator, on a CPU: the operations and their sizes are a GPU's."""
     import torch
 
-    from loop.model.load import DTYPES
+    from loop.model.dtypes import torch_dtype
     from loop.training.loss import _FrozenHead
 
-    dtype, supervised, chunk, hidden, words = DTYPES[precision], 96, 32, 64, 5000
+    dtype, supervised, chunk, hidden, words = torch_dtype(precision), 96, 32, 64, 5000
     weight = torch.randn(words, hidden, dtype=dtype)
     targets = torch.randint(words, (supervised,))
     states = torch.randn(supervised, hidden, dtype=dtype, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Shared prefixes are computed once, without a change of loss or gradient."""
+"""Shared prefixes are computed once, and losses and gradients do not change."""
 
 import functools
 from pathlib import Path
@@ -40,8 +40,8 @@ def dialogue(name: str, beginning: list[int], own: list[int], supervised: int = 
     return Example(name, ids, [-100] * (len(ids) - supervised) + ids[-supervised:], supervised)
 
 
-def drawn(seed: int, count: int = 12) -> list[Example]:
-    """Return random dialogues with one of three prefixes, one of them too short to share."""
+def random_dialogues(seed: int, count: int = 12) -> list[Example]:
+    """Return random dialogues with one of three prefixes; one is too short to share."""
     draw = np.random.default_rng(seed)
     beginnings = [[1] * 30, [*range(2, 2 + MIN_PREFIX_TOKENS)], [3, 4]]
     found = []
@@ -50,6 +50,14 @@ def drawn(seed: int, count: int = 12) -> list[Example]:
         beginning = beginnings[draw.integers(3)]
         found.append(dialogue(str(number), beginning, own, int(draw.integers(1, 3))))
     return found
+
+
+def one_batch(examples: list[Example]) -> list[Example]:
+    """Return the examples in the order of the single micro-batch that they are assigned to."""
+    limits = Limits(64, packed=True, sharing=True)
+    ((batch,),) = assign_micro_batches(examples, 1, limits).ranks
+    assert batch.groups == prefix_groups(batch.examples)
+    return batch.examples
 
 
 def unfolded(batch: MicroBatch) -> list[tuple[list[int], list[int], dict[int, int]]]:
@@ -70,8 +78,8 @@ def unfolded(batch: MicroBatch) -> list[tuple[list[int], list[int], dict[int, in
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_row_holds_each_dialogue_completely_and_each_prefix_once(seed: int) -> None:
-    (part,) = assign_micro_batches(drawn(seed), 1, Limits(64, packed=True, sharing=True)).ranks[0]
+def test_a_row_has_each_dialogue_complete_and_a_prefix_once(seed: int) -> None:
+    part = one_batch(random_dialogues(seed))
     batch = SHARING(part, 0)
     for example, (ids, places, supervised) in zip(part, unfolded(batch), strict=True):
         length = example.run_tokens
@@ -79,14 +87,14 @@ def test_a_row_holds_each_dialogue_completely_and_each_prefix_once(seed: int) ->
         assert places == [*range(length)]
         following = enumerate(example.labels[1 : length + 1])
         assert supervised == {n: label for n, label in following if label != -100}
-    more, _ = tokens_saved(part)
-    assert batch.tokens == packed_tokens(part) - more
+    saved, _ = tokens_saved(prefix_groups(part))
+    assert batch.tokens == packed_tokens(part) - saved
     alike = sum(example.input_ids[0] == 1 for example in part)
-    assert more >= 30 * (alike - 1)
+    assert saved >= 30 * (alike - 1)
     assert len(batch.targets) == sum(example.supervised_tokens for example in part)
 
 
-def test_a_token_that_predicts_a_supervised_one_is_each_dialogues_own() -> None:
+def test_a_token_that_predicts_a_supervised_one_is_not_shared() -> None:
     beginning = [*range(10, 40)]
     late, early = (dialogue(name, beginning, [5, 6, 7], n) for name, n in (("a", 2), ("b", 13)))
     assert prefix_groups([late, late]) == [(30, [late, late])]  # 5 predicts 6
@@ -94,7 +102,7 @@ def test_a_token_that_predicts_a_supervised_one_is_each_dialogues_own() -> None:
     assert prefix_groups([early, late]) == [(19, [early, late])]
 
 
-def test_dialogues_that_would_shorten_the_shared_prefix_too_much_start_a_new_group() -> None:
+def test_groups_that_save_more_apart_are_not_merged() -> None:
     """Two system prompts with the same first sentence, and a truncated one."""
     first = [dialogue(f"a{n}", [*range(100)], [n] * 5) for n in range(200, 208)]
     second = [dialogue(f"b{n}", [*range(20), *range(300, 380)], [n] * 5) for n in range(200, 208)]
@@ -102,26 +110,27 @@ def test_dialogues_that_would_shorten_the_shared_prefix_too_much_start_a_new_gro
     part = sort_by_prefix([*first, *second, short])
     groups = prefix_groups(part)
     assert [(shared, len(group)) for shared, group in groups] == [(100, 8), (0, 1), (100, 8)]
-    assert tokens_saved(part) == (14 * 100, 14 * 100**2)
+    assert tokens_saved(groups) == (14 * 100, 14 * 100**2)
     assert prefix_groups(sort_by_prefix([first[0], short])) == [(25, [first[0], short])]
 
 
-def test_one_dialogue_alone_and_none_at_all_share_nothing() -> None:
+def test_a_single_dialogue_and_an_empty_row_share_nothing() -> None:
     one = dialogue("a", [*range(10, 30)], [5, 6, 7])
-    assert tokens_saved([one]) == tokens_saved([]) == (0, 0)
+    assert prefix_groups([one]) == [(0, [one])]
+    assert prefix_groups([]) == []
     assert SHARING([one], 0).model_inputs["row"].groups == [[0, 22]]
     assert SHARING([], 0).tokens == 1
     assert len(SHARING([], 0).targets) == 0
 
 
-@pytest.mark.parametrize("longest_mask", [0, packed_attention.MASK_MOST], ids=["again", "masked"])
+@pytest.mark.parametrize("longest_mask", [0, 1024], ids=["again", "masked"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradient_equal_those_of_separate_dialogues(
+def test_loss_and_gradient_equal_those_without_sharing(
     kind: str, longest_mask: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("MASK_PAYS", "MASK_MOST"):
+    for name in ("MAX_MASKED_TOKENS", "MAX_MASKED_TOKENS_LONG_PREFIX"):
         monkeypatch.setattr(packed_attention, name, longest_mask)
-    (part,) = assign_micro_batches(drawn(0), 1, Limits(64, packed=True, sharing=True)).ranks[0]
+    part = one_batch(random_dialogues(0))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(kind, **SMALL | KINDS[kind]),
@@ -139,8 +148,8 @@ def test_loss_and_gradient_equal_those_of_separate_dialogues(
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_layers_and_an_evaluation_before_change_nothing(reentrant: bool) -> None:
-    (part,) = assign_micro_batches(drawn(1), 1, Limits(64, packed=True, sharing=True)).ranks[0]
+def test_gradient_checkpointing_and_an_earlier_evaluation_change_nothing(reentrant: bool) -> None:
+    part = one_batch(random_dialogues(1))
     packed_attention._causal.cache_clear()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
@@ -158,7 +167,7 @@ def test_checkpointed_layers_and_an_evaluation_before_change_nothing(reentrant: 
     assert_equal(gradients(model, loss), plain)
 
 
-def test_queries_of_a_shared_prefix_run_once_and_all_layers_use_one_mask(
+def test_queries_of_a_prefix_are_computed_once_and_all_layers_use_one_mask(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[tuple[int, int, int | None]] = []
@@ -181,7 +190,7 @@ def test_queries_of_a_shared_prefix_run_once_and_all_layers_use_one_mask(
     assert None not in masks
 
 
-def test_a_window_counts_computed_tokens_and_the_log_has_the_shared_part() -> None:
+def test_a_window_counts_computed_tokens_and_the_log_has_the_shared_share() -> None:
     examples = [dialogue(str(n), [1] * 30, [n, 7, 8, 9]) for n in range(10, 26)]
     config = Config(per_device_train_batch_size=8, global_batch_size=16, packing=True)
     layout = plan_layout(config, 16, SimpleNamespace(process_index=0, num_processes=1), packed=True)
@@ -200,19 +209,21 @@ def test_a_window_counts_computed_tokens_and_the_log_has_the_shared_part() -> No
     assert entry["mfu"] == pytest.approx(4 * 10 * 108 / 2)
 
 
-def test_flash_attention_shares_nothing_as_its_queries_and_keys_have_equal_positions() -> None:
+def test_flash_attention_shares_no_prefixes() -> None:
     config = Config(flash_attn=True)
     layout = plan_layout(config, 16, SimpleNamespace(process_index=0, num_processes=1), packed=True)
     assert not layout.limits.sharing
 
 
-def test_two_ranks_are_balanced_by_computed_tokens() -> None:
+def test_the_balance_of_ranks_counts_computed_tokens() -> None:
     alike = [dialogue(f"a{n}", [1] * 200, [n] * 20) for n in range(10, 18)]
     other = [dialogue(f"b{n}", [n] * 110, [n] * 110) for n in range(30, 38)]
     limits = Limits(4, packed=True, sharing=True)
-    dealt = assign_micro_batches(alike + other, 2, limits)
-    assert dealt.tokens == [sum(map(limits.cost, rank)) for rank in dealt.ranks]
-    assert sum(dealt.tokens) < sum(packed_tokens(part) for rank in dealt.ranks for part in rank)
+    assignment = assign_micro_batches(alike + other, 2, limits)
+    batches = [batch for rank in assignment.ranks for batch in rank]
+    collated = [SHARING(batch.examples, 0, batch.groups).tokens for batch in batches]
+    assert [batch.tokens for batch in batches] == collated
+    assert sum(collated) < sum(packed_tokens(batch.examples) for batch in batches)
 
 
 def test_the_bundled_dialogues_share_a_quarter(chat_model: Path) -> None:
@@ -230,13 +241,13 @@ def test_a_model_whose_tokens_see_later_ones_is_refused() -> None:
         config, attn_implementation=implementation(packed=True, flash=False)
     )
     part = [dialogue(name, [*range(10, 40)], [5, 6, 7]) for name in "ab"]
-    with pytest.raises(UserError, match="BertSelfAttention, in which tokens see later ones"):
+    with pytest.raises(UserError, match="BertSelfAttention, in which tokens attend to later ones"):
         supervised_loss_sum(model, SHARING(part, 0))
 
 
 @pytest.mark.parametrize("sharing", [False, True])
-def test_the_backward_pass_keeps_no_more_than_for_separate_dialogues(sharing: bool) -> None:
-    """Memory of attention in a row of a group and another example."""
+def test_a_backward_pass_keeps_no_more_than_of_dialogues_one_by_one(sharing: bool) -> None:
+    """Memory of attention in a row with a group and a single example."""
     groups = (
         [[16, 100, 100, 100], [0, 300]] if sharing else [[0, 116], [0, 116], [0, 116], [0, 300]]
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from data.batching.balance import _alike
+from data.batching.balance import _similar_parts
 from data.batching.collate import Collator
 from data.encoding.encode import Example
 from loop.config.flags import Config
@@ -147,11 +147,11 @@ def padded(parts: list[list[Example]]) -> int:
     )
 
 
-def test_pairs_of_a_micro_batch_have_similar_lengths_on_both_sides() -> None:
+def test_the_pairs_of_a_micro_batch_have_similar_lengths_on_both_sides() -> None:
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 500, (128, 2)).tolist()
     pairs = [Example(str(s), [1] * s, [1] * t, t, is_pair=True) for s, t in sizes]
-    parts = _alike(pairs, 32)
+    parts = _similar_parts(pairs, 32)
     assert [len(part) for part in parts] == [4] * 32
     assert Counter(e.id for part in parts for e in part) == Counter(e.id for e in pairs)
     by_source = sorted(pairs, key=lambda e: -e.lengths[0])
@@ -163,7 +163,7 @@ def test_pairs_of_a_micro_batch_have_similar_lengths_on_both_sides() -> None:
 @pytest.mark.parametrize("examples", [0, 1, 5, 7, 10, 11, 12])
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
 def test_no_part_is_larger_than_an_even_split_makes_it(examples: int, parts: int) -> None:
-    found = _alike((EXAMPLES * 2)[:examples], parts)
+    found = _similar_parts((EXAMPLES * 2)[:examples], parts)
     assert len(found) == parts
     assert sum(map(len, found)) == examples
     assert max(map(len, found)) <= -(-examples // parts)

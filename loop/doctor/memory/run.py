@@ -6,6 +6,7 @@ from math import ceil
 from loop.config.flags import Config
 from loop.distributed.layout import global_batch_size
 from loop.doctor.memory.shape import Backend, Shape, Weights
+from loop.model.dtypes import BYTES
 
 # ZeRO-3 does not partition smaller parameters (deepspeed 0.19, runtime/zero/config.py:
 # stage3_param_persistence_threshold).
@@ -50,7 +51,7 @@ class Run:
     @property
     def width(self) -> int:
         """The bytes of a number in the run's precision."""
-        return 4 if self.config.precision == "no" else 2
+        return BYTES[self.config.precision]
 
     @property
     def accumulated(self) -> int:

@@ -8,7 +8,7 @@ import yaml
 
 from data.errors import UserError
 from loop.config.flags import ROOT, Config, Precision
-from loop.model.base import as_user_error, read_base_config
+from loop.model.base import meta_model, read_base_config
 from loop.model.lora_targets import ALL_LINEAR, target_names
 
 # Model types with T5's blocks (transformers 5.23, models/mt5/modeling_mt5.py). Flan-T5 and ByT5
@@ -192,12 +192,7 @@ def shape_of(model: Any, base_config: Any, config: Config) -> Shape:
 
 def bare_model(base: str, base_config: Any, config: Config) -> Any:
     """Return the model on PyTorch's meta device, without weights or memory."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    kind = AutoModelForSeq2SeqLM if base_config.is_encoder_decoder else AutoModelForCausalLM
-    with as_user_error(base), torch.device("meta"):
-        return kind.from_config(base_config, trust_remote_code=config.trust_remote_code)
+    return meta_model(base, base_config, config.trust_remote_code)
 
 
 def _weights(model: Any, layers: int, targets: dict[str, Any], config: Config) -> dict[str, Any]:
