@@ -236,30 +236,19 @@ stop() {
   fi
 }
 
-# Runs pytest, without slow tests unless --all is given. Tests marked serial run afterwards, alone.
+# Runs pytest on four workers: much of the tests' time is waiting. Without slow tests unless --all or
+# -m is given.
 run_tests() {
-  local all=0 workers=(-n 4 --dist worksteal) words=() word code=0 serial=0
+  local select=(-m "not slow") workers=(-n 4 --dist worksteal) words=() word
   for word in "$@"; do
     case "$word" in
-      --all) all=1; continue ;;
+      --all) select=(); continue ;;
+      -m | -m*) select=() ;;
       -n | -n* | --numprocesses*) workers=() ;;
-      -m | -m*) all=2 ;;  # The user selects the tests.
     esac
     words+=("$word")
   done
-  if [ "$all" = 2 ]; then
-    run python -m pytest ${workers[@]+"${workers[@]}"} "${words[@]}"
-    return
-  fi
-  local not_slow=" and not slow"
-  [ "$all" = 0 ] || not_slow=
-  run python -m pytest -m "not serial$not_slow" ${workers[@]+"${workers[@]}"} ${words[@]+"${words[@]}"} || code=$?
-  # 5: no test was selected, such as with the path of a file without serial tests.
-  [ "$code" = 0 ] || [ "$code" = 5 ] || [ "$code" = 1 ] || return "$code"
-  run python -m pytest -m "serial$not_slow" ${words[@]+"${words[@]}"} -n 0 || serial=$?
-  [ "$code" != 5 ] || [ "$serial" = 5 ] || code=0
-  [ "$serial" = 0 ] || [ "$serial" = 5 ] || code=$serial
-  return "$code"
+  run python -m pytest ${select[@]+"${select[@]}"} ${workers[@]+"${workers[@]}"} ${words[@]+"${words[@]}"}
 }
 
 case "${1:-}" in

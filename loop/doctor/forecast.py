@@ -207,7 +207,7 @@ def disk_rows(
     needed, more, each = storage.room(output, parameters, saves, keep)
     needed += OTHER_OUTPUT_BYTES + base_copy(config)
     free = free_room(config)
-    if MIN_ADAPTER_BYTES + base_copy(config) <= free < needed:  # preflight reports less
+    if MIN_ADAPTER_BYTES + base_copy(config) <= free < needed:  # preflight reports a smaller value
         errors.append(storage.too_little(output, free, needed, more, each))
     many = f"{more} checkpoint{'s' * (more != 1)} of {megabytes(each)}"
     rows = [

@@ -205,9 +205,8 @@ class Evaluator:
                 turn = turn + 1 if example.record == record else 0
                 record = example.record
                 groups[id(example)] = self._groups(example, turn)
-            for part in assign_micro_batches(chosen, ranks, self.limits).ranks[
-                self.accelerator.process_index
-            ]:
+            assigned = assign_micro_batches(chosen, ranks, self.limits)
+            for part in assigned.ranks[self.accelerator.process_index]:
                 yield part, [group for e in part.examples for group in groups[id(e)]]
 
     def _groups(self, example: Example, pair: int) -> list[int]:

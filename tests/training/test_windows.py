@@ -147,7 +147,7 @@ def padded(parts: list[list[Example]]) -> int:
     )
 
 
-def test_the_pairs_of_a_micro_batch_have_similar_lengths_on_both_sides() -> None:
+def test_pairs_of_a_micro_batch_have_similar_lengths_on_both_sides() -> None:
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 500, (128, 2)).tolist()
     pairs = [Example(str(s), [1] * s, [1] * t, t, is_pair=True) for s, t in sizes]
