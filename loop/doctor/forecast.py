@@ -48,10 +48,10 @@ def forecast_tokens(data: TrainingData, layout: Layout, config: Config) -> Token
     tokens = supervised = steps = 0
     sizes: set[Size] = set()
     for _, examples in islice(drawn(data.examples, layout, config.seed), SAMPLED_WINDOWS):
-        assigned = assign_micro_batches(examples, layout.world_size, layout.limits)
+        assignment = assign_micro_batches(examples, layout.world_size, layout.limits)
         tokens += sum(example.run_tokens for example in examples)
         supervised += sum(example.supervised_tokens for example in examples)
-        batches = [batch for rank in assigned.ranks for batch in rank]
+        batches = [batch for rank in assignment.ranks for batch in rank]
         sizes |= {_size(batch.examples, layout.limits.packed) for batch in batches}
         steps += 1
     return TokenForecast(tokens / steps * layout.total_steps, frozenset(sizes), supervised / tokens)
@@ -207,7 +207,7 @@ def disk_rows(
     needed, more, each = storage.room(output, parameters, saves, keep)
     needed += OTHER_OUTPUT_BYTES + base_copy(config)
     free = free_room(config)
-    if MIN_ADAPTER_BYTES + base_copy(config) <= free < needed:  # preflight reports less
+    if MIN_ADAPTER_BYTES + base_copy(config) <= free < needed:  # preflight reports a smaller value
         errors.append(storage.too_little(output, free, needed, more, each))
     many = f"{more} checkpoint{'s' * (more != 1)} of {megabytes(each)}"
     rows = [

@@ -17,8 +17,8 @@ from loop.config.load import dump
 from loop.distributed.signals import STATUS_FILE
 from loop.doctor.launch import Launch
 
-STEPS = 3  # the first warms up, and is not counted
-# Beside `in_trial` of the flags, which switches off all that is not a step.
+STEPS = 3  # the first one warms up and is not timed
+# Replaced in a trial, in addition to the flags' `in_trial` values, which turn other output off.
 TRIAL_STEPS: dict[str, Any] = {
     "max_steps": STEPS,
     "logging_steps": 1,
@@ -87,7 +87,7 @@ def trial_settings() -> dict[str, Any]:
 
 
 def trial_from_log(log: list[dict[str, Any]]) -> Trial:
-    """Return the averages over a log of single steps, without the first one.
+    """Return the measurements from a log with one entry per step; step 1 is not timed.
 
     >>> step = {"tokens_per_second": 50.0, "peak_memory_gib": 2, "startup_seconds": 4.0}
     >>> log = [step | {"seconds": 6.0}, step | {"seconds": 7.0}, step | {"seconds": 8.0}]

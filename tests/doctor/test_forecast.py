@@ -107,7 +107,7 @@ def test_time_is_the_tokens_over_the_trials_rate() -> None:
     tokens = forecast.TokenForecast(90_000.0, frozenset(), 0.5)
     trial = Trial(startup=5.0, step=2.0, tokens_per_second=50.0, peak=2.0**30)
     rows = dict(forecast.time_rows(trial, layout, tokens, 2.0**29))
-    assert rows["the run"].startswith("about 30 min 0 s;")
+    assert rows["the run"].startswith("about 30 min 0 s, ")
     assert rows["peak memory"].endswith("estimated 0.50 GiB")
 
 

@@ -167,7 +167,7 @@ def test_an_unusable_file_among_the_configs_is_skipped_with_a_note(
     notes = capsys.readouterr().out.splitlines()
     assert len(notes) == 2
     for note, name in zip(notes, ("broken.yaml", "fsdp.yaml"), strict=True):
-        assert note.startswith("note: left out: ")
+        assert note.startswith("note: skipped: ")
         assert name in note
 
 

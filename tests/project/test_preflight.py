@@ -89,7 +89,7 @@ def test_free_disk_and_memory_are_compared_with_the_need(
     (found,) = doctor("--max_steps", "100", "--save_steps", "10")
     assert "found 10 MB free; expected 16 MB for 10 checkpoints of 1.1 MB" in found
     assert doctor("--max_steps", "100", "--save_steps", "10", "--save_total_limit", "2") == []
-    monkeypatch.setattr(forecast, "room_of_a_rank", lambda: 10**6)
+    monkeypatch.setattr(forecast, "memory_per_rank", lambda: 10**6)
     (found,) = doctor()
     assert "memory: found 0.0 GiB of main memory that a rank may hold" in found
     assert "--gradient_checkpointing True, or a smaller" in found

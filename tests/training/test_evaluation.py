@@ -245,7 +245,10 @@ def test_held_out_dialogues_are_complete_not_trained_on_and_stay_when_data_grows
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     model = request.getfixturevalue("tiny_t5" if kind == "T5" else "tiny_model")
-    many = [[f"Number {n}?", "It is very much so.", "And?", "It is so."] for n in range(60)]
+    many = [
+        [f"Number {n}?", "It is very much so.", "And why is that?", "It is so because it is."]
+        for n in range(60)
+    ]
 
     def parts(*dialogues: list[str]) -> tuple[set[str], set[str], TrainingData]:
         data = write_dialogues(tmp_path / "many.json", *dialogues)

@@ -191,7 +191,7 @@ def shape_of(model: Any, base_config: Any, config: Config) -> Shape:
 
 
 def bare_model(base: str, base_config: Any, config: Config) -> Any:
-    """Return the model on PyTorch's meta device, which needs neither weights nor memory."""
+    """Return the model on PyTorch's meta device, without weights or memory."""
     return meta_model(base, base_config, config.trust_remote_code)
 
 
