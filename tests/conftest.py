@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# Before torch is imported. Test workers share few cores: a thread that waits must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # as loop/train.py does
+
 import pytest
 
 from tests.support.helpers import write_dialogues
-
-sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # as loop/train.py does
 
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model must not ask the hub for 25 s
