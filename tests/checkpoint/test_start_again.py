@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from data.errors import RunError, Stopped, UserError
-from loop.checkpoint import saver, storage
+from loop.checkpoint import storage
 from loop.checkpoint.storage import CorruptCheckpoint, check_room, list_folders, prune, verify
 from loop.distributed import optimizer_state
 from loop.distributed.signals import LAUNCH_NAME, _convert_disk_errors, is_restart, record_launch
@@ -86,12 +86,6 @@ def test_a_stop_request_survives_a_restart(
         train("run", *SIX)
     monkeypatch.setenv(LAUNCH_NAME, "second")
     train("run", *SIX)
-
-
-def test_who_asked_on_another_machine_wants_no_other_launch() -> None:
-    # launch.sh --until-done looks for this word.
-    assert "STOP" in saver.ELSEWHERE[saver.ASKED]
-    assert "STOP" not in saver.ELSEWHERE[saver.SIGNAL] + saver.ELSEWHERE[saver.TIME_IS_OVER]
 
 
 def test_corrupt_checkpoints_are_moved_aside_and_do_not_count_as_kept(

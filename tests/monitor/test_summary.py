@@ -75,7 +75,7 @@ def test_a_stopped_run_prints_how_to_resume_and_then_counts_both_parts(
     once = train("once", "--logging_steps", "1")
     uninterrupted = lines_of(capsys.readouterr().out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Saver, "_wanted", lambda self: TIME_IS_OVER)
+        patch.setattr(Saver, "_wanted", lambda self: self._request(TIME_IS_OVER))
         with pytest.raises(Stopped):
             train("run", "--logging_steps", "1")
     lines = lines_of(capsys.readouterr().out)
