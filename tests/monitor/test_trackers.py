@@ -226,7 +226,7 @@ def test_the_summary_of_a_run_that_logged_nothing_is_empty() -> None:
     ("flags", "message"),
     [
         (("--wandb_artifact",), "found no wandb in --report_to"),
-        (("--tags", "x" * 65), "more than 64 characters"),
+        (("--tags", "x" * 65), "expected 1 to 64 characters"),
     ],
 )
 def test_wrong_tracker_flags_are_refused_before_the_run(
