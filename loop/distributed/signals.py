@@ -47,6 +47,9 @@ def run_and_exit(main: Callable[[], None]) -> None:
     A rank that failed alone exits with its code, since the launcher then ends the other ranks.
     """
     outcome = _run(main)
+    # _follow_launcher polls: the signal of a request that was met already may still arrive.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     _print_message(outcome)
     if outcome.by_signal and not outcome.alone:
         time.sleep(1)  # Every rank sees the stop file within this time, before a rank is gone.
@@ -66,16 +69,12 @@ def _run(main: Callable[[], None]) -> Outcome:
         with _convert_disk_errors():
             main()
     except UserError as error:
-        return Outcome(
-            code=error.exit_code,
-            label="stopped" if isinstance(error, Stopped) else "error",
-            message=str(error),
-            reason=str(error).splitlines()[0],
-            alone=os.environ.get("WORLD_SIZE", "1") != "1" and not error.known_to_all,
-        )
+        return _outcome_of(error)
     except SystemExit as error:
         if error.code != Stopped.exit_code:
             raise
+        if isinstance(error.__context__, Stopped):  # a late signal, while the stopped run ended
+            return _outcome_of(error.__context__)
         return Outcome(
             code=Stopped.exit_code,
             label="stopped",
@@ -84,6 +83,16 @@ def _run(main: Callable[[], None]) -> Outcome:
             by_signal=True,
         )
     return Outcome()
+
+
+def _outcome_of(error: UserError) -> Outcome:
+    return Outcome(
+        code=error.exit_code,
+        label="stopped" if isinstance(error, Stopped) else "error",
+        message=str(error),
+        reason=str(error).splitlines()[0],
+        alone=os.environ.get("WORLD_SIZE", "1") != "1" and not error.known_to_all,
+    )
 
 
 def _print_message(outcome: Outcome) -> None:

@@ -165,6 +165,7 @@ def test_a_longest_example_that_does_not_fit_is_an_error(
         train("none", "--auto_micro_batch")
 
 
+@pytest.mark.slow
 def test_no_step_leaves_tensors_behind(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
