@@ -73,7 +73,9 @@ def read_adapter(folder: Path, base: str | None = None, trust_remote_code: bool 
     file = folder / SETTINGS  # Adapters of other trainers have none.
     trained = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     # Not None: transformers would prompt on the terminal (5.23, dynamic_module_utils.py).
-    hub = {"cache_dir": trained.get("cache_dir"), "trust_remote_code": trust_remote_code}
+    # A cache that the adapter chose could hold other code than the hub's.
+    cache_dir = None if trust_remote_code else trained.get("cache_dir")
+    hub = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     with as_user_error(f"--adapter {folder}"):
         name = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
         base_config = AutoConfig.from_pretrained(name, **hub)
