@@ -106,7 +106,8 @@ def second_task(folder: Path) -> tuple[Path, Path]:
     records = json.loads(DUMMY_DATA.read_text(encoding="utf-8"))
     parts: tuple[list[Any], list[Any]] = ([], [])
     for number, record in enumerate(records):
-        asked, answered = record["conversations"][:2]
+        turns = [turn for turn in record["conversations"] if turn["from"] != "system"]
+        asked, answered = turns[:2]
         answer = {"from": "gpt", "value": ANSWER.format(answered["value"])}
         part = parts[number % HELD_OUT_EVERY == 0]
         part.append({"id": record["id"], "conversations": [asked, answer]})

@@ -23,6 +23,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 GRACE_SECONDS = 20.0  # from a stop request, or the launcher's death, until a rank kills itself
 POLL_SECONDS = 0.5
+STORE_SECONDS = 2.0  # that machine 0 stays after its last collective with the other machines
 LAUNCH_NAME = "LORA_LOOP_COMMAND"  # set by launch.sh: its own name, the same in all its launches
 LAUNCH_FILE = ".launch"
 
@@ -55,6 +56,8 @@ def run_and_exit(main: Callable[[], None]) -> None:
         time.sleep(1)  # Every rank sees the stop file within this time, before a rank is gone.
     if _is_first_rank():
         _write_status(outcome.code, outcome.reason)
+    if _hosts_store():
+        time.sleep(STORE_SECONDS)
     sys.exit(0 if _status_file() and not outcome.alone else outcome.code)
 
 
@@ -144,6 +147,16 @@ def _status_file() -> Path | None:
 def _is_first_rank() -> bool:
     """Whether this is the first rank of its machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _hosts_store() -> bool:
+    """Return whether this machine's launcher holds the store of a run on several machines.
+
+    Launchers meet in the store when their ranks have ended. If the machine with the store is not
+    the last to arrive, it may be gone before another one has read the answer, which then prints a
+    traceback (torch 2.13, distributed/elastic/utils/store.py: barrier).
+    """
+    return os.environ.get("GROUP_RANK") == "0" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
 
 
 def launcher_asks() -> bool:

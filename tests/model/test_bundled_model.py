@@ -24,14 +24,14 @@ def copy(tmp_path: Path) -> Path:
 # The licence is what is copied last.
 KILLED = """
 import os, shutil, signal
-from loop import embedded
+from loop.model import bundled_model
 shutil.copy = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-embedded.embedded_model()
+bundled_model.embedded_model()
 """
 
 
 def convert(copy: Path, *how: str) -> subprocess.Popen[str]:
-    command = [sys.executable, *(how or ("-m", "loop.embedded"))]
+    command = [sys.executable, *(how or ("-m", "loop.model.bundled_model"))]
     return subprocess.Popen(command, cwd=copy, stdout=subprocess.PIPE, text=True)
 
 

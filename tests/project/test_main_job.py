@@ -76,9 +76,8 @@ def ask(adapter: Path, questions: Iterable[str], folder: Path) -> list[str]:
     asked, out = folder / "questions.txt", folder / "answers.jsonl"
     asked.write_text("\n".join(questions) + "\n", encoding="utf-8")
     done = command(
-        "python", "-m", "loop", "chat", "--adapter", adapter, "--prompts", asked, "--out", out,
-        seconds=900,
-    )  # fmt: skip
+        "python", "-m", "loop", "chat", "--adapter", adapter, "--prompts", asked, "--out", out
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line)["answer"] for line in out.read_text(encoding="utf-8").splitlines()]
 

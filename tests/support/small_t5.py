@@ -1,6 +1,8 @@
 """Creates small T5s with a tokenizer that lacks the same characters as T5's."""
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +11,32 @@ from data.encoding.tokenizer import CHARACTERS
 from loop.config.flags import DUMMY_DATA
 
 TOKENS = 1000
+LONGEST = 10  # characters of a piece
 
 
 def t5_tokenizer() -> Any:
-    """Return a unigram tokenizer trained on the bundled dialogues, which splits as T5's."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    """Return a unigram tokenizer with pieces of the bundled dialogues, which splits as T5's.
+
+    The trainer of tokenizers 0.23 gives other pieces in every process, so these are counted here.
+    """
     from transformers import T5Tokenizer
 
     records = json.loads(DUMMY_DATA.read_text(encoding="utf-8"))
     without = {ord(character): " " for character in CHARACTERS}
     texts = [turn["value"].translate(without) for r in records for turn in r["conversations"]]
-    texts += [T5_SYSTEM, "### Human: ### Assistant: "] * 10
-    trained = Tokenizer(models.Unigram())
-    trained.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
-    )
+    texts += [T5_SYSTEM, "### Human: ### Assistant: "] * 50
+    counts: Counter[str] = Counter()
+    for word, count in Counter(f"\u2581{w}" for text in texts for w in text.split()).items():
+        for start in range(len(word)):
+            for end in range(start + 1, min(start + LONGEST, len(word)) + 1):
+                counts[word[start:end]] += count
     special = ["<pad>", "</s>", "<unk>"]
-    how = trainers.UnigramTrainer(vocab_size=TOKENS, special_tokens=special, unk_token="<unk>")
-    trained.train_from_iterator(texts, how)
-    vocabulary = json.loads(trained.to_str())["model"]["vocab"]
-    return T5Tokenizer(vocab=[(piece, score) for piece, score in vocabulary], extra_ids=0)
+    characters = [piece for piece in counts if len(piece) == 1]
+    longer = sorted(counts.keys() - {*characters}, key=lambda p: (-counts[p] * len(p), p))
+    pieces = characters + longer[: TOKENS - len(special) - len(characters)]
+    total = sum(counts[piece] for piece in pieces)
+    scored = [(piece, math.log(counts[piece] / total)) for piece in pieces]
+    return T5Tokenizer(vocab=[(name, 0.0) for name in special] + scored, extra_ids=0)
 
 
 def make_t5(folder: Path, tokenizer: Any, tied: bool = False, rows: int = TOKENS + 32) -> Path:
