@@ -18,6 +18,7 @@ import pytest
 
 from tests.support.helpers import write_dialogues
 
+collect_ignore = ["support"]  # --doctest-modules would import its scripts, which patch the loop
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model must not ask the hub for 25 s
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share a GPU
