@@ -2,7 +2,7 @@
 
 python benchmarks/memory.py [faults] [merge]
 
-faults: page faults of 20 turns of allocations, with and without keep_memory of loop/model/kernels.py.
+faults: page faults of 20 turns of allocations, with and without `keep_memory` (kernels.py).
 merge: the peak of resident memory that a merge adds, with the pages of mapped files.
 """
 
