@@ -13,8 +13,8 @@ usage() {
 ./launch.sh --help                              print this help, and the training flags with defaults
 
   --max_restarts N                              if a rank dies, restart all ranks, at most N times
-  --until-done                                  restart after a crash, and after a stop that was not
-                                                requested with a signal to this script or a STOP file
+  --until-done                                  restart after a crash, after --max_minutes, and after a
+                                                signal that only the ranks received
 
 Environment variables:
   NUM_PROCESSES  ranks of this machine (default: its number of GPUs, or 1)
