@@ -95,7 +95,7 @@ def load_base(
 ) -> Any:
     """Return the model in `source`, the base or a merged model, with a row for each token.
 
-    compute_dtype: dtype of the products of QLoRA's 4-bit layers; None: no layer is quantised here.
+    compute_dtype: dtype that QLoRA's 4-bit layers compute in; None: no layer is quantised here.
     """
     quiet()
     model, _ = load_pretrained(source, adapter.base_config, dtype, compute_dtype, **adapter.hub)

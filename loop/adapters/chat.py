@@ -1,4 +1,4 @@
-"""`python -m loop chat`: answers with adapters, and compares them with their base model."""
+"""`python -m loop chat`: chats with adapters, and compares their answers with the base's."""
 
 import json
 import shutil

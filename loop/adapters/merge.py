@@ -58,7 +58,7 @@ class MergeConfig:
         False, "run Python code that comes with the base or the adapter", "merge", flag_only=True
     )
     output_dir: Folder | None = flag(
-        None, "a new folder; default: the adapter's + -merged", "merge"
+        None, "new output folder; default: the adapter's folder + -merged", "merge"
     )
     base_weights: Literal["auto", "original", "dequantised"] = flag(
         "auto",

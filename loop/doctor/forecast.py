@@ -132,7 +132,7 @@ def largest_run(
     """Return the run with the micro-batch that takes most memory; None without an estimate.
 
     For pairs, this may not be the micro-batch with most tokens, since attention's memory grows with
-    the square of their number.
+    the square of the length.
     """
     if model.no_estimate:
         return None
@@ -209,7 +209,7 @@ def disk_rows(
     needed, more, each = storage.room(output, parameters, saves, keep)
     needed += OTHER_OUTPUT_BYTES + base_copy(config)
     free = free_room(config)
-    if MIN_ADAPTER_BYTES + base_copy(config) <= free < needed:  # preflight reports less
+    if MIN_ADAPTER_BYTES + base_copy(config) <= free < needed:  # preflight reports even less
         errors.append(storage.too_little(output, free, needed, more, each))
     many = f"{more} checkpoint{'s' * (more != 1)} of {megabytes(each)}"
     rows = [

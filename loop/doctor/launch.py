@@ -62,7 +62,7 @@ class Launch:
             os.environ.update(before)
 
     def backend(self, deepspeed: dict[str, Any], config: Config) -> Backend:
-        """Return the backend for the estimate; deepspeed: its JSON, or empty."""
+        """Return the backend for the estimate; deepspeed: DeepSpeed's JSON, or empty."""
         zero = deepspeed.get("zero_optimization", {})
         devices = {
             part: (zero.get(f"offload_{part}") or {}).get("device") or "none"
@@ -110,7 +110,7 @@ def find_launch(config: DoctorConfig, errors: list[str]) -> Launch:
 
 
 def _read_count(name: str, errors: list[str]) -> int | None:
-    """Return an environment variable as a number; None if it is unset, or invalid (an error)."""
+    """Return an environment variable as a number, or None; add an error if it is invalid."""
     given = os.environ.get(name)
     if given and not given.isdigit():
         errors.append(f"{name}: found {given}; expected a whole number. Give one, or unset it.")

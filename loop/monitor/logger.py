@@ -184,7 +184,7 @@ class Tracker:
             "epoch": round(window.epoch, 4),
             "loss": loss,
             "learning_rate": learning_rate,
-            # A skipped step has a non-finite norm; in fp16 its loss scale was too high.
+            # The norm of a skipped step is not finite; in fp16 the loss scale was too high.
             "grad_norm": norm if math.isfinite(norm) else None,
             "supervised_tokens": self.supervised_tokens,
             "examples": self.examples,

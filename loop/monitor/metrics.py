@@ -42,7 +42,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Add the block's time to a phase."""
+        """Add the time of the block to the phase `name`."""
         started = self._now()
         try:
             yield
@@ -50,7 +50,7 @@ class Clock:
             self._add(name, started)
 
     def timed_iter(self, items: Iterator[T], name: str) -> Iterator[T]:
-        """Yield the items, and add the waiting time for each to a phase."""
+        """Yield the items, and add the waiting time for each to the phase `name`."""
         while True:
             with self(name):
                 item = next(items, None)
@@ -59,7 +59,7 @@ class Clock:
             yield item
 
     def take(self) -> dict[str, float]:
-        """Return the seconds per phase since the last call; on a GPU, wait for the events."""
+        """Return the seconds per phase since the last call; on a GPU, wait for its events."""
         for name, started, ended in self.events:
             ended.synchronize()
             self.seconds[name] += started.elapsed_time(ended) / 1000
@@ -138,7 +138,7 @@ def work_of(model: Any, config: Config) -> Work | None:
 
 
 def _count(parameter: nn.Parameter) -> int:
-    """Return a parameter's number of weights, also if partitioned (ZeRO-3) or in 4 bits."""
+    """Return the full number of weights of a parameter, even if partitioned or in 4 bits."""
     quantised: Any = getattr(parameter, "quant_state", None)
     if quantised is not None:
         return int(quantised.shape.numel())

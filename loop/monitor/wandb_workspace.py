@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
         return
     try:
         created.save()
-    except Exception as error:  # wandb has many types, for login, names and network.
+    except Exception as error:  # wandb raises many types: for login, names, network.
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UserError(
             f"wandb rejected the workspace for {entity}/{project}: {reason}. Check the network, "

@@ -95,7 +95,7 @@ def max_tokens(
     if len(tried) == 1:
         return 0
     estimate = tried[-1] + (room - peaks[-1]) / max(1.0, _slope(tried, peaks))
-    # At most twice the last size: that size did not fit, or has more examples than a window.
+    # At most twice the last size: that did not fit, or exceeds a rank's share of a window.
     rounded = int(min(estimate, 2 * tried[-1])) // TOKEN_MULTIPLE * TOKEN_MULTIPLE
     return min(_gather_numbers(accelerator, max(tried[1], rounded)))
 

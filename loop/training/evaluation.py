@@ -92,10 +92,10 @@ class Evaluator:
             with self.tracker.clock("evaluation"):
                 done = self._evaluate(step, window.epoch)
             if not done:
-                self.saver.last_step = -1  # not the end: the resumed run evaluates this step
+                self.saver.last_step = -1  # interrupted: the resumed run evaluates this step
 
     def finish(self) -> dict[str, Any]:
-        """Load the best adapter, if configured, and return fields of trainer_state.json.
+        """Load the best adapter, if configured; return the evaluation fields of trainer_state.json.
 
         Raises UserError for a corrupt best checkpoint.
         """

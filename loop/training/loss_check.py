@@ -41,7 +41,7 @@ def check_loss(
     with raise_on_all_ranks():
         example = _shortest(data.examples[:SAMPLED])
     device, collator, chunk = accelerator.device, data.collator, config.loss_chunk_tokens
-    # Compiling takes half a minute, and compiled code is not what this compares.
+    # Compiling takes half a minute, and the check does not concern compiled code.
     eager = torch.compiler.set_stance("force_eager") if config.torch_compile else nullcontext()
     seeded = torch.random.fork_rng([device] if device.type == "cuda" else [])
     rough = FP32 if config.precision == "no" and not config.tf32 else SIXTEEN_BIT

@@ -28,7 +28,7 @@ def checkpoints(run: Run, t5: T5) -> int:
     """Return the bytes of the inputs of checkpointed layers and of the encoder's output.
 
     peft 0.21 makes the embedding's output require a gradient (peft_model.py,
-    _prepare_model_for_gradient_checkpointing). So it is kept, with the next dropout's mask.
+    _prepare_model_for_gradient_checkpointing). So the output is kept, with the next dropout's mask.
     """
     source, target = sides(run)
     inputs = stream(run) * (source * t5.encoder + target * t5.decoder) + run.width * source

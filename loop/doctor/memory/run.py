@@ -39,7 +39,7 @@ class Run:
     config: Config
     backend: Backend
     ranks: int
-    share: float = 1.0  # supervised tokens of all tokens; for pairs, of the targets
+    share: float = 1.0  # supervised share of all tokens; for pairs, of the target tokens
     largest: Size | None = None  # micro-batch; None: the largest that the flags allow
     gpu: bool = True  # on a CPU, a T5's attention saves other tensors
 
