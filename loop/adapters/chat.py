@@ -79,13 +79,11 @@ class ChatConfig:
         "output folders of runs with one base model; the first adapter answers",
         "chat",
     )
-    base: Model | None = flag(None, "base model; default: the one in adapter_config.json", "chat")
+    base: Model | None = flag(None, "base model; none: the one in adapter_config.json", "chat")
     trust_remote_code: bool = flag(
         False, "run Python code that comes with the base or the adapter", "chat", flag_only=True
     )
-    prompt: tuple[str, ...] = flag(
-        (), "questions to answer; default: an interactive dialogue", "chat"
-    )
+    prompt: tuple[str, ...] = flag((), "questions to answer; none: an interactive dialogue", "chat")
     prompts: File | None = flag(
         None,
         'file of questions, one per line: text, or in .jsonl an object with "prompt" and '
@@ -93,7 +91,7 @@ class ChatConfig:
         "chat",
     )
     out: File | None = flag(None, "JSONL file for the answers to --prompts", "chat")
-    system: str | None = flag(None, "system prompt; default: the template's", "chat")
+    system: str | None = flag(None, "system prompt; none: the template's", "chat")
     compare: bool = flag(False, "print the answers of base and adapters side by side", "chat")
     max_new_tokens: Tokens = flag(128, "maximum tokens of an answer", "chat", at_least=1)
     temperature: float = flag(0.0, "sampling temperature; 0: greedy", "chat", at_least=0)

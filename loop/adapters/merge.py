@@ -53,12 +53,12 @@ class MergeConfig:
     """The adapter to merge, the weights to merge it into, and how the result is written."""
 
     adapter: Folder = flag("runs/main_job", "output folder of a run, or a checkpoint", "merge")
-    base: Model | None = flag(None, "base model; default: the one in adapter_config.json", "merge")
+    base: Model | None = flag(None, "base model; none: the one in adapter_config.json", "merge")
     trust_remote_code: bool = flag(
         False, "run Python code that comes with the base or the adapter", "merge", flag_only=True
     )
     output_dir: Folder | None = flag(
-        None, "new output folder; default: the adapter's folder + -merged", "merge"
+        None, "new output folder; none: the adapter's folder + -merged", "merge"
     )
     base_weights: Literal["auto", "original", "dequantised"] = flag(
         "auto",

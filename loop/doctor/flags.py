@@ -19,13 +19,13 @@ class DoctorConfig(Config):
     trial: bool = flag(False, "run three steps to measure time and memory", "doctor")
     accelerate_config: str | None = flag(
         None,
-        "accelerate config of the launch; default: zero2.yaml, as in launch.sh; with --estimate: "
+        "accelerate config of the launch; none: zero2.yaml, as in launch.sh; with --estimate: "
         "all of accelerate_configs/",
         "doctor",
     )
     num_processes: int | None = flag(
         None,
-        "number of ranks; default: counted as in launch.sh; with --estimate: 8",
+        "number of ranks; none: counted as in launch.sh; with --estimate: 8",
         "doctor",
         at_least=1,
     )

@@ -265,7 +265,7 @@ class PlotConfig:
     )
     out: str | None = flag(
         None,
-        "output path without .png and .html; default: training_curves in the run's folder; for "
+        "output path without .png and .html; none: training_curves in the run's folder; for "
         "several runs: comparison in the current folder",
         "plot",
     )

@@ -40,10 +40,10 @@ class DashboardConfig:
     """Where the workspace is created."""
 
     entity: str | None = flag(
-        None, "wandb user or team; default: WANDB_ENTITY; not needed with --out", "dashboard"
+        None, "wandb user or team; none: WANDB_ENTITY; not needed with --out", "dashboard"
     )
     project: str | None = flag(
-        None, f"wandb project; default: WANDB_PROJECT, or {PROJECT}", "dashboard"
+        None, f"wandb project; none: WANDB_PROJECT, or {PROJECT}", "dashboard"
     )
     name: str = flag("LoRA Loop", "the workspace's name", "dashboard")
     out: File | None = flag(
