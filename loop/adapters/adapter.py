@@ -1,4 +1,4 @@
-"""Reads an adapter's folder, loads its base model, and puts the adapter on it."""
+"""Reads an adapter's folder, loads its base model, and applies the adapter to it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,27 +53,28 @@ class Adapter:
 
     @property
     def dtype(self) -> torch.dtype | str:
-        """Return the dtype of the run's precision; `auto`, the weights' own, for other trainers."""
+        """Return the dtype of the run's precision; "auto" for adapters of other trainers."""
         return torch_dtype(self.trained["mixed_precision"]) if self.trained else "auto"
 
 
 def read_adapter(folder: Path, base: str | None = None, trust_remote_code: bool = False) -> Adapter:
     """Return an adapter and its settings; `base` replaces the base model of its folder.
 
-    trust_remote_code: of the command line. The folder's own training_config.yaml is ignored, since
-    it comes from the adapter's author.
-    Raises UserError if the folder holds no adapter, or code that is not trusted.
+    trust_remote_code: the command line's value. That of the folder's training_config.yaml is
+    ignored, since the adapter's author wrote it.
+    Raises UserError if the folder holds no adapter, or needs code that is not trusted.
     """
     if not (folder / "adapter_config.json").is_file():
         complete = [path for path in list_folders(folder) if (path / MANIFEST).is_file()]
         remedy = (
             f"Give its newest checkpoint: {complete[0]}" if complete else "Train first: ./launch.sh"
         )
-        raise UserError(f"--adapter {folder}: no adapter_config.json there. {remedy}")
+        raise UserError(f"--adapter {folder}: found no adapter_config.json. {remedy}")
     file = folder / SETTINGS  # Adapters of other trainers have none.
     trained = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    # Not None: transformers would prompt on the terminal (5.23, dynamic_module_utils.py).
-    # A cache that the adapter chose could hold other code than the hub's.
+    # With trusted code, the adapter's cache_dir is ignored: it could hold other code than the hub.
+    # trust_remote_code must not be None, for which transformers prompts on the terminal (5.23,
+    # dynamic_module_utils.py).
     cache_dir = None if trust_remote_code else trained.get("cache_dir")
     hub = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     with as_user_error(f"--adapter {folder}"):
@@ -92,9 +93,9 @@ def load_base(
     dtype: torch.dtype | str,
     compute_dtype: torch.dtype | None = None,
 ) -> Any:
-    """Return the model in `source`, the base or a merged one, with a row for each token.
+    """Return the model in `source`, the base or a merged model, with a row for each token.
 
-    compute_dtype: of QLoRA's 4-bit linear layers; None: they are not quantised here.
+    compute_dtype: dtype that QLoRA's 4-bit layers compute in; None: no layer is quantised here.
     """
     quiet()
     model, _ = load_pretrained(source, adapter.base_config, dtype, compute_dtype, **adapter.hub)

@@ -26,7 +26,7 @@ SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch
 class Source:
     """A model's tensors by name; `read` loads one of them.
 
-    dtype: the most frequent one, by elements.
+    dtype: the dtype of most elements.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -105,9 +105,9 @@ def tensors_of(model: Any) -> Source:
 
 
 def owners(skeleton: nn.Module, source: Source) -> dict[str, str]:
-    """Return, by the name of each of the model's tensors, its name in the source.
+    """Map the name of each tensor of the model to its name in the source.
 
-    Several modules may share a matrix, which is stored once, or several times with equal values.
+    Several modules may share a matrix. It is stored once, or several times with equal values.
     Flan-T5's LM head has its own values, although its configuration declares it as tied.
     """
     groups: dict[int, list[str]] = defaultdict(list)

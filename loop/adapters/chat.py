@@ -1,4 +1,4 @@
-"""`python -m loop chat`: generates answers from adapters, and compares them with their base's."""
+"""`python -m loop chat`: chats with adapters, and compares their answers with the base's."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def read_prompts(file: Path) -> list[Question]:
         raise UserError(f"--prompts {file}: cannot be read: {reason}.") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
-        raise UserError(f"--prompts {file}: it is empty; expected one question per line.")
+        raise UserError(f"--prompts {file}: found an empty file; expected one question per line.")
     return [_question(line, number, file) for number, line in numbered]
 
 
@@ -65,9 +65,9 @@ def _question(line: str, number: int, file: Path) -> Question:
 
 BASE = "base"  # the base model's name in commands and files
 HELP = """/adapter NAME  answer with this model: {names}
-/system TEXT   start a new dialogue with this system prompt; without TEXT: the template's own
+/system TEXT   start a new dialogue with this system prompt; without TEXT: the template's default
 /clear         start a new dialogue
-/help          show this text; Ctrl-C interrupts an answer, Ctrl-D or /quit ends"""
+/help          show this text; Ctrl-C interrupts an answer, Ctrl-D or /quit exits"""
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,11 @@ class ChatConfig:
     """The adapters, the questions, and how answers are generated."""
 
     adapter: tuple[Folder, ...] = flag(
-        ("runs/main_job",), "output folders of runs on one base; the first one answers", "chat"
+        ("runs/main_job",),
+        "output folders of runs with one base model; the first adapter answers",
+        "chat",
     )
-    base: Model | None = flag(None, "base model; default: the one in adapter_config.json", "chat")
+    base: Model | None = flag(None, "base model; none: the one in adapter_config.json", "chat")
     trust_remote_code: bool = flag(
         False, "run Python code that comes with the base or the adapter", "chat", flag_only=True
     )
@@ -89,9 +91,9 @@ class ChatConfig:
         "chat",
     )
     out: File | None = flag(None, "JSONL file for the answers to --prompts", "chat")
-    system: str | None = flag(None, "system prompt; default: the template's own", "chat")
+    system: str | None = flag(None, "system prompt; none: the template's", "chat")
     compare: bool = flag(False, "print the answers of base and adapters side by side", "chat")
-    max_new_tokens: Tokens = flag(128, "length of an answer at most", "chat", at_least=1)
+    max_new_tokens: Tokens = flag(128, "maximum tokens of an answer", "chat", at_least=1)
     temperature: float = flag(0.0, "sampling temperature; 0: greedy", "chat", at_least=0)
 
 
@@ -116,7 +118,7 @@ class Speaker:
     def streamer(self, name: str) -> TextStreamer:
         """Return a streamer that prints an answer while it is generated."""
         tokenizer = self.adapters.get(name, self.adapters[self.first]).tokenizer
-        # It skips the start of the output: a decoder's prompt, a T5's start token.
+        # skip_prompt leaves out a decoder's prompt, or a T5's start token.
         return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def answer(
@@ -146,7 +148,7 @@ class Speaker:
         inputs = tokenizer(
             rendered.text,
             add_special_tokens=rendered.add_special_tokens,
-            split_special_tokens=template == "t5",  # as in training, which adds its own
+            split_special_tokens=template == "t5",  # as in training
             return_tensors="pt",
         ).to(self.model.device)
         ends = self.model.generation_config.eos_token_id or []
@@ -175,7 +177,7 @@ def main(argv: Sequence[str]) -> None:
     values.pop("config", None)
     config = ChatConfig(**values)
     if bool(config.prompts) != bool(config.out):
-        raise UserError("found one of --prompts and --out; expected both. Give the other one, too.")
+        raise UserError("found one of --prompts and --out; expected both. Give the other one too.")
     if config.prompts and config.out:
         if config.prompt:
             raise UserError(
@@ -194,9 +196,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def load_speaker(config: ChatConfig) -> Speaker:
-    """Load the adapters on their base, in the precision of the first one's training.
+    """Load the adapters and their base, in the training precision of the first adapter.
 
-    Raises UserError if a folder holds no adapter, or the adapter of another base.
+    Raises UserError if a folder holds no adapter, or an adapter of another base.
     """
     adapters: dict[str, Adapter] = {}
     for word in config.adapter:
@@ -208,7 +210,8 @@ def load_speaker(config: ChatConfig) -> Speaker:
         if adapter.base != first.base or len(adapter.tokenizer) != len(first.tokenizer):
             raise UserError(
                 f"--adapter {adapter.folder}: trained on {adapter.base}, {len(adapter.tokenizer)} "
-                f"tokens; expected the first one's, {first.base}, {len(first.tokenizer)} tokens. "
+                f"tokens; expected the first adapter's base, {first.base}, with "
+                f"{len(first.tokenizer)} tokens. "
                 "Load it alone, or give --base if both bases are the same model."
             )
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -221,7 +224,7 @@ def load_speaker(config: ChatConfig) -> Speaker:
 
 
 def _inner(adapters: dict[str, Adapter], name: str) -> str:
-    """Return peft's name of an adapter, which must not contain dots."""
+    """Return the name that peft uses for an adapter; it must not contain dots."""
     number = [*adapters].index(name)
     return f"adapter_{number}" if number else "default"
 
@@ -252,7 +255,7 @@ def answers_in_columns(answers: dict[str, str]) -> str:
 
 
 def answer_all(speaker: Speaker, questions: list[Question], out: Path) -> None:
-    """Write the first adapter's answers as JSONL; --compare adds those of all the others."""
+    """Write the first adapter's answers as JSONL; --compare adds all other models' answers."""
     names = speaker.names if speaker.config.compare else [speaker.first]
     with written_whole(out, "--out") as partial, partial.open("w", encoding="utf-8") as file:
         for question in questions:
@@ -270,7 +273,7 @@ def chat_loop(speaker: Speaker) -> None:
     """Read messages from the terminal and answer them; each prompt holds all previous turns."""
     turns: tuple[Turn, ...] = ()
     name, system = speaker.first, speaker.config.system
-    print("Type a message, or /help; Ctrl-D ends.")
+    print("Type a message, or /help; Ctrl-D exits.")
     for text in _typed():
         word, _, rest = text.partition(" ")
         if word in ("/quit", "/exit"):

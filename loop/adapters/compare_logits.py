@@ -22,14 +22,14 @@ from loop.adapters.merge_rules import Change
 from loop.config.flags import DUMMY_DATA
 
 COMPARED_TOKENS = 128  # of each text
-READ_TOKENS = 2048  # of each text: a dialogue whose answer comes later is skipped
+READ_TOKENS = 2048  # of each text; a dialogue whose answer starts later is skipped
 MAX_DIFFERENCE_FP32, MAX_DIFFERENCE_16_BIT = 1e-4, 2e-2  # of logits
 
 
 def examples_of(adapter: Adapter, changes: dict[str, Change], count: int) -> list[Example]:
     """Return the first texts of the run's data, or of the bundled data if the files are missing.
 
-    If the tokenizer has new tokens, one more text holds all of them.
+    If the adapter changes rows of new tokens, one more text holds all of these tokens.
     """
     words, pairs = adapter.trained.get("data_path") or [str(DUMMY_DATA)], adapter.pairs
     try:
@@ -45,7 +45,7 @@ def examples_of(adapter: Adapter, changes: dict[str, Change], count: int) -> lis
 def examples_after(adapter: Adapter, known: list[Example], count: int) -> list[Example]:
     """Return `count` texts of the run's data that follow the `known` ones.
 
-    If the run has too few, the known texts and then bundled ones are added.
+    If the run has too few texts, the known texts are added, then texts of the bundled data.
     """
     words = adapter.trained.get("data_path") or [str(DUMMY_DATA)]
     try:
@@ -104,11 +104,11 @@ def _differences(one: list[Tensor], other: list[Tensor]) -> Iterator[Tensor]:
 
 
 def allowed(dtype: torch.dtype, logits: list[Tensor], effect: float) -> float:
-    """Return the largest difference that is accepted for weights of this dtype.
+    """Return the largest accepted difference of logits for weights of this dtype.
 
-    The effect of 16-bit rounding grows with the logits, so the limit is 2 % of the largest one, but
-    at most half of the adapter's `effect`: otherwise a missing adapter would pass. It is at least
-    2e-2.
+    The effect of 16-bit rounding grows with the logits, so the limit is 2 % of the largest logit.
+    It is at most half of the adapter's `effect`, since otherwise a missing adapter would pass. It
+    is at least 2e-2.
     """
     if dtype == torch.float32:
         return MAX_DIFFERENCE_FP32
@@ -120,9 +120,9 @@ def allowed(dtype: torch.dtype, logits: list[Tensor], effect: float) -> float:
 def in_fp32(model: nn.Module) -> Iterator[None]:
     """Make the model compute in fp32; one layer's weights are upcast at a time.
 
-    In bf16, rounded activations would hide differences of the weights. All weights of a layer are
+    In bf16, rounded activations would hide differences between weights. All weights of a layer are
     upcast together, since T5 casts activations to the dtype of `wo` (transformers 5.23). The next
-    layer reuses the fp32 memory; freeing and allocating it again would fragment the heap.
+    layer reuses the fp32 memory, since freeing and allocating it again would fragment the heap.
     """
     originals: dict[nn.Module, list[tuple[nn.Module, str, nn.Parameter]]] = {}
     free: dict[torch.Size, list[Tensor]] = defaultdict(list)
@@ -173,6 +173,6 @@ def _dequantised(module: Any, inputs: Tensor) -> Tensor:
 
 
 def _is_sixteen_bit(parameter: nn.Parameter) -> bool:
-    """Return whether to upcast it; 4-bit codes are also stored in tensors of these dtypes."""
+    """Return whether to upcast a parameter; 4-bit codes may be stored in the same dtypes."""
     halves = (torch.bfloat16, torch.float16)
     return parameter.dtype in halves and not hasattr(parameter, "quant_state")

@@ -1,6 +1,6 @@
 """Writes a LLaMA model with a byte-level BPE tokenizer as GGUF, llama.cpp's file format.
 
-llama.cpp's own converter writes other models and tokenizers.
+For other models and tokenizers, use llama.cpp's own converter.
 """
 
 import json
@@ -31,8 +31,8 @@ GGUF_TYPES = {
     torch.bfloat16: (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     torch.float16: (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
 }
-# Pre-tokenizers, as in the tokenizer's file. llama.cpp recognises them by the ids of one text
-# (convert_hf_to_gguf.py, get_vocab_base_pre).
+# Pre-tokenizers, as in tokenizer.json. llama.cpp recognises a pre-tokenizer by the ids of a test
+# text (convert_hf_to_gguf.py, get_vocab_base_pre).
 DIGITS = {"type": "Digits", "individual_digits": True}
 LLAMA_3 = (
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+"
@@ -43,7 +43,7 @@ REMEDY = "Convert the merged folder with llama.cpp's convert_hf_to_gguf.py (docs
 
 
 def check(config: Any, tokenizer: Any) -> str:
-    """Return llama.cpp's name of the pre-tokenizer; raises UserError for an unsupported model."""
+    """Return llama.cpp's name for the pre-tokenizer; raises UserError for an unsupported model."""
     if config.model_type != "llama":
         raise UserError(f"--gguf: found a {config.model_type} model; expected llama. {REMEDY}.")
     rope = getattr(config, "rope_parameters", None) or {}
@@ -58,7 +58,7 @@ def check(config: Any, tokenizer: Any) -> str:
     name = _pre_tokenizer(text["pre_tokenizer"] or {}) if text["model"]["type"] == "BPE" else None
     if name is None or text["normalizer"]:
         raise UserError(
-            f"--gguf: found a tokenizer of another kind; expected GPT-2's or Llama 3's. {REMEDY}."
+            f"--gguf: found an unsupported tokenizer; expected GPT-2's or Llama 3's. {REMEDY}."
         )
     return name
 
@@ -77,7 +77,7 @@ def _pre_tokenizer(found: dict[str, Any]) -> str | None:
 
 
 def write_gguf(folder: Path, file: Path, trust_remote_code: bool = False) -> None:
-    """Write the folder's model in its own precision, one tensor at a time; raises UserError."""
+    """Write the folder's model in its stored dtype, one tensor at a time; raises UserError."""
     with as_user_error(str(folder)):
         config, tokenizer = (
             kind.from_pretrained(folder, trust_remote_code=trust_remote_code)

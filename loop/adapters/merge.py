@@ -53,25 +53,28 @@ class MergeConfig:
     """The adapter to merge, the weights to merge it into, and how the result is written."""
 
     adapter: Folder = flag("runs/main_job", "output folder of a run, or a checkpoint", "merge")
-    base: Model | None = flag(None, "base model; default: the one in adapter_config.json", "merge")
+    base: Model | None = flag(None, "base model; none: the one in adapter_config.json", "merge")
     trust_remote_code: bool = flag(
         False, "run Python code that comes with the base or the adapter", "merge", flag_only=True
     )
     output_dir: Folder | None = flag(
-        None, "a new folder; default: the adapter's + -merged", "merge"
+        None, "new output folder; none: the adapter's folder + -merged", "merge"
     )
     base_weights: Literal["auto", "original", "dequantised"] = flag(
         "auto",
-        "weights to merge a QLoRA adapter into: dequantised: those that the 4-bit base computed "
-        "with, which gives the trained model; original: the base's own, without the 4-bit rounding "
-        "of training; auto: dequantised after --q_lora",
+        "base weights to merge a QLoRA adapter into. dequantised: the 4-bit weights of training, "
+        "which gives the trained model; original: the weights before the 4-bit rounding; "
+        "auto: dequantised after --q_lora",
         "merge",
     )
     dtype: Literal["auto", "fp32", "bf16"] = flag(
-        "auto", "auto: as the base is stored; after --q_lora the precision of training", "merge"
+        "auto", "auto: the base's stored dtype; after --q_lora: the precision of training", "merge"
     )
     shard_gb: float = flag(
-        4.0, "GB per file at most; layers' inputs take up to a quarter of it", "merge", above=0
+        4.0,
+        "maximum GB per file; the inputs for --rounding_texts take up to a quarter of it in memory",
+        "merge",
+        above=0,
     )
     prompts: int = flag(
         4,
@@ -82,8 +85,8 @@ class MergeConfig:
     )
     rounding_texts: int = flag(
         0,
-        "further dialogues whose layers' inputs determine the rounding to 16 bits, for a smaller "
-        "difference; 0: round to nearest",
+        "further dialogues that guide the rounding to 16 bits, for a smaller difference; "
+        "0: round to nearest",
         "merge",
         at_least=0,
     )
@@ -122,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 class Merge:
-    """One merge: the adapter's changes, and the base weights and dtype that they go into."""
+    """One merge of an adapter's changes into its base's weights."""
 
     def __init__(self, config: MergeConfig, adapter: Adapter) -> None:
         self.config, self.adapter = config, adapter
@@ -143,8 +146,8 @@ class Merge:
             )
         if asked == "dequantised" and not trained_on_four_bit:
             raise UserError(
-                f"--base_weights dequantised: found an adapter that was not trained on 4 bits "
-                f"({adapter.folder}); expected one of --q_lora. Leave the flag out."
+                f"--base_weights dequantised: found an adapter whose base was not in 4 bits "
+                f"({adapter.folder}); expected one trained with --q_lora. Leave the flag out."
             )
         self.four_bit = asked != "original" and trained_on_four_bit
         self.trained_on_four_bit = trained_on_four_bit
@@ -180,7 +183,7 @@ class Merge:
         if self.examples:
             self._verify(folder, dtype, before, effect)
         else:
-            print("Not verified: found --prompts 0.")
+            print("Not verified, because of --prompts 0.")
 
     def _verify(
         self, folder: Path, dtype: torch.dtype, before: list[Tensor], effect: float
@@ -190,21 +193,21 @@ class Merge:
         limit = allowed(dtype, before, effect)
         difference = largest_difference(before, after)
         result = (
-            f"Largest difference of logits, {len(before)} texts: {difference:.1e}, at most "
+            f"Largest difference of logits, {len(before)} texts: {difference:.1e}, limit "
             f"{limit:.1e}; root mean square {root_mean_square(before, after):.1e}; the adapter "
             f"itself changes them by {effect:.1e}"
         )
         if not difference <= limit:
             raise RunError(
-                f"{result}. The merged model differs from the trained one; nothing was kept."
+                f"{result}. The merged model differs from the trained one and was deleted."
                 + " Rounding may lose the adapter's changes: give --dtype fp32."
                 * (dtype != torch.float32)
             )
         print(f"{result}.")
         if dtype != torch.float32 and not self.config.rounding_texts:
             print(
-                "Changed weights were rounded to nearest, which adds to this difference; "
-                "--rounding_texts 64 adds less and takes longer."
+                "Changed weights were rounded to nearest, which adds to this difference. "
+                "--rounding_texts 64 makes it smaller, but takes longer."
             )
         if self.trained_on_four_bit and not self.four_bit:
             trained, _ = self._reference(self._four_bit_base())
@@ -221,7 +224,7 @@ class Merge:
     def _reference(self, base: Any, record_inputs: bool = False) -> tuple[list[Tensor], float]:
         """Return the logits with the adapter, and their largest difference from the base's.
 
-        record_inputs: keep the layers' inputs for rounding. The adapter is removed from the base.
+        record_inputs: keep the layers' inputs for rounding. Afterwards, the base has no adapter.
         """
         model = with_adapter(base, self.adapter)
         restore_fp32_values(model, self.changes)
@@ -230,7 +233,7 @@ class Merge:
             layers = changed_layers(self.skeleton, self.changes)
             self.inputs = inputs_of(model, layers, texts, self.config.shard_gb * 1e9 / 4)
             tokens = max((sum(map(len, parts)) for parts in self.inputs.values()), default=0)
-            print(f"rounding: with inputs of {len(texts)} texts, {tokens:,} tokens per layer")
+            print(f"rounding: by the inputs of {len(texts)} texts, {tokens:,} tokens per layer")
         adapted = logits_of(model, self.examples)
         with model.disable_adapter():
             without = logits_of(model, self.examples)
@@ -254,7 +257,7 @@ class Merge:
                 return tensor
             if key in matrices and self.adapter.pairs:
                 tensor = grown(tensor, len(self.adapter.tokenizer))
-            elif key == "final_logits_bias":  # in BART and Marian, as long as the LM head
+            elif key == "final_logits_bias":  # BART, Marian: a value per row of the LM head
                 tensor = torch.nn.functional.pad(tensor, (0, rows - tensor.shape[-1]))
             if key in changes:
                 tensor = changes[key].of(tensor)
@@ -270,7 +273,7 @@ class Merge:
             name = shard_name("model", number, len(files))
             tensors = {key: merged(key) for key in keys}
             save_file(tensors, folder / name, metadata={"format": "pt"})
-            # safetensors 0.8 makes it readable by its owner only; the folder has the umask's mode.
+            # safetensors 0.8 lets only the owner read the file; the folder's mode follows umask.
             (folder / name).chmod(folder.stat().st_mode & 0o666)
             file_of |= dict.fromkeys(keys, name)
             size += sum(tensor.nbytes for tensor in tensors.values())
@@ -279,7 +282,7 @@ class Merge:
         self._write_settings(folder, dtype, rows)
 
     def _by_place(self, places: dict[str, str]) -> dict[str, Change]:
-        """Return the changes by the stored name of their tensor.
+        """Return the changes by the stored name of the changed tensor.
 
         Raises UserError if the adapter changes a shared matrix for one of its modules only.
         """
@@ -289,8 +292,8 @@ class Merge:
             place = places.get(name)
             if place is None:
                 raise UserError(
-                    f"{self.adapter.base}: its files hold no {name}; expected the model's own "
-                    "names. Load it with transformers and save it with save_pretrained."
+                    f"{self.adapter.base}: its files hold no {name}; expected the names of the "
+                    "model's tensors. Load it with transformers and save it with save_pretrained."
                 )
             other = changes.setdefault(place, change)
             same_rows = change.same_rows(other)
@@ -302,7 +305,7 @@ class Merge:
         return changes
 
     def _write_settings(self, folder: Path, dtype: torch.dtype, rows: int) -> None:
-        """Write configuration, tokenizer, generation settings, and trusted code of the base."""
+        """Write configuration, tokenizer, generation settings, and the base's trusted code."""
         adapter = self.adapter
         config = copy.deepcopy(adapter.base_config)
         if hasattr(config, "quantization_config"):

@@ -1,4 +1,4 @@
-"""Reads an adapter's change of each base tensor; refuses adapters that cannot be merged."""
+"""Reads an adapter's change of each base tensor; rejects adapters that cannot be merged."""
 
 import json
 from collections import defaultdict
@@ -26,8 +26,8 @@ A, B, EMBEDDING_A, EMBEDDING_B = (
 )
 MAGNITUDE, ROWS = "lora_magnitude_vector", "token_adapter.trainable_tokens_delta"
 KINDS = (A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, ROWS)
-# Fields of peft's LoraConfig (0.21) that the merge supports, or that do not change weights. Another
-# field must have its default.
+# Fields of peft's LoraConfig (0.21) that the merge supports, or that do not change weights. All
+# other fields must have their defaults.
 SUPPORTED_FIELDS = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha"),
@@ -42,7 +42,7 @@ SUPPORTED_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one tensor: LoRA's product is added, or rows or the complete tensor replaced.
+    """The change of one tensor: a LoRA product to add, or rows or a full tensor to replace.
 
     product: lora_B [out, r], lora_A [r, in] and their scale. transposed: the tensor is [in, out].
     magnitude: DoRA's, [out]. rows: [n, d] for the n `tokens`. replacement: the new tensor.
@@ -110,7 +110,7 @@ def read_changes(folder: Path, model: nn.Module) -> dict[str, Change]:
 
 
 def restore_fp32_values(model: PeftModel, changes: dict[str, Change]) -> None:
-    """Set completely trained modules and biases to their saved fp32 values.
+    """Set fully trained modules and biases to their saved fp32 values.
 
     peft (0.21) loads them in the base's dtype, which rounds them. It loads LoRA's weights in fp32.
     """

@@ -1,7 +1,7 @@
-"""Rounds merged matrices to 16 bits with the layers' inputs, so that their outputs change little.
+"""Rounds merged matrices to 16 bits so that the outputs of their layers change little.
 
-Rounding to nearest ignores how errors add up. Here, the weights of a row that are not yet rounded
-compensate the errors of those that are, weighted by the layer's inputs.
+Rounding to nearest ignores how errors add up in an output. Here, the weights of a row that are not
+yet rounded compensate the errors of the rounded ones, weighted by the layer's inputs.
 """
 
 import math
@@ -17,11 +17,11 @@ from loop.adapters.compare_logits import in_fp32, run
 from loop.adapters.merge_rules import Change
 
 DAMPING = 0.01  # of the mean squared input, as in GPTQ: https://arxiv.org/abs/2210.17323
-ROWS_AT_ONCE = 4096  # of a matrix, which bounds the memory
+ROWS_AT_ONCE = 4096  # rows of a matrix; bounds the memory
 
 
 def changed_layers(model: nn.Module, changes: dict[str, Change]) -> list[str]:
-    """Return the names of the linear layers whose complete weight changes, not only new rows."""
+    """Return the names of the linear layers whose full weight changes, not only new rows."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     changed = {name: changes.get(f"{name}.weight") for name in linear}
     return [name for name, change in changed.items() if change and change.rows is None]
@@ -69,8 +69,8 @@ def inputs_of(
 def _thinned(recorded: dict[str, list[Tensor]], max_bytes: float) -> dict[int, Tensor]:
     """Return every n-th row of each tensor [T, in], by the tensor's id: about `max_bytes` in all.
 
-    At least one row of each is kept. The result is empty for a text that no router sends to these
-    layers. All rows are views of one block, since many small blocks would fragment the memory.
+    At least one row of each tensor is kept. The result is empty if no router sends the text to
+    these layers. All results are views of one block, since many small blocks fragment the memory.
     """
     parts = {id(part): part for own in recorded.values() for part in own}
     if not parts:
@@ -85,9 +85,9 @@ def _thinned(recorded: dict[str, list[Tensor]], max_bytes: float) -> dict[int, T
 def rounded(weight: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `weight` [out, in] float32 rounded to `dtype` with the layer's inputs [T, in].
 
-    Columns are rounded one by one, the one with the largest inputs first. Each compensates the
-    errors of the columns before it, by the Cholesky factor of inputsᵀ inputs (LDLQ:
-    https://arxiv.org/abs/2307.13304).
+    Columns are rounded one by one, starting with the one with the largest inputs. Each column
+    compensates the errors of the columns before it, by the Cholesky factor of inputsᵀ inputs
+    (LDLQ: https://arxiv.org/abs/2307.13304).
     """
     inputs = nn.functional.normalize(inputs.float())
     squares = inputs.square().sum(dim=0)
@@ -111,9 +111,9 @@ def rounded(weight: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
 def _compensate(
     targets: Tensor, errors: Tensor, weight: Tensor, factor: Tensor, dtype: torch.dtype
 ) -> None:
-    """Add to `targets`, a copy of `weight`, the compensation of the errors; fill `errors`.
+    """Add the compensation of errors to `targets`, a copy of `weight`, and fill `errors`.
 
-    All are [in, out], and `targets` is what is rounded instead of `weight`. The recursion halves
+    All tensors are [in, out]. The caller rounds `targets` instead of `weight`. The recursion halves
     the matrix and starts with the last half, so that most work is in products of large matrices.
     """
     if len(targets) == 1:

@@ -11,8 +11,8 @@ from loop.model.base import find_base_model
 
 
 def main(argv: Sequence[str]) -> None:
-    """Report a wrong flag or path within a second, before the slow launch of the ranks."""
-    config = read_config(argv, Config, "Training flags. With none of them: the main job.")
+    """Report a wrong flag or path within a second, before the ranks start."""
+    config = read_config(argv, Config, "The flags of training; without flags: the main job.")
     errors = [*conflicts(CORE), *problems(config)]
     if errors:
         raise UserError(together(errors))

@@ -27,10 +27,10 @@ def main(argv: Sequence[str]) -> None:
     page.section("versions", version_rows())
     add_errors([*outdated(), *conflicts()], errors)
     try:
-        from loop.doctor.examine import examine  # here: its packages may conflict
+        from loop.doctor.examine import examine  # not at the top: its packages may conflict
     except ImportError as error:
         reason = " ".join(str(error).split())
-        errors.append(f"the packages cannot be imported, so nothing more is known: {reason}")
+        errors.append(f"the packages cannot be imported, so no other check ran: {reason}")
     else:
         add_errors(examine(argv, config, page), errors)
     if errors:

@@ -1,4 +1,4 @@
-"""Examines launch, model and data, and prints the forecast that follows from them."""
+"""Examines launch, model and data, and prints the forecast of the run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -48,7 +48,7 @@ def _examine_run(
     notes: list[str],
     with_trial: bool,
 ) -> None:
-    """Examine model and data, and forecast the run; deepspeed: its JSON, empty without it."""
+    """Examine model and data, and forecast the run; deepspeed: DeepSpeed's JSON, or {}."""
     zero = deepspeed.get("zero_optimization", {})
     model = model_and_data.examine_model(config, zero, errors)
     page.section("model", model_and_data.model_rows(model, config, zero, notes))

@@ -1,4 +1,4 @@
-"""Flags of `python -m loop doctor`: training's, and its own."""
+"""The flags of `python -m loop doctor`: those of training and its own."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,24 +9,29 @@ from loop.config.parser import flag
 
 @dataclass(frozen=True)
 class DoctorConfig(Config):
-    """Training's settings, and the doctor's."""
+    """The settings of training and of the doctor."""
 
     estimate: bool = flag(
-        False, "print only a rank's memory by part and bytes sent, from config.json", "doctor"
+        False,
+        "print only one rank's memory by part and the bytes that it sends, from config.json",
+        "doctor",
     )
     trial: bool = flag(False, "run three steps to measure time and memory", "doctor")
     accelerate_config: str | None = flag(
         None,
-        "accelerate config of the launch; none: zero2.yaml, as launch.sh; with --estimate: all of "
-        "accelerate_configs/",
+        "accelerate config of the launch; none: zero2.yaml, as in launch.sh; with --estimate: "
+        "all of accelerate_configs/",
         "doctor",
     )
     num_processes: int | None = flag(
-        None, "ranks; none: counted as launch.sh does; with --estimate: 8", "doctor", at_least=1
+        None,
+        "number of ranks; none: counted as in launch.sh; with --estimate: 8",
+        "doctor",
+        at_least=1,
     )
     supervised_share: float = flag(
         1.0,
-        "for --estimate: share of a micro-batch's tokens that is supervised; T5: of its targets",
+        "for --estimate: supervised share of a micro-batch's tokens; T5: of its target tokens",
         "doctor",
         above=0,
         at_most=1,
@@ -34,5 +39,5 @@ class DoctorConfig(Config):
 
     @property
     def training(self) -> Config:
-        """Training's settings alone."""
+        """The settings of training only."""
         return Config(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Config)})

@@ -27,7 +27,7 @@ from loop.monitor.formatting import GIB, WIDTH, curve, duration, gib, megabytes,
 from loop.monitor.trackers import has_wandb_login
 from loop.training.optim import lr_at
 
-SAMPLED_WINDOWS = 256  # first windows, whose token counts and micro-batches stand for the run
+SAMPLED_WINDOWS = 256  # first windows, from which the tokens of the run are extrapolated
 OTHER_OUTPUT_BYTES = 4 << 20  # tokenizer, settings and log in the output folder, approximately
 
 
@@ -35,7 +35,8 @@ OTHER_OUTPUT_BYTES = 4 << 20  # tokenizer, settings and log in the output folder
 class TokenForecast:
     """Tokens of the run, estimated from its first windows.
 
-    tokens: of all steps. sizes: of the first windows' micro-batches. supervised_share: of tokens.
+    tokens: tokens of all steps. sizes: sizes of the first windows' micro-batches.
+    supervised_share: supervised tokens as a share of all tokens.
     """
 
     tokens: float
@@ -58,9 +59,9 @@ def forecast_tokens(data: TrainingData, layout: Layout, config: Config) -> Token
 
 
 def _size(part: list[Example], packed: bool) -> Size:
-    """Return the size of a micro-batch, shared prefixes counted for each dialogue.
+    """Return the size of a micro-batch.
 
-    Keys and values of a shared prefix are kept for each of its dialogues.
+    A shared prefix counts once per dialogue, since its keys and values are kept for each of them.
     """
     if packed:
         return Size(1, packed_tokens(part))
@@ -130,7 +131,8 @@ def largest_run(
 ) -> Run | None:
     """Return the run with the micro-batch that takes most memory; None without an estimate.
 
-    For pairs it is not always the one with most tokens, as attention grows with their square.
+    For pairs, this may not be the micro-batch with most tokens, since attention's memory grows with
+    the square of the length.
     """
     if model.no_estimate:
         return None
@@ -145,24 +147,24 @@ def largest_run(
 def memory_rows(
     run: Run | None, no_estimate: str, forecast: TokenForecast, config: Config
 ) -> tuple[list[tuple[str, str]], float | None, list[str]]:
-    """Return the estimate by part, its sum in bytes, and errors; no_estimate: why there is none."""
+    """Return the estimate by part, its sum in bytes, and errors; no_estimate: reason for none."""
     if run is None:
         return [("each rank", f"not estimated: {no_estimate} --trial measures it.")], None, []
     parts = {name: size for name, size in memory(run).items() if size}
     if not on_gpu():
         parts.pop("cuBLAS workspace")
     total, room = sum(parts.values()), memory_per_rank()
-    device = "GPU" if on_gpu() else "main memory"
-    lines = [["in main memory" if device == "main memory" else "on the GPU", "GiB"]]
+    place = "on the GPU" if on_gpu() else "in main memory"
+    lines = [[place, "GiB"]]
     lines += [[name, gib(size)] for name, size in parts.items()]
     lines += [["peak", gib(total)]]
     rows = [("each rank", "\n".join(f" {line}" for line in table(lines).splitlines()))]
     size = f"{run.size}, {100 * forecast.supervised_share:.0f} % supervised"
-    rows.append(("assuming", f"the largest micro-batch of the first windows, of {size}"))
+    rows.append(("assuming", f"the largest micro-batch of the first windows: {size}"))
     if host_memory(run):
         rows.append(("offloaded", f"{gib(host_memory(run))} GiB of main memory for each rank"))
     copy = 12 * run.adapter
-    rows.append(("rank 0", f"{megabytes(copy)} more of main memory during a save"))
+    rows.append(("rank 0", f"{megabytes(copy)} of additional main memory during a save"))
     if sent(run):
         rows.append(("sent", f"{megabytes(sent(run))} by each rank, each step"))
     if total <= room:
@@ -175,8 +177,8 @@ def memory_rows(
         rows,
         total,
         [
-            f"memory: found {room / GIB:.1f} GiB of {device} that a rank may hold; the estimate "
-            f"is {total / GIB:.1f} GiB. Give {', or '.join(remedies)}."
+            f"memory: found {room / GIB:.1f} GiB per rank {place}; the estimate is "
+            f"{total / GIB:.1f} GiB. Give {', or '.join(remedies)}."
         ],
     )
 
@@ -193,7 +195,7 @@ def disk_rows(
         checkpoint = find_checkpoint(config, facts, layout)
         done = checkpoint.step if checkpoint else 0
         if (output / storage.STATE).is_file():
-            # Here: it imports peft, which takes seconds.
+            # Not at the top: it imports peft, which takes seconds.
             from loop.checkpoint.run_folder import is_finished
 
             state = "holds this run, finished" if is_finished(config) else "holds a run"
@@ -207,12 +209,12 @@ def disk_rows(
     needed, more, each = storage.room(output, parameters, saves, keep)
     needed += OTHER_OUTPUT_BYTES + base_copy(config)
     free = free_room(config)
-    if MIN_ADAPTER_BYTES + base_copy(config) <= free < needed:  # preflight reports a smaller value
+    if MIN_ADAPTER_BYTES + base_copy(config) <= free < needed:  # preflight reports even less
         errors.append(storage.too_little(output, free, needed, more, each))
     many = f"{more} checkpoint{'s' * (more != 1)} of {megabytes(each)}"
     rows = [
         ("output", f"{output}: {state}"),
-        ("needed", f"{megabytes(needed)}: {many}, the adapter; free: {megabytes(free)}"),
+        ("needed", f"{megabytes(needed)}: {many} and the adapter; free: {megabytes(free)}"),
     ]
     return rows, errors
 
@@ -227,7 +229,7 @@ def tracker_rows(config: Config) -> list[tuple[str, str]]:
         "wandb": "found a login",
     }
     if not has_wandb_login():
-        places["wandb"] = "no login: kept offline, until wandb login and wandb sync"
+        places["wandb"] = "no login: kept offline; upload it later with wandb login and wandb sync"
     mode = os.environ.get("WANDB_MODE")
     places["wandb"] = f"WANDB_MODE is {mode}" if mode else places["wandb"]
     return [(kind, places[kind]) for kind in config.report_to]
@@ -238,7 +240,7 @@ def time_rows(
 ) -> list[tuple[str, str]]:
     """Return the projected run time and the measured peak memory; total: the estimate in bytes."""
     if trial is None:
-        return [("time", "not known: --trial runs three steps, with the model's weights")]
+        return [("time", "not known; --trial measures it in three steps, with the model's weights")]
     seconds = forecast.tokens / trial.tokens_per_second
     rows = [
         (

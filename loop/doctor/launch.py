@@ -62,7 +62,7 @@ class Launch:
             os.environ.update(before)
 
     def backend(self, deepspeed: dict[str, Any], config: Config) -> Backend:
-        """Return the estimate's description of the backend; deepspeed: its JSON, perhaps empty."""
+        """Return the backend for the estimate; deepspeed: DeepSpeed's JSON, or empty."""
         zero = deepspeed.get("zero_optimization", {})
         devices = {
             part: (zero.get(f"offload_{part}") or {}).get("device") or "none"
@@ -81,8 +81,8 @@ class Launch:
 def find_launch(config: DoctorConfig, errors: list[str]) -> Launch:
     """Return the launch for the flags and the environment, with ranks counted as in launch.sh.
 
-    Errors of the accelerate config are added to `errors`; then the launch is one process without
-    DeepSpeed.
+    Errors of the accelerate config are added to `errors`. After such an error, the launch is one
+    process without DeepSpeed.
     """
     import torch
 
@@ -110,7 +110,7 @@ def find_launch(config: DoctorConfig, errors: list[str]) -> Launch:
 
 
 def _read_count(name: str, errors: list[str]) -> int | None:
-    """Return an environment variable's number; None if it is not set, or an error was added."""
+    """Return an environment variable as a number, or None; add an error if it is invalid."""
     given = os.environ.get(name)
     if given and not given.isdigit():
         errors.append(f"{name}: found {given}; expected a whole number. Give one, or unset it.")
@@ -120,7 +120,7 @@ def _read_count(name: str, errors: list[str]) -> int | None:
 def _exported_variables(file: Path, ranks: int, machines: int) -> dict[str, str]:
     """Return the variables that `accelerate launch` exports for a config (accelerate 1.15).
 
-    Raises UserError for a config that it does not accept.
+    Raises UserError for a config that accelerate rejects.
     """
     from accelerate.commands import launch
     from accelerate.utils import launch as environments
@@ -130,7 +130,7 @@ def _exported_variables(file: Path, ranks: int, machines: int) -> dict[str, str]
         words += ["--num_machines", str(machines), "--main_process_ip", "127.0.0.1"]
     parser = launch.launch_command_parser()
     try:
-        # Without a number of threads it prints a note.
+        # Without --num_cpu_threads_per_process, accelerate prints a note.
         args, _, _ = launch._validate_launch_command(
             parser.parse_args([*words, "--num_cpu_threads_per_process", "1", "loop/train.py"])
         )
@@ -145,7 +145,7 @@ def _exported_variables(file: Path, ranks: int, machines: int) -> dict[str, str]
     except Exception as error:  # any type: accelerate does not check the keys
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"--accelerate_config {file}: accelerate launch does not take it: "
+            f"--accelerate_config {file}: accelerate launch rejects it: "
             f"{type(error).__name__}: {reason} Correct it, or give one of accelerate_configs/."
         ) from None
     return {name: value for name, value in values.items() if name.startswith("ACCELERATE_")}
@@ -163,13 +163,13 @@ def hardware_rows(launch: Launch) -> list[tuple[str, str]]:
         memory = same[0].total_memory / GIB
         rows.append(("GPU", f"{len(same)} x {name}, {memory:.1f} GiB, {capability}"))
     rows += [] if gpus else [("GPU", "none")]
-    device = "GPU" if on_gpu() else "main memory"
-    room = f"{memory_per_rank() / GIB:.1f} GiB of {device}, 90 % of the free memory"
-    return [*rows, ("a rank may hold", room + (", divided evenly" if launch.ranks > 1 else ""))]
+    place = "on the GPU" if on_gpu() else "in main memory"
+    room = f"{memory_per_rank() / GIB:.1f} GiB {place}, 90 % of the free memory"
+    return [*rows, ("memory per rank", room + (", divided evenly" if launch.ranks > 1 else ""))]
 
 
 def memory_per_rank() -> int:
-    """Return the bytes that each rank may hold on its device: those of the fullest GPU."""
+    """Return the bytes that each rank may use on its device: the least of all GPUs."""
     if not on_gpu():
         return memory_room(torch.device("cpu"))
     return min(memory_room(torch.device("cuda", n)) for n in range(torch.cuda.device_count()))

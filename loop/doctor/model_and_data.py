@@ -35,7 +35,7 @@ MAX_SHOWN_TOKENS = 160  # of each example
 
 @dataclass
 class Model:
-    """The base model as far as it could be read; a field is None after an error before it.
+    """The base model as far as it can be read; an error leaves the fields after it None.
 
     base: folder or hub name. bare: the model on PyTorch's meta device. targets: its modules that
     get a LoRA pair, by name. no_estimate: why memory cannot be estimated.
@@ -51,7 +51,7 @@ class Model:
 
     @property
     def usable(self) -> bool:
-        """Whether the data can be encoded for it."""
+        """Whether the data can be encoded for this model."""
         return None not in (self.template, self.targets)
 
     def trained(self, config: Config) -> int:
@@ -157,7 +157,7 @@ def backend_rows(config: Config, zero: dict[str, Any]) -> list[tuple[str, str]]:
 def examine_data(model: Model, config: Config, errors: list[str]) -> TrainingData | None:
     """Return the encoded data; None after errors in the data or the model.
 
-    Then each file is read by itself, so that the errors of all files are reported.
+    After an error, each file is read separately, so that the errors of all files are reported.
     """
     sources, complete = _files_by_source(config, errors)
     if model.usable and complete:
@@ -171,7 +171,7 @@ def examine_data(model: Model, config: Config, errors: list[str]) -> TrainingDat
         source_errors: list[str] = []
         with collect_errors(source_errors):
             deque(read_dialogues(files, Tally(), *how), maxlen=0)
-        # That stops at the first bad file of a source.
+        # read_dialogues stops at the first bad file of a source.
         for file in files if source_errors else ():
             with collect_errors(source_errors):
                 deque(read_file(file, Tally(), *how), maxlen=0)
@@ -180,7 +180,7 @@ def examine_data(model: Model, config: Config, errors: list[str]) -> TrainingDat
 
 
 def _files_by_source(config: Config, errors: list[str]) -> tuple[list[list[Path]], bool]:
-    """Return the files of each source without errors, and whether no source has errors."""
+    """Return the files of each valid source, and whether all sources are valid."""
     named = [("--data_path", word) for word in config.data_path or [str(DUMMY_DATA)]]
     named += [("--eval_data_path", word) for word in config.eval_data_path or ()]
     sources = []
@@ -199,7 +199,7 @@ def data_rows(data: TrainingData, config: Config, page_colour: bool) -> list[tup
     examples = data.examples
     lengths: dict[int, int] = {}
     for example in examples:
-        longer = max(example.sides)  # the limit is each side's
+        longer = max(example.sides)  # the limit applies to each side
         lengths[longer] = lengths.get(longer, 0) + 1
     tokens = sum(example.tokens for example in examples)
     supervised = sum(example.supervised_tokens for example in examples)
@@ -222,7 +222,7 @@ def data_rows(data: TrainingData, config: Config, page_colour: bool) -> list[tup
 
 
 def _shown_lines(example: Example, tokenizer: Any, colour: bool) -> Iterator[str]:
-    """Yield the lines of an example's first tokens; for a pair, of the last ones of the source."""
+    """Yield the lines of an example's first tokens; of a pair's source, the last tokens."""
     ids, labels = example.input_ids, example.labels[:MAX_SHOWN_TOKENS]
     left = max(0, len(ids) - MAX_SHOWN_TOKENS)
     shown = ids[left:] if example.is_pair else ids[:MAX_SHOWN_TOKENS]

@@ -19,8 +19,8 @@ from loop.config.parser import File, flag
 from loop.inputs.training_data import TrainingData, read_training_data
 from loop.monitor.formatting import GREEN, PLAIN, in_colour
 
-CONTEXT_TOKENS = 4  # decoded before a token: a leading space depends on them
-MAX_CHARACTER_TOKENS = 4  # a character of UTF-8 has at most 4 bytes, each perhaps a token
+CONTEXT_TOKENS = 4  # decoded before a token, whose leading space depends on them
+MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has at most 4 bytes; each may be a token
 REPLACEMENT_CHARACTER = "\ufffd"
 HTML_ALTERS = {"\0": "\u2400", "\r": "&#13;"}  # characters that HTML would change
 STYLE = """
@@ -72,10 +72,10 @@ def page_end(account: str) -> str:
 
 
 def pieces(ids: Sequence[int], tokenizer: Any) -> Iterator[tuple[int, int, str]]:
-    """Yield (begin, end, text) for each token, or for the tokens of one character together.
+    """Yield (begin, end, text) for each token; tokens that form one character come together.
 
-    The texts concatenated are the decoded sequence. Each text is what its tokens add to those
-    before: decoded alone, a token would lose its leading space.
+    The concatenated texts are the decoded sequence. Each token is decoded together with the tokens
+    before it, since a token decoded alone would lose its leading space.
     """
     decode = tokenizer.backend_tokenizer.decode
     begin = 0
@@ -97,7 +97,7 @@ def _block(ids: list[int], labels: list[int], tokenizer: Any) -> str:
         tag, breaks = "b" if supervised else "i", ' class="n"' if "\n" in text else ""
         numbers = " ".join(map(str, ids[begin:end]))
         tokens.append(f'<{tag}{breaks} title="{numbers}">{_escaped(text)}</{tag}>')
-    # Browsers drop a newline directly after <pre>: this one, not the text's.
+    # Browsers drop a newline directly after <pre>. Without this one, they drop the text's own.
     return f"<pre>\n{''.join(tokens)}</pre>\n"
 
 
@@ -110,7 +110,7 @@ def _escaped(text: str) -> str:
 
 @dataclass(frozen=True)
 class ShowConfig(Config):
-    """Training's settings, and the format of the output."""
+    """The settings of training, and the format of the output."""
 
     jsonl: bool = flag(False, "print a JSON object per example: id, input_ids, labels", "show")
     html: File | None = flag(None, "write an HTML page with all tokens and ids", "show")
@@ -173,10 +173,10 @@ def as_json(dialogue: Sequence[Example]) -> str:
 
 
 def as_text(example: Example, tokenizer: Any, colour: bool) -> str:
-    """Return the decoded example with supervised runs green, or in brackets without colour.
+    """Return the decoded example; supervised tokens are green, or in brackets without colour.
 
-    Each run is what it adds to the text before: decoded alone, it would lose its leading space. A
-    pair has two lines: its source, and its target, all of it supervised.
+    Each run of tokens is decoded together with the tokens before it, since a run decoded alone
+    would lose its leading space. A pair has two lines: its source, and its supervised target.
     """
     before, after = (GREEN, PLAIN) if colour else ("⟦", "⟧")
     if example.is_pair:

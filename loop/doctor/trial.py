@@ -18,7 +18,7 @@ from loop.distributed.signals import STATUS_FILE
 from loop.doctor.launch import Launch
 
 STEPS = 3  # the first one warms up and is not timed
-# Replaced in a trial, in addition to the flags' `in_trial` values, which turn other output off.
+# Settings that a trial replaces. The flags' `in_trial` values turn other output off.
 TRIAL_STEPS: dict[str, Any] = {
     "max_steps": STEPS,
     "logging_steps": 1,
@@ -48,10 +48,10 @@ def run_trial(config: Config, launch: Launch) -> Trial:
         )
     with tempfile.TemporaryDirectory(prefix="lora-loop-trial-") as folder:
         output, settings, status = (Path(folder) / name for name in ("run", "run.yaml", "status"))
-        status.touch()  # The ranks replace it, and never create it (signals.py).
+        status.touch()  # The ranks replace this file but never create it (signals.py).
         values = {**trial_settings(), "output_dir": str(output)}
         settings.write_text(dump(dataclasses.replace(config, **values)), "utf-8")
-        # The launcher sets its own variables; examine() has set them here, too.
+        # Without the launch's variables that examine() has set: the launcher sets its own.
         environment = {n: value for n, value in os.environ.items() if n not in launch.variables}
         done = subprocess.run(
             [

@@ -1,1 +1,1 @@
-"""What a run reports: console, metrics.jsonl, trackers, summary, plots."""
+"""The output of a run: console, metrics.jsonl, trackers, summary, plots."""

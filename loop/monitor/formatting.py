@@ -38,7 +38,7 @@ class Page:
 
 def _wrapped(line: str) -> list[str]:
     if line[:1] in ("", " "):
-        return [line]  # of a curve, a table, an example
+        return [line]  # Lines of curves, tables and examples are not wrapped.
     return textwrap.wrap(
         line, LINE_WIDTH - LABEL_WIDTH - 2, break_long_words=False, break_on_hyphens=False
     )
@@ -55,7 +55,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def loss_text(loss: float | None) -> str:
-    """Return a loss with four digits; None is a loss that is not finite.
+    """Return a loss with four decimals, or "not finite" for None.
 
     >>> loss_text(1.25), loss_text(None)
     ('1.2500', 'not finite')
@@ -64,7 +64,7 @@ def loss_text(loss: float | None) -> str:
 
 
 def gib(size: float) -> str:
-    """Return bytes in GiB with three digits: a MiB is 0.001."""
+    """Return bytes in GiB with three decimals; a MiB is 0.001."""
     return f"{size / GIB:.3f}"
 
 

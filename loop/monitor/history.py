@@ -1,4 +1,4 @@
-"""Reads the logs of runs for plotting: metrics.jsonl, else trainer_state.json."""
+"""Reads runs' logs for plotting: metrics.jsonl, or trainer_state.json if that is missing."""
 
 import json
 import math
@@ -20,9 +20,9 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class PriorRun:
-    """The part of a run before this launch; step 0 for a fresh run.
+    """The state of a run before this launch; for a new run, step is 0.
 
-    step: optimizer steps done. progress: the content of the checkpoint's progress.json. log:
+    step: optimizer steps done. progress: the content of the checkpoint's progress.json. log: the
     metrics.jsonl of the run that wrote the checkpoint.
     """
 
@@ -33,7 +33,7 @@ class PriorRun:
 
 @dataclass(frozen=True)
 class Series:
-    """One metric in a panel; a noisy one is smoothed."""
+    """One metric in a panel; noisy metrics are smoothed."""
 
     key: str
     label: str
@@ -71,7 +71,7 @@ PANELS = (
     Panel("Peak memory", "GiB", (Series("peak_memory_gib", "peak memory"),)),
 )
 KEYS = [series.key for panel in PANELS for series in panel.series]
-# The choices of x axis; another trainer's log may hold steps only.
+# Choices for the x axis. The log of another trainer may hold only steps.
 AXES = {"step": "step", "supervised_tokens": "supervised tokens", "seconds": "hours"}
 
 
@@ -86,13 +86,13 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def points(self, key: str, axis: str = "step") -> Points:
-        """Return a key's logged values as (x, y) along an axis; null values are left out."""
+        """Return a key's logged values as (x, y) along an axis, without null values."""
         entries = [entry for entry in self.entries if entry.get(key) is not None]
         xs = self.along(axis, [entry["step"] for entry in entries])
         return [(x, float(entry[key])) for x, entry in zip(xs, entries, strict=True)]
 
     def along(self, axis: str, steps: Sequence[int]) -> list[float]:
-        """Convert steps to an axis' unit; linear between two entries that have the key."""
+        """Convert steps to an axis' unit, by linear interpolation between log entries."""
         if axis == "step":
             return [float(step) for step in steps]
         scale = 3600 if axis == "seconds" else 1
@@ -117,14 +117,14 @@ class Run:
 def read_runs(folders: Sequence[str]) -> list[Run]:
     """Return the runs in these output folders, each with a distinct name.
 
-    Raises UserError for a folder without a log, a corrupt log, or one without an entry yet.
+    Raises UserError if a folder has no log, or if its log is corrupt or has no metrics yet.
     """
     paths = [Path(folder).expanduser() for folder in folders]
     names = [path.resolve().name for path in paths]
     if len({*names}) < len(names):
         names = [str(path) for path in paths]
     if len({path.resolve() for path in paths}) < len(paths):
-        raise UserError(f"found the same run twice: {' '.join(folders)}; expected different ones.")
+        raise UserError(f"found the same run twice: {' '.join(folders)}; expected each run once.")
     return [_read_run(path, name) for path, name in zip(paths, names, strict=True)]
 
 
@@ -142,7 +142,7 @@ def _read_run(folder: Path, name: str) -> Run:
         ) from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}.") from None
-    entries, resumed = _as_one([*(_lines if file.name == LOG else _history)(text, file)])
+    entries, resumed = _merge_resumed([*(_lines if file.name == LOG else _history)(text, file)])
     if not any(entry.get(key) is not None for entry in entries for key in KEYS):
         raise UserError(f"{file}: found no metrics yet; expected at least one entry with a loss.")
     return Run(name, folder, entries, resumed, _settings(folder / SETTINGS))
@@ -155,9 +155,9 @@ def _lines(text: str, file: Path) -> Iterator[Entry]:
             loaded = json.loads(line)
         except ValueError:
             if number == len(lines):
-                return  # It is being written, or a kill truncated it.
+                return  # The run is writing it, or was killed while writing.
             raise UserError(
-                f"{file}: line {number} is not valid JSON. Remove the line to draw the others."
+                f"{file}: line {number} is not valid JSON. Remove the line to plot the rest."
             ) from None
         yield _checked(loaded, f"{file}: line {number}")
 
@@ -175,10 +175,12 @@ def _history(text: str, file: Path) -> Iterator[Entry]:
 
 
 def _checked(entry: Any, where: str) -> Entry:
-    """Return the entry's keys that are drawn; a number that is not finite becomes None."""
+    """Return the entry's keys that the plots use; a non-finite number becomes None."""
     step = entry.get("step") if isinstance(entry, dict) else None
     if not _is_number(step) or not math.isfinite(step):
-        raise UserError(f"{where}: found no step; expected an object with a step. Remove it.")
+        raise UserError(
+            f"{where}: found no step; expected an object with a step. Remove the entry."
+        )
     checked: Entry = {"step": int(step)}
     for key in (*KEYS, "epoch", "supervised_tokens", "seconds", "resumed_from"):
         value = entry.get(key)
@@ -193,10 +195,10 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _as_one(entries: list[Entry]) -> tuple[list[Entry], list[int]]:
-    """Return a resumed run's log as that of one uninterrupted run, and the steps it resumed after.
+def _merge_resumed(entries: list[Entry]) -> tuple[list[Entry], list[int]]:
+    """Return a resumed run's entries in one sequence, and the steps after which it resumed.
 
-    If steps go back, the entries from that step on were repeated: the later ones are kept.
+    If the step decreases, the entries from that step on occur twice; the later ones are kept.
     """
     merged: list[Entry] = []
     resumed: list[int] = []
@@ -212,7 +214,7 @@ def _as_one(entries: list[Entry]) -> tuple[list[Entry], list[int]]:
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """Return the run's settings, or none if they cannot be read: curves do not need them."""
+    """Return the run's settings; empty if unreadable, since curves do not need them."""
     try:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -221,15 +223,15 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return the settings in which runs differ, with one value per run."""
+    """Return the settings that differ between the runs, with one value per run."""
     if not all(run.settings for run in runs):
         return {}
     names = {name: None for run in runs for name in run.settings if name != "output_dir"}
-    values = {name: [_word(run.settings.get(name)) for run in runs] for name in names}
+    values = {name: [_as_text(run.settings.get(name)) for run in runs] for name in names}
     return {
         name: words for name, words in values.items() if any(a != b for a, b in pairwise(words))
     }
 
 
-def _word(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,4 +1,4 @@
-"""Logs a run: console lines, metrics.jsonl, the history in trainer_state.json, trackers."""
+"""Logs a run to the console, metrics.jsonl and the trackers, and keeps its log history."""
 
 import datetime
 import json
@@ -39,9 +39,10 @@ from loop.monitor.trackers import Trackers
 class Tracker:
     """Accumulates the metrics of each window and logs them every `logging_steps`, on rank 0.
 
-    A context manager: every exit closes the trackers. The logged loss is the optimised quantity:
-    the loss sums since the last log over all ranks, divided once by their supervised tokens.
-    Rates are over all ranks and wall time, evaluations and checkpoints included.
+    A context manager: every exit closes the trackers.
+    The logged loss is the training objective: the sum of all ranks' losses since the last log
+    entry, divided by the number of supervised tokens. Rates are per second of wall time over all
+    ranks, evaluations and checkpoints included.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Tracker:
         self.seconds_before = progress["seconds"]
         self.interval.update(progress["interval"]["counts"])
         sums, rank = progress["interval"]["loss_sums"], self.accelerator.process_index
-        # With the same world size each rank restores its own sum: the total is the same to the bit.
+        # With the same world size, each rank restores its own sum: the total is bit-identical.
         same_size = len(sums) == self.accelerator.num_processes
         self.loss_sum += sums[rank] if same_size else sum(sums) / self.accelerator.num_processes
 
@@ -101,8 +102,8 @@ class Tracker:
             self.history = history_until(self.prior.log, self.prior.step)
             self._open_log()
             self.trackers.open()
-        # No bar in a file or a pipe: the log lines hold the same numbers. With `| tee log` the bar
-        # (stderr) and the lines (stdout) would mix on the terminal.
+        # The bar is hidden in a file or a pipe, since the log lines hold the same numbers. With
+        # `| tee log`, the bar (stderr) and the lines (stdout) would mix on the terminal.
         visible = main and sys.stderr.isatty() and sys.stdout.isatty()
         total, done = self.layout.total_steps, self.prior.step
         self.bar = tqdm(
@@ -124,7 +125,7 @@ class Tracker:
         self.trackers.finish(self.history, failed=error is not None and not stopped)
         if stopped:
             print(self._summary(stopped=True), flush=True)
-            # Last, after the signal handlers are restored: a second signal ends it at once.
+            # Last, when the signal handlers are restored: a second signal interrupts the drawing.
             draw_at_end(self.folder)
 
     def observe(
@@ -133,8 +134,8 @@ class Tracker:
         """Add a window, and log if it is due; every rank must call this after each step.
 
         norm: the gradient norm before clipping. bad: a bool tensor of shape [], true for a
-        non-finite step, whose loss is not counted. Raises RunError if too many steps in a row were
-        non-finite.
+        non-finite step; the loss of such a step is not counted.
+        Raises RunError if too many steps in a row were non-finite.
         """
         self.loss_sum += torch.where(bad, torch.zeros_like(loss_sum), loss_sum)
         ids = window.ids if self.accelerator.is_main_process else ()
@@ -183,7 +184,7 @@ class Tracker:
             "epoch": round(window.epoch, 4),
             "loss": loss,
             "learning_rate": learning_rate,
-            # Not finite if the step was skipped: in fp16, the loss scale was too high.
+            # The norm of a skipped step is not finite; in fp16 the loss scale was too high.
             "grad_norm": norm if math.isfinite(norm) else None,
             "supervised_tokens": self.supervised_tokens,
             "examples": self.examples,
@@ -254,7 +255,7 @@ class Tracker:
         self.trackers.log(entry)
 
     def _open_log(self) -> None:
-        """Write the history so far to metrics.jsonl and leave it open."""
+        """Write the history so far to metrics.jsonl, and keep the file open."""
         partial = self.folder / "metrics.jsonl.partial"
         self.metrics = open(partial, "w", encoding="utf-8")  # noqa: SIM115
         self.metrics.writelines(json.dumps(entry, allow_nan=False) + "\n" for entry in self.history)

@@ -1,4 +1,4 @@
-"""Detects non-finite steps and loss spikes: skips the update, and reports the examples."""
+"""Skips steps with a non-finite loss or gradient, and warns of loss spikes."""
 
 import math
 from collections.abc import Sequence
@@ -13,21 +13,21 @@ from tqdm import tqdm
 from data.errors import RunError
 from loop.distributed.optimizer_state import adamw
 
-MAX_IDS_SHOWN = 16  # of a non-finite step's examples
-# A spike is a loss this many standard deviations, and this share of the mean, above the mean of
-# the last logged losses.
+MAX_IDS_SHOWN = 16  # ids of examples, for one non-finite step
+# A loss is a spike if it exceeds the mean of the last logged losses by this many standard
+# deviations and by this share of the mean.
 SPIKE_DEVIATIONS, SPIKE_SHARE, SPIKE_WINDOW_LOGS = 4.0, 0.1, 20
 
 
 def skip_if_bad(accelerator: Accelerator, optimizer: Any, loss_sum: Tensor, norm: Any) -> Any:
-    """Skip the optimizer step if any rank's loss or gradient is not finite; return that as a bool.
+    """Skip the optimizer step if the loss or gradient of any rank is not finite.
 
-    Every rank must call this before the optimizer step. The result is a tensor of shape [], or None
-    before a window's last micro-batch. It does not synchronise with the GPU: fused AdamW changes no
-    weight, moment or step count if `found_inf` is 1 (torch 2.13, optim/adam.py). DeepSpeed has
-    stepped already, or has skipped the step because of a non-finite norm (0.19.8,
-    zero/stage_1_and_2.py and stage3.py). In fp16 the loss scaler handles gradients, so only the
-    loss is checked.
+    Every rank must call this before the optimizer step. Returns a bool tensor of shape [], true for
+    a non-finite step, or None before a window's last micro-batch.
+    This does not synchronise with the GPU: with `found_inf` = 1, fused AdamW changes no weight,
+    moment or step count (torch 2.13, optim/adam.py). DeepSpeed has already stepped, or has skipped
+    a step with a non-finite norm (0.19.8, zero/stage_1_and_2.py and stage3.py). In fp16 only the
+    loss is checked, since the loss scaler checks the gradients.
     """
     if not accelerator.sync_gradients:
         return None
@@ -44,9 +44,10 @@ def skip_if_bad(accelerator: Accelerator, optimizer: Any, loss_sum: Tensor, norm
 
 
 class Watch:
-    """Keeps the flags of non-finite steps on the device; reading them waits for the GPU.
+    """Collects the steps' non-finite flags on the device, since reading them waits for the GPU.
 
-    limit: so many non-finite steps in a row end the run. in_a_row: those just before this launch.
+    limit: the number of non-finite steps in a row that ends the run. in_a_row: non-finite steps in
+    a row just before this launch.
     """
 
     def __init__(self, limit: int, in_a_row: int) -> None:
@@ -58,7 +59,7 @@ class Watch:
         self.unread.append((step, bad, supervised_tokens, ids))
 
     def read(self) -> tuple[int, int]:
-        """Return the non-finite steps since the last call and their supervised tokens.
+        """Return the counts of non-finite steps and their supervised tokens since the last call.
 
         Rank 0 prints the ids of their examples. Raises RunError on every rank after `limit` such
         steps in a row.
@@ -95,7 +96,7 @@ def spike(history: Sequence[dict[str, Any]], loss: float) -> str | None:
 
     >>> calm = [{"loss": 2.0 + 0.01 * (n % 2)} for n in range(20)]
     >>> spike(calm, 2.1), spike(calm, 3.0)
-    (None, 'the loss, 3.0000, is far above the 2.0050 of the last 20 logs')
+    (None, 'the loss 3.0000 is far above 2.0050, the mean of the last 20 logs')
     """
     losses = [entry["loss"] for entry in history if entry.get("loss") is not None]
     before = losses[-SPIKE_WINDOW_LOGS:]
@@ -104,4 +105,4 @@ def spike(history: Sequence[dict[str, Any]], loss: float) -> str | None:
     usual = mean(before)
     if loss <= usual + max(SPIKE_DEVIATIONS * pstdev(before), SPIKE_SHARE * math.fabs(usual)):
         return None
-    return f"the loss, {loss:.4f}, is far above the {usual:.4f} of the last {len(before)} logs"
+    return f"the loss {loss:.4f} is far above {usual:.4f}, the mean of the last {len(before)} logs"

@@ -1,4 +1,4 @@
-"""Computes a log entry's metrics: rates over all ranks, shares, MFU, memory, time per phase."""
+"""Computes a log entry's metrics: rates, padding and prefix shares, MFU, memory, phase times."""
 
 import json
 import os
@@ -22,17 +22,17 @@ T = TypeVar("T")
 
 def seconds_since_start() -> float:
     """Return the seconds since this process started, imports included."""
-    # The fields after the name, which may hold spaces; field 22 is the start in clock ticks
-    # (man proc_pid_stat).
+    # Field 22 is the start time in clock ticks (man proc_pid_stat). The text is split after field
+    # 2, the process name, which may hold spaces.
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 class Clock:
-    """Adds up seconds per phase; on a GPU with CUDA events, which are read in `take`.
+    """Adds up the seconds of each phase; on a GPU it records CUDA events, which `take` reads.
 
-    GPU kernels run asynchronously: reading the time at once would first wait for them.
+    GPU kernels run asynchronously. Reading an event at once would wait for the kernels before it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,7 +42,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Add the time of the block."""
+        """Add the time of the block to the phase `name`."""
         started = self._now()
         try:
             yield
@@ -50,7 +50,7 @@ class Clock:
             self._add(name, started)
 
     def timed_iter(self, items: Iterator[T], name: str) -> Iterator[T]:
-        """Yield the items, and add the time spent waiting for each."""
+        """Yield the items, and add the waiting time for each to the phase `name`."""
         while True:
             with self(name):
                 item = next(items, None)
@@ -59,7 +59,7 @@ class Clock:
             yield item
 
     def take(self) -> dict[str, float]:
-        """Return the seconds per phase since the last call; on a GPU this waits for its work."""
+        """Return the seconds per phase since the last call; on a GPU, wait for its events."""
         for name, started, ended in self.events:
             ended.synchronize()
             self.seconds[name] += started.elapsed_time(ended) / 1000
@@ -81,23 +81,23 @@ class Clock:
             self.seconds[name] += time.perf_counter() - started
 
 
-# The fields of `Window` that are summed between two logs.
+# The fields of `Window` that are summed between two log entries.
 COUNTED = ("tokens", "padded_tokens", "busiest_tokens", "squared_tokens", "supervised_tokens")
 
 
 @dataclass(frozen=True)
 class Work:
-    """The size of a decoder, from which MFU (model FLOPs utilisation) is computed.
+    """The size of a decoder, for computing MFU (model FLOPs utilisation).
 
-    After PaLM (Chowdhery et al. 2022, appendix B), without the weight gradients of frozen weights.
-    A multiplication and an addition per weight and token, in the forward pass and for the input
-    gradient; trained weights need a third pass: 4 operations per frozen weight, 6 per trained one.
-    Attention: 4 T^2 d per layer forward and twice that backward, of which the causal half counts.
-    Recomputation and dequantisation do not count; shared prefixes count once.
+    The formula is PaLM's (Chowdhery et al. 2022, appendix B). Per token, a frozen weight takes 4
+    operations: 2 in the forward pass and 2 for the input gradient. A trained weight takes 6: its
+    own gradient takes 2 more. Attention takes 4 T^2 d per layer in the forward pass and 8 T^2 d in
+    the backward pass; only the causal half counts.
+    Recomputation and dequantisation do not count. Shared prefixes count once.
 
-    linear, head, trained: number of weights in frozen layers, in the LM head (which runs on
-    supervised tokens only), and of trained weights. attention: layers x total width of the heads.
-    peak: FLOP/s per rank.
+    linear: frozen weights outside the embedding and the LM head. head: frozen weights of the LM
+    head, which runs on supervised tokens only. trained: trained weights. attention: layers x width
+    of all heads. peak: FLOP/s per rank.
     """
 
     linear: int
@@ -107,7 +107,7 @@ class Work:
     peak: float
 
     def operations(self, count: Mapping[str, int]) -> int:
-        """Return the operations for the counts (`COUNTED`) of an interval."""
+        """Return the floating-point operations of an interval, from its counts (`COUNTED`)."""
         return (
             (4 * self.linear + 6 * self.trained) * min(count["tokens"], count["padded_tokens"])
             + 4 * self.head * count["supervised_tokens"]
@@ -138,7 +138,7 @@ def work_of(model: Any, config: Config) -> Work | None:
 
 
 def _count(parameter: nn.Parameter) -> int:
-    """Return the full number of weights of a parameter, partitioned (ZeRO-3) or in 4 bits too."""
+    """Return the full number of weights of a parameter, even if partitioned or in 4 bits."""
     quantised: Any = getattr(parameter, "quant_state", None)
     if quantised is not None:
         return int(quantised.shape.numel())
@@ -171,12 +171,14 @@ def peak_memory(device: torch.device) -> int:
 
 
 def history_until(file: Path | None, step: int) -> list[dict[str, Any]]:
-    """Return the entries of metrics.jsonl up to a step; a truncated line is skipped."""
+    """Return the entries of metrics.jsonl up to a step; invalid lines are skipped."""
     history: list[dict[str, Any]] = []
     try:
         lines = file.read_text("utf-8", errors="replace").splitlines() if file else []
     except OSError as error:
-        tqdm.write(f"note: {file}: {error.strerror}: the log restarts at step {step}")
+        tqdm.write(
+            f"note: {file}: cannot be read: {error.strerror}; the log restarts at step {step}"
+        )
         return history
     for line in lines:
         try:

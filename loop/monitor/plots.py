@@ -1,4 +1,4 @@
-"""Draws the curves of runs as a PNG (matplotlib) and as one self-contained HTML page."""
+"""Plots training curves as a PNG (matplotlib) and as a self-contained HTML page."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from loop.monitor.history import (
 
 TEMPLATE, SCRIPT = (Path(__file__).with_name(name) for name in ("report.html", "report.js"))
 CURVES = "training_curves"
-# Distinguishable with colour blindness, in this order, on white and on black.
+# One colour per run. Used in this order, they are distinguishable with colour blindness.
 LIGHT = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a3aa7", "#e34948")
 DARK = ("#3987e5", "#d95926", "#199e70", "#c98500", "#d55181", "#4fae4f", "#9085e9", "#e66767")
 INK, GREY, LINES = "#1f1f1e", "#6b6a66", "#e4e3df"
@@ -36,7 +36,7 @@ MARKED_BELOW, SMOOTHED_FROM = 30, 60  # points of a curve
 
 
 def draw_at_end(folder: Path) -> None:
-    """Draw a finished or stopped run; an error here is only a note."""
+    """Plot a finished or stopped run; an error is printed as a note, not raised."""
     try:
         write_png(read_runs([str(folder)]), folder / f"{CURVES}.png")
     except Exception as error:
@@ -61,7 +61,7 @@ def write_png(runs: Sequence[Run], file: Path) -> None:
 
 def draw(runs: Sequence[Run]) -> Any:
     """Return a matplotlib Figure: the loss on top, the other panels below in two columns."""
-    # Imported here: it takes a second. pyplot is avoided because of its global state.
+    # Imported here, since it takes a second. pyplot is not used, since it has global state.
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -107,7 +107,7 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _draw(axes: Any, panel: Panel, runs: Sequence[Run]) -> None:
-    """Draw one panel: one colour per run, the second series dashed."""
+    """Draw one panel, with one colour per run."""
     shown = [s for s in panel.series if any(run.points(s.key) for run in runs)]
     for run, color in zip(runs, LIGHT, strict=False):
         for series in shown:
@@ -167,9 +167,9 @@ def _line(axes: Any, points: Points, color: str, series: Series) -> None:
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Return the mean over a window that reaches 1/30 of the values to either side.
+    """Return the running mean over a window of 1/30 of the values on each side.
 
-    Near the ends it is a straight line fitted to the outermost window.
+    Near both ends, a straight line fitted to the outermost window replaces the mean.
     """
     reach = max(1, len(values) // 30)
     span = 2 * reach + 1
@@ -207,7 +207,7 @@ def page(runs: Sequence[Run]) -> str:
         "runs": [_run_data(run, [*axes]) for run in runs],
         "differences": differences(runs),
     }
-    # In a script element only "</script" and "<!--" have a meaning.
+    # "<" is escaped: HTML interprets "</script" and "<!--" inside a script element.
     embedded = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     title = escape(", ".join(run.name for run in runs))
     head, tail = TEMPLATE.read_text(encoding="utf-8").split("@DATA")
@@ -261,18 +261,18 @@ class PlotConfig:
     """The runs to draw and the output files."""
 
     runs: tuple[Folder, ...] = flag(
-        (), "output folders; may stand before all flags, without --runs", "plot"
+        (), "output folders of runs; without --runs, they come before all flags", "plot"
     )
     out: str | None = flag(
         None,
-        "output path without .png and .html; default: training_curves in the run's folder, or "
-        "comparison in the current folder for several runs",
+        "output path without .png and .html; none: training_curves in the run's folder; for "
+        "several runs: comparison in the current folder",
         "plot",
     )
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draw the named runs; raises UserError if one cannot be read or a file cannot be written."""
+    """Plot the runs; raises UserError if a log cannot be read or a file cannot be written."""
     named = [*takewhile(lambda word: not word.startswith("-"), argv)]
     words = [*(["--runs", *named] if named else []), *argv[len(named) :]]
     values = parse(PlotConfig, words, __doc__ or "")

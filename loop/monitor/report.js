@@ -2,7 +2,7 @@
 "use strict";
 const { axes, panels, colors, runs, differences } =
   JSON.parse(document.getElementById("data").textContent);
-const SMOOTHED_FROM = 60, MARKED_BELOW = 30, DECAY = 0.8;  // points of a curve; of the mean
+const SMOOTHED_FROM = 60, MARKED_BELOW = 30, DECAY = 0.8;  // points, points, of the moving average
 const state = { axis: Object.keys(axes)[0], hidden: new Set() };
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const byId = (id) => document.getElementById(id);
@@ -149,7 +149,7 @@ function showValues(panel, svg, curves, at, scale) {
     state.axis === "step" ? `step ${at}` : `${brief(at)} ${axes[state.axis]}`),
     make("table", {}, ...rows));
   panel.tip.style.display = "block";
-  const left = x(at) + 26 + panel.tip.offsetWidth > width;  // of the line
+  const left = x(at) + 26 + panel.tip.offsetWidth > width;  // place the tooltip left of the line
   panel.tip.style.left = `${x(at) + (left ? -panel.tip.offsetWidth - 4 : 26)}px`;
   panel.tip.style.top = "42px";
 }

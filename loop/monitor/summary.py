@@ -65,7 +65,7 @@ def how_to_resume(config: Config) -> str:
     """Return how to resume a stopped run."""
     named = config.resume_from_checkpoint.lower() not in TRUE
     without = ", without --resume_from_checkpoint," if named else ""
-    return f"the same command{without} resumes from there"
+    return f"the same command{without} resumes from this checkpoint"
 
 
 def _how_to_train_longer(config: Config, newest: str | None, step: int, total: int) -> str:
@@ -81,8 +81,8 @@ def _how_to_train_longer(config: Config, newest: str | None, step: int, total: i
     else:
         more = f"--num_train_epochs {2 * config.num_train_epochs:g}"
     return (
-        "the run is finished; to train longer, resume the same command from "
-        f"{newest}, with --allow_resume_mismatch {more}"
+        f"the run is finished; to train longer from {newest}, repeat the command with "
+        f"--allow_resume_mismatch {more}"
     )
 
 

@@ -21,18 +21,18 @@ from loop.monitor.history import PriorRun
 
 PROJECT = "lora-loop"
 SAMPLES = "samples"
-# Seconds. By default wandb tries to connect for 90 s and waits for the upload without a limit; an
-# incomplete upload stays in the output folder (wandb 0.31, sdk/wandb_settings.py). `quiet` prints
-# the run's address, without version, tables and advice.
+# Timeouts in seconds. wandb's defaults are 90 s for connecting and no limit for the upload (wandb
+# 0.31, sdk/wandb_settings.py). An incomplete upload stays in the output folder. With `quiet`, wandb
+# prints only the run's address.
 WANDB = {"init_timeout": 60.0, "finish_timeout": 300.0, "quiet": True}
 ADAPTER = (*ADAPTER_FILES, "adapter_config.json", "training_config.yaml", "tokenizer*", "*.jinja")
 NOT_LOGGED = ("step", "resumed_from")
 
 
 class Trackers:
-    """The trackers of --report_to, opened on rank 0 only; one that fails is dropped.
+    """The trackers of --report_to; a tracker that fails is dropped.
 
-    On other ranks nothing is opened, so every method does nothing.
+    Only rank 0 opens them. On other ranks, every method does nothing.
     """
 
     def __init__(self, config: Config, layout: Layout, prior: PriorRun) -> None:
@@ -41,7 +41,7 @@ class Trackers:
         self.name = config.run_name or self.folder.name
         self.wandb_id: str | None = prior.progress.get("wandb")
         self.opened: dict[str, Any] = {}
-        self.trackio_step = 0  # trackio's last logged step; earlier entries are not repeated
+        self.trackio_step = 0  # trackio's last logged step; earlier entries are not logged again
 
     def open(self) -> None:
         """Open the trackers and log the settings; only rank 0 may call this."""
@@ -63,7 +63,7 @@ class Trackers:
                 self._guarded(kind, functools.partial(_log_table, kind, tracker, step, rows))
 
     def finish(self, history: Sequence[Mapping[str, Any]], failed: bool) -> None:
-        """Close the trackers; wandb gets a summary, and stays open if the adapter is to follow."""
+        """Write wandb's summary, and close the trackers; wandb stays open for `store_adapter`."""
         for kind, tracker in [*self.opened.items()]:
             if kind != "wandb":
                 finish = functools.partial(_finish_trackio, tracker)
@@ -102,8 +102,8 @@ class Trackers:
             tracker = self._open_wandb()
         elif kind == "trackio":
             resume = "allow" if self.prior.step else "never"
-            # Passed here: store_init_configuration of accelerate 1.15 would add
-            # `allow_val_change`, but trackio's config is a dict.
+            # The settings are passed here: accelerate 1.15's store_init_configuration would add
+            # the key `allow_val_change` to trackio's config, which is a dict.
             tracker = LOGGER_TYPE_TO_CLASS[kind](
                 PROJECT, name=self.name, resume=resume, config=words
             )
@@ -138,7 +138,7 @@ class Trackers:
         except Exception as error:
             if type(error).__name__ != "CommError":
                 raise
-            reason = f"not reached ({str(error).strip().splitlines()[0]})"
+            reason = f"server not reached ({str(error).strip().splitlines()[0]})"
             arguments |= self._offline(reason, defaults)
             tracker = LOGGER_TYPE_TO_CLASS["wandb"](project, **arguments)
             tracker.start()
@@ -146,7 +146,7 @@ class Trackers:
         return tracker
 
     def _offline(self, reason: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Print why the run is kept offline, and return wandb.init's arguments for that."""
+        """Print why the run is kept offline, and return the arguments for wandb.init."""
         print(
             f"wandb: {reason}; the run is kept offline. To upload it later: "
             f"wandb login, then wandb sync {self.folder}/wandb/offline-run-*"
@@ -164,7 +164,7 @@ class Trackers:
 
 
 def summary(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return a run's summary: last and best losses with their steps, tokens, seconds."""
+    """Return a run's last losses, best losses with their steps, tokens and seconds."""
     totals: dict[str, float] = {}
     for key in ("loss", "eval_loss"):
         logged = [(e[key], e["step"]) for e in history if e.get(key) is not None]
@@ -184,15 +184,15 @@ def _named(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         parts = value if isinstance(value, Mapping) else {"": value}
         for part, number in parts.items():
             if key not in NOT_LOGGED and isinstance(number, int | float):
-                # A source may be an absolute path.
+                # The name of a data source may be an absolute path.
                 yield f"{name}/{part.lstrip('/')}" if part else name, number
 
 
 def _finish_trackio(tracker: Any) -> None:
     import trackio
 
-    # Not `tracker.finish`: trackio 0.43 would finish the run again at exit. Both print that they
-    # upload, which is not true of a local folder.
+    # `tracker.finish` is not used: trackio 0.43 would finish the run again at exit. Both functions
+    # print that they upload, which is false for a local folder.
     is_local = tracker.tracker._is_local
     with contextlib.redirect_stdout(io.StringIO()) if is_local else contextlib.nullcontext():
         trackio.finish()
@@ -219,7 +219,7 @@ def as_markdown(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def has_wandb_login() -> bool:
-    """Return whether wandb 0.31 finds a login (sdk/lib/wbauth): environment, then netrc."""
+    """Return whether wandb 0.31 finds a login, in the environment or netrc (sdk/lib/wbauth)."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]

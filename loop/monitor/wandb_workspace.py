@@ -1,6 +1,6 @@
 """`python -m loop dashboard`: creates a wandb workspace with panels for this loop's metrics.
 
-Groups: loss, speed, memory, samples. It needs the package wandb-workspaces and a login.
+Panel groups: loss, speed, memory, samples. Requires wandb-workspaces and a wandb login.
 """
 
 import json
@@ -28,7 +28,7 @@ GROUPS: dict[str, Lines] = {
     },
     "Memory": {"Peak memory, GiB": ("train/peak_memory_gib",)},
 }
-PLACEHOLDER = "entity"  # The package needs a name; the JSON of --out holds none.
+PLACEHOLDER = "entity"  # wandb-workspaces requires a name; the JSON of --out omits it.
 COLUMNS = (
     *("summary:final_loss", "summary:best_eval_loss", "summary:seconds"),
     *("config:learning_rate.value", "config:lora_r.value"),
@@ -40,10 +40,10 @@ class DashboardConfig:
     """Where the workspace is created."""
 
     entity: str | None = flag(
-        None, "wandb user or team; default: WANDB_ENTITY; not needed with --out", "dashboard"
+        None, "wandb user or team; none: WANDB_ENTITY; not needed with --out", "dashboard"
     )
     project: str | None = flag(
-        None, f"wandb project; default: WANDB_PROJECT, or {PROJECT}", "dashboard"
+        None, f"wandb project; none: WANDB_PROJECT, or {PROJECT}", "dashboard"
     )
     name: str = flag("LoRA Loop", "the workspace's name", "dashboard")
     out: File | None = flag(
@@ -52,7 +52,7 @@ class DashboardConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Create the workspace; raises UserError if that is not possible."""
+    """Create the workspace; raises UserError if it cannot be created."""
     values = parse(DashboardConfig, argv, __doc__ or "")
     values.pop("config", None)
     config = DashboardConfig(**values)
@@ -70,11 +70,11 @@ def main(argv: Sequence[str]) -> None:
         return
     try:
         created.save()
-    except Exception as error:  # wandb's many types are all about login, names or network.
+    except Exception as error:  # wandb raises many types: for login, names, network.
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UserError(
             f"wandb rejected the workspace for {entity}/{project}: {reason}. Check the network, "
-            "the login (wandb login) and both names; --out FILE needs none of them."
+            "the login (wandb login), --entity and --project. --out FILE needs none of them."
         ) from None
 
 
@@ -87,7 +87,7 @@ def _check_reachable() -> None:
 
 
 def workspace(entity: str, project: str, name: str) -> Any:
-    """Return an unsaved wandb_workspaces Workspace of `GROUPS`; needs no network."""
+    """Return an unsaved Workspace with the panels of `GROUPS`; uses no network."""
     try:
         import wandb_workspaces.reports.v2 as reports
         import wandb_workspaces.workspaces as workspaces

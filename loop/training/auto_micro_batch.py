@@ -1,4 +1,4 @@
-"""Finds the largest micro-batch that fits in memory, by passes over the longest examples."""
+"""Finds the largest micro-batch that fits in memory, by trial passes with the longest examples."""
 
 import dataclasses
 from pathlib import Path
@@ -19,11 +19,12 @@ from loop.inputs.training_data import TrainingData
 from loop.training.loss import supervised_loss_sum
 from loop.training.optim import accumulating
 
-TOKEN_MULTIPLE = 64  # the result is rounded down to a multiple of it
-# Under ZeRO-3 the first pass records the order of weights. Later passes keep and prefetch weights
-# (DeepSpeed 0.19.8, zero/partitioned_param_coordinator.py). On a CPU, gathering also fragments
-# memory: SmolLM2-135M in fp32 on two ranks took 3.1 GiB in the first pass of 555 tokens and 3.6 GiB
-# in the third (2026-11-26).
+TOKEN_MULTIPLE = 64  # the result is rounded down to a multiple of this
+# Passes of one size under ZeRO-3. The first pass records the order of weights. Later passes keep
+# and prefetch weights, which takes more memory (DeepSpeed 0.19.8,
+# zero/partitioned_param_coordinator.py). On a CPU, gathering also fragments memory: SmolLM2-135M in
+# fp32 on two ranks took 3.1 GiB in the first pass of 555 tokens and 3.6 GiB in the third
+# (2026-11-26).
 ZERO3_PASSES = 3
 
 
@@ -37,8 +38,8 @@ def fit_micro_batch(
 ) -> Layout:
     """Return the layout with the largest token count per micro-batch that fits on every rank.
 
-    Every rank must call this, after `prepare`: then the optimizer state is in memory, and ZeRO-3
-    can run a pass. A resumed run keeps the token count of its checkpoint.
+    Every rank must call this after `prepare`. Only then is the optimizer state in memory, and only
+    then can ZeRO-3 run a pass. A resumed run keeps the token count of its checkpoint.
     Raises UserError if the longest example alone does not fit.
     """
     if not config.auto_micro_batch:
@@ -64,16 +65,16 @@ def fit_micro_batch(
 def max_tokens(
     model: Any, data: TrainingData, config: Config, accelerator: Accelerator, max_examples: int
 ) -> int:
-    """Return the number of tokens, padding included, that fit in a micro-batch; 0 if none fits.
+    """Return the number of tokens, with padding, that fit in a micro-batch; 0 if no example fits.
 
     The number of examples doubles while the extrapolated peak fits. The result is extrapolated from
-    the last two peaks. All ranks try the same sizes, and stop when a size does not fit on one.
+    the last two peaks. All ranks try the same sizes. All stop when a size does not fit on one rank.
     """
     examples = data.examples.longest(max_examples)
-    # The longest examples may share a prefix that others do not have.
+    # No sharing: the longest examples may share a prefix that other examples lack.
     collate = dataclasses.replace(data.collator, sharing=False)
     if zero_stage(accelerator) == 3:
-        # Allocates what does not depend on the size, before the free memory is read.
+        # Allocate all that does not depend on the size before the free memory is read.
         shortest = collate(examples[-1:], 0).to(accelerator.device)
         _peak_of(model, shortest, config, accelerator)
     room, before = memory_room(accelerator.device), memory_used(accelerator.device)
@@ -94,7 +95,7 @@ def max_tokens(
     if len(tried) == 1:
         return 0
     estimate = tried[-1] + (room - peaks[-1]) / max(1.0, _slope(tried, peaks))
-    # At most the next size, which did not fit or is larger than a window.
+    # At most twice the last size: that did not fit, or exceeds a rank's share of a window.
     rounded = int(min(estimate, 2 * tried[-1])) // TOKEN_MULTIPLE * TOKEN_MULTIPLE
     return min(_gather_numbers(accelerator, max(tried[1], rounded)))
 
@@ -109,9 +110,10 @@ def _slope(tried: list[int], peaks: list[int]) -> float:
 def _peak_of(model: Any, batch: Any, config: Config, accelerator: Accelerator) -> int | None:
     """Return the peak bytes of a forward and a backward pass; None if out of memory.
 
-    Under ZeRO-3 it raises UserError instead: other ranks may wait in a collective of the pass, so
-    this rank exits and its launcher ends them. Therefore all ranks extrapolate the peak of a size
-    before they try it; only the first size, the longest example, has no extrapolation.
+    Under ZeRO-3 it raises UserError instead of returning None: other ranks may wait in a collective
+    of the pass, so this rank exits, and its launcher ends the others. To avoid this, all ranks
+    extrapolate the peak of a size before they try the size. Only the first size, the longest
+    example, has no extrapolation.
     """
     device = accelerator.device
     if device.type == "cuda":
@@ -126,8 +128,8 @@ def _peak_of(model: Any, batch: Any, config: Config, accelerator: Accelerator) -
             return None
         raise UserError(
             f"--auto_micro_batch: found too little memory for a micro-batch of {batch.tokens} "
-            "tokens. Give --tokens_per_micro_batch with fewer instead of --auto_micro_batch; if "
-            "one example has as many, a smaller --model_max_length, or "
+            "tokens. Give --tokens_per_micro_batch with fewer instead of --auto_micro_batch. If "
+            "one example has that many tokens, give a smaller --model_max_length, or "
             "--gradient_checkpointing True, or --q_lora True."
         ) from error
     if device.type == "cuda":
@@ -136,17 +138,20 @@ def _peak_of(model: Any, batch: Any, config: Config, accelerator: Accelerator) -
 
 
 def _forward_backward(model: Any, batch: Any, config: Config, accelerator: Accelerator) -> None:
-    """Run a forward and a backward pass that leaves no gradients; the micro-batch has a seed."""
+    """Run a forward and a backward pass that leaves no gradients.
+
+    Training's random numbers do not change, since each micro-batch sets its own seed.
+    """
     model.train()
     if zero_stage(accelerator) == 3:
-        # As in training, without the step: checkpointing is reentrant under ZeRO-3
-        # (loop/model/load.py) and does not work with torch.autograd.grad.
+        # As in training, but without an optimizer step. Checkpointing is reentrant under ZeRO-3
+        # (loop/model/load.py), which does not work with torch.autograd.grad.
         with accumulating(accelerator, model, last=False):
             accelerator.backward(supervised_loss_sum(model, batch, config.loss_chunk_tokens))
         forget_gradients(model)
         return
-    # torch.autograd.grad does not accumulate gradients, so the hooks of DDP and DeepSpeed that
-    # reduce them do not run, and no rank waits for one that is out of memory.
+    # torch.autograd.grad accumulates no gradients, so the reduction hooks of DDP and DeepSpeed do
+    # not run. Otherwise, ranks would wait for a rank that is out of memory.
     inner = getattr(model, "module", model)  # DistributedDataParallel, DeepSpeedEngine
     loss = supervised_loss_sum(inner, batch, config.loss_chunk_tokens)
     trained = [parameter for parameter in inner.parameters() if parameter.requires_grad]

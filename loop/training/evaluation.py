@@ -35,13 +35,13 @@ from loop.training.optim import lr_at
 from loop.training.samples import FILE, Sampler, read_prompts, write_samples
 
 ANSWER_POSITIONS = 8  # reported separately; the last includes all later answers
-MICRO_BATCHES_AT_ONCE = 16  # of a rank, balanced together
+MICRO_BATCHES_AT_ONCE = 16  # per rank, balanced together
 
 
 class Evaluator:
-    """Evaluates between two steps, without an effect on training.
+    """Evaluates between steps, without an effect on training.
 
-    Every rank must call its methods, after the same steps.
+    Every rank must call its methods after the same steps.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Evaluator:
         self.evaluates = config.eval_strategy != "no" and bool(data.held_out or prompts)
 
     def begin(self) -> None:
-        """Put the model into training mode; first run an evaluation that a stop interrupted."""
+        """Put the model into training mode, and repeat an evaluation that a stop interrupted."""
         self.model.train()
         start, main = self.tracker.prior, self.accelerator.is_main_process
         if self.sampler.prompts and main:
@@ -86,16 +86,16 @@ class Evaluator:
             yield window
 
     def maybe_evaluate(self, window: Window) -> None:
-        """Evaluate if it is due after this window; the saver handles a stop request meanwhile."""
+        """Evaluate if an evaluation is due after this window; a stop request interrupts it."""
         step = window.step + 1
         if self._due(step):
             with self.tracker.clock("evaluation"):
                 done = self._evaluate(step, window.epoch)
             if not done:
-                self.saver.last_step = -1  # not finished: the resumed run evaluates this step
+                self.saver.last_step = -1  # interrupted: the resumed run evaluates this step
 
     def finish(self) -> dict[str, Any]:
-        """Load the best adapter, if configured, and return the evaluation's part of the state.
+        """Load the best adapter, if configured; return the evaluation fields of trainer_state.json.
 
         Raises UserError for a corrupt best checkpoint.
         """
@@ -152,7 +152,7 @@ class Evaluator:
         return patience is not None and self.known["stale"] >= patience
 
     def _evaluate(self, step: int, epoch: float) -> bool:
-        """Evaluate and log; return False after a stop request, without a result."""
+        """Evaluate and log the result; return False if a stop request interrupted it."""
         begun = time.perf_counter()
         with evaluating(self.model):
             sums = self._sums()
@@ -163,7 +163,7 @@ class Evaluator:
             return False
         self.known["evaluated_step"] = step
         if self.data.held_out:
-            entry = {"step": step, "epoch": round(epoch, 4), **self._figures(sums)}
+            entry = {"step": step, "epoch": round(epoch, 4), **self._metrics(sums)}
             entry["eval_seconds"] = time.perf_counter() - begun
             self.tracker.add_evaluation(entry)
             self._track_best(step, entry["eval_loss"])
@@ -193,7 +193,7 @@ class Evaluator:
     def _micro_batches(self) -> Iterator[tuple[ExampleBatch, list[int]]]:
         """Yield this rank's micro-batches with the group of each supervised token.
 
-        Every rank has the same number, some perhaps empty: passes may be collectives.
+        Every rank has the same number, since a pass may be a collective; some may be empty.
         """
         ranks = self.accelerator.num_processes
         held_out: Any = self.data.held_out or []
@@ -220,11 +220,11 @@ class Evaluator:
         positions = [[min(turn, last)] * length for turn, length in enumerate(lengths)]
         return [first + position for answer in positions for position in answer]
 
-    def _figures(self, sums: Tensor) -> dict[str, Any]:
-        """Return the log entry's figures from the sums of `_sums`."""
+    def _metrics(self, sums: Tensor) -> dict[str, Any]:
+        """Return a log entry's metrics from the result of `_sums`."""
         loss, correct, tokens = sums.sum((0, 1)).tolist()
         mean = loss / tokens
-        figures = {
+        metrics = {
             "eval_loss": mean if math.isfinite(mean) else None,
             "eval_perplexity": math.exp(mean) if mean < 700 else None,
             "eval_token_accuracy": correct / tokens,
@@ -238,12 +238,12 @@ class Evaluator:
         ):
             rows = zip(labels, parts.tolist(), strict=True)
             losses = {label: row[0] / row[2] for label, row in rows if row[2]}
-            if len(losses) > 1 and figures["eval_loss"] is not None:
-                figures[f"eval_loss_by_{kind}"] = losses
-        return figures
+            if len(losses) > 1 and metrics["eval_loss"] is not None:
+                metrics[f"eval_loss_by_{kind}"] = losses
+        return metrics
 
     def _track_best(self, step: int, loss: float | None) -> None:
-        """Record the best evaluation, and end the run after too many without improvement."""
+        """Record the best evaluation; end the run after too many without a lower loss."""
         known = self.known
         if lr_at(step - 1, self.layout.total_steps, self.config) == 0.0:
             return  # The first warm-up step changes no weight.
@@ -263,12 +263,12 @@ class Evaluator:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block without dropout and gradients; restore the modes of all modules afterwards."""
+    """Run the block without dropout and gradients; restore all modules' modes afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     for module, _ in modes:
-        # On a CPU, Linear4bit of bitsandbytes 0.50 (nn/modules.py) repacks its weight in eval mode,
-        # which changes later products in training. The layer has no dropout.
+        # bitsandbytes 0.50's Linear4bit (nn/modules.py) stays in training mode: in eval mode on a
+        # CPU it repacks its weight, which changes later products. The layer has no dropout.
         if any(hasattr(weight, "quant_state") for weight in module.parameters(recurse=False)):
             module.training = True
     try:

@@ -1,4 +1,4 @@
-"""The loss: the sum over supervised tokens, and its scale for the mean of a window."""
+"""Computes the summed loss of supervised tokens, and the factor for the mean of a window."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +26,8 @@ def supervised_loss_sum(
     """Return the summed cross-entropy of the supervised tokens, a scalar in fp32.
 
     The LM head runs on supervised positions only, `chunk_tokens` at a time, so logits are [C, V]
-    instead of [B, T, V]. It runs on all supervised positions at once if the model alters its
-    logits, or if `chunk_tokens` is 0.
+    instead of [B, T, V]. It runs on all supervised positions at once if `chunk_tokens` is 0, or if
+    the model does not allow chunks (see `_in_chunks`).
     """
     torch.manual_seed(micro_batch.seed)
     wrapped: Any = getattr(model, "module", model)  # DistributedDataParallel, DeepSpeedEngine
@@ -40,7 +40,7 @@ def supervised_loss_sum(
         with _in_place_of_logits(head, micro_batch.positions, loss_of):
             loss: Tensor = model(**micro_batch.model_inputs, use_cache=False).logits
         return loss.float()
-    with _head_sees(head, micro_batch.positions):
+    with _head_at_positions(head, micro_batch.positions):
         logits = model(**micro_batch.model_inputs, use_cache=False).logits
     return _cross_entropy(logits, micro_batch.targets)
 
@@ -50,13 +50,13 @@ def token_losses(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and the predicted id of each supervised token: [S] fp32, [S] int64.
 
-    For evaluation, without gradients. The LM head runs as in training, so both losses are equal.
+    For evaluation, without gradients. The LM head runs as in training, so the losses are the same.
     """
     wrapped: Any = getattr(model, "module", model)
     head = wrapped.get_output_embeddings()
     found: list[tuple[Tensor, Tensor]] = []
     if not chunk_tokens or not _in_chunks(head, wrapped):
-        with _head_sees(head, micro_batch.positions):
+        with _head_at_positions(head, micro_batch.positions):
             logits = model(**micro_batch.model_inputs, use_cache=False).logits
         return _compared(logits, micro_batch.targets)
 
@@ -79,9 +79,9 @@ def _compared(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def loss_scale(accelerator: Accelerator, supervised_tokens: int) -> float:
     """Return the factor that turns loss sums into the gradient of the window's mean loss.
 
-    `backward` divides by the gradient accumulation (accelerate 1.15: accelerator.py, or DeepSpeed's
-    engine), and averaging gradients over ranks divides by the world size. The factor undoes both,
-    and divides once by the supervised tokens of the window, over all ranks.
+    `backward` divides by the gradient accumulation steps (accelerate 1.15: accelerator.py, or
+    DeepSpeed's engine). Averaging gradients over ranks divides by the world size. The factor undoes
+    both, and divides once by the window's supervised tokens over all ranks.
     """
     undone: int = accelerator.num_processes * accelerator.gradient_accumulation_steps
     return undone / supervised_tokens
@@ -90,8 +90,8 @@ def loss_scale(accelerator: Accelerator, supervised_tokens: int) -> float:
 class _FrozenHead(torch.autograd.Function):
     """The loss sum of hidden states [S, H] through a frozen head [V, H], a chunk at a time.
 
-    The forward pass computes the gradient of the hidden states. So no logits are kept, and the
-    weights, which ZeRO-3 gathers, are not needed in the backward pass.
+    The forward pass computes the gradient of the hidden states, so no logits are kept. The
+    backward pass does not use the weights, which ZeRO-3 would have to gather.
     """
 
     @staticmethod
@@ -120,16 +120,17 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def changes_logits(config: Any) -> bool:
-    """Whether a model's configuration has a key that alters the logits of its LM head."""
+    """Return whether a model's configuration has a key that alters its LM head's logits."""
     parts = [config, *(getattr(config, part, None) for part in PARTS)]
     return any(getattr(part, name, None) for part in parts for name in AFTERWARDS)
 
 
 def _in_chunks(head: Any, model: Any) -> bool:
-    """Whether the loss can be computed in chunks: the model does not alter its head's logits.
+    """Return whether the loss can be computed in chunks.
 
-    Under ZeRO-3 a head with trained parameters would need its weights again in the backward pass.
-    In fp16 the gradient would underflow, as the loss scale is applied later.
+    The model must not alter its head's logits. In fp16 the gradient would underflow, since the loss
+    scale is applied later. Under ZeRO-3, a head with trained parameters would need its weights
+    again in the backward pass.
     """
     parameters = [*head.parameters()]
     return (
@@ -159,9 +160,9 @@ def _loss_of(head: Any, hidden: Tensor, targets: Tensor, size: int) -> Any:
 
 @contextmanager
 def _in_place_of_logits(
-    head: nn.Module, positions: Tensor, made: Callable[[Tensor], Any]
+    head: nn.Module, positions: Tensor, compute: Callable[[Tensor], Any]
 ) -> Iterator[None]:
-    """Make the LM head return `made(hidden states [S, H])` instead of logits.
+    """Make the LM head return `compute(hidden states [S, H])` instead of logits.
 
     The hook runs before DeepSpeed's own, which releases ZeRO-3's gathered weights.
     """
@@ -171,10 +172,11 @@ def _in_place_of_logits(
         kept.append(_selected(inputs[0], positions))
         return (kept[0][:0],)
 
-    def make(_head: Any, _inputs: Any, _logits: Tensor) -> Any:
-        return made(kept.pop())
+    def replace(_head: Any, _inputs: Any, _logits: Tensor) -> Any:
+        return compute(kept.pop())
 
-    handles = head.register_forward_pre_hook(select), head.register_forward_hook(make, prepend=True)
+    before = head.register_forward_pre_hook(select)
+    handles = before, head.register_forward_hook(replace, prepend=True)
     try:
         yield
     finally:
@@ -183,7 +185,7 @@ def _in_place_of_logits(
 
 
 @contextmanager
-def _head_sees(head: nn.Module, positions: Tensor) -> Iterator[None]:
+def _head_at_positions(head: nn.Module, positions: Tensor) -> Iterator[None]:
     """Run the LM head on hidden states [B, T, H] at the flat `positions` [S] only."""
 
     def select(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:

@@ -1,4 +1,4 @@
-"""Compares the run's loss of one example with the model's own, before the first step."""
+"""Checks the training loss of one example against a plain forward pass, before step 1."""
 
 import dataclasses
 import math
@@ -18,30 +18,30 @@ from loop.inputs.training_data import TrainingData
 from loop.training.evaluation import evaluating
 from loop.training.loss import supervised_loss_sum
 
-SAMPLED = 256  # examples of which the shortest is compared
-# Differences of a mean loss that rounding may make, of losses from 1 on relative, below absolute.
-# From the same hidden states both ways of the LM head give the same logits, in 16 bits too.
+SAMPLED = 256  # the shortest of so many examples is compared
+# Tolerances of a mean loss for rounding: relative above a loss of 1, absolute below. HEAD is for
+# equal hidden states, whose logits are equal with and without chunks, also in 16 bits.
 FP32, HEAD = 1e-4, 1e-3
-# In 16 bits and TF32 another attention rounds the hidden states differently, which changes a
-# token's logits by several 2^-8 of their size, and an example may have few tokens: of 0.64 of
-# SmolLM2-135M in bf16 0.02 were measured.
+# In 16 bits and TF32, another attention kernel rounds the hidden states differently. This changes a
+# token's logits by several 2^-8 of their size, and an example may have few tokens to average over.
+# Measured with SmolLM2-135M in bf16: a difference of 0.02 at a loss of 0.64.
 SIXTEEN_BIT = 1e-1
 
 
 def check_loss(
     data: TrainingData, model: nn.Module, config: Config, accelerator: Accelerator
 ) -> None:
-    """Compare the losses of a short example; every rank must call this, after `prepare`.
+    """Compare the losses of a short example; every rank must call this after `prepare`.
 
-    The run gives the LM head supervised positions only, and puts examples into rows. A model that
-    changes its logits by a setting unknown to loss.py would be trained on a wrong loss. The
-    model's mode, its weights and the random state do not change.
-    Raises UserError on all ranks; the first one's losses decide.
+    Training runs the LM head on supervised positions only, and packs examples into rows. The loss
+    would be wrong for a model that alters its logits by a setting that loss.py does not support.
+    The model's mode, its weights and the random state do not change.
+    Raises UserError on all ranks if the losses of rank 0 differ.
     """
     with raise_on_all_ranks():
         example = _shortest(data.examples[:SAMPLED])
     device, collator, chunk = accelerator.device, data.collator, config.loss_chunk_tokens
-    # Compiling takes half a minute, and what it makes is not what is compared.
+    # Compiling takes half a minute, and the check does not concern compiled code.
     eager = torch.compiler.set_stance("force_eager") if config.torch_compile else nullcontext()
     seeded = torch.random.fork_rng([device] if device.type == "cuda" else [])
     rough = FP32 if config.precision == "no" and not config.tf32 else SIXTEEN_BIT
@@ -56,15 +56,15 @@ def check_loss(
         found, whole = run(collator, chunk), run(collator, 0)
         if _close(found, whole, sharp) and _close(found, plain, rough):
             return
-        remedy = "No flag corrects it; expected another model."
+        remedy = "No flag corrects this. Give another model."
         if _close(whole, plain, rough):
-            remedy = "Give --loss_chunk_tokens 0: the model makes its logits itself then."
+            remedy = "Give --loss_chunk_tokens 0: then the model computes its logits itself."
         elif _close(run(dataclasses.replace(collator, row_inputs=None), 0), plain, rough):
             remedy = "Give --packing False --loss_chunk_tokens 0."
     error = UserError(
-        f"{data.base.name}: found a loss of {found:.6g} for the example {example.id}, computed as "
-        f"in training; expected {plain:.6g}, by the logits that the model "
-        f"({data.base.config.model_type}) makes itself. {remedy}"
+        f"{data.base.name}: found a training loss of {found:.6g} for the example {example.id}; "
+        f"expected {plain:.6g}, from the logits of the {data.base.config.model_type} model itself. "
+        f"{remedy}"
     )
     error.known_to_all = True
     raise error
@@ -77,7 +77,7 @@ def _shortest(examples: Sequence[Example]) -> Example:
 def _plain_loss(
     model: nn.Module, example: Example, collator: Collator, device: torch.device
 ) -> float:
-    """Return the mean loss of the supervised tokens, by all logits of a plain forward pass."""
+    """Return the mean loss of the supervised tokens, from a plain forward pass's logits."""
     inputs, labels = {"input_ids": example.input_ids}, [*example.labels[1:], IGNORE_INDEX]
     if example.is_pair:
         labels = example.labels
@@ -88,10 +88,10 @@ def _plain_loss(
 
 
 def _close(found: float, expected: float, tolerance: float) -> bool:
-    """Return on every rank whether two losses differ by rounding alone, as the first one sees it.
+    """Return whether two losses are equal within the tolerance, as rank 0 decides.
 
-    One rank decides, so that all make the same passes, which are collectives under ZeRO-3. A loss
-    that is not finite is met in the run itself, which names its samples (loss_guard.py).
+    All ranks must run the same passes, which are collectives under ZeRO-3. A non-finite expected
+    loss passes: the run itself detects it and prints the examples (loss_guard.py).
     """
     close = abs(found - expected) <= tolerance * max(expected, 1.0)
     return broadcast_flag(close or not math.isfinite(expected))

@@ -26,7 +26,7 @@ Row = dict[str, Any]  # step, prompt, answer
 
 
 def read_prompts(config: Config, accelerator: Accelerator) -> list[str]:
-    """Return the prompts, given as text or as files with a prompt per line.
+    """Return the prompts, given as text or as files with one prompt per line.
 
     Every rank must call this; rank 0 reads the files. Raises UserError for a file that cannot be
     read or is empty.
@@ -58,8 +58,8 @@ def _lines(file: Path) -> list[str]:
 class Sampler:
     """Answers prompts with the model's training forward pass, `size` prompts at a time.
 
-    There is no cache of keys and values: each token runs the complete sequence again, with the
-    attention and layout of training, which all backends support.
+    There is no KV cache: each new token runs the full sequence again. All backends support this,
+    since attention and layout are those of training.
     """
 
     data: TrainingData
@@ -113,7 +113,7 @@ class Sampler:
         return answers
 
     def _example(self, prompt_ids: list[int], answer: list[int]) -> Example:
-        """Return an example with one supervised token more, a placeholder for the next token."""
+        """Return an example that ends with a supervised placeholder for the next token."""
         if self.data.base.config.is_encoder_decoder:
             return Example("", prompt_ids, [*answer, 0], len(answer) + 1, is_pair=True)
         ids = [*prompt_ids, *answer]

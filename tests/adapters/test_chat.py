@@ -178,6 +178,6 @@ def test_adapters_of_two_bases_are_refused(
 ) -> None:
     shutil.copytree(tiny_model, tmp_path / "other")
     one, two = train("one"), train("two", "--model_name_or_path", tmp_path / "other")
-    with pytest.raises(UserError, match="expected the first one's"):
+    with pytest.raises(UserError, match="expected the first adapter's base"):
         load_speaker(ChatConfig(adapter=(str(one), str(two))))
     load_speaker(ChatConfig(adapter=(str(one), str(two)), base=str(tiny_model)))

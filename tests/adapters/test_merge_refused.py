@@ -75,7 +75,7 @@ def test_a_wrong_merge_is_an_error_and_leaves_no_files(
     wrong = {"fp32": lambda change, tensor: right(change, tensor) * 1.001, "bf16": lambda _, t: t}
     for dtype, change in wrong.items():
         monkeypatch.setattr(Change, "of", change)
-        with pytest.raises(RunError, match="differs from the trained one; nothing was kept"):
+        with pytest.raises(RunError, match="differs from the trained one and was deleted"):
             merged(adapter, "--dtype", dtype)
         assert not [*adapter.parent.glob("*merged*")]
 
@@ -91,7 +91,7 @@ def test_a_folder_that_is_not_empty_is_refused(train: Callable[..., Path], tmp_p
 def test_only_a_qlora_adapter_is_merged_into_dequantised_weights(
     train: Callable[..., Path],
 ) -> None:
-    with pytest.raises(UserError, match="found an adapter that was not trained on 4 bits"):
+    with pytest.raises(UserError, match="found an adapter whose base was not in 4 bits"):
         merged(train("run"), "--base_weights", "dequantised")
 
 

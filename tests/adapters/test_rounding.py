@@ -133,8 +133,8 @@ def test_completely_trained_modules_are_rounded_and_verified_against_their_fp32_
         words = ["--adapter", str(adapter), "--output_dir", str(tmp_path / texts)]
         merge.main([*words, "--rounding_texts", texts])
         output = capsys.readouterr().out
-        assert ("rounding: with inputs of 32 texts" in output) == (texts == "32")
-        assert ("--rounding_texts 64 adds less" in output) == (texts == "0")
+        assert ("rounding: by the inputs of 32 texts" in output) == (texts == "32")
+        assert ("--rounding_texts 64 makes it smaller" in output) == (texts == "0")
         means.append(float(output.split("root mean square ")[1].split(";")[0]))
     # Against a reference with a head rounded to nearest, nearest would seem to be better.
     assert means[1] < means[0]

@@ -92,7 +92,7 @@ SEEDED = {
     "no such checkpoint": ("--resume_from_checkpoint {here}/no", "found no checkpoint; expected"),
     "no such launch": ("--accelerate_config {here}/no.yaml", "no.yaml: cannot be read"),
     "another way to shard": ("--accelerate_config {here}/fsdp.yaml", "found distributed_type FSDP"),
-    "a launch's odd key": ("--accelerate_config {here}/odd.yaml", "launch does not take it"),
+    "a launch's odd key": ("--accelerate_config {here}/odd.yaml", "launch rejects it"),
     "fp16 without a GPU": ("--mixed_precision fp16", "found precision fp16 on a machine without"),
     "FlashAttention without a GPU": (
         "--flash_attn --mixed_precision bf16",

@@ -224,7 +224,7 @@ def test_communication_follows_ranks_and_micro_batches(seven: Shape) -> None:
         (("--estimate", "--model_name_or_path", "{here}/text"), "cannot be loaded"),
         (("--estimate", "--model_name_or_path", "{here}/odd"), "cannot be loaded"),
         (("--estimate", "--deepspeed", "ds.json"), "accelerate configs only"),
-        (("--estimate", "--model_name_or_path", "{here}/gpt2"), "built like LLaMA"),
+        (("--estimate", "--model_name_or_path", "{here}/gpt2"), "expects a LLaMA-like model"),
         (
             ("--estimate", "--model_name_or_path", "{here}/m", "--lora_target_modules", "query"),
             "nothing in the model is named query",

@@ -257,7 +257,7 @@ def test_the_doctor_estimates_a_t5_and_refuses_one_of_another_build(
     assert "zero3, QLoRA, bf16, rank of 8" in capsys.readouterr().out
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"t5"', '"umt5"'))
-    with pytest.raises(UserError, match="expects one built like LLaMA, or of the kinds t5, mt5"):
+    with pytest.raises(UserError, match="expects a LLaMA-like model, or one of the types t5, mt5"):
         main(words)
 
 

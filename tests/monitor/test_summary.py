@@ -55,7 +55,9 @@ def test_a_finished_run_trains_longer_with_the_printed_flags(
 ) -> None:
     train("run")
     line = lines_of(capsys.readouterr().out)["resume"]
-    assert "from checkpoint-4, with --allow_resume_mismatch --max_steps 8" in line
+    assert (
+        "from checkpoint-4, repeat the command with --allow_resume_mismatch --max_steps 8" in line
+    )
     train("run", *line.partition(" with ")[2].split())
     text = capsys.readouterr().out
     assert "checkpoint-4, after step 4 of 8" in text
@@ -85,7 +87,7 @@ def test_a_stopped_run_prints_how_to_resume_and_then_counts_both_parts(
         f"{output / 'checkpoint-1'}, complete; the run is not finished"
     )
     assert lines["use"].startswith("once the run is finished: ")
-    assert lines["resume"] == "the same command resumes from there"
+    assert lines["resume"] == "the same command resumes from this checkpoint"
     train("run", "--logging_steps", "1")
     lines = lines_of(capsys.readouterr().out)
     assert lines["result"] == uninterrupted["result"]
@@ -122,7 +124,10 @@ def test_the_resume_flags_depend_on_how_the_run_ended_and_started(tmp_path: Path
     line = summary_of(tmp_path, *flags, history=history, step=20)["resume"]
     assert line.endswith("with --allow_resume_mismatch --early_stopping_patience 4")
     line = summary_of(tmp_path, history=history, step=40)["resume"]
-    assert line.endswith("from checkpoint-20, with --allow_resume_mismatch --num_train_epochs 6")
+    assert "from checkpoint-20, repeat the command with --allow_resume_mismatch" in line
+    assert line.endswith("--num_train_epochs 6")
     flags = ("--resume_from_checkpoint", "False")
     line = summary_of(tmp_path, *flags, history=history, step=20, stopped=True)["resume"]
-    assert line == "the same command, without --resume_from_checkpoint, resumes from there"
+    assert (
+        line == "the same command, without --resume_from_checkpoint, resumes from this checkpoint"
+    )

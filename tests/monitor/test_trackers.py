@@ -164,7 +164,7 @@ def test_without_a_network_the_wandb_run_is_kept_offline(
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
     lines = "made.log(HISTORY[0]); made.finish(HISTORY, failed=False)"
     output = scripted(tmp_path, "wandb", lines, WANDB_INIT_TIMEOUT="1", **nowhere)
-    assert "wandb: not reached (" in output
+    assert "wandb: server not reached (" in output
     assert values(tmp_path / "run")["train/loss"] == 3.0
 
 

@@ -301,7 +301,7 @@ def test_an_unknown_command_names_the_nearest() -> None:
     assert "Did you mean chat?" in one_message(done.stderr)
     done = command("python", "-m", "loop", "chat", "--adapter", "missing")
     assert done.returncode == 2
-    assert "no adapter_config.json there" in one_message(done.stderr)
+    assert "found no adapter_config.json" in one_message(done.stderr)
 
 
 @pytest.mark.parametrize("kind", [UserError, RunError])

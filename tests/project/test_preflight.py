@@ -50,7 +50,7 @@ def test_packages_that_cannot_be_imported_are_reported_without_a_traceback(tmp_p
     flag, conflict, cause = problems(done.stderr)
     assert "--lora_r: found 0" in flag
     assert "found tokenizers 0.1.0; transformers 5.23.0 expects" in conflict
-    assert "cannot be imported, so nothing more is known: tokenizers>=" in cause
+    assert "cannot be imported, so no other check ran: tokenizers>=" in cause
     check = command(
         *("./launch.sh", "--model_name_or_path", tmp_path), PYTHONPATH=old, LORA_LOOP_WARM=""
     )
@@ -91,7 +91,7 @@ def test_free_disk_and_memory_are_compared_with_the_need(
     assert doctor("--max_steps", "100", "--save_steps", "10", "--save_total_limit", "2") == []
     monkeypatch.setattr(forecast, "memory_per_rank", lambda: 10**6)
     (found,) = doctor()
-    assert "memory: found 0.0 GiB of main memory that a rank may hold" in found
+    assert "memory: found 0.0 GiB per rank in main memory" in found
     assert "--gradient_checkpointing True, or a smaller" in found
 
 

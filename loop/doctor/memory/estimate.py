@@ -12,14 +12,14 @@ from loop.doctor.memory import estimate_t5
 from loop.doctor.memory.run import Run, small
 from loop.doctor.memory.shape import Weights
 
-# Elements: a parameter that is used again within this distance stays gathered (deepspeed 0.19,
+# In elements. A parameter that is used again within this distance stays gathered (deepspeed 0.19,
 # runtime/zero/config.py: stage3_max_reuse_distance).
 REUSE_DISTANCE = 1_000_000_000
 # cuBLAS's workspace on Hopper, from torch's allocator (torch 2.13,
 # aten/src/ATen/cuda/CublasHandlePool.cpp). The CUDA context and NCCL's buffers are not included.
 WORKSPACE_BYTES = 32 * 2**20
-# Bytes per logit, in fp32. In chunks: the logits and the terms of their log-sum. All at once, with
-# autograd: the log-probabilities, their gradient and the logits' gradient.
+# Bytes per logit, in fp32. With chunks: the logits and the terms of their log-sum. Without chunks,
+# under autograd: the log-probabilities, their gradient and the logits' gradient.
 CHUNKED_LOSS_BYTES, FULL_LOSS_BYTES = 2 * 4, 3 * 4
 
 
@@ -107,11 +107,11 @@ def sharded(run: Run, weights: Weights, trained: Iterable[int] = ()) -> list[int
 
 
 def live(run: Run) -> int:
-    """Return the elements that are gathered at the turn from forward to backward.
+    """Return the elements that are gathered when the forward pass ends and the backward starts.
 
     A weight is released if it is not used again within REUSE_DISTANCE elements (deepspeed 0.19,
-    partitioned_param_coordinator.py). Until a weight's backward pass, all weights after it are used
-    twice, or three times with checkpointing.
+    partitioned_param_coordinator.py). Between a weight's forward and backward pass, each weight
+    after it is used twice, or three times with checkpointing.
     """
     tensors = sharded(run, run.shape.model, run.shape.trained)
     if not run.gathers or not tensors:
@@ -124,7 +124,8 @@ def gathered(run: Run) -> int:
     """Return the elements of gathered weights that a rank holds at its peak under ZeRO-3.
 
     bitsandbytes 0.50 keeps a view of gathered codes for the backward pass (autograd/_functions.py,
-    MatMul4Bit), so releasing a weight frees no memory, unless checkpointing drops the view.
+    MatMul4Bit). So releasing a weight frees no memory, except with checkpointing, which drops the
+    view.
     """
     if run.gathers and run.config.q_lora and not run.config.gradient_checkpointing:
         return sum(sharded(run, run.shape.model, run.shape.trained))
@@ -146,7 +147,7 @@ def layer_activations(run: Run) -> int:
     shape, width = run.shape, run.width
     # RMSNorm: its input in fp32 and the reciprocal root.
     norms = 2 * (4 * shape.hidden + 4)
-    # SDPA and FlashAttention: query, key, value, output, and an fp32 logarithm per head.
+    # SDPA and FlashAttention: query, key, value, output, and an fp32 log-sum per head.
     attention = width * (2 * shape.query + 2 * shape.key) + 4 * shape.heads
     # silu(gate) * up: gate, its SiLU, up.
     mlp = width * 3 * shape.intermediate
@@ -195,9 +196,9 @@ def full_loss(run: Run, supervised: int) -> int:
 
 
 def layer_backward(run: Run) -> int:
-    """Return the bytes that one layer's backward pass adds: the gradients that flow through it.
+    """Return the bytes that one layer's backward pass adds: the gradients of its activations.
 
-    Checkpointing adds the layer's activations, QLoRA its largest weight, dequantised.
+    Checkpointing adds the layer's activations. QLoRA adds its largest weight, dequantised.
     """
     flowing = run.width * (3 * run.shape.intermediate + 2 * run.shape.hidden)
     recomputed = layer_activations(run) if run.config.gradient_checkpointing else 0
@@ -209,7 +210,7 @@ def host_memory(run: Run) -> float:
     """Return the bytes of main memory that one rank uses for offloading."""
     total = 0.0
     if run.backend.offload_optimizer:
-        # The optimizer, its fp32 gradient, and the sums (ZeRO-3) or new weights (ZeRO-2).
+        # Optimizer state, its fp32 gradient, and accumulated gradients (ZeRO-3) or new weights.
         copy = run.accumulated if run.backend.stage == 3 else run.width
         total += optimizer(run) + (4 + copy) * run.adapter / run.world
     if run.backend.offload_param:
@@ -220,9 +221,9 @@ def host_memory(run: Run) -> float:
 def sent(run: Run) -> float:
     """Return the bytes that one rank sends in each step, with ring algorithms.
 
-    With world size W, gathering or scattering n bytes sends n (W - 1) / W, an all-reduce twice
-    that. ZeRO-1 and 2 reduce by all-reduce (deepspeed 0.19, stage_1_and_2.py:
-    use_multi_rank_bucket_allreduce).
+    With world size W, an all-gather or reduce-scatter of n bytes sends n (W - 1) / W bytes. An
+    all-reduce sends twice as many. ZeRO-1 and 2 reduce by all-reduce (deepspeed 0.19,
+    stage_1_and_2.py: use_multi_rank_bucket_allreduce).
     """
     ring = (run.world - 1) / run.world
     if run.backend.stage == 0:
@@ -238,8 +239,8 @@ def sent(run: Run) -> float:
 def fetched(run: Run) -> int:
     """Return the elements that ZeRO-3 gathers for one micro-batch, forward and backward.
 
-    Elements that are live at the turn are gathered once. Of a checkpointed layer, those beyond
-    half of REUSE_DISTANCE are gathered three times.
+    Elements that stay gathered from forward to backward (`live`) are gathered once, others twice.
+    In a checkpointed layer, elements beyond half of REUSE_DISTANCE are gathered three times.
     """
     total = sum(sharded(run, run.shape.model, run.shape.trained))
     layer = sum(sharded(run, run.shape.layer))

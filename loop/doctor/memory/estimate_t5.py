@@ -10,7 +10,7 @@ from loop.doctor.memory.shape import T5, Reads
 def kept_activations(run: Run, t5: T5) -> int:
     """Return the bytes kept between the forward and the backward pass of a micro-batch."""
     source, target = sides(run)
-    # The last norm of each stack, and the mask of the following dropout.
+    # The last norm of each stack, and the mask of the dropout after it.
     ends = (source + target) * (norm(run) + t5.dropout * run.shape.hidden)
     if run.config.gradient_checkpointing:
         return ends + checkpoints(run, t5) + biases(run)
@@ -28,7 +28,7 @@ def checkpoints(run: Run, t5: T5) -> int:
     """Return the bytes of the inputs of checkpointed layers and of the encoder's output.
 
     peft 0.21 makes the embedding's output require a gradient (peft_model.py,
-    _prepare_model_for_gradient_checkpointing), so it is kept with the following dropout's mask.
+    _prepare_model_for_gradient_checkpointing). So the output is kept, with the next dropout's mask.
     """
     source, target = sides(run)
     inputs = stream(run) * (source * t5.encoder + target * t5.decoder) + run.width * source
@@ -66,14 +66,14 @@ def decoder_layer(run: Run, t5: T5) -> int:
     token += linear_inputs(run, t5, attentions=2)
     itself = attention(run, t5, target, target)
     crosswise = attention(run, t5, target, source) + bias(run, t5, target, source)
-    # The padding of targets needs no mask, so all rows share one.
+    # Padding in targets needs no mask, so all rows share one bias.
     return rows * (target * token + itself + crosswise) + bias(run, t5, target, target)
 
 
 def materialised(run: Run, t5: T5) -> bool:
-    """Whether attention computes its complete weight matrix.
+    """Return whether attention computes its full weight matrix.
 
-    On a CPU only PyTorch's plain attention has dropout; it computes in fp32 (torch 2.13,
+    On a CPU, only PyTorch's plain attention supports dropout; it computes in fp32 (torch 2.13,
     aten/src/ATen/native/transformers/attention.cpp).
     """
     return t5.dropout and not run.gpu
@@ -82,8 +82,8 @@ def materialised(run: Run, t5: T5) -> bool:
 def attention(run: Run, t5: T5, queries: int, keys: int) -> int:
     """Return the bytes that the attention of one row saves.
 
-    Query, key and value; then the weights, their dropout mask and the masked weights, or without
-    materialised weights the output and a logarithm per head.
+    Query, key and value are always saved. With materialised weights: also the weights, their
+    dropout mask and the masked weights. Otherwise: also the output and a log-sum per head.
     """
     inner, heads = run.shape.query, run.shape.heads
     if materialised(run, t5):
@@ -92,7 +92,7 @@ def attention(run: Run, t5: T5, queries: int, keys: int) -> int:
 
 
 def bias(run: Run, t5: T5, queries: int, keys: int) -> int:
-    """Return the bytes of the bias, a matrix per head, which fused attention kernels save."""
+    """Return the bytes of the position bias, a matrix per head, saved by fused attention."""
     return 0 if materialised(run, t5) else run.width * run.shape.heads * queries * keys
 
 
@@ -137,10 +137,10 @@ def biases(run: Run) -> int:
 
 
 def layer_backward(run: Run, t5: T5) -> int:
-    """Return the bytes that one layer's backward pass adds: the gradients that flow through it.
+    """Return the bytes that one layer's backward pass adds: the gradients of its activations.
 
-    Checkpointing adds the layer's activations, QLoRA its largest weight, dequantised. When an
-    encoder layer runs backward, the decoder's kept activations are freed.
+    Checkpointing adds the layer's activations. QLoRA adds its largest weight, dequantised. The
+    decoder's kept activations are freed before the encoder's backward pass.
     """
     source, target = sides(run)
     flowing = run.width * (3 * run.shape.intermediate + 2 * run.shape.hidden)

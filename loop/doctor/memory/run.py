@@ -15,7 +15,7 @@ PERSISTENT_ELEMENTS = 100_000
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a micro-batch: rows and tokens per row, with padding; pairs have two sides."""
+    """The size of a micro-batch: rows and padded tokens per row; only pairs have a target."""
 
     rows: int
     source: int
@@ -39,9 +39,9 @@ class Run:
     config: Config
     backend: Backend
     ranks: int
-    share: float = 1.0  # supervised tokens of all tokens; for pairs, of the targets
+    share: float = 1.0  # supervised share of all tokens; for pairs, of the target tokens
     largest: Size | None = None  # micro-batch; None: the largest that the flags allow
-    gpu: bool = True  # a T5's attention keeps other tensors on a CPU
+    gpu: bool = True  # on a CPU, a T5's attention saves other tensors
 
     @property
     def world(self) -> int:
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def accumulated(self) -> int:
-        """The bytes of an accumulated gradient's element (deepspeed_config.py)."""
+        """The bytes of one element of the accumulated gradient (deepspeed_config.py)."""
         return 4 if self.config.precision == "bf16" else self.width
 
     @property
@@ -104,7 +104,7 @@ class Run:
     def stored(self, weights: Weights) -> list[int]:
         """Return the elements of each frozen tensor as stored; a byte holds two 4-bit codes."""
         packed = 2 * self.width if self.config.q_lora else 1
-        # fp32 next to 4-bit weights (loop/model/quantization.py): two elements of 16 bits.
+        # Weights in fp32 (loop/model/quantization.py) count as two elements of 16 bits.
         wide = 4 // self.width if self.config.q_lora else 1
         codes = [ceil(n / packed) for n in weights.linears]
         return [*codes, *(wide * n for n in weights.held), *weights.others]

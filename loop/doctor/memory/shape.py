@@ -12,7 +12,7 @@ from loop.model.base import meta_model, read_base_config
 from loop.model.lora_targets import ALL_LINEAR, target_names
 
 # Model types with T5's blocks (transformers 5.23, models/mt5/modeling_mt5.py). Flan-T5 and ByT5
-# have the type t5. UMT5 and LongT5 have another attention, Switch has experts.
+# have the type t5. UMT5 and LongT5 have another attention. Switch has experts.
 T5_TYPES = ("t5", "mt5")
 # T5 targets of one block that read the same tensor, a norm's output.
 T5_SAME_INPUT = {"q": "norm", "k": "norm", "v": "norm", "wi_0": "norm", "wi_1": "norm"}
@@ -22,10 +22,10 @@ ENCODER_OUTPUT = "the encoder's output"  # read by all decoder layers
 
 @dataclass(frozen=True)
 class Reads:
-    """LoRA targets that read tokens of one side, each as the width of its input.
+    """The input widths of LoRA targets that read one side, source or target.
 
-    inputs: the widths, once for targets that read the same tensor. outputs: the widths of
-    attention outputs, which `o` reads.
+    targets: one width per LoRA target. inputs: one width per tensor that they read, without
+    attention outputs. outputs: the widths of attention outputs, which `o` reads.
     """
 
     targets: tuple[int, ...]
@@ -93,11 +93,11 @@ def _reads(targets: dict[str, Any]) -> Reads:
 CONFIGS = ROOT / "accelerate_configs"
 # Values of distributed_type for one process. YAML reads a bare NO as false, in mixed_precision too.
 SINGLE_PROCESS = ("NO", False)
-# LLaMA's names in config.json; config classes of other families map theirs to these.
+# LLaMA's names in config.json. Config classes of other families map their names to these.
 REQUIRED_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Targets of one block that read the same tensor.
 SAME_INPUT = {"q_proj": "x", "k_proj": "x", "v_proj": "x", "gate_proj": "x", "up_proj": "x"}
-INPUT_KEPT_BY_ATTENTION = "o_proj"  # attention keeps its output, which is this target's input
+INPUT_KEPT_BY_ATTENTION = "o_proj"  # its input is attention's output, which attention keeps
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,13 @@ class Shape:
     query: int  # width of all query heads together
     key: int  # width of all key heads together, and of all value heads
     vocabulary: int
-    plain_logits: bool  # the model does not alter the LM head's logits: the loss runs in chunks
+    plain_logits: bool  # the model does not alter its logits, so the loss can run in chunks
     head_trained: bool
     model: Weights
     layer: Weights
     trained: tuple[int, ...]  # elements of each lora_A, lora_B and trained bias
     targets: tuple[int, ...]  # the width of each LoRA target's input
-    inputs: tuple[int, ...]  # those widths, once for targets that read the same tensor
+    inputs: tuple[int, ...]  # one width per tensor that the targets read, without o_proj's
     t5: T5 | None
 
 
@@ -160,15 +160,15 @@ def check_shape(base: str, base_config: Any) -> None:
     missing = [name for name in REQUIRED_KEYS if getattr(base_config, name, None) is None]
     if missing or base_config.is_encoder_decoder:
         raise UserError(
-            f"{base}: found a {base_config.model_type} model without "
-            f"{', '.join(missing) or 'a decoder of its own'}; the estimate expects one built "
-            f"like LLaMA, or of the kinds {', '.join(T5_TYPES)}."
+            f"{base}: found a {base_config.model_type} model, "
+            f"{'without ' + ', '.join(missing) if missing else 'an encoder-decoder'}; the estimate "
+            f"expects a LLaMA-like model, or one of the types {', '.join(T5_TYPES)}."
         )
 
 
 def shape_of(model: Any, base_config: Any, config: Config) -> Shape:
     """Return the shape of a model on the meta device, and of the adapter."""
-    # Here: it imports torch, and errors of an accelerate config are reported without.
+    # Not at the top: errors of an accelerate config are reported without importing torch.
     from loop.training.loss import changes_logits
 
     heads = base_config.num_attention_heads
@@ -217,7 +217,7 @@ def _weights(model: Any, layers: int, targets: dict[str, Any], config: Config) -
     # The layers of a T5's decoder are larger than the encoder's.
     stack = model.get_decoder() if model.config.is_encoder_decoder else model
     layers = len(stack.block) if model.config.is_encoder_decoder else layers
-    # The first list is the layers; a list of experts of the same length is inside a layer.
+    # The first list holds the layers. A list of experts of this length is inside a layer.
     stacks = [m for m in stack.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     inputs: dict[tuple[str, str], int] = {}
     trained = list(biases.values())
@@ -281,8 +281,8 @@ def read_backend(path: Path) -> Backend:
     zero = values.get("deepspeed_config") or {} if kind == "DEEPSPEED" else {"zero_stage": 0}
     if "deepspeed_config_file" in zero:
         raise UserError(
-            f"{where}: found deepspeed_config_file; expected zero_stage and offload devices, which "
-            "is all that the estimate reads. Give one of accelerate_configs/."
+            f"{where}: found deepspeed_config_file; expected zero_stage and offload devices; the "
+            "estimate reads no other key. Give one of accelerate_configs/."
         )
     stage = zero.get("zero_stage", 2)
     precision: Any = values.get("mixed_precision") or "no"
@@ -346,7 +346,7 @@ def backends() -> list[Backend]:
             print(f"note: skipped: {str(error).removeprefix('--accelerate_config ')}")
             continue
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        # accelerate's defaults are one machine, with GPUs.
+        # Without these keys, accelerate uses one machine with GPUs.
         if values.get("num_machines", 1) == 1 and not values.get("use_cpu"):
             found.append(backend)
     return sorted(found, key=lambda b: (b.stage, b.multi_rank, b.offload_optimizer))

@@ -58,7 +58,7 @@ def counts(shape: Shape) -> str:
 
 
 def setting(shape: Shape, config: DoctorConfig) -> str:
-    """Return the settings that the numbers depend on as text."""
+    """Return as text the settings that the estimate depends on."""
     target = config.max_target_length or config.model_max_length
     sides = f"({config.model_max_length} + {target})" if shape.t5 else config.model_max_length
     names = config.lora_target_modules or USUAL[shape.t5 is not None]
@@ -86,7 +86,7 @@ def parts(run: Run) -> str:
 def overview(shape: Shape, config: DoctorConfig) -> str:
     """Return the table of all configs, with LoRA and QLoRA."""
     rows = [
-        ["GiB a rank", "", "LoRA", "", "", "QLoRA", "", ""],
+        ["GiB per rank", "", "LoRA", "", "", "QLoRA", "", ""],
         ["config", "ranks", *("GPU", "host", "sent/step") * 2],
     ]
     for backend in backends():
