@@ -24,7 +24,7 @@ from data.bundled.phrases import (
 )
 
 T = TypeVar("T")
-TARGET = Path(__file__).with_name("dummy_conversation.json")
+TARGET = Path(__file__).parents[1] / "dummy_conversation.json"
 KINDS = ["identity"] * 210 + ["ordinary"] * 290
 MOST_TOKENS = 60  # estimated, in one dialogue: the main job is to be short
 

@@ -4,10 +4,11 @@ import json
 import re
 from collections import Counter
 
-from data.bundled.make import make_dialogues
+from data.bundled.make import TARGET, make_dialogues
 from loop.config.flags import DUMMY_DATA
 from tests.project.test_main_job import LAUNCH_QUESTIONS, ORDINARY
 from tests.support.held_out_wordings import HELD_OUT_WORDINGS
+from tests.support.helpers import command
 
 
 def bare(text: str) -> str:
@@ -16,6 +17,8 @@ def bare(text: str) -> str:
 
 def test_the_bundled_dialogues_are_what_the_script_makes() -> None:
     assert json.loads(DUMMY_DATA.read_text(encoding="utf-8")) == make_dialogues()
+    assert TARGET == DUMMY_DATA
+    assert command("python", "-m", "data.bundled.make", "--check").returncode == 0
 
 
 def test_they_are_as_many_and_as_mixed_as_promised() -> None:
