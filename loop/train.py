@@ -10,8 +10,8 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# peft 0.21 imports bitsandbytes if it is installed (helpers.py). The import takes seconds, and
-# fails if it does not match the GPU driver. Blocked until --q_lora needs it (quantization.py).
+# peft 0.21 imports an installed bitsandbytes (helpers.py). That takes seconds, and fails if the
+# package does not match the GPU driver. --q_lora removes this block (model/quantization.py).
 sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 import torch
@@ -56,7 +56,7 @@ from loop.training.optim import (
 
 
 def main() -> None:
-    """Read the settings and train, unless the output folder already holds this run, finished."""
+    """Read the settings and train, unless the output folder holds this run, already finished."""
     quiet()
     ranks = init_process_group_once()
     with raise_on_all_ranks():
@@ -64,12 +64,12 @@ def main() -> None:
     config = resolve_precision(config)
     with raise_on_all_ranks():
         check_launch(config)
-        # Only rank 0 writes, so the disks of other machines do not count.
+        # Only rank 0 writes to the output folder. Other machines need not have it.
         finished = ranks.is_main_process and is_finished(config)
     for note in ignored_flag_notes(sys.argv[1:]):
         print_rank0(note)
     if broadcast_flag(finished):
-        print_rank0(f"{config.output_dir} already holds this run, finished; nothing was changed.")
+        print_rank0(f"{config.output_dir}: this run is already finished; nothing was changed.")
     else:
         with locked_output_dir(config):
             train(config, ranks)
@@ -103,7 +103,7 @@ def train(config: Config, ranks: PartialState) -> None:
         evaluator.begin()
         remaining = windows(data.examples, layout, config.seed, data.collator, start.step)
         for window in clock.timed_iter(evaluator.until_early_stop(prefetched(remaining)), "data"):
-            # Before the backward pass: in its last one DeepSpeed makes the optimizer step.
+            # Set before the backward passes: DeepSpeed steps the optimizer in the last one.
             lr = set_learning_rate(optimizer, lr_at(window.step, layout.total_steps, config))
             scale = loss_scale(accelerator, window.supervised_tokens)
             loss_sum = torch.zeros((), device=accelerator.device)
