@@ -208,7 +208,9 @@ def _adapter_settings(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"--lora_weight_path: {file}: not valid JSON: {error}.") from None
     if not isinstance(saved, dict) or saved.get("peft_type") != "LORA":
-        raise UserError(f"--lora_weight_path: {file}: found no LoRA adapter; expected peft's.")
+        raise UserError(
+            f"--lora_weight_path: {file}: found no LoRA adapter; expected one saved by peft."
+        )
     missing = {"r", "lora_alpha", "bias", "target_modules", "lora_dropout"} - {*saved}
     if missing:
         raise UserError(f"--lora_weight_path: {file}: lacks {', '.join(sorted(missing))}.")
