@@ -198,7 +198,7 @@ EXPECTED = (
     "no.json: no such file",
     "found --eval_data_path and --eval_fraction 0.1",
     "--load_best_model_at_end: found no evaluation",
-    "nothing in the model is named query",
+    "found query, which names no module of the model",
     "--template: found t5 with",
     "adapter_config.json: cannot be read",
     "bad.json: found a file; expected a folder",
@@ -253,7 +253,7 @@ def test_an_encoder_decoder_in_fp16_is_refused_and_one_in_bf16_is_not(
     t5 = ("--model_name_or_path", tiny_t5, "--mixed_precision")
     assert doctor(*t5, "bf16") == []
     found = doctor(*t5, "fp16")
-    assert [problem for problem in found if "whose activations overflow it" in problem]
+    assert [problem for problem in found if "whose activations overflow in fp16" in problem]
 
 
 def test_a_gpu_without_the_requested_features_is_reported(
