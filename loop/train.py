@@ -6,12 +6,12 @@ accelerate launch --config_file accelerate_configs/zero2.yaml loop/train.py [--f
 import sys
 from pathlib import Path
 
-# Run as a script, Python searches loop/ for imports. Search the repository root instead.
+# When a script runs, Python searches its folder for imports. Search the repository root instead.
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# peft 0.21 imports an installed bitsandbytes (helpers.py). That takes seconds, and fails if the
-# package does not match the GPU driver. --q_lora removes this block (model/quantization.py).
+# Block bitsandbytes: peft 0.21 imports it if it is installed (helpers.py). The import takes seconds
+# and can fail (wrong GPU driver). --q_lora unblocks it (model/quantization.py).
 sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 import torch
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def train(config: Config, ranks: PartialState) -> None:
-    """Fine-tune the adapter that `config` describes and save it in its output folder."""
+    """Fine-tune an adapter with these settings and save it in the output folder."""
     with raise_on_all_ranks():
         data = read_training_data(config)
         layout = plan_layout(config, len(data.examples), ranks, data.base.packed)

@@ -172,8 +172,8 @@ def find_resume_point(
 ) -> ResumePoint:
     """Return the newest valid checkpoint's resume point, or step 0; only rank 0 `reads`.
 
-    Own checkpoints that the run does not continue are moved to a folder discarded-<time>. Raises
-    UserError if all checkpoints are corrupt, or if data or settings differ.
+    Checkpoints in the output folder that the run does not continue are moved to discarded-<time>.
+    Raises UserError if all checkpoints are corrupt, or if data or settings differ.
     """
     if not reads:
         return ResumePoint({})

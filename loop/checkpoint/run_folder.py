@@ -39,7 +39,7 @@ def is_finished(config: Config) -> bool:
     """
     folder = Path(config.output_dir)
     if config.allow_resume_mismatch or config.resume_from_checkpoint.lower() not in TRUE:
-        return False  # These flags request training, from this or another checkpoint or step 0.
+        return False  # These flags request training, even after a finished run.
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         settings = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))

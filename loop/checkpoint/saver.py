@@ -57,7 +57,7 @@ def agreed_reason(requests: Sequence[Request], wanted: int) -> str:
     source = next(request for request in requests if request.kind == wanted)
     if len({request.machine for request in requests}) == 1:
         return source.reason
-    # On the other machines, launch.sh --until-done launches again unless it finds this STOP.
+    # On another machine, launch.sh --until-done launches again unless the reason contains STOP.
     word = "STOP on machine" if wanted == ASKED else "on machine"
     return f"{word} {source.host}: {source.reason}"
 
@@ -81,7 +81,7 @@ class Saver:
         self.writer: threading.Thread | None = None
         self.failure: Exception | None = None
         self.saves, self.stall = 0, 0.0  # checkpoints, and seconds that the loop waited for them
-        self.last_step = layout.total_steps  # Early stopping may lower it.
+        self.last_step = layout.total_steps  # An evaluation may end the run earlier.
         self.due_at = -1  # the step of an evaluation whose checkpoint is kept
         nothing = {"best_metric": None, "best_step": None, "evaluated_step": None, "stale": 0}
         self.evaluation: dict[str, Any] = nothing | {

@@ -132,8 +132,8 @@ class Config:
     )
     template: Literal["vicuna", "chat", "t5"] | None = flag(
         None,
-        "vicuna; chat: the model's own; t5: pairs; none: t5 for an encoder-decoder, else chat if "
-        "the model has a chat template, else vicuna",
+        "vicuna; chat: the model's chat template; t5: pairs; none: t5 for an encoder-decoder, else "
+        "chat if the model has a chat template, else vicuna",
         "data",
     )
     chat_template: File | None = flag(
@@ -330,7 +330,7 @@ class Config:
     )
     save_total_limit: int | None = flag(
         None,
-        "newest checkpoints to keep; none: all",
+        "number of newest checkpoints to keep; none: all",
         "checkpoints",
         at_least=1,
         finished_check="no",
@@ -351,7 +351,7 @@ class Config:
     )
     max_minutes: Minutes | None = flag(
         None,
-        "stop after this time, with a checkpoint",
+        "save a checkpoint and stop after this time",
         "checkpoints",
         above=0,
         finished_check="no",
@@ -363,7 +363,7 @@ class Config:
     )
     eval_strategy: Literal["steps", "epoch", "no"] = flag(
         "steps",
-        "evaluate every eval_steps, or at each epoch's end; and at the end",
+        "evaluate every eval_steps or at each epoch's end, and at the run's end; no: never",
         "evaluation",
         in_trial="no",
     )

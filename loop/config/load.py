@@ -49,7 +49,7 @@ def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 def without_ignored_flags(argv: Sequence[str], errors: list[str] | None = None) -> list[str]:
     """Return the command line without ignored flags, and with aliases replaced.
 
-    Raises UserError for an optimizer other than AdamW; with a list `errors`, appends it instead.
+    Raises UserError for an optimizer other than AdamW; with a list `errors`, appends the error.
 
     >>> without_ignored_flags(["--lora_r", "4", "--lazy-preprocess", "True", "--fsdp", "a", "b"])
     ['--lora_r', '4']
@@ -108,7 +108,7 @@ def read_config(
     """Return the run's settings from flags and YAML.
 
     Without a model, data and --config, the main job's settings apply. Raises UserError for an
-    invalid value or a contradiction; with a list `errors`, appends it instead and continues.
+    invalid value or a contradiction; with a list `errors`, appends each error and continues.
     """
     known = IGNORED_FLAGS, ALIASES, errors
     values = parse(config_type, without_ignored_flags(argv, errors), description, *known)

@@ -33,8 +33,8 @@ Share = Annotated[float, "SHARE"]
 # - precision: `Config.precision`. It is compared instead of the flags that set it.
 # - report only: logs, trackers, limits on errors. May differ between ranks.
 Affects = Literal["encoding", "result", "layout", "precision", "report only"]
-# A new run compares its settings with those of a finished run in its folder. How it compares this
-# one: by value, as a resolved path, or not at all.
+# How a new run compares a setting with that of a finished run in its folder: by value, as a
+# resolved path, or not at all.
 FinishedCheck = Literal["value", "path", "no"]
 
 

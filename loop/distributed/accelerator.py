@@ -44,7 +44,7 @@ def init_process_group_once() -> PartialState:
     if not on_gpu():
         _prepare_cpu()
         _init_after_restart("gloo")
-        # Without `cpu`, accelerate 1.15 starts one process under a DeepSpeed config (state.py).
+        # Without `cpu`, accelerate 1.15 assumes one process under a DeepSpeed config (state.py).
         return PartialState(cpu=True, timeout=COLLECTIVE_TIMEOUT)
     check_ranks()
     _init_after_restart("nccl")

@@ -35,8 +35,8 @@ COMPARED_KEYS = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
     *("gradient_clipping", "zero_optimization"),
 }
-# The optimizer is PyTorch's AdamW, with offload on the CPU. It needs no compiler. DeepSpeed's
-# AdamW is faster for full models, but an adapter's update is cheap with either.
+# The optimizer is PyTorch's AdamW; under offload, it runs on the CPU. It needs no compiler.
+# DeepSpeed's AdamW is faster for full models, but an adapter's update is cheap with both.
 REQUIRED_VALUES = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 # Elements of a gradient bucket. DeepSpeed's default, 5e8, allocates gigabytes for the gradients of
 # full models. An adapter's gradients fit in a few of these buckets.

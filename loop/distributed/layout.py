@@ -26,10 +26,10 @@ class Layout:
 
     @property
     def divisor(self) -> int:
-        """The gradient accumulation given to accelerate, which divides each loss by it.
+        """The gradient accumulation given to accelerate, which divides each loss by this number.
 
-        `loss_scale` multiplies the loss by it again. If the number of micro-batches varies, it is
-        at least 2: with 1, DeepSpeed's offload does not sum gradients over micro-batches (0.19.8,
+        `loss_scale` undoes the division. If the micro-batches per window vary, the number is at
+        least 2: with 1, DeepSpeed's offload would not sum gradients over micro-batches (0.19.8,
         zero/stage_1_and_2.py).
         """
         varies = self.limits.tokens is not None or self.limits.finer

@@ -165,8 +165,9 @@ def put_loss_scale(accelerator: Accelerator, optimizer: Any, state: dict[str, fl
 def forget_gradients(model: Any) -> None:
     """Drop the gradients that ZeRO-3 has accumulated since the last optimizer step.
 
-    No other state needs a reset if no backward pass was the last of its window: moments, step
-    counts and loss scale change only in an optimizer step (DeepSpeed 0.19.8, zero/stage3.py).
+    Call this only before the last backward pass of a window. Until then, nothing else needs a
+    reset: moments, step counts and loss scale change only in an optimizer step (DeepSpeed 0.19.8,
+    zero/stage3.py).
     """
     zero = model.optimizer
     zero.zero_grad()  # The next pass overwrites gradients instead of adding to them.

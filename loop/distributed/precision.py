@@ -11,7 +11,8 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from loop.config.flags import Config
 
-# Speed of bf16 matrix products relative to fp32. Below it, casts to bf16 cost what products save.
+# Speed of bf16 matrix products relative to fp32. Below it, bf16 spends on casts what it saves on
+# products.
 MIN_BF16_SPEEDUP = 1.3
 
 

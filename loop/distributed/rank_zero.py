@@ -53,7 +53,7 @@ def _is_not_tied_weights(record: logging.LogRecord) -> bool:
 
 
 def quiet_deepspeed(fp16: bool) -> None:
-    """Filter two of DeepSpeed 0.19's messages: that an op was built, that a step is skipped.
+    """Filter two messages of DeepSpeed 0.19: an op was built, a step is skipped.
 
     Sources: comm/torch.py, runtime/fp16/loss_scaler.py.
     """

@@ -135,7 +135,7 @@ def as_user_error(what: str) -> Iterator[None]:
 
 def read_base_config(base: str, config: Config) -> Any:
     """Return the base model's configuration; raises UserError."""
-    from transformers import AutoConfig  # Imported here: it is slow, and `check` does without.
+    from transformers import AutoConfig  # Imported here: it is slow, and `check` does not need it.
 
     with as_user_error(base):
         return AutoConfig.from_pretrained(

@@ -48,9 +48,9 @@ def load_model(base_model: BaseModel, config: Config, accelerator: Accelerator) 
     if on_gpu and (summary := use_kernels(model)):
         print_rank0(f"kernels: {summary}")
     if config.gradient_checkpointing:
-        # Under ZeRO-3, reentrant checkpointing: before DeepSpeed 0.19.8 (pull request 8148), the
-        # other kind recomputed with partitioned parameters (transformers#47254). It needs inputs
-        # that require a gradient.
+        # Under ZeRO-3, checkpointing is reentrant: before DeepSpeed 0.19.8 (pull request 8148), the
+        # other kind recomputed with partitioned parameters (transformers#47254). Reentrant
+        # checkpointing needs inputs that require a gradient.
         model.gradient_checkpointing_enable({"use_reentrant": sharded})
         if sharded:
             model.enable_input_require_grads()

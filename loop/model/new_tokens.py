@@ -1,7 +1,7 @@
 """Embedding and LM head rows of new tokens, trained and saved with the adapter.
 
 peft stores the rows as trainable tokens in the adapter's files (0.21,
-tuners/trainable_tokens/layer.py). This module chooses their modules, initial values and forward.
+tuners/trainable_tokens/layer.py). This module sets the layers, initial values and forward pass.
 """
 
 from collections.abc import Iterator

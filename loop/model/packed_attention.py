@@ -69,7 +69,7 @@ def implementation(packed: bool, flash: bool, compiled: bool = False) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A row's prefix groups, in a class: torch.compile would recompile for other integers."""
+    """A row's prefix groups; as a class, since torch.compile recompiles for new plain integers."""
 
     groups: Groups
 

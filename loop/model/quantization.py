@@ -209,7 +209,7 @@ def _check_stored_settings(base: str, stored: dict[str, Any], config: Config, st
     if stage and "float" in storage and storage != dtype:
         raise UserError(
             f"{base}: its 4-bit weights are stored as {storage}, which DeepSpeed would cast to "
-            f"{dtype}; expected that, or uint8. Give the plain model, or use "
+            f"{dtype}; expected {dtype} or uint8. Give the plain model, or use "
             "accelerate_configs/ddp.yaml."
         )
 
