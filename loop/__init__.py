@@ -1,1 +1,1 @@
-"""Fine-tunes LoRA adapters with one hand-written loop; train.py is the first page."""
+"""Fine-tunes LoRA adapters with one hand-written training loop. Start reading at train.py."""

@@ -7,8 +7,8 @@ from data.errors import UserError
 from loop.config.parser import nearest
 from loop.distributed.signals import run_and_exit
 
-# peft 0.21 imports bitsandbytes if it is installed (helpers.py). The import takes seconds, and
-# fails if it does not match the GPU driver. Blocked until --q_lora needs it (quantization.py).
+# Block bitsandbytes: peft 0.21 imports it if it is installed (helpers.py). The import takes seconds
+# and can fail (wrong GPU driver). --q_lora unblocks it (model/quantization.py).
 sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 # Command -> module in loop/ and --help line.

@@ -6,12 +6,12 @@ accelerate launch --config_file accelerate_configs/zero2.yaml loop/train.py [--f
 import sys
 from pathlib import Path
 
-# Run as a script, Python searches loop/ for imports. Search the repository root instead.
+# When a script runs, Python searches its folder for imports. Search the repository root instead.
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# peft 0.21 imports bitsandbytes if it is installed (helpers.py). The import takes seconds, and
-# fails if it does not match the GPU driver. Blocked until --q_lora needs it (quantization.py).
+# Block bitsandbytes: peft 0.21 imports it if it is installed (helpers.py). The import takes seconds
+# and can fail (wrong GPU driver). --q_lora unblocks it (model/quantization.py).
 sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 import torch
@@ -56,7 +56,7 @@ from loop.training.optim import (
 
 
 def main() -> None:
-    """Read the settings and train, unless the output folder already holds this run, finished."""
+    """Read the settings and train, unless the output folder holds this run, already finished."""
     quiet()
     ranks = init_process_group_once()
     with raise_on_all_ranks():
@@ -64,19 +64,19 @@ def main() -> None:
     config = resolve_precision(config)
     with raise_on_all_ranks():
         check_launch(config)
-        # Only rank 0 writes, so the disks of other machines do not count.
+        # Only rank 0 writes to the output folder. Other machines need not have it.
         finished = ranks.is_main_process and is_finished(config)
     for note in ignored_flag_notes(sys.argv[1:]):
         print_rank0(note)
     if broadcast_flag(finished):
-        print_rank0(f"{config.output_dir} already holds this run, finished; nothing was changed.")
+        print_rank0(f"{config.output_dir}: this run is already finished; nothing was changed.")
     else:
         with locked_output_dir(config):
             train(config, ranks)
 
 
 def train(config: Config, ranks: PartialState) -> None:
-    """Fine-tune the adapter that `config` describes and save it in its output folder."""
+    """Fine-tune an adapter with these settings and save it in the output folder."""
     with raise_on_all_ranks():
         data = read_training_data(config)
         layout = plan_layout(config, len(data.examples), ranks, data.base.packed)
@@ -103,7 +103,7 @@ def train(config: Config, ranks: PartialState) -> None:
         evaluator.begin()
         remaining = windows(data.examples, layout, config.seed, data.collator, start.step)
         for window in clock.timed_iter(evaluator.until_early_stop(prefetched(remaining)), "data"):
-            # Before the backward pass: in its last one DeepSpeed makes the optimizer step.
+            # Set before the backward passes: DeepSpeed steps the optimizer in the last one.
             lr = set_learning_rate(optimizer, lr_at(window.step, layout.total_steps, config))
             scale = loss_scale(accelerator, window.supervised_tokens)
             loss_sum = torch.zeros((), device=accelerator.device)

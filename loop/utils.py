@@ -18,8 +18,8 @@ Tensors = dict[str, Tensor]
 def trained_parameters(model: nn.Module, keep: bool = True) -> Tensors:
     """Return the gathered trainable parameters, in fp32, on the CPU; every rank must call this.
 
-    DeepSpeed: read from the fp32 master weights, gathered one parameter at a time. A rank without
-    `keep` takes part and returns nothing: it needs memory for one parameter only.
+    Under DeepSpeed, the values are the fp32 master weights, gathered one parameter at a time. A
+    rank without `keep` returns nothing, so it needs memory for one parameter only.
     """
     return gather_trained(model, lambda parameter: parameter, None, keep)
 
@@ -27,7 +27,8 @@ def trained_parameters(model: nn.Module, keep: bool = True) -> Tensors:
 def gather_trained(model: nn.Module, plain: Any, moment: str | None, keep: bool) -> Tensors:
     """Gather each trainable parameter, or one of its moments; every rank must call this.
 
-    plain: returns the tensor of a parameter that DeepSpeed does not partition.
+    plain: returns the tensor of a parameter that DeepSpeed does not partition. moment: its name;
+    None for the parameter itself.
     """
     state = {}
     for name, parameter in model.named_parameters():
@@ -70,7 +71,7 @@ def use_whole(module: nn.Module, parameter: nn.Parameter) -> None:
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the unpartitioned shapes of the trainable parameters, by their names in a file."""
+    """Return the unpartitioned shapes of the trainable parameters, by peft's names for files."""
     return {
         file_name(name): tuple(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in model.named_parameters()
@@ -79,7 +80,7 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def file_name(name: str) -> str:
-    """Return the name that peft gives a parameter in a file: without the adapter's name."""
+    """Return a parameter's name in peft's files, which omit the adapter's name."""
     return re.sub(r"\.default(?=\.|$)", "", name)
 
 
@@ -91,15 +92,15 @@ def save_adapter(
     folder: Path,
     safetensors: bool = True,
 ) -> None:
-    """Write adapter_config.json and the adapter's weights as peft loads them, on rank 0.
+    """On rank 0, write adapter_config.json and the adapter's weights in peft's format.
 
-    state: the gathered parameters, by the model's names; expected: shapes, by names in the file.
-
-    The file is read back and checked. Raises RuntimeError if it differs from what is expected.
+    state: the gathered parameters, by the model's names. expected: shapes, by names in the file.
+    The weights are read back. Raises RuntimeError for wrong names or shapes, for a value that is
+    not finite, and for an untrained adapter.
     """
     if not accelerator.is_main_process:
         return
-    # save_embedding_layers="auto" may ask the hub (peft 0.21, utils/save_and_load.py).
+    # save_embedding_layers="auto" may contact the hub (peft 0.21, utils/save_and_load.py).
     weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     weights = {name: tensor.contiguous() for name, tensor in weights.items()}
     name = "adapter_model.safetensors" if safetensors else "adapter_model.bin"
@@ -127,7 +128,8 @@ def _check_saved(
     wrong = sorted({*saved} ^ {*expected})
     wrong += [name for name in saved if tuple(saved[name].shape) != expected.get(name)]
     if wrong:
-        raise RuntimeError(f"{file}: missing, unknown or misshapen: {', '.join(wrong[:5])}")
+        names = ", ".join(wrong[:5])
+        raise RuntimeError(f"{file}: missing, unexpected or of the wrong shape: {names}")
     infinite = [name for name, tensor in saved.items() if not tensor.isfinite().all()]
     if infinite:
         raise RuntimeError(f"{file}: not finite: {', '.join(infinite[:5])}")

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: checkpoints, resume, the output folder, full models."""
+"""The files of a run: checkpoints, resume, the output folder, full models."""

@@ -1,4 +1,4 @@
-"""Saves weights that are not LoRA: other trained ones, or the complete base model."""
+"""Saves non-LoRA weights: the other trained parameters, or the complete base model."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -17,9 +17,9 @@ from loop.utils import Tensors, file_name, gathered, trained_parameters
 
 
 def cut_shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Return the tensor names in order, one list per file.
+    """Split the tensor names into files, in order; returns one list per file.
 
-    sizes: bytes of each tensor. most: bytes of a file; a larger tensor gets its own file.
+    sizes: bytes of each tensor. most: maximum bytes of a file; a larger tensor gets its own file.
     """
     files: list[list[str]] = [[]]
     filled = 0
@@ -33,12 +33,12 @@ def cut_shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
 
 
 def shard_name(stem: str, number: int, count: int) -> str:
-    """Return the name of file `number` of `count`, counted from 1."""
+    """Return the name of file `number` of `count` files, counted from 1."""
     return f"{stem}-{number:05d}-of-{count:05d}.safetensors" if count > 1 else f"{stem}.safetensors"
 
 
 def shard_index(places: Mapping[str, str], size: int) -> str:
-    """Return the index as JSON: the file of each tensor, and the total bytes."""
+    """Return the shard index as JSON: each tensor's file, and the total bytes."""
     return json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=1) + "\n"
 
 
@@ -56,12 +56,12 @@ def save_non_lora(
 ) -> None:
     """Write non_lora_state.safetensors, or its shards and their index; every rank must call this.
 
-    shard: maximum bytes of a file; a larger tensor gets its own file. The index has the format of
-    transformers. Raises RunError if a file cannot be written; the adapter is already saved then.
+    shard: maximum bytes of a file; a larger tensor gets its own file. The index has transformers'
+    format. Raises RunError if a file cannot be written; the adapter is already saved then.
     """
     keep = accelerator.is_main_process
     for old in [*folder.glob(f"{NAME}*"), *folder.glob(f"{PARTIAL}*")] if keep else ():
-        old.unlink()  # an earlier run may have written other shards
+        old.unlink()  # An earlier run may have written other shards.
     if config.save_non_lora_state == "none":
         return
     state = new_tokens.rows(model, trained_parameters(model, keep), keep)
@@ -86,7 +86,7 @@ def save_non_lora(
 
 
 def _write(path: Path, write: Callable[[Path], Any], keep: bool) -> None:
-    """Write a file atomically."""
+    """With `keep`, write a file atomically; raises RunError."""
     unfinished = path.with_name(f"{PARTIAL}-{path.name}")
     try:
         if keep:
@@ -108,7 +108,7 @@ def _sizes(model: PeftModel) -> dict[str, int]:
 
 
 def _named(model: PeftModel) -> dict[str, Any]:
-    """Return the base model's tensors by their names in this model; a tied tensor once."""
+    """Return the base model's tensors by their names in this model, each tied tensor once."""
     base = model.get_base_model()
     tensors = dict(base.named_parameters())
     saved = {*base.state_dict(keep_vars=True)}
@@ -117,7 +117,10 @@ def _named(model: PeftModel) -> dict[str, Any]:
 
 
 def _base_tensors(model: PeftModel, name: str, state: Tensors, keep: bool) -> Tensors:
-    """Return a tensor under the base model's name, and in 4 bits its quantization state."""
+    """Return a gathered tensor by its name in the base model; {} without `keep`.
+
+    A 4-bit tensor comes with its quantisation state, new tokens' rows with their trained values.
+    """
     tensor = _named(model)[name]
     with gathered(tensor):
         value = tensor.detach().to("cpu", copy=True).contiguous() if keep else None

@@ -1,4 +1,4 @@
-"""Finds the point where a run starts: step 0, or a checkpoint that rank 0 chooses."""
+"""Finds the point where a run starts: step 0, or a checkpoint chosen by rank 0."""
 
 import dataclasses
 import datetime
@@ -50,17 +50,17 @@ def run_facts(config: Config, data: TrainingData, global_batch_size: int) -> dic
 
 
 def _result_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that determine the result, without the ones that only split the work."""
+    """Return the settings that determine the result. Those that only split the work are omitted."""
     names = {*names_of(affects="encoding"), *names_of(affects="result")}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k in names}
     return {"precision": config.precision, **settings}
 
 
 def _weights(base: str, settings: str, config: Config) -> str:
-    """Hash the settings file, and the size, start, middle and end of each weights file.
+    """Return a hash of the settings file, and of each weights file's size, start, middle and end.
 
-    Hashing everything would take minutes for a large model; another model of the same shape
-    differs in every sample. A model from the hub is identified by its commit.
+    A hash of everything would take minutes for a large model, and another model of the same shape
+    differs in every sample. For a model from the hub, return its name and commit instead.
     """
     folder, hub = Path(base), {"cache_dir": config.cache_dir}
     if not folder.is_dir():
@@ -83,7 +83,7 @@ def _sha256(text: str) -> str:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values as JSON reads them back."""
+    """Return the values as they are after a round trip through JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
 
@@ -93,11 +93,10 @@ FRESH: dict[str, Any] = {"step": 0}
 
 @dataclass
 class ResumePoint:
-    """Where a run starts, the same on every rank.
+    """The point where a run starts; `agree` makes it the same on every rank.
 
-    facts: what determines the result; on rank 0 only, which writes them. folder: the checkpoint, on
-    rank 0 only. progress: the content of its progress.json; step 0 for a fresh run. parameters:
-    number of trained parameters.
+    facts: determine the result (rank 0 only). folder: the checkpoint's (rank 0 only). progress: the
+    content of progress.json; step 0 for a fresh run. parameters: number of trained parameters.
     """
 
     facts: dict[str, Any]
@@ -108,7 +107,7 @@ class ResumePoint:
 
     @property
     def step(self) -> int:
-        """Steps done before this launch."""
+        """Optimizer steps done before this launch."""
         return int(self.progress["step"])
 
     @property
@@ -171,10 +170,10 @@ class ResumePoint:
 def find_resume_point(
     config: Config, data: TrainingData, layout: Layout, reads: bool
 ) -> ResumePoint:
-    """Return the newest valid checkpoint, or step 0 without one; only rank 0 `reads`.
+    """Return the newest valid checkpoint's resume point, or step 0; only rank 0 `reads`.
 
-    Checkpoints that the run does not continue are moved to a folder discarded-<time>. Raises
-    UserError if all checkpoints are corrupt, or if data or settings differ.
+    Checkpoints in the output folder that the run does not continue are moved to discarded-<time>.
+    Raises UserError if all checkpoints are corrupt, or if data or settings differ.
     """
     if not reads:
         return ResumePoint({})
@@ -192,7 +191,10 @@ def find_resume_point(
 
 
 def find_checkpoint(config: Config, facts: dict[str, Any], layout: Layout) -> Checkpoint | None:
-    """Return the newest valid checkpoint; changes nothing. Raises UserError if it does not fit."""
+    """Return the checkpoint to resume from, None for step 0; changes no files.
+
+    Raises UserError if all checkpoints are corrupt, or if data or settings differ.
+    """
     output, flag = Path(config.output_dir), config.resume_from_checkpoint
     folders = own = storage.list_folders(output)
     restarted = is_restart(output)
@@ -200,7 +202,7 @@ def find_checkpoint(config: Config, facts: dict[str, Any], layout: Layout) -> Ch
         folders = own if restarted else []
     elif flag.lower() not in TRUE:
         folders = _named(Path(flag).expanduser().resolve())
-        if restarted:  # Prefer what this launch has saved itself.
+        if restarted:  # Prefer newer checkpoints that this command has saved.
             newest = storage.number(folders[0])
             folders = [folder for folder in own if storage.number(folder) > newest] or folders
     checkpoint = _newest_valid(folders)
@@ -222,7 +224,10 @@ def _named(folder: Path) -> list[Path]:
 
 
 def _newest_valid(folders: list[Path]) -> Checkpoint | None:
-    """Return the first folder's checkpoint that passes verification; None without folders."""
+    """Return the first checkpoint that passes verification; None without folders.
+
+    folders: the newest first. Raises UserError if all are corrupt.
+    """
     corrupt: list[str] = []
     for folder in folders:
         try:
@@ -236,7 +241,7 @@ def _newest_valid(folders: list[Path]) -> Checkpoint | None:
     if corrupt:
         raise UserError(
             f"{'; '.join(corrupt)}. Found no valid checkpoint. Give --resume_from_checkpoint False "
-            "to start afresh; the checkpoints are moved aside."
+            "to start at step 0; the checkpoints are then moved aside."
         )
     return None
 
@@ -264,12 +269,12 @@ def _check_facts(
         raise UserError(
             f"{checkpoint.folder}: other data or settings: {'; '.join(changed)}; expected the "
             f"same. {split}Restore them; or give --allow_resume_mismatch to resume with the new "
-            "ones, --resume_from_checkpoint False to start afresh, or another --output_dir."
+            "ones, --resume_from_checkpoint False to start at step 0, or another --output_dir."
         )
 
 
 def _splits(batch: Any, layout: Layout) -> str:
-    """Return flags with which these ranks run the checkpoint's global batch."""
+    """Return the flags that give the checkpoint's global batch on this number of ranks."""
     each, left = divmod(int(batch), layout.world_size)
     even = [] if left else [size for size in range(1, each + 1) if each % size == 0]
     words = [

@@ -1,4 +1,4 @@
-"""The output folder: its lock, its settings, the check for a finished run, the final save."""
+"""The output folder: its lock and settings, the check for a finished run, the final save."""
 
 import json
 import os
@@ -33,18 +33,18 @@ LOCK_TIMEOUT = 5.0  # seconds that a killed run may take to exit
 
 
 def is_finished(config: Config) -> bool:
-    """Return whether the folder holds this run, finished.
+    """Return whether the output folder holds this run and the run is finished.
 
-    Raises UserError if it holds a finished run with other settings or data.
+    Raises UserError if the folder holds a finished run with other settings or data.
     """
     folder = Path(config.output_dir)
     if config.allow_resume_mismatch or config.resume_from_checkpoint.lower() not in TRUE:
-        return False  # The flags ask to train: longer, afresh, or from another checkpoint.
+        return False  # These flags request training, even after a finished run.
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         settings = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return False  # No run, or an interrupted one.
+        return False  # The folder holds no run, or an interrupted one.
     if not isinstance(state, dict) or not isinstance(settings, dict) or not state.get("finished"):
         return False
     if not any((folder / name).is_file() for name in ADAPTER_FILES):
@@ -78,7 +78,7 @@ def _template(config: Config) -> str | None:
 
 
 def _resolved(path: str | None) -> str | None:
-    """Return an existing path as an absolute one; hub names stay unchanged."""
+    """Return an existing path as an absolute path; other values, such as hub names, unchanged."""
     return str(Path(path).resolve()) if path and Path(path).exists() else path
 
 
@@ -96,14 +96,14 @@ def locked_output_dir(config: Config) -> Iterator[None]:
             if is_main := PartialState().is_main_process:
                 _lock(folder, stack)
                 if not is_restart(folder):
-                    _remove_stop(folder / "STOP")  # a request to the run before
+                    _remove_stop(folder / "STOP")  # It was a request to an earlier run.
         try:
             yield
         finally:
             if is_main:
-                with suppress(OSError):  # the block's own error matters more
+                with suppress(OSError):  # An error of the block is more important.
                     if is_new and {path.name for path in folder.iterdir()} <= {LOCK, LAUNCH_FILE}:
-                        shutil.rmtree(folder)  # the run wrote nothing
+                        shutil.rmtree(folder)  # The run wrote nothing else.
 
 
 def _remove_stop(file: Path) -> None:
@@ -127,11 +127,11 @@ def _lock(folder: Path, stack: ExitStack) -> None:
             f"--output_dir {folder}: cannot be written: {error.strerror}. Give another folder."
         ) from None
     if not has_lock:
-        print(f"note: {folder} cannot be locked; start no second run with it")
+        print(f"note: {folder} cannot be locked; do not start a second run in it")
 
 
 def write_settings(accelerator: Accelerator, config: Config) -> None:
-    """Write training_config.yaml, before the first step."""
+    """Write training_config.yaml, and remove an earlier run's mark that it is finished."""
     if accelerator.is_main_process:
         folder = Path(config.output_dir)
         (folder / STATE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Writes checkpoints in a background thread, and stops the run at a step shared by all ranks."""
+"""Writes checkpoints in a background thread, and stops all ranks after the same step."""
 
 import datetime
 import json
@@ -32,14 +32,15 @@ from loop.monitor.logger import Tracker
 from loop.monitor.summary import how_to_resume
 from loop.utils import file_name, trained_parameters
 
-# What a rank asks for; of all ranks the greatest counts. ASKED: by whoever wants no other launch.
+# Kinds of a rank's request; the greatest of all ranks is carried out. After ASKED (a STOP file, or
+# launch.sh itself was stopped), launch.sh --until-done does not launch again.
 GO_ON, SAVE, TIME_IS_OVER, SIGNAL, ASKED, FAILED = range(6)
-BEGAN = time.monotonic()  # --max_minutes includes reading data and model before the loop.
+BEGAN = time.monotonic()  # --max_minutes includes the time to read data and model.
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one rank asks for, why, and where: `machine` is the number of its first rank."""
+    """One rank's request after a step, and its reason. machine: the machine's first rank."""
 
     kind: int
     reason: str = ""
@@ -48,15 +49,15 @@ class Request:
 
 
 def agreed_reason(requests: Sequence[Request], wanted: int) -> str:
-    """Return why the run stops: the reason of the first rank that asks for `wanted`.
+    """Return why the run stops: the reason of the first rank whose request is `wanted`.
 
-    `requests` holds one request per rank, so every rank gets the same text. Ranks see the same
-    request at different moments: no rank may conclude from its own state where it came from.
+    requests: one per rank, so that every rank returns the same text. A rank's own state is not
+    enough, since ranks see the same request at different times.
     """
     source = next(request for request in requests if request.kind == wanted)
     if len({request.machine for request in requests}) == 1:
         return source.reason
-    # launch.sh of another machine looks for STOP: with --until-done it would start again.
+    # On another machine, launch.sh --until-done launches again unless the reason contains STOP.
     word = "STOP on machine" if wanted == ASKED else "on machine"
     return f"{word} {source.host}: {source.reason}"
 
@@ -64,8 +65,8 @@ def agreed_reason(requests: Sequence[Request], wanted: int) -> str:
 class Saver:
     """Checks after each step whether a checkpoint is due or a stop was requested.
 
-    A context manager: inside, a signal is a request that is answered after the step. On exit the
-    writer thread has finished.
+    Use it as a context manager. Inside, a signal becomes a request that is carried out after the
+    step. On exit, the writer thread has finished.
     """
 
     def __init__(
@@ -74,13 +75,13 @@ class Saver:
         self.config, self.layout, self.accelerator, self.start = config, layout, accelerator, start
         self.output, self.main = Path(config.output_dir), accelerator.is_main_process
         self.saved_at = time.monotonic()
-        # Two machines may have the same host name.
+        # Identifies the machine, since two machines may have the same host name.
         self.machine = accelerator.process_index - accelerator.local_process_index
         self.request, self.interrupts = self._request(GO_ON), 0
         self.writer: threading.Thread | None = None
         self.failure: Exception | None = None
         self.saves, self.stall = 0, 0.0  # checkpoints, and seconds that the loop waited for them
-        self.last_step = layout.total_steps  # an evaluation may end the run earlier
+        self.last_step = layout.total_steps  # An evaluation may end the run earlier.
         self.due_at = -1  # the step of an evaluation whose checkpoint is kept
         nothing = {"best_metric": None, "best_step": None, "evaluated_step": None, "stale": 0}
         self.evaluation: dict[str, Any] = nothing | {
@@ -90,7 +91,7 @@ class Saver:
     def __enter__(self) -> "Saver":
         self.group = None
         if self.accelerator.num_processes > 1:
-            # On the CPU, so that agreeing on a request does not wait for the GPU.
+            # On the CPU: agreeing on a request must not wait for the GPU.
             self.group = torch.distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
         with raise_on_all_ranks():
             if self.main:
@@ -148,12 +149,12 @@ class Saver:
         return self._greatest(self._wanted().kind) > SAVE
 
     def stop(self, step: int) -> None:
-        """Raise Stopped between two steps; the checkpoint of `step` exists already."""
+        """Raise Stopped between two steps; the checkpoint of `step` must exist already."""
         request = self._wanted()
         self._stop(step, request, self._greatest(request.kind))
 
     def _stop(self, step: int, request: Request, wanted: int) -> NoReturn:
-        """Raise Stopped; `request` is what this rank asked for when `wanted` was agreed on."""
+        """Raise Stopped. request: this rank's request when all ranks agreed on `wanted`."""
         requests = [request]
         if self.group is not None:
             requests *= self.accelerator.num_processes
@@ -190,9 +191,9 @@ class Saver:
         return Request(kind, reason, self.machine, platform.node())
 
     def _wanted(self) -> Request:
-        """What this rank asks for after a step; clocks and the STOP file are the first rank's.
+        """Return this rank's request after a step; rank 0 checks the clock and the STOP file.
 
-        A signal may replace `self.request` at any time: what was returned here must be kept.
+        A signal may replace `self.request` at any time, so callers must keep the returned one.
         """
         if self.failure:
             return self._request(FAILED)
@@ -230,10 +231,10 @@ class Saver:
             "step": step,
             "max_steps": self.layout.total_steps,
             "epoch": window.epoch,
-            "cursor": step % epoch * batch,  # position in the epoch's permutation, examples
+            "cursor": step % epoch * batch,  # examples of the epoch's permutation that are done
             "examples": tracker.examples,
             **self.evaluation,
-            # Each micro-batch is seeded from these, its rank and its index.
+            # A micro-batch's random seed is derived from these, its rank and its index.
             "rng": {"seed": self.config.seed, "step": step},
             "auto_micro_batch": micro_batch_record(self.layout, self.config, self.accelerator),
             "loss_scale": optimizer_state.loss_scale(self.accelerator, optimizer),
@@ -269,7 +270,7 @@ class Saver:
 
 
 def planned_saves(config: Config, layout: Layout, done: int = 0) -> tuple[int, int | None]:
-    """Return how many checkpoints are written after step `done`, and how many are kept."""
+    """Return how many checkpoints are written after step `done`, and how many are kept at most."""
     steps = layout.total_steps - done
     interval = layout.interval(config.save_strategy, config.save_steps)
     saves = ceil(steps / interval) if config.save_strategy != "no" else 0
@@ -277,6 +278,6 @@ def planned_saves(config: Config, layout: Layout, done: int = 0) -> tuple[int, i
     if config.load_best_model_at_end:  # Each evaluation may be the best so far.
         saves += ceil(steps / layout.interval(config.eval_strategy, config.eval_steps))
         keep = keep and keep + 1
-    if config.save_minutes:  # Their number is not known.
+    if config.save_minutes:  # The number of checkpoints is unknown.
         saves = max(saves, keep or 1)
     return saves, keep

@@ -1,7 +1,7 @@
 """Checkpoints on disk: written atomically, verified by SHA-256, pruned.
 
-`checkpoint-<step>/` holds the adapter in peft's format, AdamW's moments and the run's progress,
-without pickles. `manifest.json` is written last, with size and SHA-256 of every other file.
+`checkpoint-<step>/` holds the adapter in peft's format, AdamW's moments and the run's progress. No
+file is a pickle. `manifest.json` is written last, with size and SHA-256 of every other file.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ MANIFEST, PROGRESS, STATE = "manifest.json", "progress.json", "trainer_state.jso
 ADAPTER, OPTIMIZER = "adapter_model.safetensors", "optimizer.safetensors"
 FILES = {ADAPTER, OPTIMIZER, PROGRESS, STATE, "adapter_config.json"}
 LOG = "metrics.jsonl"
-SMALL = 1 << 20  # bytes: an upper bound for the files without tensors
+SMALL = 1 << 20  # maximum bytes of the files without tensors
 
 
 class CorruptCheckpoint(Exception):
@@ -35,8 +35,9 @@ class CorruptCheckpoint(Exception):
 class Snapshot:
     """A run's state after a step, in host memory.
 
-    adapter, moments: fp32 tensors on the CPU, named as in peft and `exp_avg.<name>`. progress: the
-    state of the loop and the log. manifest: the facts that a resumed run must share.
+    adapter: fp32 tensors on the CPU, by peft's names. moments: the same, by `exp_avg.<name>` and
+    so on. progress: the state of the loop and the log. manifest: facts that a resumed run must
+    share.
     """
 
     adapter: dict[str, Tensor]
@@ -55,7 +56,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Optimizer steps done."""
         return int(self.manifest["step"])
 
     def progress(self) -> dict[str, Any]:
@@ -67,19 +68,19 @@ class Checkpoint:
 def write(output: Path, snapshot: Snapshot, keep: int | None, best: int | None = None) -> None:
     """Write `checkpoint-<step>` durably, then remove all but the newest `keep` and the best.
 
-    best: the step of the best checkpoint. Raises RunError if a weight is not finite or the disk
-    rejects a write; older checkpoints are left unchanged then.
+    best: the step of the best checkpoint. Raises RunError if a weight is not finite or a write
+    fails; older checkpoints stay unchanged then.
     """
     step = snapshot.progress["step"]
     infinite = [name for name, tensor in snapshot.adapter.items() if not tensor.isfinite().all()]
     if infinite:
         raise RunError(
-            f"step {step}: {infinite[0]} is not finite: not saved. Older checkpoints are "
-            "intact. Lower the learning rate, or train in bf16 or fp32."
+            f"step {step}: {infinite[0]} is not finite, so no checkpoint is written. Older "
+            "checkpoints are intact. Lower the learning rate, or train in bf16 or fp32."
         )
     final, partial = folder_of(output, step), output / f".checkpoint-{step}.partial"
     progress = snapshot.progress
-    # As transformers writes it, without the log, which is in metrics.jsonl only.
+    # transformers' trainer_state.json without its log, which metrics.jsonl holds.
     state = {"global_step": step, "epoch": progress["epoch"], "max_steps": progress["max_steps"]}
     texts = {"adapter_config.json": snapshot.adapter_config, PROGRESS: progress, STATE: state}
     manifest = {"format": FORMAT, "step": step, **snapshot.manifest}
@@ -99,7 +100,7 @@ def write(output: Path, snapshot: Snapshot, keep: int | None, best: int | None =
         _write(partial / MANIFEST, manifest)
         sync(partial / MANIFEST)
         sync(partial)
-        if final.exists() or final.is_symlink():  # not a valid checkpoint: no run resumed from it
+        if final.exists() or final.is_symlink():  # Invalid, or the run would have resumed from it.
             remove(final)
         partial.rename(final)
         sync(output)
@@ -114,7 +115,7 @@ def write(output: Path, snapshot: Snapshot, keep: int | None, best: int | None =
 
 
 def prune(output: Path, step: int, keep: int | None, best: int | None = None) -> None:
-    """Remove the checkpoints up to `step` except the newest `keep` and that of step `best`.
+    """Of the checkpoints up to `step`, remove all but the newest `keep` and the one of step `best`.
 
     Also removes partial checkpoints of killed runs. Raises RunError if a removal fails.
     """
@@ -132,9 +133,9 @@ def prune(output: Path, step: int, keep: int | None, best: int | None = None) ->
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint, the manifest first: a partly removed one is never valid."""
+    """Remove a checkpoint. The manifest goes first, so a partly removed checkpoint is invalid."""
     if folder.is_symlink() or not folder.is_dir():
-        folder.unlink()  # Only the link: its target is not ours.
+        folder.unlink()  # Removes a link, but not its target, which may not belong to this run.
         return
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
@@ -164,7 +165,7 @@ def number(folder: Path) -> int:
 
 
 def verify(folder: Path) -> Checkpoint:
-    """Hash every file of a checkpoint and return it.
+    """Return a folder's checkpoint after its files are compared with the manifest's hashes.
 
     Raises CorruptCheckpoint if a file is missing or altered, UserError for a newer format.
     """
@@ -184,9 +185,9 @@ def verify(folder: Path) -> Checkpoint:
     if claimed != _own_sha256(manifest):
         raise CorruptCheckpoint(f"{MANIFEST} was altered")
     if number(folder) not in (-1, manifest["step"]):
-        raise CorruptCheckpoint(f"renamed, it is checkpoint-{manifest['step']}")
+        raise CorruptCheckpoint(f"the folder was renamed from checkpoint-{manifest['step']}")
     if lacking := FILES - {*files}:
-        raise CorruptCheckpoint(f"{MANIFEST} does not name {', '.join(sorted(lacking))}")
+        raise CorruptCheckpoint(f"{MANIFEST} does not list {', '.join(sorted(lacking))}")
     for name, expected in files.items():
         try:
             found = _size_and_hash(folder / name)
@@ -201,7 +202,7 @@ def verify(folder: Path) -> Checkpoint:
 
 
 def check_room(output: Path, parameters: int, saves: int, keep: int | None) -> None:
-    """Raise UserError if the disk has no space for the run's checkpoints and adapter."""
+    """Raise UserError if the disk lacks space for the run's checkpoints and adapter."""
     needed, more, each = room(output, parameters, saves, keep)
     free = shutil.disk_usage(output).free
     if needed > free:
@@ -209,20 +210,20 @@ def check_room(output: Path, parameters: int, saves: int, keep: int | None) -> N
 
 
 def room(output: Path, parameters: int, saves: int, keep: int | None) -> tuple[int, int, int]:
-    """Return the bytes that a run adds at most, the checkpoints it adds, and the bytes of one.
+    """Return the maximum bytes and checkpoints that a run adds, and the bytes of a checkpoint.
 
-    saves: checkpoints that will be written. keep: checkpoints kept at a time, None for all.
+    saves: checkpoints that the run writes. keep: checkpoints kept at a time; None: all.
     """
     each = 12 * parameters + SMALL  # fp32: weights and two moments
     existing = len(list_folders(output))
-    # A new checkpoint is complete before the oldest is removed: for a moment there is one more.
+    # A new checkpoint is complete before the oldest is removed, so for a moment there is one more.
     most = min(existing + saves, max(keep, existing) + 1) if keep else existing + saves
     more = most - existing
     return each * more + 4 * parameters + SMALL, more, each
 
 
 def too_little(output: Path, free: int, needed: int, more: int, each: int) -> str:
-    """Return the message for a disk without space; `more`: checkpoints; all others: bytes."""
+    """Return the error for a full disk. more: number of checkpoints; other numbers: bytes."""
     limit = f"; --save_total_limit {max(1, free // each - 2)}" if more > 1 else ""
     return (
         f"--output_dir {output}: found {free / 1e6:,.0f} MB free; expected "
@@ -232,7 +233,7 @@ def too_little(output: Path, free: int, needed: int, more: int, each: int) -> st
 
 
 def _write(file: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1) + "\n"  # NaN is allowed: the loop reports it.
+    text = json.dumps(value, indent=1) + "\n"  # NaN is allowed, since the loop reports it.
     file.write_text(text, encoding="utf-8")
 
 

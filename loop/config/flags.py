@@ -31,7 +31,7 @@ AskedPrecision = Literal["no", "bf16", "fp16", "auto"]
 
 @dataclass(frozen=True)
 class Config:
-    """One run; field names are flag names and YAML keys. `None`: the loop chooses the value."""
+    """Settings of one run. Field names are flags and YAML keys; for `None` the loop chooses."""
 
     model_name_or_path: Model | None = flag(
         None,
@@ -61,7 +61,7 @@ class Config:
     )
     loss_chunk_tokens: Tokens = flag(
         1024,
-        "supervised tokens whose logits are held at once; 0: all, made by the model itself",
+        "supervised tokens per block of logits, to save memory; 0: the model computes all logits",
         "model",
         at_least=0,
         affects="layout",
@@ -71,19 +71,19 @@ class Config:
     )
     mixed_precision: AskedPrecision | None = flag(
         None,
-        "precision of the base model's weights and products; auto: bf16 where it is measured to "
-        "be faster, else fp32; none: the accelerate config's",
+        "precision of the base model's weights and matrix products; auto: bf16 where it is faster, "
+        "else fp32; none: that of the accelerate config",
         "model",
         affects="precision",
     )
     bf16: bool = flag(False, "short for --mixed_precision bf16", "model", affects="precision")
     fp16: bool = flag(False, "short for --mixed_precision fp16", "model", affects="precision")
     tf32: bool = flag(
-        False, "TensorFloat-32 for fp32 products on GPUs that have it", "model", affects="layout"
+        False, "TensorFloat-32 for fp32 matrix products on a GPU", "model", affects="layout"
     )
     q_lora: bool = flag(
         False,
-        "hold base linear layers in 4 bits: NF4, double quantisation",
+        "store the base model's linear layers in 4 bits: NF4, double quantisation",
         "model",
         affects="result",
     )
@@ -100,40 +100,40 @@ class Config:
         affects="result",
     )
     lora_dropout: float = flag(
-        0.05, "dropout before the adapter", "LoRA", at_least=0, below=1, affects="result"
+        0.05, "dropout on the adapter's inputs", "LoRA", at_least=0, below=1, affects="result"
     )
     lora_target_modules: tuple[str, ...] | None = flag(
-        None, "names, or all-linear; none: q_proj v_proj, or T5's q v", "LoRA", affects="result"
+        None, "modules, or all-linear; none: q_proj v_proj; T5: q v", "LoRA", affects="result"
     )
     lora_bias: Literal["none", "all", "lora_only"] = flag(
         "none", "which biases are trained", "LoRA", affects="result"
     )
     lora_weight_path: Folder | None = flag(
         None,
-        "continue this adapter; rank, alpha, targets and bias are read from it",
+        "train this adapter further; rank, alpha, targets and bias are read from it",
         "LoRA",
         is_path=True,
         finished_check="path",
     )
     train_new_tokens: bool = flag(
         True,
-        "train the rows of tokens added to T5; False: keep their mean",
+        "train the rows of tokens added to T5's vocabulary; False: keep their initial values",
         "LoRA",
         affects="result",
     )
 
     data_path: tuple[File, ...] | None = flag(
         None,
-        "dialogues: JSON, JSONL, CSV, Parquet, Arrow, .gz, .zst, folders of them, or the hub's "
-        "owner/name[/configuration][@split]; path:0.3 takes 30 %; none: the bundled dialogues",
+        "dialogues: JSON, JSONL, CSV, Parquet or Arrow files (also .gz, .zst), folders, or the "
+        "hub's owner/name[/configuration][@split]; path:0.3 takes 30 %; none: bundled dialogues",
         "data",
         is_path=True,
         finished_check="no",
     )
     template: Literal["vicuna", "chat", "t5"] | None = flag(
         None,
-        "vicuna; chat: the model's own; t5: pairs; none: chat if the model has a template, t5 for "
-        "an encoder-decoder",
+        "vicuna; chat: the model's chat template; t5: pairs; none: t5 for an encoder-decoder, else "
+        "chat if the model has a chat template, else vicuna",
         "data",
     )
     chat_template: File | None = flag(
@@ -144,18 +144,18 @@ class Config:
         finished_check="no",
     )
     t5_compat: bool = flag(
-        False, "FastChat's tokens and pairs for T5, id for id", "data", affects="encoding"
+        False, "for T5: the same token ids and pairs as FastChat", "data", affects="encoding"
     )
     model_max_length: Tokens = flag(
         2048,
-        "longer dialogues are cut on the right, a T5's sources on the left",
+        "longer dialogues are truncated on the right, T5's sources on the left",
         "data",
         at_least=8,
         affects="encoding",
     )
     max_target_length: Tokens | None = flag(
         None,
-        "longest target of a T5; none: model_max_length",
+        "longer targets of a T5 are truncated; none: model_max_length",
         "data",
         at_least=8,
         affects="encoding",
@@ -164,14 +164,14 @@ class Config:
         False, "keep the header when truncating a T5 source", "data", affects="encoding"
     )
     on_bad_record: Literal["fail", "skip"] = flag(
-        "fail", "stop at an invalid record, or drop and count it", "data", affects="encoding"
+        "fail", "at an invalid record: stop, or drop and count it", "data", affects="encoding"
     )
     train_on: Literal["all", "last"] = flag(
         "all", "supervise every answer of a dialogue, or its last one", "data", affects="encoding"
     )
     max_dropped: Share = flag(
         0.05,
-        "largest share of dialogues without a supervised token",
+        "stop if a larger share of dialogues has no supervised token",
         "data",
         at_least=0,
         at_most=1,
@@ -179,7 +179,7 @@ class Config:
     )
     eval_fraction: Share | None = flag(
         None,
-        "share of the dialogues held out for evaluation, by a hash of their content",
+        "share of the dialogues held out for evaluation, chosen by a hash of their content",
         "data",
         above=0,
         below=1,
@@ -194,14 +194,14 @@ class Config:
     )
     preprocessed_path: File | None = flag(
         None,
-        "cache of the encoded data, used while it matches",
+        "cache of the encoded data, reused while data and settings are the same",
         "data",
         is_path=True,
         finished_check="no",
     )
     data_report: File | None = flag(
         None,
-        "JSON file for the account of the data: read = kept + dropped, by cause",
+        "JSON file for the record counts: read, kept, and dropped by cause",
         "data",
         is_path=True,
         finished_check="no",
@@ -215,28 +215,28 @@ class Config:
         -1, "steps of the run; -1: by epochs", "training", at_least=-1, affects="result"
     )
     per_device_train_batch_size: Examples = flag(
-        8, "most examples in one micro-batch of one rank", "training", at_least=1, affects="layout"
+        8, "maximum examples of a rank's micro-batch", "training", at_least=1, affects="layout"
     )
     tokens_per_micro_batch: Tokens | None = flag(
         None,
-        "most tokens in one micro-batch of one rank, padding counted; a longer dialogue runs alone",
+        "maximum tokens of a rank's micro-batch, with padding; a longer dialogue gets its own",
         "training",
         at_least=1,
         affects="layout",
     )
     auto_micro_batch: bool = flag(
-        False, "find the most tokens that fit, before step 1", "training", affects="layout"
+        False, "find the largest micro-batch that fits in memory", "training", affects="layout"
     )
     gradient_accumulation_steps: int | None = flag(
         None,
-        "micro-batches of a rank in one step; none: 1, or derived from global_batch_size",
+        "micro-batches of a rank per step; none: 1, or derived from global_batch_size",
         "training",
         at_least=1,
         affects="layout",
     )
     global_batch_size: Examples | None = flag(
         None,
-        "examples of a step over all ranks; none: ranks x accumulation x micro-batch",
+        "examples per step over all ranks; none: ranks x accumulation x micro-batch",
         "training",
         at_least=1,
         affects="layout",
@@ -245,16 +245,16 @@ class Config:
         2e-5, "peak learning rate", "training", above=0, at_most=1e6, affects="result"
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = flag(
-        "cosine", "shape after the linear warm-up", "training", affects="result"
+        "cosine", "learning rate after the linear warm-up", "training", affects="result"
     )
     warmup_ratio: Share = flag(
-        0.03, "share of the steps that warm up", "training", at_least=0, at_most=1, affects="result"
+        0.03, "share of warm-up steps", "training", at_least=0, at_most=1, affects="result"
     )
     weight_decay: float = flag(
         0.0, "AdamW's decoupled weight decay", "training", at_least=0, affects="result"
     )
     max_grad_norm: float = flag(
-        1.0, "clip the gradient's norm to this; 0: never", "training", at_least=0, affects="result"
+        1.0, "maximum gradient norm; 0: no clipping", "training", at_least=0, affects="result"
     )
     seed: int = flag(
         42,
@@ -272,19 +272,19 @@ class Config:
         affects="report only",
     )
     deepspeed: File | None = flag(
-        None, "a DeepSpeed JSON, for a launch with DeepSpeed", "training", is_path=True
+        None, "DeepSpeed JSON; needs a launch with DeepSpeed", "training", is_path=True
     )
 
     output_dir: Folder = flag(
         "runs/adapter",
-        "adapter, tokenizer, metrics and settings",
+        "where adapter, tokenizer, metrics and settings are written",
         "output",
         is_path=True,
         finished_check="no",
     )
     logging_steps: Steps = flag(10, "steps between two log entries", "output", at_least=1)
     logging_strategy: Literal["steps", "epoch", "no"] = flag(
-        "steps", "log every logging_steps, at each epoch's end, or only first and last", "output"
+        "steps", "log every logging_steps, at each epoch's end, or first and last step", "output"
     )
     report_to: tuple[Literal["none", "wandb", "tensorboard", "trackio"], ...] = flag(
         ("none",), "one or more trackers", "output", affects="report only", in_trial=("none",)
@@ -300,12 +300,12 @@ class Config:
         in_trial=False,
     )
     run_name: str | None = flag(
-        None, "name in the trackers; none: that of output_dir", "output", affects="report only"
+        None, "name in the trackers; none: output_dir's name", "output", affects="report only"
     )
-    save_safetensors: bool = flag(True, "False: adapter_model.bin", "output")
+    save_safetensors: bool = flag(True, "save .safetensors; False: adapter_model.bin", "output")
     save_non_lora_state: Literal["none", "trainable", "all"] = flag(
         "none",
-        "save other trained parameters, or the complete base model, next to the adapter",
+        "also save the other trained parameters, or the complete base model",
         "output",
         in_trial="none",
     )
@@ -322,7 +322,7 @@ class Config:
     )
     save_minutes: Minutes | None = flag(
         None,
-        "also save a checkpoint after this time",
+        "also save a checkpoint this long after the last one",
         "checkpoints",
         above=0,
         finished_check="no",
@@ -330,7 +330,7 @@ class Config:
     )
     save_total_limit: int | None = flag(
         None,
-        "newest checkpoints to keep; none: all",
+        "number of newest checkpoints to keep; none: all",
         "checkpoints",
         at_least=1,
         finished_check="no",
@@ -351,7 +351,7 @@ class Config:
     )
     max_minutes: Minutes | None = flag(
         None,
-        "stop after this time, with a checkpoint",
+        "save a checkpoint and stop after this time",
         "checkpoints",
         above=0,
         finished_check="no",
@@ -363,22 +363,22 @@ class Config:
     )
     eval_strategy: Literal["steps", "epoch", "no"] = flag(
         "steps",
-        "evaluate every eval_steps, or at each epoch's end; and at the end",
+        "evaluate every eval_steps or at each epoch's end, and at the run's end; no: never",
         "evaluation",
         in_trial="no",
     )
     eval_steps: Steps = flag(500, "steps between two evaluations", "evaluation", at_least=1)
     per_device_eval_batch_size: Examples | None = flag(
-        None, "most examples of a micro-batch; none: that of training", "evaluation", at_least=1
+        None, "maximum examples of a micro-batch; none: as in training", "evaluation", at_least=1
     )
     sample_prompts: tuple[str, ...] | None = flag(
         None,
-        "questions for every evaluation, or a file, one per line",
+        "questions to answer at every evaluation, or a file with one per line",
         "evaluation",
         is_path=True,
         in_trial=None,
     )
-    sample_tokens: Tokens = flag(64, "most tokens of one sample", "evaluation", at_least=1)
+    sample_tokens: Tokens = flag(64, "maximum tokens of a sample answer", "evaluation", at_least=1)
     load_best_model_at_end: bool = flag(
         False,
         "keep the checkpoint with the lowest eval_loss, and save its adapter",
@@ -387,7 +387,7 @@ class Config:
     )
     early_stopping_patience: int | None = flag(
         None,
-        "evaluations without a lower eval_loss before a stop",
+        "stop after this many evaluations in a row without a lower eval_loss",
         "evaluation",
         at_least=1,
         in_trial=None,
@@ -397,7 +397,7 @@ class Config:
     )
     cost_per_hour: float | None = flag(
         None,
-        "price of one GPU hour, or of one core hour, for the cost in the last line",
+        "price of a GPU hour, or of a core hour on CPUs, for the cost in the last line",
         "output",
         above=0,
         affects="report only",
@@ -411,7 +411,7 @@ class Config:
 
     @property
     def precision(self) -> Precision:
-        """The flags' precision, else the accelerate config's, else fp32; `auto` counts as fp32."""
+        """The flags' precision, else the accelerate config's, else `no` (fp32); `auto` is `no`."""
         short: Precision | None = "bf16" if self.bf16 else "fp16" if self.fp16 else None
         launched: Any = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if self.mixed_precision == "auto":
@@ -433,7 +433,7 @@ def names_of(**metadata: Any) -> tuple[str, ...]:
 
 
 def rank_shared_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that all ranks must share; paths may differ between machines."""
+    """Return the settings that must be equal on all ranks. Paths may differ between machines."""
     other = {*names_of(is_path=True), *names_of(affects="report only")}
     other |= {*names_of(affects="precision")}
     values = dataclasses.asdict(config).items()
@@ -442,7 +442,7 @@ def rank_shared_settings(config: Config) -> dict[str, Any]:
 
 
 def display_path(path: str | Path) -> str:
-    """Return a path relative to the working directory if it lies below it, else unchanged."""
+    """Return a path for display: relative if it is inside the working directory."""
     path = Path(path)
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)

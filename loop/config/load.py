@@ -25,7 +25,7 @@ IGNORED_FLAGS = {
 
 EVALUATION_FLAGS = ("eval_steps", "per_device_eval_batch_size")
 NO_EVALUATION_DATA = "there is no evaluation data; give --eval_data_path or --eval_fraction"
-# Accepted on the command line, in YAML files and in files of older versions; --help lists none.
+# Former names. Flags, YAML files and files of older versions may have them; --help omits them.
 ALIASES = {
     "evaluation_strategy": "eval_strategy",
     "load_best_at_end": "load_best_model_at_end",
@@ -37,7 +37,7 @@ ALIASES = {
 
 
 def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings, which an older version may have written, under the current flag names.
+    """Return settings of any version with former flag names replaced by the current ones.
 
     >>> with_current_names({"supervise": "all", "--resume_anyway": True, "seed": 1})
     {'train_on': 'all', '--allow_resume_mismatch': True, 'seed': 1}
@@ -49,7 +49,7 @@ def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 def without_ignored_flags(argv: Sequence[str], errors: list[str] | None = None) -> list[str]:
     """Return the command line without ignored flags, and with aliases replaced.
 
-    An optimizer other than AdamW is added to `errors`; raises UserError if there is no list.
+    Raises UserError for an optimizer other than AdamW; with a list `errors`, appends the error.
 
     >>> without_ignored_flags(["--lora_r", "4", "--lazy-preprocess", "True", "--fsdp", "a", "b"])
     ['--lora_r', '4']
@@ -70,7 +70,7 @@ def without_ignored_flags(argv: Sequence[str], errors: list[str] | None = None) 
 
 
 def ignored_flag_notes(argv: Sequence[str]) -> list[str]:
-    """Return one line for each given flag without effect, on the command line or in the YAML file.
+    """Return a note for each flag without effect on the command line or in the `--config` file.
 
     >>> ignored_flag_notes(["--optim", "adamw_torch"])
     ['note: --optim: the optimizer is always AdamW']
@@ -107,8 +107,8 @@ def read_config(
 ) -> C:
     """Return the run's settings from flags and YAML.
 
-    Without a model, data and --config, the settings of the main job apply. Raises UserError for an
-    invalid value or a contradiction. With a list `errors`, adds it there and keeps the default.
+    Without a model, data and --config, the main job's settings apply. Raises UserError for an
+    invalid value or a contradiction; with a list `errors`, appends each error and continues.
     """
     known = IGNORED_FLAGS, ALIASES, errors
     values = parse(config_type, without_ignored_flags(argv, errors), description, *known)
@@ -127,12 +127,12 @@ def read_config(
 
 def _contradictions(config: Config) -> Iterator[str]:
     """Yield an error for each contradiction between settings."""
-    asked = {name for name in ("bf16", "fp16") if getattr(config, name)}
+    precisions = {name for name in ("bf16", "fp16") if getattr(config, name)}
     if config.mixed_precision and config.mixed_precision != "auto":
-        asked.add(config.mixed_precision)
-    if len(asked) > 1:
+        precisions.add(config.mixed_precision)
+    if len(precisions) > 1:
         yield (
-            f"found both {' and '.join(sorted(asked))}; expected one precision. "
+            f"found both {' and '.join(sorted(precisions))}; expected one precision. "
             "Give --mixed_precision alone."
         )
     if config.precision not in ("no", "bf16", "fp16"):
@@ -175,8 +175,8 @@ def _evaluation_contradictions(config: Config) -> Iterator[str]:
     evaluates = (config.eval_data_path or config.eval_fraction) and config.eval_strategy != "no"
     if config.sample_prompts and config.eval_strategy == "no":
         yield (
-            "--sample_prompts: found --eval_strategy no; expected an evaluation, which answers "
-            "them. Give --eval_strategy steps or epoch, or leave the prompts out."
+            "--sample_prompts: found --eval_strategy no; expected evaluations, since prompts are "
+            "answered there. Give --eval_strategy steps or epoch, or leave the prompts out."
         )
     for name in ("load_best_model_at_end", "early_stopping_patience"):
         if getattr(config, name) and not evaluates:
@@ -192,7 +192,7 @@ def _tracker_contradictions(config: Config) -> Iterator[str]:
     if config.wandb_artifact and "wandb" not in config.report_to:
         yield "--wandb_artifact: found no wandb in --report_to. Give --report_to wandb."
     if any(not 1 <= len(tag) <= 64 for tag in config.tags or ()):
-        yield "--tags: found a tag that wandb does not take; expected 1 to 64 characters."
+        yield "--tags: found a tag that wandb does not accept; expected 1 to 64 characters."
 
 
 def _adapter_settings(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +208,9 @@ def _adapter_settings(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"--lora_weight_path: {file}: not valid JSON: {error}.") from None
     if not isinstance(saved, dict) or saved.get("peft_type") != "LORA":
-        raise UserError(f"--lora_weight_path: {file}: found no LoRA adapter; expected one of peft.")
+        raise UserError(
+            f"--lora_weight_path: {file}: found no LoRA adapter; expected one saved by peft."
+        )
     missing = {"r", "lora_alpha", "bias", "target_modules", "lora_dropout"} - {*saved}
     if missing:
         raise UserError(f"--lora_weight_path: {file}: lacks {', '.join(sorted(missing))}.")
@@ -219,7 +221,7 @@ def _adapter_settings(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     targets = saved["target_modules"]
     if not isinstance(saved["r"], int) or not isinstance(targets, str | list):
         raise UserError(
-            f"--lora_weight_path: {file}: r or target_modules has a type unknown to peft."
+            f"--lora_weight_path: {file}: r or target_modules has a type that peft never writes."
         )
     settings = {
         "lora_r": saved["r"],
@@ -246,5 +248,5 @@ def dump(config: Config) -> str:
         for name, value in dataclasses.asdict(config).items()
     }
     values["mixed_precision"] = config.precision
-    header = "# Every setting of this run; give it to --config to repeat the run.\n"
+    header = "# Every setting of this run. To repeat the run, give this file to --config.\n"
     return header + yaml.safe_dump(values, sort_keys=False)

@@ -1,4 +1,4 @@
-"""Reads a frozen dataclass from the command line and a YAML file; each field is one flag."""
+"""Reads the fields of a config dataclass from the command line and a YAML file."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ from data.errors import UserError, collect_errors
 
 TRUE, FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
 
-# Types whose annotation --help shows as the flag's value: the unit of a number, or a path.
+# --help shows the annotation as the flag's value: the unit of a number, or the kind of a path.
 File = Annotated[str, "FILE"]
 Folder = Annotated[str, "FOLDER"]
 Model = Annotated[str, "FOLDER|NAME"]
@@ -29,12 +29,12 @@ Share = Annotated[float, "SHARE"]
 # What a change of a setting affects:
 # - encoding: token ids and labels. Part of the cache key of encoded data, and compared on resume.
 # - result: the trained weights. Compared on resume.
-# - layout: how the work is split or computed. Only the last digits change.
-# - precision: one of the flags that give `Config.precision`, which is compared instead.
+# - layout: how the work is split or computed. Results change in their last digits only.
+# - precision: `Config.precision`. It is compared instead of the flags that set it.
 # - report only: logs, trackers, limits on errors. May differ between ranks.
 Affects = Literal["encoding", "result", "layout", "precision", "report only"]
-# How a setting of a finished run is compared with that of a new run in the same folder: by value,
-# as a path after resolving it, or not at all.
+# How a new run compares a setting with that of a finished run in its folder: by value, as a
+# resolved path, or not at all.
 FinishedCheck = Literal["value", "path", "no"]
 
 
@@ -53,11 +53,11 @@ def flag(
     finished_check: FinishedCheck = "value",
     in_trial: Any = ...,
 ) -> Any:
-    """Declare one field of a config dataclass as a flag: meaning, range and where it matters.
+    """Declare one field of a config dataclass as a flag.
 
     flag_only: a boolean that a `--config` file cannot switch on.
     affects: see `Affects`.
-    is_path: the value may differ between machines; what lies there is compared, not the name.
+    is_path: the value is a path or may be one, so it may differ between machines.
     finished_check: see `FinishedCheck`.
     in_trial: the value in `doctor --trial`; `...`: unchanged.
     """
@@ -84,11 +84,11 @@ def parse(
     aliases: Mapping[str, str] | None = None,
     errors: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Return the given values, converted and range-checked; flags override `--config`.
+    """Return the values given by flags or by the `--config` file, converted and range-checked.
 
-    Keys of the file in `ignored` are skipped, and those in `aliases` are renamed. Raises UserError
-    for an unknown name, with the nearest known one, and for an invalid value. With a list `errors`,
-    adds them there and leaves the value out.
+    Flags override the file. The file's keys in `ignored` are skipped, those in `aliases` renamed.
+    Raises UserError for an unknown name or an invalid value; with a list `errors`, appends the
+    error to it instead and leaves the value out.
     """
     parser = parser_of(config_type, description)
     known, unknown = parser.parse_known_args([_underscores(argument) for argument in argv])
@@ -149,7 +149,7 @@ def _one(kind: Any, word: str, where: str) -> Any:
         if word.lower() not in TRUE + FALSE:
             raise UserError(f'{where}: found "{word}"; expected True or False.')
         return word.lower() in TRUE
-    names = {int: "a whole number", float: "a finite number", str: "a text"}
+    names = {int: "a whole number", float: "a finite number", str: "a non-empty text"}
     try:
         value = kind(word)
         if value == "" or (kind is float and not math.isfinite(value)):
@@ -183,7 +183,7 @@ def _read_yaml(
     errors: list[str] | None,
 ) -> dict[str, Any]:
     try:
-        # All words, no types: YAML 1.1 would read 1e-3 as text and no as a boolean.
+        # BaseLoader leaves every value a string. YAML 1.1 types 1e-3 as text and `no` as a boolean.
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read: {error.strerror}.") from None
@@ -211,7 +211,7 @@ def _read_yaml(
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """Return a sentence with the most similar known name, or an empty string."""
+    """Return "Did you mean X?" for the most similar known name, else an empty string."""
     close = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
@@ -239,7 +239,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def parser_of(config_type: type[Any], description: str) -> argparse.ArgumentParser:
-    """Build the parser; it reads every value as words, which `convert` converts."""
+    """Return the argument parser. It keeps values as lists of words for `convert`."""
     # The docstring of a command starts with its call: "`python -m loop chat`: ...".
     command, described, text = description.removeprefix("`").partition("`: ")
     parser = _Parser(
@@ -249,7 +249,7 @@ def parser_of(config_type: type[Any], description: str) -> argparse.ArgumentPars
         argument_default=argparse.SUPPRESS,
         formatter_class=_Help,
     )
-    # The pattern of argparse reads -1e-4 as a flag.
+    # argparse's own pattern takes -1e-4 for a flag.
     parser._negative_number_matcher = re.compile(r"-\.?\d")
     parser.add_argument(
         "--config", nargs=1, metavar="FILE", help="YAML file with these keys; flags override it"

@@ -12,9 +12,9 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from loop.config.flags import ROOT, Config
 
-# The packages that every run uses, from the bottom of the stack up.
+# Packages whose versions are checked and reported, from the bottom of the stack up.
 CORE = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "tokenizers")
-# Modules that some flags need or that speed up a GPU, with the names of their packages.
+# Modules that a flag needs or that speed up a GPU, with their packages' names.
 OPTIONAL = {
     "wandb": "wandb",
     "tensorboard": "tensorboard",
@@ -35,7 +35,7 @@ def version(package: str) -> str | None:
 
 
 def requirements(packages: Container[str] | None = None) -> list[Requirement]:
-    """Return the requirements in pyproject.toml, all or those of these packages."""
+    """Return the requirements in pyproject.toml: all, or only those for `packages`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     known = [Requirement(line) for line in project["dependencies"]]
     return [needed for needed in known if packages is None or needed.name in packages]
@@ -53,9 +53,9 @@ def outdated(packages: Container[str] | None = None) -> Iterator[str]:
 
 
 def conflicts(packages: Container[str] | None = None) -> Iterator[str]:
-    """Yield an error for each installed package that a required package does not accept.
+    """Yield an error for each installed package that another package's requirements exclude.
 
-    As `pip check`, for the packages in pyproject.toml, or for these.
+    This is `pip check` for the packages in pyproject.toml, or only for `packages`.
     """
     for package in (needed.name for needed in requirements(packages)):
         if version(package) is None:
@@ -65,7 +65,7 @@ def conflicts(packages: Container[str] | None = None) -> Iterator[str]:
                 continue
             try:
                 wanted = Requirement(line)
-            except InvalidRequirement:  # Old packages have other syntaxes.
+            except InvalidRequirement:  # Old packages use other syntaxes.
                 continue
             if wanted.marker and not wanted.marker.evaluate():
                 continue
@@ -79,7 +79,7 @@ def conflicts(packages: Container[str] | None = None) -> Iterator[str]:
 
 
 def version_rows() -> list[tuple[str, str]]:
-    """Return the rows of doctor's report on installed and tested versions."""
+    """Return the doctor's rows on versions: installed, different from tested, not installed."""
     installed = [f"{name} {version(name) or 'missing'}" for name in CORE]
     pinned = [
         Requirement(line)
@@ -99,13 +99,13 @@ def version_rows() -> list[tuple[str, str]]:
     return rows + ([("not installed", ", ".join(absent))] if absent else [])
 
 
-# Bytes of the smallest adapter folder. The Saver checks the full need before step 1.
+# Bytes of the smallest adapter folder. The Saver checks the complete requirement before step 1.
 MIN_ADAPTER_BYTES = 64 << 10
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def together(problems: list[str]) -> str:
-    """Return problems as one message; several are numbered, one per line.
+    """Return one message for all problems; several are numbered, one per line.
 
     >>> together(["first.", "second."])
     '2 problems\\n  1. first.\\n  2. second.'
@@ -117,7 +117,7 @@ def together(problems: list[str]) -> str:
 
 
 def problems(config: Config, stage: int | None = None) -> Iterator[str]:
-    """Yield all errors; stage: ZeRO's, 0 without DeepSpeed, None before the launch."""
+    """Yield every error. stage: the ZeRO stage; 0 without DeepSpeed; None before the launch."""
     yield from outdated(CORE)
     yield from missing(config, stage)
     yield from backend_conflicts(config, stage)
@@ -126,7 +126,7 @@ def problems(config: Config, stage: int | None = None) -> Iterator[str]:
         yield from missing_prompt_files(config)
         output = Path(config.output_dir).expanduser()
         if output.exists() and not output.is_dir():
-            yield f"--output_dir {output}: it is a file; expected a folder. Give another."
+            yield f"--output_dir {output}: found a file; expected a folder. Give another path."
         yield from no_room(config, MIN_ADAPTER_BYTES + base_copy(config))
 
 
@@ -153,7 +153,7 @@ def backend_conflicts(config: Config, stage: int | None) -> Iterator[str]:
     if config.torch_compile and stage == 3:
         yield (
             "--torch_compile: found ZeRO-3, whose hooks break up every layer's graph; expected "
-            "another backend. Leave the flag out, or launch accelerate_configs/zero2.yaml."
+            "another backend. Leave the flag out, or launch with accelerate_configs/zero2.yaml."
         )
     if config.lora_bias == "none":
         return
@@ -162,18 +162,18 @@ def backend_conflicts(config: Config, stage: int | None) -> Iterator[str]:
         yield (
             f"found --q_lora True with --lora_bias {config.lora_bias} in {config.precision}, "
             "where the biases would be trained without an fp32 master copy. Launch with "
-            "accelerate_configs/zero2.yaml, which has one, or give --mixed_precision no."
+            "accelerate_configs/zero2.yaml, which keeps one, or give --mixed_precision no."
         )
     if config.lora_weight_path and stage == 3 and not config.q_lora:
         yield (
-            f"--lora_weight_path {config.lora_weight_path}: found ZeRO-3, under which biases "
-            "cannot be loaded into the partitioned base model. Launch with "
+            f"--lora_weight_path {config.lora_weight_path}: found ZeRO-3, which partitions the "
+            "base model, so an adapter's biases cannot be loaded into it. Launch with "
             "accelerate_configs/zero2.yaml."
         )
 
 
 def missing_prompt_files(config: Config) -> Iterator[str]:
-    """Yield an error for each prompt that looks like a path and is not a file."""
+    """Yield an error for each prompt that looks like a path, but is not a file."""
     for word in config.sample_prompts or ():
         path_like = word.endswith((".txt", ".json", ".jsonl"))
         path_like = path_like or word.startswith(("/", "./", "../", "~"))
@@ -185,7 +185,7 @@ def missing_prompt_files(config: Config) -> Iterator[str]:
 
 
 def is_file(word: str) -> bool:
-    """Whether a prompt is the path of a file."""
+    """Return whether a prompt is the path of a file."""
     try:
         return Path(word).expanduser().is_file()
     except (OSError, RuntimeError, ValueError):  # A question can be too long for a file name.

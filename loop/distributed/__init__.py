@@ -1,1 +1,1 @@
-"""Processes: the Accelerator, DeepSpeed's config, batch layout, signals, rank 0, memory."""
+"""The ranks: Accelerator, DeepSpeed's config, batch layout, signals, rank-0 output, memory."""

@@ -32,19 +32,19 @@ from loop.distributed.layout import Layout
 from loop.distributed.precision import on_gpu, slow_in_bf16
 from loop.distributed.rank_zero import quiet_deepspeed
 
-# For every collective: longer than any rank needs to read data and model before it joins.
+# Timeout of every collective. Ranks wait in collectives while another rank reads data or model.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
 def init_process_group_once() -> PartialState:
     """Start the process group of all ranks.
 
-    Raises UserError for more ranks than GPUs: NCCL could not start.
+    Raises UserError for more ranks than GPUs, with which NCCL cannot start.
     """
     if not on_gpu():
         _prepare_cpu()
         _init_after_restart("gloo")
-        # Without `cpu`, accelerate 1.15 sees one process under a DeepSpeed config (state.py).
+        # Without `cpu`, accelerate 1.15 assumes one process under a DeepSpeed config (state.py).
         return PartialState(cpu=True, timeout=COLLECTIVE_TIMEOUT)
     check_ranks()
     _init_after_restart("nccl")
@@ -52,7 +52,7 @@ def init_process_group_once() -> PartialState:
 
 
 def check_ranks() -> None:
-    """Raise UserError if this machine has GPUs, but fewer than ranks."""
+    """Raise UserError if this machine has GPUs, but fewer GPUs than ranks."""
     ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if on_gpu() and ranks > gpus:
         error = UserError(
@@ -64,11 +64,11 @@ def check_ranks() -> None:
 
 
 def _init_after_restart(backend: str) -> None:
-    """Start the process group under a key prefix of its own if torchelastic restarted the ranks.
+    """If torchelastic restarted the ranks, start the process group with a new key prefix.
 
-    The static rendezvous keeps its store (torch 2.13, static_tcp_rendezvous.py), and with it the
-    addresses of the dead ranks. A rank that reads them before the new ranks have written theirs
-    connects to dead ranks (pytorch#135712 is the same bug in the c10d rendezvous).
+    The static rendezvous keeps its store and the dead ranks' addresses in it (torch 2.13,
+    static_tcp_rendezvous.py). With the same keys, a rank may read an old address before the new
+    one is written, and connect to a dead rank (pytorch#135712: the same bug in c10d rendezvous).
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0":
@@ -81,23 +81,23 @@ def _init_after_restart(backend: str) -> None:
 
 
 def _prepare_cpu() -> None:
-    # `accelerate launch` exports OMP_NUM_THREADS=1 if the user does not set it (accelerate 1.15,
-    # commands/launch.py). All cores but one would be idle.
+    # If the user does not set OMP_NUM_THREADS, `accelerate launch` exports 1 (accelerate 1.15,
+    # commands/launch.py). Then each rank would use one core only.
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
-    # oneDNN caches 1,024 compiled products, one per shape, and every row has its own length: half
-    # a GiB in bf16.
+    # oneDNN caches up to 1,024 compiled matrix products, one per shape. Rows have many lengths,
+    # so the cache grows to half a GiB in bf16.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Else DeepSpeed warns that it found no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Otherwise DeepSpeed warns of a missing GPU.
 
 
 def check_launch(config: Config) -> None:
-    """Check flags, launch, packages and hardware, before anything is loaded.
+    """Check flags, launch, packages and hardware, before data and model are loaded.
 
-    Raises UserError that lists every problem with its remedy.
+    Raises one UserError that lists every problem with its remedy.
     """
     _, errors = examine_launch(config)
     if errors:
@@ -109,7 +109,7 @@ def check_launch(config: Config) -> None:
 
 
 def examine_launch(config: Config) -> tuple[dict[str, Any], list[str]]:
-    """Return the DeepSpeed settings, empty without DeepSpeed, and every problem of the launch."""
+    """Return DeepSpeed's settings ({} without DeepSpeed), and the errors of flags and launch."""
     errors: list[str] = []
     for name in ("FSDP", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
@@ -129,7 +129,7 @@ def examine_launch(config: Config) -> tuple[dict[str, Any], list[str]]:
 
 
 def _adopt_precision(asked: dict[str, Any], config: Config) -> None:
-    """Use the DeepSpeed file's precision if neither a flag nor the accelerate config sets one."""
+    """Use the DeepSpeed JSON's precision if neither a flag nor the accelerate config sets one."""
     variable = "ACCELERATE_MIXED_PRECISION"
     unset = config.mixed_precision is None and not config.bf16 and not config.fp16
     found = precision_of(asked)
@@ -140,13 +140,13 @@ def _adopt_precision(asked: dict[str, Any], config: Config) -> None:
 def _not_on_this_gpu(config: Config) -> Iterator[str]:
     if config.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield (
-            f"found precision bf16 on {torch.cuda.get_device_name()}, which lacks it. "
-            "Give --mixed_precision fp16, or no."
+            f"found precision bf16 on {torch.cuda.get_device_name()}, which has no bf16 "
+            "instructions. Give --mixed_precision fp16, or no."
         )
     if config.flash_attn and torch.cuda.get_device_capability() < (8, 0):
         yield (
             f"--flash_attn: found {torch.cuda.get_device_name()}; FlashAttention-2 needs an Ampere "
-            "GPU or a newer one. Leave it out: PyTorch's SDPA is used."
+            "GPU or a newer one. Leave the flag out: PyTorch's SDPA is used."
         )
 
 
@@ -157,13 +157,13 @@ def _not_on_a_cpu(config: Config) -> Iterator[str]:
             "scaling, which PyTorch has for GPUs only. Give --mixed_precision bf16."
         )
     if config.flash_attn:
-        yield "--flash_attn: found no GPU, which FlashAttention-2 needs. Leave it out."
+        yield "--flash_attn: found no GPU, which FlashAttention-2 needs. Leave the flag out."
 
 
 def build_accelerator(config: Config, layout: Layout) -> Accelerator:
-    """Return the Accelerator for this launch; DeepSpeed gets the loop's own values.
+    """Return the Accelerator of this launch, with the complete DeepSpeed config.
 
-    Raises UserError for a DeepSpeed file that contradicts a flag.
+    Raises UserError for a DeepSpeed JSON that contradicts a flag.
     """
     asked = zero_settings(config)
     plugin = None
@@ -171,13 +171,13 @@ def build_accelerator(config: Config, layout: Layout) -> Accelerator:
         quiet_deepspeed(config.precision == "fp16")
         with raise_on_all_ranks():
             values = complete(asked, config, layout)
-        # accelerate would compare these fields itself, and raise a traceback.
+        # Otherwise accelerate compares these fields again, and its error is a traceback.
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         plugin = DeepSpeedPlugin(hf_ds_config=values, zero3_init_flag=_stage(values) == 3)
     return Accelerator(
         mixed_precision=config.precision,
         deepspeed_plugin=plugin,
-        # The default, True, ends an accumulation with the data loader. Here a window ends it.
+        # By default, the end of a data loader ends an accumulation. Here a window's end does.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=layout.divisor, sync_with_dataloader=False
         ),
@@ -187,15 +187,15 @@ def build_accelerator(config: Config, layout: Layout) -> Accelerator:
 def check_agreement(config: Config, facts: dict[str, Any]) -> None:
     """Compare data facts, launch and settings of all ranks; every rank must call this.
 
-    Raises UserError for a difference. With different data or settings the gradient is wrong. With
-    different backends the ranks wait for each other in different collectives.
+    Raises UserError for a difference. Different data or settings would make the gradient wrong.
+    Different backends would make ranks wait forever, each in another collective.
     """
     facts = {**facts, **launch_facts(config), **rank_shared_settings(config)}
     everyone = gather_object([facts]) if PartialState().num_processes > 1 else [facts]
     with raise_on_all_ranks():
         for rank, theirs in enumerate(everyone):
             for key in {**everyone[0], **theirs}:
-                # A machine may lack a DeepSpeed value that another one has.
+                # A DeepSpeed value may be set on some machines only.
                 first, other = everyone[0].get(key, "not set"), theirs.get(key, "not set")
                 if first != other:
                     raise UserError(
@@ -206,9 +206,9 @@ def check_agreement(config: Config, facts: dict[str, Any]) -> None:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Raise the UserError of any rank on all ranks, so that no rank waits for one that failed.
+    """Raise a UserError of one rank on all ranks, so that no rank waits for a failed one.
 
-    A machine may lack a file that the others have. The block must not contain a collective.
+    For example, one machine lacks a file. The block must not contain a collective.
     """
     ranks = PartialState()
     reports: list[Any] = [None]

@@ -1,4 +1,4 @@
-"""Builds DeepSpeed's config from the user's JSON or the accelerate config, and the flags."""
+"""Builds DeepSpeed's config from the flags and from the user's JSON or the accelerate config."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from loop.config.flags import Config
 from loop.config.parser import nearest
 from loop.distributed.layout import Layout
 
-# The keys of a DeepSpeed JSON. DeepSpeed ignores unknown keys (0.19, runtime/config.py). Four keys
-# of the last line are known so that they get a message of their own: REFUSED_KEYS.
+# The keys of a DeepSpeed JSON. Others are errors: DeepSpeed would ignore them (0.19,
+# runtime/config.py). REFUSED_KEYS are listed too, since their message gives another reason.
 KNOWN_KEYS = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
     *("gradient_clipping", "zero_optimization", "bf16", "fp16", "data_types", "aio", "compile"),
@@ -30,33 +30,34 @@ REFUSED_KEYS = {
     "torch_autocast": "precision is --mixed_precision",
 }
 OBJECT_KEYS = ("bf16", "fp16", "data_types", "zero_optimization")
-# Compared with the flags, then replaced by the loop's values (`complete`).
+# `complete` compares these with the flags and replaces them by the loop's values.
 COMPARED_KEYS = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
     *("gradient_clipping", "zero_optimization"),
 }
-# The optimizer is PyTorch's AdamW, on the CPU with offload: it needs no compiler. DeepSpeed's own
-# is faster for full models; the update of an adapter is cheap with either.
+# The optimizer is PyTorch's AdamW; under offload, it runs on the CPU. It needs no compiler.
+# DeepSpeed's AdamW is faster for full models, but an adapter's update is cheap with both.
 REQUIRED_VALUES = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-# Elements of a gradient bucket. DeepSpeed's default, 5e8, is for training full models and allocates
-# gigabytes; the gradients of an adapter fit in a few of these.
+# Elements of a gradient bucket. DeepSpeed's default, 5e8, allocates gigabytes for the gradients of
+# full models. An adapter's gradients fit in a few of these buckets.
 BUCKET = 20_000_000
 ENV_PREFIX = "ACCELERATE_DEEPSPEED_"
-# Values of zero_optimization that the accelerate config sets, too.
+# Keys of zero_optimization that the accelerate config can set, too.
 LAUNCH_KEYS = ("stage", "offload_optimizer", "offload_param")
 
 
 def zero_settings(config: Config, errors: list[str] | None = None) -> dict[str, Any]:
-    """Return the DeepSpeed settings of file or accelerate config; empty without DeepSpeed.
+    """Return DeepSpeed's settings from its JSON or the accelerate config; {} without DeepSpeed.
 
-    Raises UserError for a JSON file that is wrong or contradicts the accelerate config. With a list
-    of `errors`, adds them to it instead and continues with the accelerate config's values.
+    Raises UserError for a JSON that is invalid or contradicts the accelerate config; with a list
+    `errors`, appends the errors instead and continues with the accelerate config's values.
     """
     launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     if config.deepspeed and not launched:
         raise UserError(
             f"found --deepspeed {config.deepspeed} under an accelerate config without DeepSpeed; "
-            "expected both or neither. Launch with accelerate_configs/zero2.yaml, or leave it out."
+            "expected both or neither. Launch with accelerate_configs/zero2.yaml, or leave the "
+            "flag out."
         )
     if not launched:
         return {}
@@ -80,10 +81,10 @@ def zero_settings(config: Config, errors: list[str] | None = None) -> dict[str, 
 
 
 def read_json(name: str, where: str, errors: list[str] | None = None) -> dict[str, Any]:
-    """Return the values of a DeepSpeed JSON; raise UserError for a key or value it cannot hold.
+    """Return the values of a DeepSpeed JSON; raises UserError for an invalid key or value.
 
-    With a list of `errors`, add every error to it instead. Then refused keys are left out, and a
-    wrong value becomes "auto", which means not set.
+    With a list `errors`, appends every error instead. Then invalid keys are left out, and an
+    invalid value becomes "auto", which means not set.
     """
     where = f"{where} {name}"
     try:
@@ -120,12 +121,12 @@ def read_json(name: str, where: str, errors: list[str] | None = None) -> dict[st
 
 
 def _check_sections(values: dict[str, Any], where: str, errors: list[str] | None) -> None:
-    """Build each section separately, so that a message can name the wrong key in it."""
+    """Build each section separately, so that an error can name the section's invalid key."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     def set_values(section: dict[str, Any]) -> dict[str, Any]:
-        # If the stage is unknown, the other keys are checked as under stage 2.
+        # If the stage is not set, the other keys are checked as under stage 2.
         return {"stage": 2} | {k: value for k, value in section.items() if value != "auto"}
 
     def build_zero(section: Any) -> None:
@@ -138,14 +139,14 @@ def _check_sections(values: dict[str, Any], where: str, errors: list[str] | None
     for key in [key for key in values if key not in COMPARED_KEYS]:
 
         def build(section: Any, key: str = key) -> None:
-            # "enabled" may be "auto" and is compared with the flags elsewhere.
+            # "enabled" may be "auto". `against_flags` checks it.
             if key in ("bf16", "fp16"):
                 section = {**section, "enabled": False}
             DeepSpeedConfig({"train_batch_size": 1, "zero_optimization": dict(zero), key: section})
 
         add_errors(_section_errors(values, key, build, [], where), errors)
     found = values.get("data_types", {}).get("grad_accum_dtype")
-    if found not in (None, "fp32", "bf16", "fp16"):  # DeepSpeed checks it in the engine only.
+    if found not in (None, "fp32", "bf16", "fp16"):  # DeepSpeed checks this only in its engine.
         text = f"{where}: data_types.grad_accum_dtype: found {json.dumps(found)}; expected fp32,"
         add_errors([f"{text} bf16 or fp16. Correct or remove it."], errors)
 
@@ -153,7 +154,7 @@ def _check_sections(values: dict[str, Any], where: str, errors: list[str] | None
 def _section_errors(
     values: dict[str, Any], key: str, build: Callable[[Any], None], known: list[str], where: str
 ) -> Iterator[str]:
-    """Yield what DeepSpeed refuses in a section, and set it to "auto" or remove it in `values`."""
+    """Yield an error for each value that DeepSpeed rejects; make it "auto" or remove its key."""
     from pydantic import ValidationError
 
     try:
@@ -176,7 +177,7 @@ def _section_errors(
                     f"{where}: {name}: found {detail['input']!r}; {detail['msg']}. "
                     "Correct or remove it."
                 )
-    except Exception as error:  # DeepSpeed raises different types for different keys.
+    except Exception as error:  # DeepSpeed's exception types differ between keys.
         reason, found = " ".join(str(error).split()), json.dumps(values[key])
         _drop_section(values, key)
         yield (
@@ -186,14 +187,14 @@ def _section_errors(
 
 
 def _drop_section(values: dict[str, Any], key: str) -> None:
-    """Remove a wrong section; of zero_optimization the stage is kept, for later comparisons."""
+    """Remove an invalid section. zero_optimization keeps its stage, which is compared later."""
     section = values.pop(key, None)
     if key == "zero_optimization":
         values[key] = {"stage": section["stage"] if section else "auto"}
 
 
 def _against_accelerate(zero: dict[str, Any], name: str) -> Iterator[str]:
-    """Yield an error if stage or offload of --deepspeed differ from the accelerate config's."""
+    """Yield an error for each stage or offload device that differs from the accelerate config's."""
 
     def device(section: Any) -> str:
         return "auto" if section == "auto" else str((section or {}).get("device") or "none")
@@ -222,7 +223,7 @@ def _against_accelerate(zero: dict[str, Any], name: str) -> Iterator[str]:
 
 
 def _fill_open_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Take the values that a file leaves open from the accelerate config."""
+    """Replace each "auto" of LAUNCH_KEYS by the accelerate config's value."""
     zero = values["zero_optimization"]
     left_open = [key for key in LAUNCH_KEYS if zero.get(key) == "auto"]
     if left_open:
@@ -232,7 +233,7 @@ def _fill_open_values(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_environment() -> dict[str, Any]:
-    """Return the accelerate config's own DeepSpeed settings, which the launcher exports."""
+    """Return the accelerate config's DeepSpeed settings, which the launcher exports."""
     stage = os.environ.get(f"{ENV_PREFIX}ZERO_STAGE", "2")
     if stage not in ("1", "2", "3"):
         raise UserError(
@@ -242,7 +243,7 @@ def _read_environment() -> dict[str, Any]:
     section: dict[str, Any] = {"stage": int(stage)}
     for kind in ("optimizer", "param"):
         device = os.environ.get(f"{ENV_PREFIX}OFFLOAD_{kind.upper()}_DEVICE", "none")
-        if device == "nvme":  # accelerate 1.15 does not pass its path on (utils/launch.py).
+        if device == "nvme":  # accelerate 1.15 does not export NVMe's path (utils/launch.py).
             raise UserError(
                 f"the accelerate config's offload_{kind}_device: found nvme; expected cpu or none. "
                 "For NVMe give a DeepSpeed JSON with its path (--deepspeed FILE)."
@@ -251,7 +252,7 @@ def _read_environment() -> dict[str, Any]:
     yaml_values: dict[str, Any] = {"zero_optimization": section}
     for key in ("gradient_accumulation_steps", "gradient_clipping"):
         given = os.environ.get(f"ACCELERATE_{key.upper()}", "none").lower()
-        # accelerate also exports 1 if the config sets no accumulation.
+        # accelerate exports 1 also for a config without accumulation.
         if given in ("none", "auto") or (key != "gradient_clipping" and given in ("1", "1.0")):
             continue
         try:
@@ -265,7 +266,7 @@ def _read_environment() -> dict[str, Any]:
 
 
 def complete(asked: dict[str, Any], config: Config, layout: Layout) -> dict[str, Any]:
-    """Return DeepSpeed's complete config: the `asked` settings and the loop's own values.
+    """Return DeepSpeed's complete config: the settings in `asked` and the loop's values.
 
     Raises UserError for a value that contradicts a flag.
     """
@@ -277,7 +278,7 @@ def complete(asked: dict[str, Any], config: Config, layout: Layout) -> dict[str,
         "zero_optimization": buckets | zero,
         "train_micro_batch_size_per_gpu": layout.micro_batch_size,
         "gradient_accumulation_steps": layout.divisor,
-        # "auto" would become the constant 1.0 (accelerate 1.15, accelerator.py).
+        # accelerate 1.15 would replace "auto" by 1.0 (accelerator.py).
         "gradient_clipping": config.max_grad_norm,
         "bf16": {**asked.get("bf16", {}), "enabled": config.precision == "bf16"},
         "fp16": {**asked.get("fp16", {}), "enabled": config.precision == "fp16"},
@@ -296,7 +297,7 @@ def against_flags(
 ) -> Iterator[str]:
     """Yield an error for each DeepSpeed value that contradicts a flag.
 
-    A layout needs the data. Without one, the values that depend on it are not compared.
+    layout: None before the data is read; values that depend on it are not compared then.
     """
     flags: dict[str, tuple[str, Any]] = {
         "train_micro_batch_size_per_gpu": (
@@ -320,7 +321,7 @@ def against_flags(
         if found not in ("auto", wanted):
             yield (
                 f"the DeepSpeed config has {key} {json.dumps(asked[key])}, {flag} is {value}; "
-                'expected the same. Change one of them, or write "auto" for the first.'
+                'expected the same. Change one of them, or set the DeepSpeed value to "auto".'
             )
     for key, needed in REQUIRED_VALUES.items():
         if asked.get(key, needed) is not needed:
@@ -331,9 +332,9 @@ def against_flags(
 
 
 def launch_facts(config: Config) -> dict[str, Any]:
-    """Return the backend and DeepSpeed's values by name, for the comparison of machines.
+    """Return the backend and DeepSpeed's values by name, to compare them between ranks.
 
-    Paths are left out, since they may differ between machines; values that are not set, too.
+    Values that are not set are left out. So are paths, since they may differ between machines.
     """
     asked = zero_settings(config)
     stage = asked["zero_optimization"]["stage"] if asked else 0
@@ -351,7 +352,7 @@ def launch_facts(config: Config) -> dict[str, Any]:
 
 
 def precision_of(asked: dict[str, Any]) -> str | None:
-    """Return the precision that a DeepSpeed file enables, if any."""
+    """Return the precision that a DeepSpeed JSON enables; None: it enables none."""
     return next(
         (key for key in ("bf16", "fp16") if asked.get(key, {}).get("enabled") is True), None
     )

@@ -13,7 +13,7 @@ from loop.config.flags import Config
 
 @dataclass(frozen=True)
 class Layout:
-    """The split of a window over ranks and micro-batches. The gradient does not depend on it."""
+    """The split of a window over ranks and micro-batches; it does not change the gradient."""
 
     rank: int
     world_size: int
@@ -26,9 +26,11 @@ class Layout:
 
     @property
     def divisor(self) -> int:
-        """The number that a backward pass divides the loss by; the loss scale undoes this.
+        """The gradient accumulation given to accelerate, which divides each loss by this number.
 
-        DeepSpeed offloads summed gradients only if it exceeds 1 (0.19.8, zero/stage_1_and_2.py).
+        `loss_scale` undoes the division. If the micro-batches per window vary, the number is at
+        least 2: with 1, DeepSpeed's offload would not sum gradients over micro-batches (0.19.8,
+        zero/stage_1_and_2.py).
         """
         varies = self.limits.tokens is not None or self.limits.finer
         return max(self.accumulation, 2 if varies else 1)
@@ -49,14 +51,14 @@ class Layout:
         how = "in one row without padding" if self.limits.packed else "padded"
         return (
             f"{self.total_steps} steps, {self.steps_per_epoch} an epoch, of "
-            f"{self.global_batch_size} examples: {_many(self.world_size, 'rank')} x "
-            f"{_many(self.accumulation, 'micro-batch')} of at most {self.micro_batch_size}"
+            f"{self.global_batch_size} examples: {_plural(self.world_size, 'rank')} x "
+            f"{_plural(self.accumulation, 'micro-batch')} of at most {self.micro_batch_size}"
             f"{tokens}, {how}"
         )
 
 
 class Ranks(Protocol):
-    """The fields of accelerate's PartialState that a layout depends on."""
+    """The two fields of accelerate's PartialState that a layout needs."""
 
     @property
     def process_index(self) -> int: ...
@@ -66,12 +68,12 @@ class Ranks(Protocol):
 
 
 def plan_layout(config: Config, examples: int, ranks: Ranks, packed: bool = False) -> Layout:
-    """Split the global batch over ranks and accumulation; the last window of an epoch is short.
+    """Split the global batch over ranks and micro-batches; an epoch's last window may be shorter.
 
     Raises UserError if the only step of the run is a warm-up step.
     """
     world_size, per_device = ranks.num_processes, config.per_device_train_batch_size
-    # A window is no larger than an epoch: no rank iterates over empty micro-batches.
+    # A window is at most an epoch, so that no rank runs empty micro-batches.
     batch = min(global_batch_size(config, world_size), examples)
     accumulation = ceil(batch / (world_size * per_device))
     per_device = min(per_device, ceil(batch / world_size))
@@ -82,7 +84,7 @@ def plan_layout(config: Config, examples: int, ranks: Ranks, packed: bool = Fals
             f"found one step, which is warm-up with learning rate 0 (--warmup_ratio "
             f"{config.warmup_ratio:g}); expected more. Give --warmup_ratio 0, or train longer."
         )
-    # CPU only: the cost of one more micro-batch on a GPU is not measured.
+    # On a CPU only: the cost of an additional micro-batch on a GPU is not measured.
     finer = not packed and not torch.cuda.is_available()
     # FlashAttention-2 needs queries and keys at the same positions.
     sharing = packed and not config.flash_attn
@@ -94,11 +96,11 @@ def plan_layout(config: Config, examples: int, ranks: Ranks, packed: bool = Fals
 
 
 def global_batch_size(config: Config, world_size: int) -> int:
-    """Return the examples of a full window: as given, or ranks x accumulation x micro-batch."""
+    """Return the examples of a full window: the flag, or ranks x accumulation x micro-batch."""
     accumulation = config.gradient_accumulation_steps or 1
     per_rank = accumulation * config.per_device_train_batch_size
     return config.global_batch_size or world_size * per_rank
 
 
-def _many(count: int, noun: str) -> str:
+def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("ch") else "s")

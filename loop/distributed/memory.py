@@ -1,4 +1,4 @@
-"""The memory of one rank: bytes in use, and bytes that it may use."""
+"""The memory of one rank: bytes that it uses, and bytes that it may use."""
 
 import os
 from contextlib import suppress
@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from loop.config.flags import Config
 from loop.distributed.layout import Layout
 
-# The rest is for gradient buckets, gradients accumulated by earlier micro-batches, the optimizer
-# step and fragmentation.
+# Share of the free memory that a rank may use. The rest is for gradient buckets, gradients of
+# earlier micro-batches, the optimizer step and fragmentation.
 MEMORY_SHARE = 0.9
 
 
@@ -39,7 +39,7 @@ def micro_batch_record(
 ) -> dict[str, int] | None:
     """Return the result of --auto_micro_batch for a checkpoint; None without that flag.
 
-    It is valid for the same number of ranks and the same memory.
+    A resumed run reuses it if the number of ranks and their memory are the same.
     """
     if not config.auto_micro_batch:
         return None
@@ -53,7 +53,7 @@ def micro_batch_record(
 
 
 def proc_bytes(file: str, name: str) -> int:
-    """Return a value of a /proc file, which is in kB there, in bytes."""
+    """Return a value of a /proc file, converted from kB to bytes."""
     for line in Path(file).read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024

@@ -1,7 +1,7 @@
 """Gathers weights and AdamW's moments from any backend, and loads them into any other.
 
-DeepSpeed partitions flat tensors of fp32 master weights and moments over the ranks. Under DDP and
-in one process every rank holds all of both.
+DeepSpeed flattens fp32 master weights and moments, and partitions them over the ranks. Without
+DeepSpeed, every rank holds them completely.
 """
 
 from typing import Any
@@ -20,8 +20,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def create_moments(optimizer: Any) -> None:
     """Create AdamW's state as its first step would, so that it can be loaded and gathered.
 
-    DeepSpeed 0.19.8 (zero/stage_1_and_2.py) links parameters to their moments when the first
-    parameter group has stepped. The second group (biases) has no moments at that time.
+    DeepSpeed 0.19.8 links all parameters to their moments after the step of the first parameter
+    group (zero/stage_1_and_2.py). At that time the second group, the biases, has no moments yet.
     """
     inner = adamw(optimizer)
     zero = optimizer
@@ -41,7 +41,7 @@ def create_moments(optimizer: Any) -> None:
 def moments(model: nn.Module, optimizer: Any, keep: bool = True) -> Tensors:
     """Return AdamW's gathered moments, in fp32, on the CPU, and its step count, [] float32.
 
-    Names: `exp_avg.<name>`, `exp_avg_sq.<name>` and `step`. Every rank must call this.
+    Keys: `exp_avg.<name>`, `exp_avg_sq.<name>` and `step`. Every rank must call this.
     """
     state = adamw(optimizer).state
     all_moments: Tensors = {}
@@ -53,7 +53,7 @@ def moments(model: nn.Module, optimizer: Any, keep: bool = True) -> Tensors:
 
 
 def adamw(optimizer: Any) -> torch.optim.AdamW:
-    """Return the AdamW that accelerate and DeepSpeed wrap."""
+    """Return the AdamW inside the wrappers of accelerate and DeepSpeed."""
     while not isinstance(optimizer, torch.optim.AdamW):
         optimizer = optimizer.optimizer
     return optimizer
@@ -62,8 +62,8 @@ def adamw(optimizer: Any) -> torch.optim.AdamW:
 def put_weights(model: nn.Module, adapter: Tensors) -> None:
     """Load weights into a model before `prepare`; every rank must hold them and call this.
 
-    DeepSpeed casts its working copies from these weights. If only its fp32 master is set, the
-    working copies keep their old values until the next step.
+    `load_optimizer_state` is not enough under DeepSpeed: it sets the fp32 master weights, and the
+    model's weights keep their old values until the next step.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -82,7 +82,7 @@ def load_trainable(model: nn.Module, adapter: Tensors) -> None:
 def load_optimizer_state(
     model: nn.Module, optimizer: Any, adapter: Tensors, moments: Tensors
 ) -> None:
-    """Load the prepared optimizer: fp32 master weights if it has any, moments, step count."""
+    """Load a prepared optimizer's moments, step count and, under DeepSpeed, fp32 master weights."""
     state = adamw(optimizer).state
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -100,10 +100,10 @@ def load_optimizer_state(
 
 
 def _put_partition(parameter: Any, value: Tensor, moment: str | None) -> None:
-    """Write this rank's partition of an unpartitioned tensor: fp32 master, or one moment.
+    """Write an unpartitioned `value` to a parameter's moment, or to its fp32 master weights.
 
-    DeepSpeed's own setter splits a tensor into equal parts and ignores the padding of the last
-    part (0.19.8, zero/stage3.py, set_full_hp_param). So the tensor is split here.
+    Under ZeRO-3, each rank writes its own partition. DeepSpeed's setter would split the tensor
+    without the padding of the last partition (0.19.8, zero/stage3.py, set_full_hp_param).
     """
     from deepspeed import utils
 
@@ -145,8 +145,8 @@ def loss_scale(accelerator: Accelerator, optimizer: Any) -> dict[str, float] | N
 
 
 def put_loss_scale(accelerator: Accelerator, optimizer: Any, state: dict[str, float]) -> None:
-    """Restore the loss scale; from another backend only the scale, since step counters differ."""
-    if accelerator.mixed_precision != "fp16":  # --allow_resume_mismatch
+    """Restore fp16's loss scale; the step counters only from the same backend."""
+    if accelerator.mixed_precision != "fp16":  # resumed with --allow_resume_mismatch
         return
     if accelerator.scaler is not None:
         mine = accelerator.scaler.state_dict()
@@ -165,22 +165,22 @@ def put_loss_scale(accelerator: Accelerator, optimizer: Any, state: dict[str, fl
 def forget_gradients(model: Any) -> None:
     """Drop the gradients that ZeRO-3 has accumulated since the last optimizer step.
 
-    Valid after backward passes that are not the last of a window: moments, step counts and loss
-    scale change only in a step, and each pass sets whether it is the last (DeepSpeed 0.19.8,
+    Call this only before the last backward pass of a window. Until then, nothing else needs a
+    reset: moments, step counts and loss scale change only in an optimizer step (DeepSpeed 0.19.8,
     zero/stage3.py).
     """
     zero = model.optimizer
     zero.zero_grad()  # The next pass overwrites gradients instead of adding to them.
     zero.averaged_gradients = {}
-    zero.grad_partitions_flat_buffer.zero_()  # For parameters that the next pass does not use.
+    zero.grad_partitions_flat_buffer.zero_()  # for parameters without a gradient in the next pass
 
 
 def freeze_ddp_buckets(model: Any) -> None:
     """Fix DDP's bucket layout before the first step; call this after `prepare`.
 
-    DDP rebuilds its buckets after a run's first step (torch 2.13, reducer.hpp,
-    should_rebuild_buckets). This changes the order of summation over three or more ranks, so a
-    resumed run would differ in the last digits.
+    DDP rebuilds its buckets after the first step of a launch (torch 2.13, reducer.hpp,
+    should_rebuild_buckets). Over three or more ranks this changes the order of summation. So a
+    resumed run would differ in its last digits.
     """
     if isinstance(model, DistributedDataParallel):
         model.reducer._push_all_rebuilt_params()

@@ -1,4 +1,4 @@
-"""Resolves `--mixed_precision auto` by a measurement, and notes CPUs that are slow in bf16."""
+"""Resolves `--mixed_precision auto` by a measurement, and warns of CPUs that are slow in bf16."""
 
 import dataclasses
 import time
@@ -11,14 +11,16 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from loop.config.flags import Config
 
-# Speed ratio of matrix products. Below it, the casts of bf16 cost what its products save.
+# Speed of bf16 matrix products relative to fp32. Below it, bf16 spends on casts what it saves on
+# products.
 MIN_BF16_SPEEDUP = 1.3
 
 
 def resolve_precision(config: Config) -> Config:
-    """Return the settings with `mixed_precision: auto` resolved by rank 0; every rank must call it.
+    """Return the settings with rank 0's choice for `mixed_precision: auto`.
 
-    A value recorded in the output folder wins, so a resumed run keeps its precision.
+    A precision recorded in the output folder is kept, so a resumed run does not change it. Every
+    rank must call this.
     """
     if config.mixed_precision != "auto" or config.bf16 or config.fp16:
         return config
@@ -33,7 +35,7 @@ def resolve_precision(config: Config) -> Config:
 
 def on_gpu() -> bool:
     """Return whether the ranks run on GPUs."""
-    # With cpu.yaml on a machine with a GPU, the launcher sets the variable; CUDA stays visible.
+    # On a GPU machine, cpu.yaml only makes the launcher set this variable: CUDA stays visible.
     return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
@@ -55,7 +57,7 @@ def _recorded_precision(file: Path) -> str:
 
 
 def _faster_precision() -> tuple[str, str]:
-    """Return bf16 or no, and the reason."""
+    """Return the faster precision, "bf16" or "no", and the reason."""
     if on_gpu():
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "which this GPU supports"
@@ -81,7 +83,7 @@ def bf16_speedup(tokens: int = 256, width: int = 576, inner: int = 1536) -> floa
             left, right = torch.ones(tokens, width).to(dtype), torch.ones(width, inner).to(dtype)
             start = time.thread_time()
             torch.mm(left, right)
-            if attempt:  # The first product builds its kernel.
+            if attempt:  # The first product of a dtype builds its kernel.
                 seconds[dtype] = min(seconds[dtype], time.thread_time() - start)
     torch.set_num_threads(threads)
     return seconds[torch.float32] / seconds[torch.bfloat16]

@@ -1,4 +1,4 @@
-"""Keeps a run's output readable: rank 0 prints, and known noise of other packages is filtered."""
+"""Prints on rank 0 only, and filters known messages of other packages."""
 
 import importlib
 import logging
@@ -23,25 +23,25 @@ def print_rank0(text: str) -> None:
 
 
 def quiet() -> None:
-    """Filter known messages of other packages on rank 0, and all of them on other ranks.
+    """Filter other packages' known messages on rank 0, and all of their messages on other ranks.
 
-    Errors are raised, so none is lost.
+    No error is lost: errors are exceptions.
     """
     first = is_rank0()
     if not (first and sys.stderr.isatty()):
-        transformers_logging.disable_progress_bar()  # A file would get each redraw of the bar.
+        transformers_logging.disable_progress_bar()  # A log file would hold each redraw.
     if not first:
         huggingface_hub.utils.disable_progress_bars()
         # Every rank runs the same code, so rank 0 prints the same warnings.
         warnings.filterwarnings("ignore")
         logging.disable(logging.WARNING)
-    # DeepSpeed 0.19 reads every attribute of every module, this deprecated one included.
+    # DeepSpeed 0.19 reads every attribute of every module, including this deprecated one.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-    # DeepSpeed 0.19 uses names of torch.distributed that torch 2.13 deprecates.
+    # DeepSpeed 0.19 uses functions of torch.distributed that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated")
     # DeepSpeed 0.19 also enters a barrier without naming a device.
     warnings.filterwarnings("ignore", message=".*using the device under current context")
-    # transformers 5.23 renamed it; 5.17 does not have the new name.
+    # transformers 5.23 deprecates this method; 5.17 does not have the new one.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*")
     logging.getLogger("transformers.modeling_utils").addFilter(_is_not_tied_weights)
 
@@ -53,23 +53,23 @@ def _is_not_tied_weights(record: logging.LogRecord) -> bool:
 
 
 def quiet_deepspeed(fp16: bool) -> None:
-    """Filter what DeepSpeed 0.19 prints on every rank without a GPU, and what the loop prints too.
+    """Filter two messages of DeepSpeed 0.19: an op was built, a step is skipped.
 
     Sources: comm/torch.py, runtime/fp16/loss_scaler.py.
     """
-    # Not `import ... as`: the package has PyTorch itself under that name.
+    # `import deepspeed.comm.torch as comm` would return PyTorch, an attribute of deepspeed.comm.
     comm: Any = importlib.import_module("deepspeed.comm.torch")
-    comm.print = _print_unless_built  # replaces `print` in that file only
-    if not fp16:  # In fp16 no other line reports that the loss scale was too large.
+    comm.print = _print_unless_built  # replaces `print` in comm/torch.py only
+    if not fp16:  # In fp16, no other line reports an overflow of the loss scale.
         logging.getLogger("DeepSpeed").addFilter(_is_not_overflow)
 
 
 def _print_unless_built(*words: object) -> None:
-    # A communication op that cannot be built raises an error; success needs no line.
+    # Every rank without a GPU prints this line. A failed build raises an error anyway.
     if not str(words[0]).endswith("built successfully"):
         print(*words)
 
 
 def _is_not_overflow(record: logging.LogRecord) -> bool:
-    # The loop prints a line of its own for a skipped step, with its samples (loss_guard.py).
+    # For a skipped step the loop itself prints a line, with the examples' ids (loss_guard.py).
     return "OVERFLOW! Skipping step" not in record.getMessage()

@@ -1,6 +1,6 @@
-"""Exit codes, stop requests and the status file: how a rank leaves, and what launch.sh learns.
+"""Exit codes, stop requests, and the status file in which a rank reports to launch.sh.
 
-docs/architecture.md, "Launch protocol", holds the protocol between launch.sh, launcher and ranks.
+docs/architecture.md, "Launch protocol", describes how launch.sh, launcher and ranks communicate.
 """
 
 import errno
@@ -23,8 +23,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 GRACE_SECONDS = 20.0  # from a stop request, or the launcher's death, until a rank kills itself
 POLL_SECONDS = 0.5
-STORE_SECONDS = 2.0  # that machine 0 stays after its last collective with the other machines
-LAUNCH_NAME = "LORA_LOOP_COMMAND"  # set by launch.sh: its own name, the same in all its launches
+STORE_SECONDS = 2.0  # how long the first rank of machine 0 delays its exit: see _hosts_store
+LAUNCH_NAME = "LORA_LOOP_COMMAND"  # set by launch.sh: an id, the same for all of its launches
 LAUNCH_FILE = ".launch"
 
 
@@ -36,24 +36,24 @@ class Outcome:
     label: str = ""  # "error" or "stopped"; empty: there is nothing to print
     message: str = ""
     reason: str = ""  # for the status file
-    alone: bool = False  # the other ranks do not know, so the launcher has to end them
-    by_signal: bool = False  # a stop signal outside of the training loop
+    alone: bool = False  # only this rank ends, so the launcher must end the others
+    by_signal: bool = False  # ended by a stop signal outside of the training loop
 
 
 def run_and_exit(main: Callable[[], None]) -> None:
     """Run `main`, print its error without a traceback, and exit with the run's exit code.
 
-    `accelerate launch` turns every exit code but 0 into 1 and prints a trace. Under launch.sh the
-    first rank of a machine therefore writes the code to the status file, and all ranks exit with 0.
-    A rank that failed alone exits with its code, since the launcher then ends the other ranks.
+    `accelerate launch` turns every exit code but 0 into 1 and prints a trace. Under launch.sh,
+    therefore, the first rank of a machine writes the code to the status file, and all ranks exit
+    with 0. A rank that failed alone exits with its code: then the launcher ends the other ranks.
     """
     outcome = _run(main)
-    # _follow_launcher polls: the signal of a request that was met already may still arrive.
+    # _follow_launcher polls, so it may send a signal for a request that is already carried out.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     _print_message(outcome)
     if outcome.by_signal and not outcome.alone:
-        time.sleep(1)  # Every rank sees the stop file within this time, before a rank is gone.
+        time.sleep(1)  # Every rank sees the stop file within this time, before the first exits.
     if _is_first_rank():
         _write_status(outcome.code, outcome.reason)
     if _hosts_store():
@@ -62,12 +62,12 @@ def run_and_exit(main: Callable[[], None]) -> None:
 
 
 def _run(main: Callable[[], None]) -> Outcome:
-    """Run `main` and return how it ended; other exceptions than user errors pass."""
+    """Run `main` and return how it ended; exceptions other than UserError are not caught."""
     for number in STOP_SIGNALS:  # Within the training loop, Saver handles them (saver.py).
         signal.signal(number, _exit_on_signal)
     try:
         if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by `accelerate launch`
-            # Within `try`: a stop may be requested already.
+            # Inside `try`, since a stop may already be requested.
             threading.Thread(target=_follow_launcher, args=(os.getppid(),), daemon=True).start()
         with _convert_disk_errors():
             main()
@@ -76,7 +76,7 @@ def _run(main: Callable[[], None]) -> Outcome:
     except SystemExit as error:
         if error.code != Stopped.exit_code:
             raise
-        if isinstance(error.__context__, Stopped):  # a late signal, while the stopped run ended
+        if isinstance(error.__context__, Stopped):  # a second signal, after the run had stopped
             return _outcome_of(error.__context__)
         return Outcome(
             code=Stopped.exit_code,
@@ -110,7 +110,7 @@ def _print_message(outcome: Outcome) -> None:
 
 
 def _first_rank_reports() -> bool:
-    """Wait up to 20 seconds for the first rank of the machine to write a status of its own."""
+    """Return whether the machine's first rank writes the status file within 20 seconds."""
     deadline = time.monotonic() + 20
     while _status_file() and time.monotonic() < deadline:
         if _has_status():
@@ -133,28 +133,28 @@ def _write_status(code: int, reason: str = "") -> None:
 
 
 def _has_status() -> bool:
-    """Whether the status file is written."""
+    """Return whether the status file is written."""
     status = _status_file()
     return status is not None and status.is_file() and status.stat().st_size > 0
 
 
 def _status_file() -> Path | None:
-    """Return the path that launch.sh gives; None for a process that it did not start."""
+    """Return the status file's path; None if launch.sh did not start this process."""
     name = os.environ.get(STATUS_FILE)
     return Path(name) if name else None
 
 
 def _is_first_rank() -> bool:
-    """Whether this is the first rank of its machine."""
+    """Return whether this is the first rank of its machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _hosts_store() -> bool:
     """Return whether this machine's launcher holds the store of a run on several machines.
 
-    Launchers meet in the store when their ranks have ended. If the machine with the store is not
-    the last to arrive, it may be gone before another one has read the answer, which then prints a
-    traceback (torch 2.13, distributed/elastic/utils/store.py: barrier).
+    When their ranks have exited, all launchers wait at a barrier in this store. If this launcher
+    exits before another one has read the store, the other one prints a traceback (torch 2.13,
+    distributed/elastic/utils/store.py, barrier).
     """
     return os.environ.get("GROUP_RANK") == "0" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
 
@@ -166,7 +166,7 @@ def launcher_asks() -> bool:
 
 
 def _exit_on_signal(number: int, _: FrameType | None) -> None:
-    """Handle a stop signal outside of the training loop, where there is nothing to save."""
+    """Exit on a stop signal outside of the training loop, where there is nothing to save."""
     for each in STOP_SIGNALS:  # A second signal would interrupt the exit.
         signal.signal(each, signal.SIG_IGN)
     sys.exit(Stopped.exit_code)
@@ -175,9 +175,9 @@ def _exit_on_signal(number: int, _: FrameType | None) -> None:
 def _follow_launcher(launcher: int) -> None:
     """Turn a stop request or the launcher's death into SIGTERM; after the grace period, exit.
 
-    torchrun starts its ranks in sessions of their own: they survive a launcher that is killed. A
+    torchrun starts each rank in its own session, so ranks survive when their launcher is killed. A
     launcher that gets SIGTERM kills its ranks after 30 seconds, so launch.sh uses a stop file.
-    This is a thread because Python runs no signal handler while a collective waits.
+    This runs in a thread, since Python runs no signal handler while a collective waits.
     """
     while not (is_orphan := os.getppid() != launcher) and not launcher_asks():
         time.sleep(POLL_SECONDS)
@@ -190,14 +190,14 @@ def _follow_launcher(launcher: int) -> None:
 
 
 def _wait_for_exit(launcher: int) -> None:
-    """Return once the launcher is gone; exit if the rank does not leave within the grace period.
+    """Return once the launcher is gone; exit if this rank runs longer than the grace period.
 
-    Within the training loop there is no limit: a step may take longer.
+    Inside the training loop there is no limit, since a step may take longer.
     """
     deadline = time.monotonic() + GRACE_SECONDS
     while os.getppid() == launcher:
         in_loop = signal.getsignal(signal.SIGTERM) not in (_exit_on_signal, signal.SIG_IGN)
-        if not in_loop and time.monotonic() > deadline:  # A collective waits for a rank that left.
+        if not in_loop and time.monotonic() > deadline:  # A collective waits for an exited rank.
             if _is_first_rank() and not _has_status():
                 _write_status(Stopped.exit_code)
             os._exit(Stopped.exit_code)
@@ -218,9 +218,10 @@ def _convert_disk_errors() -> Iterator[None]:
 
 
 def is_restart(output: Path) -> bool:
-    """Return whether this command has started in the folder before, so its flags were applied.
+    """Return whether the same command has already started a run in this folder.
 
-    torchelastic and `launch.sh --until-done` give restarted ranks the same flags again.
+    torchelastic and `launch.sh --until-done` restart ranks with the same flags. A flag such as
+    --resume_from_checkpoint False must take effect only at the first start.
     """
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if LAUNCH_NAME not in os.environ and not restarted:
@@ -230,7 +231,7 @@ def is_restart(output: Path) -> bool:
 
 
 def record_launch(output: Path) -> None:
-    """Write the command's name into the folder, for `is_restart`."""
+    """Write the command's id into the folder, for `is_restart`."""
     (output / LAUNCH_FILE).write_text(_launch_name(), encoding="utf-8")
 
 

@@ -1,1 +1,1 @@
-"""Training data, and its windows: a window is the micro-batches of one optimizer step."""
+"""The training data and its windows; a window holds the micro-batches of one optimizer step."""

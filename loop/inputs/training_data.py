@@ -34,7 +34,7 @@ from loop.model.packed_attention import row_inputs
 
 
 def data_sha256(config: Config) -> str:
-    """Return the SHA-256 of a single data file, else of the files' hashes and the sources' weights.
+    """Return the data's SHA-256: of its only file, or of all files' hashes and sources' weights.
 
     A file next to --preprocessed_path caches the hashes. Raises UserError for an unreadable file.
     """
@@ -53,7 +53,7 @@ def _data_names(config: Config) -> str:
     return ", ".join(map(display_path, config.data_path or [DUMMY_DATA]))
 
 
-# Prefixes of the causes for which a dialogue without a supervised token is dropped.
+# A dialogue without a supervised token is dropped for a cause that starts with one of these.
 UNSUPERVISED_CAUSES = ("no supervised token", "no answer", "no pair")
 
 
@@ -61,8 +61,8 @@ UNSUPERVISED_CAUSES = ("no supervised token", "no answer", "no pair")
 class TrainingData:
     """The encoded examples of one run, and the base model whose tokenizer encoded them.
 
-    source: the names of the data. sha256: of the data files. held_out: the evaluation examples,
-    from eval_sources.
+    source: the names of the data sources. sha256: the data files' hash. held_out: the evaluation
+    examples, read from eval_sources.
     """
 
     base: BaseModel
@@ -75,13 +75,13 @@ class TrainingData:
 
     @property
     def facts(self) -> dict[str, str]:
-        """Hashes that must be equal on all machines, by name."""
+        """Hashes that must be equal on all ranks, by name."""
         hashes = {"data": self.sha256, "evaluation data": self.eval_sha256}
         return {f"the {name}'s SHA-256": sha256 for name, sha256 in hashes.items() if sha256}
 
     @property
     def collator(self) -> Collator:
-        """The function that collates examples of this model into micro-batches."""
+        """The object that collates examples into micro-batches for this model."""
         base = self.base
         start = base.config.decoder_start_token_id if base.config.is_encoder_decoder else None
         row = functools.partial(row_inputs, flash=base.flash) if base.packed else None
@@ -136,10 +136,10 @@ def _split_held_out(examples: Examples, fraction: float) -> tuple[Examples, Exam
 
 
 def _encode_or_read_cache(config: Config, base: BaseModel, sha256: str) -> Examples:
-    """Return the encoded data, from the cache of --preprocessed_path if it has the same settings.
+    """Return the encoded data, from --preprocessed_path if that cache has the same key.
 
-    One rank per machine writes the cache. The others wait for a file lock, not in a collective, so
-    encoding may take longer than a collective's timeout.
+    One rank per machine writes the cache. The other ranks wait for a file lock. In a collective
+    they could time out while the data is encoded.
     """
     template, tokenizer = base.template, base.tokenizer
     key = {
@@ -163,8 +163,8 @@ def _encode_or_read_cache(config: Config, base: BaseModel, sha256: str) -> Examp
             cached = read_cache(path, key)
     if cached is None:
         raise UserError(
-            f"--preprocessed_path {path}: found a file that another process changes. Run again "
-            "when that process has ended."
+            f"--preprocessed_path {path}: another process changes this file. Run again when that "
+            "process has ended."
         )
     return cached
 
@@ -189,7 +189,7 @@ def _with_progress_bar(config: Config, template: TemplateName, tally: Tally) -> 
 
 
 def _select_dialogues(config: Config, empty_answers: bool, tally: Tally) -> Iterator[Dialogue]:
-    """Yield the dialogues of all sources, or a random --num_data of them, one at a time."""
+    """Yield the dialogues of all sources, or a random selection of --num_data dialogues."""
     selected = None
     if config.num_data >= 0:
         count = sum(1 for _ in _read_sources(config, empty_answers, Tally()))
@@ -207,7 +207,7 @@ def _select_dialogues(config: Config, empty_answers: bool, tally: Tally) -> Iter
 def _read_sources(
     config: Config, empty_answers: bool, tally: Tally
 ) -> Iterator[tuple[int, Dialogue]]:
-    """Yield the dialogues of all sources by their weights, each with the source's number."""
+    """Yield each dialogue with its source's number, as often as the source's weight requires."""
     settings = (config.on_bad_record, empty_answers, config.train_on)
     for number, source in enumerate(config.sources):
         dialogues = read_dialogues(files_of(source, config.cache_dir), tally, *settings)
@@ -218,7 +218,7 @@ def _read_sources(
 
 
 def _write_report(file: Path, tally: Tally, data_hash: str) -> None:
-    """Write the counts of all records; called before the check that may refuse the data."""
+    """Write the counts of all records. Call this before `_check_dropped`, which may raise."""
     dropped = {
         cause: {"count": count, "first": tally.named.get(cause, [])}
         for cause, count in tally.dropped.items()

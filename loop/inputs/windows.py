@@ -1,4 +1,4 @@
-"""Cuts the data into windows: the micro-batches of one optimizer step over all ranks."""
+"""Cuts the data into windows; a window holds one optimizer step's micro-batches of all ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,28 +14,28 @@ from data.batching.shared_prefix import PrefixGroup
 from data.encoding.encode import Example
 from loop.distributed.layout import Layout
 
-# Collates examples, given a random seed and their prefix groups.
+# Collates examples into a micro-batch. Arguments: examples, random seed, prefix groups.
 Collate = Callable[[Sequence[Example], int, Sequence[PrefixGroup] | None], MicroBatch]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Window:
-    """The micro-batches of one rank for one step, and counts over all ranks."""
+    """One rank's micro-batches of one step; the counts are over all ranks."""
 
-    step: int  # optimizer steps before this one
-    epoch: float  # epochs after this step
+    step: int  # counted from 0
+    epoch: float  # epochs done after this step
     micro_batches: list[MicroBatch]
     examples: int
-    tokens: int  # without padding; both sides of pairs
-    padded_tokens: int  # computed tokens: with padding, shared prefixes once
-    busiest_tokens: int  # computed tokens of the rank with the most
+    tokens: int  # without padding; of pairs, both sides
+    padded_tokens: int  # computed tokens: includes padding, counts shared prefixes once
+    busiest_tokens: int  # maximum over ranks of a rank's computed tokens
     squared_tokens: int  # sum of the examples' squared lengths, shared prefixes once
     supervised_tokens: int
     ids: tuple[str, ...]  # of the examples
 
     def micro_batches_on(self, device: torch.device) -> Iterator[tuple[MicroBatch, bool]]:
-        """Yield the micro-batches on the device, each with whether it is the step's last."""
+        """Yield each micro-batch on the device, and whether it is the step's last."""
         for micro_batch in self.micro_batches:
             yield micro_batch.to(device), micro_batch is self.micro_batches[-1]
 
@@ -43,7 +43,7 @@ class Window:
 def windows(
     examples: Sequence[Example], layout: Layout, seed: int, collate: Collate, start: int = 0
 ) -> Iterator[Window]:
-    """Yield this rank's windows from step `start` on; the order depends on seed and epoch only."""
+    """Yield this rank's windows from step `start`. The order depends only on seed and epoch."""
     for step, chosen in drawn(examples, layout, seed, start):
         epoch, index = divmod(step, layout.steps_per_epoch)
         assignment = assign_micro_batches(chosen, layout.world_size, layout.limits)
@@ -77,7 +77,7 @@ def drawn(
 
 
 def prefetched(items: Iterator[T]) -> Iterator[T]:
-    """Yield the items; a thread computes the next item while the current one is used."""
+    """Yield the items; a thread computes the next item while the caller uses the current one."""
     with ThreadPoolExecutor(1) as thread:
         pending = thread.submit(next, items, None)
         while (item := pending.result()) is not None:
@@ -86,5 +86,5 @@ def prefetched(items: Iterator[T]) -> Iterator[T]:
 
 
 def _random_seed(*key: int) -> int:
-    """Return a 63-bit seed from (seed, step, rank, slot), so resume restores no random state."""
+    """Return a 63-bit seed from (seed, step, rank, slot). So a resume restores no random state."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,1 +1,1 @@
-"""The base model: finds, loads, quantises and packs it, and adds its LoRA adapter."""
+"""The base model and its adapter: loading, quantisation, LoRA targets, packed attention."""

@@ -1,4 +1,4 @@
-"""Finds the base model and reads its configuration and tokenizer, without its weights."""
+"""Finds the base model and reads its configuration and tokenizer, but not its weights."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from data.errors import UserError
 from loop.config.flags import Config
 from loop.model.bundled_model import embedded_model
 
-# Raised by transformers, peft and safetensors for files that they cannot load.
+# Exceptions that transformers, peft and safetensors raise for files that they cannot load.
 LIBRARY_ERRORS = (
     *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, UserWarning),
     *(ArithmeticError, AssertionError, IndexError, SafetensorError, StrictDataclassError),
@@ -31,7 +31,7 @@ class BaseModel:
     """The base model of a run, without its weights.
 
     name: a folder or a hub name. config: transformers' configuration. new_tokens: ids added to the
-    tokenizer for characters that it lacked. packed: micro-batches are rows without padding.
+    tokenizer for characters that it lacked. packed: each micro-batch is one row without padding.
     flash: attention is FlashAttention-2.
     """
 
@@ -46,7 +46,7 @@ class BaseModel:
 
 def read_base_model(config: Config) -> BaseModel:
     """Return the base model's name, configuration, tokenizer and template; raises UserError."""
-    # Here: `check` imports this module and starts without torch.
+    # Imported here: `python -m loop check` imports this module, but not torch.
     from loop.model.packed_attention import can_pack
 
     name = find_base_model(config)
@@ -86,7 +86,10 @@ def find_base_model(config: Config) -> str:
 
 
 def _check_hub(name: str, cache_dir: str | None) -> None:
-    """Look in the cache, then ask the hub once; transformers would retry for about 25 s."""
+    """Look for the model in the cache, then in the hub; raises UserError if it is in neither.
+
+    One request is sent. transformers would retry for about 25 s.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -99,11 +102,11 @@ def _check_hub(name: str, cache_dir: str | None) -> None:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=2.0)
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{what}: no such folder, and the hub answers: {reason}") from None
-    except Exception as error:  # Offline mode, no route, no name server: different classes.
+        raise UserError(f"{what}: no such folder; the hub's answer: {reason}") from None
+    except Exception as error:  # Offline mode, no route and no name server differ in their type.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{what}: no such folder, not in the cache, and the hub cannot be asked ({reason})."
+            f"{what}: no such folder, not in the cache, and the hub is not reachable ({reason})."
         ) from None
 
 
@@ -113,7 +116,7 @@ def as_user_error(what: str) -> Iterator[None]:
     try:
         yield
     except LIBRARY_ERRORS as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; `check` does not import it
+        if type(error).__name__ == "OutOfMemoryError":  # of torch, which `check` does not import
             raise
         # transformers 5.23, dynamic_module_utils.py, resolve_trust_remote_code.
         code = re.search(r"repository (.+?) (?:contains|references) custom code", str(error))
@@ -132,7 +135,7 @@ def as_user_error(what: str) -> Iterator[None]:
 
 def read_base_config(base: str, config: Config) -> Any:
     """Return the base model's configuration; raises UserError."""
-    from transformers import AutoConfig  # Here: `check` does not need this slow import.
+    from transformers import AutoConfig  # Imported here: it is slow, and `check` does not need it.
 
     with as_user_error(base):
         return AutoConfig.from_pretrained(
@@ -158,17 +161,17 @@ def meta_model(base: str, base_config: Any, trust_remote_code: bool) -> Any:
 
 
 def check_ties(base: str, base_config: Any, zero3: bool) -> None:
-    """Raise UserError if this transformers would overwrite an encoder-decoder's LM head."""
+    """Raise UserError if the installed transformers overwrites LM heads under ZeRO-3."""
     if zero3 and base_config.is_encoder_decoder and not compares_ties():
         raise UserError(
-            f"{base}: this transformers ties an encoder-decoder's LM head under ZeRO-3 without "
-            "comparing the weights; expected 5.23 or newer. Launch with "
+            f"{base}: under ZeRO-3, the installed transformers ties an encoder-decoder's LM head "
+            "without comparing the weights; expected 5.23 or newer. Install it, or launch with "
             "accelerate_configs/zero2.yaml."
         )
 
 
 def compares_ties() -> bool:
-    """Return whether transformers has the function that compares tied weights (5.23 has it)."""
+    """Return whether transformers compares weights before it ties them (5.23 does)."""
     from transformers import modeling_utils
 
     return hasattr(modeling_utils, "_tied_params_are_equal")
@@ -177,7 +180,7 @@ def compares_ties() -> bool:
 def load_tokenizer(base: str, config: Config) -> Any:
     """Return the base model's tokenizer, with a pad token and padding on the right.
 
-    --chat_template replaces its chat template and is saved with it. Raises UserError.
+    --chat_template replaces its chat template, also when the tokenizer is saved. Raises UserError.
     """
     from transformers import AutoTokenizer
 
@@ -187,7 +190,7 @@ def load_tokenizer(base: str, config: Config) -> Any:
         )
     if tokenizer.eos_token is None:
         raise UserError(
-            f"{base}: found a tokenizer without an EOS token; expected one, which ends every "
+            f"{base}: found a tokenizer without an EOS token; expected one, since it ends every "
             "answer. Set eos_token in its tokenizer_config.json."
         )
     if config.chat_template:
@@ -225,10 +228,10 @@ def tokenizer_sha256(tokenizer: Any) -> str:
         return hashlib.sha256(
             json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
         ).hexdigest()
-    # Every call of the tokenizer sets both again.
+    # Every call of the tokenizer sets padding and truncation again, so they do not matter.
     backend.no_padding()
     backend.no_truncation()
-    # Templates end answers with the tokenizer's EOS token. The backend does not hold it.
+    # Templates end answers with the EOS token, which is not part of the backend.
     special = json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)
     return hashlib.sha256((backend.to_str() + special).encode()).hexdigest()
 
@@ -238,13 +241,14 @@ def check_pairs(base: str, base_config: Any, config: Config) -> None:
     pairs, kind = base_config.is_encoder_decoder, base_config.model_type
     if "t5" in kind and config.precision == "fp16":
         raise UserError(
-            f"{base}: found precision fp16 with {kind}, whose activations overflow it; expected "
-            "bf16. Give --mixed_precision bf16, or no."
+            f"{base}: found precision fp16 with {kind}, whose activations overflow in fp16; "
+            "expected bf16. Give --mixed_precision bf16, or no."
         )
     given = {"max_target_length": config.max_target_length, "keep_header": config.keep_header}
     unused = [f"--{name}" for name, value in given.items() if value]
     if unused and (config.t5_compat or not pairs):
-        why = "--t5_compat True, FastChat's one limit" if pairs else f"{base}, a decoder ({kind})"
+        one_limit = "--t5_compat True, with one limit for both sides, as in FastChat"
+        why = one_limit if pairs else f"{base}, a decoder ({kind})"
         raise UserError(
             f"found {' and '.join(unused)} with {why}; expected an encoder-decoder without "
             "--t5_compat. Leave it out."
@@ -268,7 +272,7 @@ def template_of(base: str, base_config: Any, tokenizer: Any, config: Config) -> 
         fitting = "t5" if pairs else default_template(tokenizer)
         raise UserError(
             f"--template: found {template} with {base}, {kind} ({base_config.model_type}); "
-            f"expected {fitting}. Give --template {fitting}, or leave it out."
+            f"expected {fitting}. Give --template {fitting}, or leave the flag out."
         )
     if pairs and base_config.decoder_start_token_id is None:
         raise UserError(
@@ -283,6 +287,6 @@ def template_of(base: str, base_config: Any, tokenizer: Any, config: Config) -> 
     if config.t5_compat and not pairs:
         raise UserError(
             f"--t5_compat: {base} is a decoder ({base_config.model_type}); expected a T5. Leave "
-            "it out."
+            "the flag out."
         )
     return template

@@ -16,8 +16,8 @@ FOLDER = ROOT / "models" / "SmolLM2-135M-Instruct"
 def embedded_model() -> Path:
     """Return the folder of the bundled model; the first call converts it.
 
-    Ranks and runs may call this at the same time: the first one converts, the others wait. A rename
-    makes the folder appear atomically. Raises UserError if the wheel is missing.
+    Processes may call this at the same time: one converts, the others wait. The folder appears
+    atomically, by a rename. Raises UserError if the wheel is missing.
     """
     if FOLDER.is_dir():
         return FOLDER

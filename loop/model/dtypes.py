@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# `no` is fp32 in --mixed_precision, as in accelerate.
+# As in accelerate, --mixed_precision no means fp32.
 DTYPE_NAMES = {"no": "float32", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BYTES = {"no": 4, "fp32": 4, "bf16": 2, "fp16": 2}  # per element
 

@@ -1,4 +1,4 @@
-"""Faster kernels: liger-kernel's layers on a GPU; dropout and memory settings on a CPU."""
+"""Speeds up layers: liger-kernel on a GPU; another dropout and malloc settings on a CPU."""
 
 import ctypes
 import importlib
@@ -11,17 +11,16 @@ from torch.autograd import Function
 
 from loop.config.preflight import version
 
-# Models with LLaMA's layers (tests/model/test_kernels.py). Others are not changed.
+# Models with LLaMA's layers (tests/model/test_kernels.py). Other models are not changed.
 LIGER_MODELS = {"llama", "mistral", "qwen2", "qwen3"}
 
 
 def use_kernels(model: Any) -> str:
-    """Patch a base model's layers with liger-kernel's functions; return a line for the log.
+    """Patch a base model's layers with liger-kernel; return a summary, "" if it is not installed.
 
-    Its norms, rotary embedding and activation are used. Its loss is not: it synchronises with the
-    GPU in each step (liger-kernel 0.8, ops/fused_linear_cross_entropy.py, `.item()`) and computes
-    the logits of unsupervised tokens (see loop/training/loss.py). The line is empty if liger-kernel
-    is not installed.
+    Norms, rotary embedding and activation are patched. The loss is not: liger-kernel's loss
+    synchronises with the GPU in each step (0.8, ops/fused_linear_cross_entropy.py, `.item()`), and
+    computes the logits of unsupervised tokens, too. See loop/training/loss.py.
     """
     found = version("liger-kernel")
     kind = model.config.model_type
@@ -29,7 +28,7 @@ def use_kernels(model: Any) -> str:
         return ""
     if kind not in LIGER_MODELS or not _is_known(model, kind):
         return f"liger-kernel {found}: not used for this {kind} model"
-    # Its MLP always uses SiLU.
+    # liger-kernel's MLP always uses SiLU.
     silu = model.config.hidden_act in ("silu", "swish")
     try:
         patches = importlib.import_module("liger_kernel.transformers.monkey_patch")
@@ -48,9 +47,9 @@ def use_kernels(model: Any) -> str:
 
 
 def _is_known(model: Any, kind: str) -> bool:
-    """Return whether the code is transformers' own, with every module that liger-kernel patches.
+    """Return whether the model is transformers' own and has all modules that liger-kernel patches.
 
-    Otherwise the patch could fail with half of the layers changed.
+    For another model, the patch could fail after it has changed some of the layers.
     """
     code = sys.modules.get(type(model).__module__)
     layers = getattr(getattr(model, "model", None), "layers", [])
@@ -71,7 +70,7 @@ DROPOUT_LEVELS = 1 << 16  # A probability is rounded to a multiple of 1 / DROPOU
 
 
 class Dropout(nn.Dropout):
-    """torch.nn.Dropout for CPUs, with torch's generator; `p` is rounded to a multiple of 2^-16."""
+    """A faster torch.nn.Dropout for CPUs; `p` is rounded to a multiple of 2^-16."""
 
     def forward(self, values: Tensor) -> Tensor:
         """Return the values, some set to 0 and the others scaled up; any shape and dtype."""
@@ -83,10 +82,11 @@ class Dropout(nn.Dropout):
 
 
 class _Dropout(Function):
-    # The backward pass keeps one byte per element; torch 2.13 keeps a factor in the values' dtype.
+    # Keeps one byte per element for the backward pass. torch 2.13 keeps a factor per element, in
+    # the dtype of the values.
     @staticmethod
     def forward(ctx: Any, values: Tensor, dropped: int) -> Tensor:
-        # torch draws on one thread, and a 64-bit number costs as much as a 16-bit one.
+        # torch draws on one thread, and 64 bits cost as much as 16: one draw for four elements.
         draws = torch.empty(-(-values.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
         bits = draws.view(torch.int16)[: values.numel()].view(values.shape)
         kept = bits >= dropped - DROPOUT_LEVELS // 2
@@ -101,22 +101,21 @@ class _Dropout(Function):
 
 
 def replace_dropout(model: nn.Module) -> None:
-    """Replace all dropout modules of a model; this dropout takes half of the time of PyTorch's."""
+    """Replace a model's dropout modules by `Dropout`, which takes half of PyTorch's time."""
     for parent in [*model.modules()]:
-        for name, child in [*parent._modules.items()]:  # also a module with two names
+        for name, child in [*parent._modules.items()]:  # unlike named_children(), duplicates too
             if type(child) is nn.Dropout:
                 setattr(parent, name, Dropout(child.p).train(child.training))
 
 
 def keep_memory() -> None:
-    """Make glibc keep freed memory, which the next step allocates again.
+    """Make glibc keep freed memory for the next step.
 
-    Memory that was returned to the system costs a page fault and zeroing for each page of 4 KiB.
-    The numbers are those of glibc's malloc.h.
+    Memory returned to the system would cost a page fault and zeroing for each page of 4 KiB.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_threshold = -1, -3
-        libc.mallopt(trim_threshold, -1)  # never
-        # glibc 2.33 accepts 32 MiB at most. The line above has disabled its dynamic threshold.
+        trim_threshold, mmap_threshold = -1, -3  # parameter numbers in glibc's malloc.h
+        libc.mallopt(trim_threshold, -1)  # -1: never return memory
+        # Setting a threshold disables glibc's automatic one. glibc 2.33 accepts 32 MiB at most.
         if not libc.mallopt(mmap_threshold, 1 << 30):
             libc.mallopt(mmap_threshold, 32 << 20)

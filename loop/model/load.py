@@ -1,4 +1,4 @@
-"""Loads the base model, in the run's precision or in 4 bits, and injects the LoRA adapter."""
+"""Loads the base model in the run's precision or in 4 bits, and injects the LoRA adapter."""
 
 import warnings
 from collections.abc import Iterator
@@ -38,19 +38,19 @@ def load_model(base_model: BaseModel, config: Config, accelerator: Accelerator) 
 
     Raises UserError for targets that the model does not have.
     """
-    # Loading under ZeRO-3 runs collectives; a failed rank must not add another one.
+    # ZeRO-3 loads with collectives, which `raise_on_all_ranks` does not allow in its block.
     sharded = zero_stage(accelerator) == 3
     with nullcontext() if sharded else raise_on_all_ranks():
         model = _load_base_for_training(base_model, config, accelerator)
     model.config.use_cache = False
-    # torch.compile fuses by itself.
+    # torch.compile fuses operations itself.
     on_gpu = accelerator.device.type == "cuda" and not config.torch_compile
     if on_gpu and (summary := use_kernels(model)):
         print_rank0(f"kernels: {summary}")
     if config.gradient_checkpointing:
-        # Before DeepSpeed's pull request 8148 (in 0.19.8), non-reentrant recomputation found
-        # partitioned parameters (transformers#47254). Reentrant checkpointing needs inputs that
-        # require a gradient.
+        # Under ZeRO-3, checkpointing is reentrant: before DeepSpeed 0.19.8 (pull request 8148), the
+        # other kind recomputed with partitioned parameters (transformers#47254). Reentrant
+        # checkpointing needs inputs that require a gradient.
         model.gradient_checkpointing_enable({"use_reentrant": sharded})
         if sharded:
             model.enable_input_require_grads()
@@ -59,15 +59,15 @@ def load_model(base_model: BaseModel, config: Config, accelerator: Accelerator) 
         new_tokens.grow(model, len(base_model.tokenizer))
         values = new_tokens.first_values(model, tokens)
     torch.manual_seed(config.seed)  # lora_A's initial values
-    # DeepSpeed casts all parameters to one dtype and keeps an fp32 master of the trainable ones.
-    # Other backends train fp32 parameters under autocast.
+    # Without DeepSpeed, trainable parameters are fp32 and run under autocast. DeepSpeed casts all
+    # parameters to one dtype, and keeps an fp32 master of the trainable ones.
     autocast = accelerator.state.deepspeed_plugin is None
     with raise_on_all_ranks(), new_tokens.without_collectives():
         with_adapter = _add_adapter(model, base_model, config, autocast)
     values = None if config.lora_weight_path else values
     new_tokens.set_up(with_adapter, values, config.train_new_tokens, sharded)
     if autocast:
-        # peft casts its own parameters only, not the base model's biases.
+        # peft casts its own parameters only. Trained biases belong to the base model.
         for parameter in with_adapter.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -89,15 +89,15 @@ def load_pretrained(
     compute_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> tuple[Any, list[str]]:
-    """Return the base model from the folder or hub name `source`, and the weights it lacks.
+    """Return the base model from the folder or hub name `source`, and the missing weights' names.
 
-    base_config: decides the class, and whether the stored weights are quantised already.
-    compute_dtype: of QLoRA's 4-bit linear layers; None: they are not quantised here.
+    base_config: determines the class, and whether the stored weights are already quantised.
+    compute_dtype: of QLoRA's 4-bit linear layers; None: weights are not quantised here.
     Raises UserError for files that cannot be loaded.
     """
     if compute_dtype:
         settings = four_bit(compute_dtype)  # This also makes bitsandbytes importable.
-        # A stored 4-bit model has its own settings. They would override these with a warning.
+        # A stored 4-bit model's own settings would override these, with a warning.
         if not getattr(base_config, "quantization_config", None):
             options["quantization_config"] = settings
     with (
@@ -122,7 +122,7 @@ def _load_base_for_training(base_model: BaseModel, config: Config, accelerator: 
         print_rank0(f"note: {about_zero3(config)}")
     options: dict[str, Any] = {}
     if not zero3 and (config.q_lora or accelerator.device.type == "cuda"):
-        # From the mapped file directly to this rank's device. ZeRO-3 loads in its own way.
+        # Copies weights from the mapped file directly to this rank's device. ZeRO-3 cannot.
         options["device_map"] = {"": accelerator.device}
     dtype = torch_dtype(config.precision)
     with _ties_of_gathered_weights() if zero3 else nullcontext():
@@ -151,10 +151,10 @@ def _load_base_for_training(base_model: BaseModel, config: Config, accelerator: 
 
 @contextmanager
 def _ties_of_gathered_weights() -> Iterator[None]:
-    """Gather weights before transformers compares and ties them.
+    """Gather weights before transformers compares them and ties equal ones.
 
-    Under ZeRO-3 it compares one rank's empty partitions (5.23, modeling_utils.py), finds them
-    equal, and replaces Flan-T5's LM head with the embedding.
+    Under ZeRO-3, transformers 5.23 compares empty partitions, which are equal
+    (modeling_utils.py). It then replaces Flan-T5's LM head by the embedding.
     """
     if not compares_ties():
         yield
@@ -177,7 +177,7 @@ def _add_adapter(model: Any, base_model: BaseModel, config: Config, autocast: bo
         saved = PeftConfig.from_pretrained(config.lora_weight_path)
         saved.lora_dropout = config.lora_dropout
         with as_user_error(f"--lora_weight_path {config.lora_weight_path}"):
-            # peft only warns, and training would start from random values.
+            # peft only warns of missing weights. Training would start from random values.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             loaded = PeftModel.from_pretrained(
                 model,
@@ -206,7 +206,7 @@ def _add_adapter(model: Any, base_model: BaseModel, config: Config, autocast: bo
 
 
 def leave_inputs(with_adapter: Any) -> None:
-    """Disable peft's cast of LoRA inputs to fp32, since autocast casts them back."""
+    """Disable peft's cast of LoRA inputs to fp32, which autocast would undo."""
     for module in with_adapter.modules():
         if isinstance(module, BaseTunerLayer):  # peft 0.21, tuners/tuners_utils.py
             module.cast_input_dtype_enabled = False

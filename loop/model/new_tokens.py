@@ -1,7 +1,7 @@
 """Embedding and LM head rows of new tokens, trained and saved with the adapter.
 
-peft's trainable tokens (0.21, tuners/trainable_tokens/layer.py) store them in the adapter's files.
-Their modules, initial values and forward pass are defined here.
+peft stores the rows as trainable tokens in the adapter's files (0.21,
+tuners/trainable_tokens/layer.py). This module sets the layers, initial values and forward pass.
 """
 
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from data.errors import UserError
 from loop.utils import Tensors, gathered, use_whole
 
-ROWS_MULTIPLE = 8  # of a grown matrix: GPUs multiply such sizes faster
+ROWS_MULTIPLE = 8  # A grown matrix has a multiple of 8 rows, with which GPUs multiply faster.
 
 
 def grow(model: Any, tokens: int) -> None:
-    """Grow embedding and LM head to a row for each token, if they have fewer.
+    """Grow embedding and LM head to at least one row per token; new rows are the old rows' mean.
 
-    The new rows are the mean of the old ones. transformers' `resize_token_embeddings` (5.23) would
-    also shrink the matrices, and tie Flan-T5's separate LM head to the embedding.
+    transformers' `resize_token_embeddings` (5.23) would also shrink the matrices, and tie Flan-T5's
+    separate LM head to the embedding.
     """
     for old in {id(m.weight): m.weight for m in _matrices(model)}.values():
         if getattr(old, "ds_shape", old.shape)[0] >= tokens:
@@ -37,12 +37,12 @@ def grow(model: Any, tokens: int) -> None:
                 name = "num_embeddings" if isinstance(module, nn.Embedding) else "out_features"
                 setattr(module, name, len(new))
         model.config.vocab_size = len(new)
-        if hasattr(model, "final_logits_bias"):  # in BART and Marian, as long as the LM head
+        if hasattr(model, "final_logits_bias"):  # BART and Marian: one element per LM head row
             model._resize_final_logits_bias(len(new))
 
 
 def grown(matrix: Tensor, tokens: int) -> Tensor:
-    """Return the matrix [rows, d] with a row for each token; new rows are the old ones' mean."""
+    """Return the matrix [rows, d] with at least one row per token; new rows are the old mean."""
     more = rows_needed(len(matrix), tokens) - len(matrix)
     if not more:
         return matrix
@@ -51,14 +51,14 @@ def grown(matrix: Tensor, tokens: int) -> Tensor:
 
 
 def rows_needed(rows: int, tokens: int) -> int:
-    """Return the number of rows of a matrix that was grown to a row for each token."""
+    """Return the number of rows after `grown`."""
     return rows if rows >= tokens else ceil(tokens / ROWS_MULTIPLE) * ROWS_MULTIPLE
 
 
 def first_values(model: Any, tokens: list[int]) -> dict[str, Tensor]:
-    """Return the mean of all rows before the new tokens', `input` and `output`, each [d].
+    """Return the mean of the old tokens' rows: embedding (`input`), LM head (`output`), each [d].
 
-    Every rank must call this: under ZeRO-3 the rows are gathered.
+    Every rank must call this, since ZeRO-3 gathers the rows.
     """
     means = {}
     for name, matrix in zip(("input", "output"), _matrices(model), strict=True):
@@ -70,42 +70,43 @@ def first_values(model: Any, tokens: list[int]) -> dict[str, Tensor]:
 def places(model: Any, tokens: list[int]) -> dict[str, list[int]]:
     """Return peft's `trainable_token_indices`: the tokens whose rows are trained, by module name.
 
-    If all modules share one matrix, peft ties their rows. It would also tie Flan-T5's LM head,
-    since transformers declares every T5's head as tied. It does not tie modules whose tokens are in
-    a different order (0.21, utils/other.py, `indices_mismatch`), so the head's are reversed. This
-    needs at least two tokens (data/encoding/tokenizer.py, COMPANION).
+    If embedding and LM head share one matrix, peft ties their rows. It would also tie Flan-T5's
+    separate LM head, since transformers declares every T5's head as tied. But it does not tie
+    modules that list the tokens in different orders (0.21, utils/other.py, `indices_mismatch`). So
+    a separate head lists them reversed, which needs two tokens (data/encoding/tokenizer.py,
+    COMPANION).
     """
     embedding, head = _matrices(model)
     names = {id(module): name for name, module in model.named_modules()}
     if head.weight is embedding.weight:
         return {names[id(embedding)]: tokens}
-    readers = [
+    embeddings = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and module.weight is embedding.weight
     ]
-    own = [name for name in readers if name != names[id(embedding)]] or readers
-    return {**dict.fromkeys(own, tokens), names[id(head)]: tokens[::-1]}
+    chosen = [name for name in embeddings if name != names[id(embedding)]] or embeddings
+    return {**dict.fromkeys(chosen, tokens), names[id(head)]: tokens[::-1]}
 
 
 def check_targets(taken: dict[str, list[int]], targets: tuple[str, ...]) -> None:
-    """Raise UserError for a module that would get both rows of new tokens and a LoRA pair.
+    """Raise UserError for a LoRA target whose new tokens' rows are trained.
 
-    peft supports only one of the two (0.21, `_set_trainable`).
+    peft trains either rows or a LoRA pair of a module, not both (0.21, `_set_trainable`).
     """
     both = [t for t in targets if any(f".{name}".endswith(f".{t}") for name in taken)]
     if both:
         raise UserError(
-            f"--lora_target_modules: found {', '.join(both)}, which has the rows of new tokens; "
-            "expected other modules. Leave it out; its new rows are trained without it."
+            f"--lora_target_modules: found {', '.join(both)}, whose rows of new tokens are "
+            "trained already; expected other modules. Leave it out."
         )
 
 
 @contextmanager
 def without_collectives() -> Iterator[None]:
-    """Make peft create rows of zeros instead of reading a matrix that ZeRO-3 may partition.
+    """Make peft create zero rows instead of gathering them from a matrix partitioned by ZeRO-3.
 
-    peft's own gather requires a CUDA device, also on a CPU (0.21, `_collect_token_weights`).
+    peft's gather works on a CUDA device only (0.21, `_collect_token_weights`).
     """
     collect = TrainableTokensLayer._collect_token_weights
 
@@ -122,17 +123,17 @@ def without_collectives() -> Iterator[None]:
 def set_up(
     model: nn.Module, values: dict[str, Tensor] | None, train: bool, sharded: bool = False
 ) -> None:
-    """Set the injected rows' initial values, tie them as the matrices are, and set their forward.
+    """Initialise the rows that peft injected, tie them like the matrices, replace their forward.
 
-    values: of `first_values`; None keeps the rows of a loaded adapter. sharded: ZeRO-3 partitions
-    the rows.
+    values: from `first_values`; None keeps the rows of a loaded adapter. train: whether the rows
+    are trained. sharded: whether ZeRO-3 partitions the rows.
     """
     layers = [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
     first: TrainableTokensLayer | None = None
     for layer in layers:
         embeds = isinstance(layer.get_base_layer(), nn.Embedding)
         if embeds and not layer.tied_adapter:
-            if first is not None:  # The encoder's and the decoder's embedding are one matrix.
+            if first is not None:  # Encoder and decoder share one embedding matrix.
                 layer.trainable_tokens_delta = first.trainable_tokens_delta
             first = first or layer
         for rows in layer.trainable_tokens_delta.values():
@@ -146,9 +147,10 @@ def set_up(
 
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Apply the frozen matrix, then replace the new tokens' part of its result.
+    """Apply the frozen matrix, then replace the new tokens' outputs.
 
-    peft's own forward copies the matrix, and its backward pass creates a gradient of that size.
+    peft's forward copies the complete matrix, and its backward pass creates a gradient of that
+    size.
     """
     result: Tensor = self.base_layer(x, *args, **kwargs)
     if self.disable_adapters or self.merged:
@@ -171,7 +173,7 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def rows(model: nn.Module, trained: Tensors, keep: bool) -> Tensors:
     """Return the trained parameters and all new rows, also frozen ones, by peft's names.
 
-    Rows are rounded to the dtype of their matrix, in which `_forward` and peft compute, so a merged
+    Rows are rounded to their matrix's dtype, in which `_forward` and peft compute. So a merged
     model has the same values. Every rank must call this; a rank without `keep` returns nothing.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -189,7 +191,7 @@ def rows(model: nn.Module, trained: Tensors, keep: bool) -> Tensors:
 
 
 def row_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each layer's rows by its name in the adapter's file."""
+    """Return the shapes of all new rows, by the rows' names in the adapter's file."""
     return {
         f"{name}.trainable_tokens_delta": tuple(getattr(rows, "ds_shape", rows.shape))
         for name, layer in _owners(model).items()
@@ -198,7 +200,7 @@ def row_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def replaced(model: nn.Module) -> dict[int, tuple[list[int], str]]:
-    """Return, by the id of a matrix, the tokens of its replaced rows and their name in `rows`."""
+    """Return each matrix's new tokens and their rows' name in `rows`, by the `id` of the matrix."""
     return {
         id(layer.get_base_layer().weight): (tokens, f"{name}.trainable_tokens_delta.{adapter}")
         for name, layer in _owners(model).items()
@@ -207,14 +209,14 @@ def replaced(model: nn.Module) -> dict[int, tuple[list[int], str]]:
 
 
 def check_rows(model: Any, tokens: list[int], folder: str) -> None:
-    """Raise UserError if a loaded adapter's rows are not those of the run's new tokens."""
+    """Raise UserError if a loaded adapter has rows of other tokens than the run's new ones."""
     config = model.peft_config["default"]
     found = config.trainable_token_indices or {}
     found = found.values() if isinstance(found, dict) else [found]
     held = sorted({token for ids in found for token in ids})
     if held != tokens:
         raise UserError(
-            f"--lora_weight_path {folder}: found rows of the tokens {held}; expected those of "
+            f"--lora_weight_path {folder}: found rows of the tokens {held}; expected rows of "
             f"{tokens}, the tokenizer's new tokens. Give --t5_compat as in the adapter's training, "
             "or train a new adapter."
         )
@@ -225,7 +227,7 @@ def _matrices(model: Any) -> tuple[Any, Any]:
 
 
 def _owners(model: nn.Module) -> dict[str, Any]:
-    """Return the layers whose rows are in the adapter's file, by module name."""
+    """Return the layers whose rows are saved in the adapter's file, by module name."""
     return {
         name: module
         for name, module in model.named_modules()

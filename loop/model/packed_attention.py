@@ -1,4 +1,4 @@
-"""Packed attention: several examples in one row without padding, and none attends to another."""
+"""Packed attention: examples share one row without padding, and none attends to another."""
 
 import math
 from collections.abc import Iterator
@@ -15,24 +15,26 @@ from data.batching.collate import Groups
 from data.errors import UserError
 
 PER_EXAMPLE = "sdpa_per_example"
-# These layers mix positions of a row in attention only.
+# Layer types that mix the positions of a row in attention only.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 # Below this length, PyTorch 2.13's backward pass on CPUs is slower in bf16 than in fp32: 2.7 ms
 # against 0.7 ms at 85 tokens (benchmarks/profile.md).
 MIN_BF16_TOKENS = 512
-# Longest example, prefix included, whose prefix queries are skipped on a CPU. Skipping needs a
-# mask, with which PyTorch's kernel also computes the scores above the diagonal. A longer example
-# gains only if the prefix is at least half of it. The mask's size is the square of the length.
+# On a CPU, examples up to this length, prefix included, skip the queries of their shared prefix.
+# Skipping needs a mask, and with a mask PyTorch's kernel computes the scores above the diagonal,
+# too. So a longer example is faster only if the prefix is at least half of it. The second limit
+# bounds the mask, whose size is the square of the length.
 MAX_MASKED_TOKENS, MAX_MASKED_TOKENS_LONG_PREFIX = 400, 1024
-# Models that do not pass keyword arguments to their attention, or call it in another way
+# Models that do not pass keyword arguments to the attention function, or call it differently
 # (transformers 5.23).
 UNSUPPORTED_MODELS = {"nemotron", "afmoe", "doge"}
 
 
 def can_pack(base_config: Any) -> bool:
-    """Return whether the model mixes positions in attention only, and calls the registered one.
+    """Return whether the model can run on packed rows.
 
-    Other models (Mamba, code that comes with the model) run on padded rows.
+    It must mix positions in attention only, and call transformers' registered attention function.
+    Other models, such as Mamba and remote code, run on padded rows.
     """
     if (
         base_config.is_encoder_decoder
@@ -42,7 +44,7 @@ def can_pack(base_config: Any) -> bool:
     kind = AutoModelForCausalLM._model_mapping[type(base_config)]
     layers = getattr(base_config, "layer_types", None) or []
     return bool(
-        # True if the model passes keyword arguments to its attention (transformers 5.23).
+        # Set if the model passes keyword arguments to the attention function (transformers 5.23).
         kind._supports_attention_backend
         and kind._supports_sdpa
         and base_config.model_type not in UNSUPPORTED_MODELS
@@ -52,13 +54,13 @@ def can_pack(base_config: Any) -> bool:
 
 
 def implementation(packed: bool, flash: bool, compiled: bool = False) -> str:
-    """Return transformers' name of the run's attention; registers the packed one."""
+    """Return transformers' name of the run's attention function; registers the packed one."""
     if flash:
         return "flash_attention_2"
     if packed:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        # Compiled, it would be recompiled for each set of lengths.
+        # torch.compile would recompile it for each set of lengths.
         uncompiled: Any = torch.compiler.disable  # untyped
         attention = uncompiled(per_example) if compiled else per_example
         ALL_ATTENTION_FUNCTIONS.register(PER_EXAMPLE, attention)
@@ -67,7 +69,7 @@ def implementation(packed: bool, flash: bool, compiled: bool = False) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """The groups of a row; torch.compile recompiles for other plain integers, but not for a Row."""
+    """A row's prefix groups; as a class, since torch.compile recompiles for new plain integers."""
 
     groups: Groups
 
@@ -75,9 +77,9 @@ class Row:
 def row_inputs(groups: Groups, flash: bool) -> dict[str, Any]:
     """Return a packed row's model inputs: `position_ids` [1, T] and the `row`.
 
-    FlashAttention-2 gets the examples' boundaries instead, int32 [B + 1] (transformers 5.23,
-    modeling_flash_attention_utils.py). Without them every layer would search for them. It does not
-    share prefixes.
+    For FlashAttention-2, the `row` is replaced by the examples' boundaries, int32 [B + 1]
+    (transformers 5.23, modeling_flash_attention_utils.py). Otherwise every layer would compute
+    them. FlashAttention-2 does not share prefixes.
     """
     spans = [
         span
@@ -106,10 +108,10 @@ def per_example(
     """Return attention's output [1, T, heads, d] for a packed row, computed example by example.
 
     query: [1, heads, T, d]; key and value: [1, key heads, T, d]. Each example attends to its
-    group's shared prefix and to itself. Without a `row`, transformers' own attention runs; its rows
-    have no padding. Raises UserError for a model that is not causal.
+    group's shared prefix and to itself. Without a `row`, this is transformers' attention for rows
+    without padding. Raises UserError for a model that is not causal.
     """
-    # Here: the import is slow, and commands without a model do not need it.
+    # Imported here: it is slow, and commands without a model do not need it.
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if row is None:
@@ -126,7 +128,7 @@ def per_example(
     if upcast:
         query, key, value = query.float(), key.float(), value.float()
     outputs = []
-    # Autocast would cast back to bf16.
+    # Autocast would cast the fp32 tensors back to bf16.
     with torch.autocast("cpu", enabled=False) if upcast else nullcontext():
         for q, k, v, new in _examples(row.groups, on_cpu, query, key, value):
             if upcast and q.shape[2] >= MIN_BF16_TOKENS:
@@ -143,7 +145,7 @@ def _examples(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
     """Yield each example's queries, keys and values, and how many of its last outputs are new.
 
-    A row holds each group's shared prefix once, followed by the rest of each of its examples. With
+    A row holds each group's shared prefix once, then the rest of each example of the group. With
     groups [[3, 2, 4], [0, 2]]:
 
         row                 P P P a a b b b b c c
@@ -154,13 +156,14 @@ def _examples(
         example 3  queries                    c c     2 new outputs
                    keys                       c c
 
-    Invariant: the new outputs, in order, are the row's tokens, each once. On a GPU, and where
-    `_skips_prefix_queries` is false, example 2's queries also include P; its outputs are not new.
+    Invariant: the new outputs, concatenated, are one output per token of the row, in order. On a
+    GPU, and where `_skips_prefix_queries` is false, example 2 has the queries P, too. Their outputs
+    are not new.
     """
     lengths = [length for group in groups for length in group]
     parts = zip(*(torch.split(x, lengths, 2) for x in row), strict=True)
-    # A part is a view, and a view that the backward pass keeps keeps all of the row. Where prefixes
-    # make copies necessary, copy every part, so that only the copies are kept.
+    # Each part is a view of the row. If the backward pass keeps one view, the complete row stays in
+    # memory. Shared prefixes require copies of some parts, so all parts are copied then.
     sharing = any(shared for shared, *_ in groups)
     for shared, *rest in groups:
         prefix = next(parts)  # empty tensors where nothing is shared
@@ -175,7 +178,7 @@ def _examples(
 
 
 def _skips_prefix_queries(shared: int, length: int) -> bool:
-    """Return whether attention of the last `length` queries with a mask is the faster way."""
+    """Return whether it is faster to skip the prefix queries and use a mask."""
     long_prefix = shared >= length
     longest = MAX_MASKED_TOKENS_LONG_PREFIX if long_prefix else MAX_MASKED_TOKENS
     return shared + length <= longest
@@ -205,8 +208,8 @@ def _attend_from_suffix(
 def _mask(query: Tensor, length: int, window: int | None) -> Tensor | None:
     """Return the mask [t, length] of an example's last t queries; None: causal attention."""
     if window is not None and length > window:
-        places = torch.arange(length, device=query.device)
-        distance = places[-query.shape[2] :, None] - places
+        positions = torch.arange(length, device=query.device)
+        distance = positions[-query.shape[2] :, None] - positions
         return (distance >= 0) & (distance < window)
     if query.shape[2] == length:
         return None
@@ -215,9 +218,10 @@ def _mask(query: Tensor, length: int, window: int | None) -> Tensor | None:
 
 @lru_cache(4)
 def _causal(size: int, dtype: torch.dtype) -> Tensor:
-    """Return a causal mask [size, size] to add to scores, shared by all layers' backward passes.
+    """Return a causal mask [size, size] to add to scores; all layers share it.
 
-    From a boolean mask, PyTorch's kernel would create and keep such a tensor in each call.
+    With a boolean mask, PyTorch's kernel would create such a tensor in each call, and keep it for
+    the backward pass.
     """
     with torch.inference_mode(False):  # An inference tensor cannot be used in a backward pass.
         return torch.full((size, size), -math.inf, dtype=dtype).triu(1)

@@ -1,4 +1,4 @@
-"""QLoRA's base weights: 4-bit NF4 settings, checks of what fits them, and parameter sizes."""
+"""QLoRA: NF4 settings, layers kept in fp32, checks of stored weights, and parameter sizes."""
 
 import ctypes
 import logging
@@ -20,9 +20,9 @@ from loop.model.dtypes import DTYPE_NAMES
 
 @contextmanager
 def kept_in_fp32() -> Iterator[None]:
-    """Make transformers load a model's `_keep_in_fp32_modules` in fp32 also for bf16.
+    """Make transformers load a model's `_keep_in_fp32_modules` in fp32, also in a bf16 model.
 
-    By default it does so for fp16 only (5.23, modeling_utils.py, `_get_dtype_plan`).
+    By default, it does so in an fp16 model only (5.23, modeling_utils.py, `_get_dtype_plan`).
     """
     plan = PreTrainedModel._get_dtype_plan
 
@@ -39,8 +39,8 @@ def kept_in_fp32() -> Iterator[None]:
 def compute_in_fp32(model: nn.Module, deepspeed: bool) -> None:
     """Make linear layers that are stored in fp32 compute in fp32, also under autocast.
 
-    deepspeed: also exempt them from DeepSpeed's cast. Call it before LoRA is injected: then the
-    only fp32 layers are those of `kept_in_fp32`.
+    deepspeed: also exempt them from DeepSpeed's cast. Call this before LoRA is injected: until
+    then, only the layers of `kept_in_fp32` are fp32.
     """
     linear: list[Any] = [module for module in model.modules() if isinstance(module, nn.Linear)]
     in_fp32 = [module for module in linear if module.weight.dtype == torch.float32]
@@ -57,9 +57,9 @@ def _without_autocast(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Te
 
 
 def _exempt_from_deepspeed_cast() -> None:
-    """Restore `held_in_fp32` parameters after DeepSpeed's cast, before it partitions them.
+    """Undo DeepSpeed's cast of `held_in_fp32` parameters, before it partitions them.
 
-    DeepSpeed casts every parameter to one dtype and exempts buffers only (0.19.8,
+    DeepSpeed casts every parameter to one dtype; only buffers can be exempt (0.19.8,
     runtime/engine.py).
     """
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -79,10 +79,12 @@ def four_bit(compute_dtype: torch.dtype) -> Any:
     """Return transformers' settings for NF4 with double quantisation.
 
     The codes are stored in tensors of the compute dtype, because ZeRO-3 partitions floating-point
-    parameters only and DeepSpeed casts a model to one dtype. peft's
-    `prepare_model_for_kbit_training` (0.21, utils/other.py) also upcasts embeddings, norms and LM
-    head to fp32. That is not done here: LLaMA's norms compute in fp32, and the loss casts its
-    logits. transformers does not quantise T5's `wo`; `kept_in_fp32` loads it in fp32.
+    parameters only and DeepSpeed casts a model to one dtype.
+
+    Embeddings, norms and LM head stay in the compute dtype. peft's
+    `prepare_model_for_kbit_training` (0.21, utils/other.py) would upcast them to fp32. This is not
+    needed: LLaMA's norms compute in fp32, and the loss casts its logits. transformers does not
+    quantise T5's `wo`; `kept_in_fp32` loads it in fp32.
     """
     _unblock_bitsandbytes()
     from transformers import BitsAndBytesConfig
@@ -98,10 +100,10 @@ def four_bit(compute_dtype: torch.dtype) -> Any:
 
 @contextmanager
 def returned_memory() -> Iterator[None]:
-    """Return freed blocks of 1 MiB or more to the system while weights are converted.
+    """While weights are converted, return freed blocks of 1 MiB or more to the system.
 
-    By default, glibc raises this limit to 32 MiB (mallopt(3)). Then the temporary blocks of each
-    layer fragment the heap: quantising 135 million weights takes 314 MB instead of 75 MB, and
+    By default, glibc raises this limit up to 32 MiB (mallopt(3)). Then each layer's temporary
+    blocks fragment the heap: quantising 135 million weights takes 314 MB instead of 75 MB, and
     merging them sometimes takes 75 MB more.
     """
     libc = ctypes.CDLL(None)
@@ -114,13 +116,16 @@ def returned_memory() -> Iterator[None]:
         libc.mallopt(trim_threshold, 1 << 20)
         yield
     finally:
-        # glibc's own maximum. Tensors of training steps are not mapped again each time.
+        # glibc's own maximum: blocks of a training step are reused instead of mapped again.
         libc.mallopt(mmap_threshold, 32 << 20)
         libc.mallopt(trim_threshold, 64 << 20)
 
 
 def _unblock_bitsandbytes() -> None:
-    """Undo the entry files' import block, and clear the import checks of peft and transformers."""
+    """Allow the import of bitsandbytes, which train.py and __main__.py block.
+
+    peft and transformers cache whether it can be imported, so these caches are cleared.
+    """
     if sys.modules.get("bitsandbytes", True) is None:
         del sys.modules["bitsandbytes"]
     # On a CPU, each import warns about a missing faster kernel (0.50, backends/cpu/ops.py).
@@ -135,7 +140,7 @@ def _unblock_bitsandbytes() -> None:
 
 
 def check_quantization(base: str, base_config: Any, config: Config, zero: dict[str, Any]) -> None:
-    """Raise UserError for stored weights and flags that do not fit, before weights are read.
+    """Raise UserError if the stored weights do not fit the flags; the weights are not read.
 
     zero: DeepSpeed's `zero_optimization`; empty without DeepSpeed.
     """
@@ -165,18 +170,17 @@ def check_quantization(base: str, base_config: Any, config: Config, zero: dict[s
 
 
 def about_zero3(config: Config) -> str:
-    """Return what was measured of QLoRA under ZeRO-3."""
+    """Return a note on where QLoRA under ZeRO-3 was tested."""
     return (
-        "QLoRA under ZeRO-3 was measured on two CPU ranks (the losses of one process, half of the "
-        "4-bit weights on each) and on one H100 (the losses of the plain backend). It was not "
-        "measured on several GPUs."
+        "QLoRA under ZeRO-3 was tested on two CPU ranks and on one H100, with the same losses as "
+        "without DeepSpeed. It was not tested on several GPUs."
         + " Without --gradient_checkpointing True, the backward pass gathers all 4-bit weights."
         * (not config.gradient_checkpointing)
     )
 
 
 def _check_stored_settings(base: str, stored: dict[str, Any], config: Config, stage: int) -> None:
-    """Raise UserError if a stored 4-bit model's settings, which take precedence, do not fit."""
+    """Raise UserError if a stored 4-bit model's settings do not fit; they override the loop's."""
     # Defaults of transformers' BitsAndBytesConfig.
     kind = stored.get("bnb_4bit_quant_type") or "fp4"
     if kind != "nf4":
@@ -200,21 +204,22 @@ def _check_stored_settings(base: str, stored: dict[str, Any], config: Config, st
             f"expected {dtype}. Give the plain model, or use accelerate_configs/"
             f"{'ddp' if 'float' in storage else 'zero2'}.yaml."
         )
-    # DeepSpeed 0.19 casts floating-point tensors by value (runtime/engine.py). These hold codes.
+    # DeepSpeed 0.19 casts floating-point tensors by value (runtime/engine.py), which would change
+    # the 4-bit codes in them.
     if stage and "float" in storage and storage != dtype:
         raise UserError(
             f"{base}: its 4-bit weights are stored as {storage}, which DeepSpeed would cast to "
-            f"{dtype}; expected that, or uint8. Give the plain model, or use "
+            f"{dtype}; expected {dtype} or uint8. Give the plain model, or use "
             "accelerate_configs/ddp.yaml."
         )
 
 
 def describe_parameters(model: nn.Module) -> str:
-    """Return the counts of frozen and trainable parameters, and the bytes by dtype, unsharded."""
+    """Return parameter counts, frozen and trainable, and the unpartitioned bytes by dtype."""
     total = trainable = 0
     size: Counter[str] = Counter()
     for parameter in model.parameters():
-        stored = getattr(parameter, "ds_numel", parameter.numel())  # complete, also under ZeRO-3
+        stored = getattr(parameter, "ds_numel", parameter.numel())  # unpartitioned under ZeRO-3
         state = getattr(parameter, "quant_state", None)
         count = state.shape.numel() if state is not None else stored
         total += count

@@ -220,8 +220,8 @@ def test_an_incorrectly_saved_adapter_is_an_error(train: Train) -> None:
     zeros = {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in good.items()}
     for wrong, complaint in (
         ({n: t for n, t in good.items() if n != name}, "missing"),
-        ({**good, "other": good[name].clone()}, "unknown"),
-        ({**good, name: torch.zeros(0)}, "misshapen"),
+        ({**good, "other": good[name].clone()}, "unexpected"),
+        ({**good, name: torch.zeros(0)}, "of the wrong shape"),
         ({**good, name: good[name] * torch.inf}, "not finite"),
         (zeros, "is not trained"),
     ):

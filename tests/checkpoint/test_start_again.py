@@ -106,7 +106,7 @@ def test_a_checkpoint_with_another_step_in_its_name_is_refused(
 ) -> None:
     output = train("run", *SIX)
     (output / "checkpoint-4").rename(output / "checkpoint-99")
-    with pytest.raises(CorruptCheckpoint, match="renamed, it is checkpoint-4"):
+    with pytest.raises(CorruptCheckpoint, match="the folder was renamed from checkpoint-4"):
         verify(output / "checkpoint-99")
     (output / "checkpoint-99").rename(output / "best")
     assert verify(output / "best").step == 4

@@ -119,7 +119,7 @@ SEEDED = {
     "prompts that are not there": ("--sample_prompts {here}/no.txt", "no.txt: no such file; expe"),
     "prompts that nothing answers": ("--sample_prompts Hi --eval_strategy no", "found --eval_str"),
     "two trackers, one of them none": ("--report_to none wandb", "found none and a tracker"),
-    "an output that is a file": ("--output_dir {here}/bad.json", "it is a file; expected a folder"),
+    "an output that is a file": ("--output_dir {here}/bad.json", "found a file; expected a folder"),
     "another optimizer": ("--optim sgd", "--optim: found sgd; expected adamw_torch"),
     "a launch of half a machine": (
         "--num_processes 3 --accelerate_config {configs}/multi_node_zero2.yaml",
@@ -182,7 +182,7 @@ EXPECTED = (
     "--lora_rank: unknown flag. Did you mean --lora_r",
     "--lora_dropout: found 1.0; expected a value",
     "--optim: found sgd",
-    "--tags: found a tag that wandb does not take",
+    "--tags: found a tag that wandb does not accept",
     "--max_steps: found 0",
     "--num_data: found 0",
     "found --global_batch_size 8 and --gradient_accumulation_steps 2",
@@ -198,10 +198,10 @@ EXPECTED = (
     "no.json: no such file",
     "found --eval_data_path and --eval_fraction 0.1",
     "--load_best_model_at_end: found no evaluation",
-    "nothing in the model is named query",
+    "found query, which names no module of the model",
     "--template: found t5 with",
     "adapter_config.json: cannot be read",
-    "bad.json: it is a file; expected a folder",
+    "bad.json: found a file; expected a folder",
     "found peft 0.10.0; expected >=0.18",
     "found dill 0.0.1; datasets",
 )
@@ -253,7 +253,7 @@ def test_an_encoder_decoder_in_fp16_is_refused_and_one_in_bf16_is_not(
     t5 = ("--model_name_or_path", tiny_t5, "--mixed_precision")
     assert doctor(*t5, "bf16") == []
     found = doctor(*t5, "fp16")
-    assert [problem for problem in found if "whose activations overflow it" in problem]
+    assert [problem for problem in found if "whose activations overflow in fp16" in problem]
 
 
 def test_a_gpu_without_the_requested_features_is_reported(

@@ -227,7 +227,7 @@ def test_communication_follows_ranks_and_micro_batches(seven: Shape) -> None:
         (("--estimate", "--model_name_or_path", "{here}/gpt2"), "expects a LLaMA-like model"),
         (
             ("--estimate", "--model_name_or_path", "{here}/m", "--lora_target_modules", "query"),
-            "nothing in the model is named query",
+            "found query, which names no module of the model",
         ),
     ],
     ids=str,

@@ -241,7 +241,7 @@ def test_chat_answers_with_the_reloaded_model(tiny_t5: Path, train: Train) -> No
     ("flags", "message"),
     [
         (("--template", "vicuna"), r"found vicuna .*an encoder-decoder \(t5\); expected t5"),
-        (("--lora_target_modules", "q_proj"), "nothing in the model is named q_proj"),
+        (("--lora_target_modules", "q_proj"), "found q_proj, which names no module of the model"),
         (("--lora_target_modules", "q", "lm_head"), "found lm_head, which has the rows"),
         (("--lora_target_modules", "encoder.embed_tokens"), "found encoder.embed_tokens, which"),
     ],

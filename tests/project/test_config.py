@@ -95,7 +95,7 @@ def test_a_precision_flag_overrides_the_accelerate_config(monkeypatch: pytest.Mo
         (["--learning_rate", "nan"], 'found "nan"; expected a finite number'),
         (["--num_train_epochs", "inf"], "expected a finite number"),
         (["--seed", "99999999999999999999"], "--seed: found 99999999999999999999"),
-        (["--output_dir", ""], "expected a text"),
+        (["--output_dir", ""], "expected a non-empty text"),
         (["--learning_rate", "-1e-4"], "found -0.0001; expected a value above 0"),
         (["--warmup_ratio", "1.5"], "at most 1"),
         (["--max_steps", "0"], "--max_steps: found 0"),

@@ -116,7 +116,7 @@ def test_typed_twice_it_says_so_and_changes_nothing(
         copy / "loop/train.py", cwd=copy,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
-    assert "already holds this run, finished; nothing was changed" in again.stdout
+    assert "this run is already finished; nothing was changed" in again.stdout
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     other = command(copy / "launch.sh", "--seed", "1")
     assert other.returncode == 2
