@@ -110,9 +110,15 @@ def test_a_chat_template_that_trims_and_decorates_answers_is_followed_exactly(
 @pytest.mark.parametrize(
     ("template", "complaint"),
     [
-        ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", "close"),
+        (
+            "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
+            "no control token after",
+        ),
         # Only the dialogue's end has a control token: the first answer has none of its own.
-        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}<|im_end|>", "close"),
+        (
+            "{% for m in messages %}{{ m['content'] }}\n{% endfor %}<|im_end|>",
+            "no control token after",
+        ),
         ("{% for m in messages %}{{ m['role'] }}<|im_end|>{% endfor %}", "does not show"),
         # A title quotes the answer, before the question.
         (
