@@ -204,7 +204,7 @@ def test_a_tree_without_an_answer_is_counted_and_an_invalid_one_named(tmp_path: 
         _, account = converted(tmp_path, *flags)
         assert account["dropped"] == {"no answer": ["t", "u"]}
     wrong = {"prompt": message("prompter", "q", message("prompter", "r"))}
-    with pytest.raises(UserError, match="a reply is of the same role"):
+    with pytest.raises(UserError, match="a reply has the same role"):
         converted(tmp_path, "--in", written(tmp_path, "b.jsonl", wrong))
 
 

@@ -134,7 +134,7 @@ def test_no_more_processes_than_cores_are_started(
     with pytest.raises(SystemExit) as ended:
         convert.main(["--in", "a.json", "--out", str(tmp_path / "b.json"), "--processes", "-1"])
     assert ended.value.code == 2
-    assert "expected 0 or more" in capsys.readouterr().err
+    assert "expected a whole number, 0 or more" in capsys.readouterr().err
 
 
 def test_a_report_that_cannot_be_written_costs_no_work(

@@ -170,7 +170,7 @@ def test_a_round_at_the_limit_fits_and_one_token_more_does_not(tiny_model: Path)
     assert len(split(settings_of(tiny_model, "chat", limit), whole, "").records) == 1
     found = split(settings_of(tiny_model, "chat", limit - 1), whole, "")
     assert found.records == ()
-    assert found.dropped == ("round longer than a piece may be",)
+    assert found.dropped == ("round longer than --model_max_length",)
 
 
 def test_turns_that_follow_an_answer_stay_in_its_round_as_they_are(tiny_model: Path) -> None:
