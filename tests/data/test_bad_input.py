@@ -29,17 +29,17 @@ def answer(value: Any) -> bytes:
 
 
 def nested(levels: int) -> bytes:
-    inner = levels - 1  # the record is one
+    inner = levels - 1  # the record itself is one level
     return LINE[:-1] + b', "x": ' + b"[" * inner + b"]" * inner + b"}"
 
 
 PRIVATE = "".join(
     map(chr, [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)])
 )
-# A line between two valid records, and whether it counts as a bad record.
+# A line that is put between two valid records, and whether it is a bad record.
 LINES: dict[str, tuple[bytes, bool]] = {
     "cut off": (LINE[:40], True),
-    "nested as deep as may be": (nested(DEEPEST), False),
+    "nested as deeply as allowed": (nested(DEEPEST), False),
     "nested deeper": (nested(DEEPEST + 1), True),
     "nested 900": (nested(900), True),
     "nested 100,000": (nested(100_000), True),
@@ -231,7 +231,7 @@ def test_the_chunks_in_flight_have_a_limit_of_characters() -> None:
 
 
 def die(chunk: Any) -> None:
-    """Die like a process that the system kills when memory runs out."""
+    """Die like a process that the system kills because memory runs out."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""Cached examples are reused while their key is equal, and encoded again with a note if not."""
+"""Cached examples are reused if their key is equal; otherwise, data is encoded again."""
 
 import re
 import shutil

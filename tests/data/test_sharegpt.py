@@ -1,4 +1,4 @@
-"""Invalid input is named with its place or counted; no record is lost."""
+"""Invalid records are named with their place or counted; no record is lost."""
 
 import json
 from pathlib import Path

@@ -23,7 +23,7 @@ LONG = ["Why?", "Because. " * 600, "And?", "So. " * 900]
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Dialogues of all lengths: each limit truncates some, and one has no token left."""
+    """Dialogues of all lengths: each limit truncates some; one has no supervised token left."""
     short = [[f"Question {n}?", f"It is {n}. " * n] for n in range(1, 40)]
     return write_dialogues(tmp_path / "data.json", *short, LONG, ["x " * 2000, "Yes."])
 
