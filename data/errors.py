@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 class RunError(UserError):
-    """A failure that no flag or file caused, such as a full disk: exit code 1."""
+    """A failure during the run, such as a full disk: exit code 1."""
 
     exit_code = 1
 

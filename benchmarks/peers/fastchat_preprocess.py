@@ -22,9 +22,8 @@ def main(folder: str, text: str, max_tokens: int) -> None:
     tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     with open(text, encoding="utf-8") as opened:
         sources = [record["conversations"] for record in json.load(opened)]
-    with contextlib.redirect_stdout(
-        io.StringIO()
-    ):  # preprocess prints a line for each mismatched mask
+    # `preprocess` prints a line for each mismatched mask.
+    with contextlib.redirect_stdout(io.StringIO()):
         preprocess(sources[:4], tokenizer)
         begun = time.perf_counter(), time.process_time()
         encoded = preprocess(sources, tokenizer)

@@ -3,7 +3,7 @@
 python benchmarks/step/bare_loop.py plan|train|adapter OUT --flag value ...
 
 The flags are those of loop/train.py. `plan` writes the examples of each step. `train` trains
-without accelerate and without logging. `adapter` writes the initial adapter.
+without accelerate, and without logging between steps. `adapter` writes the initial adapter.
 """
 
 import json

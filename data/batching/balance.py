@@ -125,8 +125,8 @@ def _parts(chosen: list[Example], count: int, limits: Limits) -> list[list[Examp
 def _even_parts(chosen: list[Example], count: int, limits: Limits) -> list[list[Example]]:
     """Split examples into parts with about equal tokens.
 
-    The longest example is assigned first, each to the smallest part. Within a part, examples with a
-    common prefix are neighbours.
+    Examples are assigned from the longest to the shortest, each to the part with the fewest tokens.
+    Within a part, examples with a common prefix are neighbours.
     """
     parts: list[list[Example]] = [[] for _ in range(count)]
     open_parts = [(0, number) for number in range(count)]
@@ -141,9 +141,8 @@ def _even_parts(chosen: list[Example], count: int, limits: Limits) -> list[list[
 def _similar_parts(chosen: list[Example], count: int) -> list[list[Example]]:
     """Split examples into parts of similar size and similar lengths, the longest first.
 
-    The examples are sorted and halved, recursively. Of three orders, the one with the least padding
-    is taken: by source, by target, or by the longer side of a pair. For dialogues all three are
-    equal.
+    The examples are sorted and halved, recursively. Pairs are sorted by source, by target or by
+    their longer side, whichever saves most padding. A dialogue has only one length.
     """
     if count == 1:
         return [chosen]

@@ -10,7 +10,7 @@ MIN_PREFIX_TOKENS = 16  # sharing a shorter prefix saves less than it costs
 
 
 class PrefixGroup(NamedTuple):
-    """Examples whose first `shared` tokens are equal and computed once; 0 for one example."""
+    """Examples whose first `shared` tokens are equal and computed once; one example shares 0."""
 
     shared: int
     examples: list[Example]

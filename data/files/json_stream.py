@@ -66,7 +66,7 @@ class _Window:
         self.text = self.text.removeprefix("\ufeff")
 
     def more(self) -> bool:
-        """Read as much as is unparsed, at least CHUNK bytes; return whether anything was read."""
+        """Double the unparsed text, or read CHUNK bytes if these are more; False at the end."""
         if self.ended:
             return False
         self.line += self.text.count("\n", 0, self.at)

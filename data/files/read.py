@@ -152,7 +152,9 @@ def _arrow(path: Path) -> Iterator[Any]:
                 for start in range(0, batch.num_rows, ROWS_AT_ONCE):
                     yield from batch.slice(start, ROWS_AT_ONCE).to_pylist()
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        if getattr(error, "errno", None):  # an I/O error; one for a truncated file has no errno
+        if getattr(
+            error, "errno", None
+        ):  # an I/O error; the error for a truncated file has no errno
             raise
         raise UserError(f"{path}: not a complete Arrow file: {error}.") from None
 

@@ -39,7 +39,7 @@ RULES = {
     "fences": "remove empty code fences",
     "newlines": "reduce three or more line breaks to two, and strip messages",
     "empty": "end a dialogue before its first empty message",
-    "trim": "trim a dialogue to the first user's and the last assistant's message",
+    "trim": "start a dialogue at its first user message, and end it at its last answer",
     "plugins": "drop dialogues with plug-ins",
     "alternation": "drop dialogues in which user and assistant do not alternate",
     "short": "drop dialogues of fewer than 16 characters",
@@ -141,7 +141,7 @@ def clean(settings: Settings, record: Any, place: str) -> Result:
 
 
 def _cleaned(turns: Turns, settings: Settings) -> tuple[Turns, set[str]]:
-    """Apply the rules that change turns; return the turns and the names of effective rules."""
+    """Apply the rules that change turns; return the turns and the rules that changed them."""
     noted: set[str] = set()
     if "trim" in settings.rules:
         before, turns = len(turns), from_first_user(turns)

@@ -153,7 +153,7 @@ def _replies(message: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the replies that are not deleted, sorted by rank; replies without a rank are last."""
     replies = message.get("replies") or []
     if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
-        raise BadRecord("invalid replies", 'found other "replies"; expected a list of objects')
+        raise BadRecord("invalid replies", '"replies" has another type; expected a list of objects')
     if any(_role(reply) == _role(message) for reply in replies):
         raise BadRecord("turns do not alternate", "a reply has the same role as its parent")
     standing = [reply for reply in replies if not reply.get("deleted")]

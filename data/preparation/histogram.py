@@ -10,7 +10,7 @@ BARS_PER_DOUBLING = 4  # in the PNG
 
 
 def quantile(lengths: Mapping[int, int], share: float) -> int:
-    """Return the smallest length that at least this share of lengths does not exceed, or 0.
+    """Return the smallest length that this share of all lengths does not exceed; 0 without lengths.
 
     >>> quantile({10: 1, 20: 2, 90: 1}, 0.5)
     20

@@ -193,7 +193,7 @@ def _encoded(record: dict[str, Any]) -> bytes:
 
 @dataclass(frozen=True)
 class Result:
-    """The result of one input record; it counts as read once per output record and dropped item.
+    """The result of an input record; each output record and each dropped item counts as read.
 
     records: the output records. dropped: a cause for each dropped item. noted: changes to count.
     exact: (cause, digest) pairs; a digest of an earlier result drops this one as a duplicate.

@@ -13,7 +13,7 @@ UNKNOWN = ("und", "zxx")  # undetermined; no linguistic content (ISO 639-2)
 
 
 def language_of(texts: Iterable[str]) -> str:
-    """Return the ISO 639-1 code of the main language of the text outside of code fences."""
+    """Return the ISO 639-1 code of the texts' main language, outside of code fences."""
     text = ""
     for part in texts:
         text += " ".join(split_fences(part[:MAX_CHARACTERS])[::2]) + "\n"

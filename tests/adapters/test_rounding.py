@@ -52,7 +52,7 @@ def test_16_bit_values_are_not_changed_and_rows_are_independent(
     at_once = rounded(weight, inputs, torch.bfloat16)
     monkeypatch.setattr(rounding, "ROWS_AT_ONCE", 32)
     parts = rounded(weight, inputs, torch.bfloat16)
-    # A matrix product of fewer rows may differ in the last bit. This may change few roundings.
+    # A matrix product of fewer rows may differ in the last bit. This changes a few roundings.
     assert (at_once != parts).float().mean() < 1e-3
 
 

@@ -20,9 +20,7 @@ def read_wandb(file: Path) -> list[Any]:
 
     data, at, records, parts = file.read_bytes(), 7, [], b""
     while at + 7 <= len(data):
-        if (
-            BLOCK - at % BLOCK < 7
-        ):  # If no header fits into the rest of a block, the rest is padding.
+        if BLOCK - at % BLOCK < 7:  # no header fits, so the rest of the block is padding
             at += BLOCK - at % BLOCK
             continue
         size, kind = struct.unpack("<HB", data[at + 4 : at + 7])

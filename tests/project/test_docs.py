@@ -90,7 +90,7 @@ def read_job(text: str) -> PyTorchJob:
     """Return the job of a manifest; fails for an unknown field, and for a wrong type."""
     written = yaml.safe_load(text)
     job = msgspec.convert(written, PyTorchJob)
-    # A class of another library may ignore unknown fields. They would be missing here.
+    # lightkube's classes ignore unknown fields, which would be missing here.
     assert msgspec.to_builtins(job) == written
     return job
 

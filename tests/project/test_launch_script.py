@@ -93,9 +93,7 @@ def test_a_plain_launch_of_two_ranks_reports_an_error_once(tmp_path: Path) -> No
         "accelerate", "launch", "--config_file", "accelerate_configs/zero2.yaml",
         "--num_processes", "2", "--main_process_port", "0", "loop/train.py", "--lora_rank", "8",
     )  # fmt: skip
-    assert (
-        done.returncode == 1
-    )  # The exit code of the launcher, which does not depend on the ranks' codes.
+    assert done.returncode == 1  # The launcher does not pass on the ranks' exit codes.
     assert done.stderr.count("--lora_rank: unknown flag. Did you mean --lora_r?") == 1
 
 

@@ -1,4 +1,4 @@
-"""Checks of milliseconds stop a wrong run before it loads anything."""
+"""Checks that take milliseconds stop a wrong run before it loads anything."""
 
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""Starts the project's commands warm: a server has imported the libraries, and forks.
+"""Starts the project's commands warm: forked from a server that has imported the libraries.
 
 Imports take most of the time of a small run. Every Python process that the tests start imports this
 file first, because its folder is on PYTHONPATH. A command of the project (`accelerate launch`,
