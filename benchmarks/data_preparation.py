@@ -1,4 +1,4 @@
-"""Measures data preparation: encoding next to FastChat, cleaning, and a million dialogues.
+"""Measures data preparation: encoding compared with FastChat, cleaning, a million dialogues.
 
 python benchmarks/data_preparation.py [--parts encode clean many encoded] [--text FILE]
     [--tokenizer DIR] [--runs 3] [--fastchat DIR] [--clean_text FILE] [--dialogues N]
@@ -23,7 +23,7 @@ if not __package__:
 
 from loop.config.flags import DUMMY_DATA, ROOT
 
-PARTS = ("encode", "clean", "many", "encoded")  # of the measurement; one function each
+PARTS = ("encode", "clean", "many", "encoded")  # parts of the measurement, each a function
 FASTCHAT = ("fschat==0.2.36", "transformers==4.41.2", "numpy<2", "torch", "accelerate", "psutil")
 FASTCHAT += ("sentencepiece", "protobuf")
 MAX_TOKENS, CORES = 2048, 2
@@ -43,7 +43,9 @@ def main() -> None:
     kept = Path.home() / ".cache/lora-loop/fastchat"
     parser.add_argument("--fastchat", type=Path, default=kept, help="folder of its environment")
     parser.add_argument(
-        "--clean_text", type=Path, help="JSON to clean; tens of MB, as start-up time is included"
+        "--clean_text",
+        type=Path,
+        help="JSON to clean; tens of MB, because the time includes the start",
     )
     parser.add_argument("--dialogues", type=int, default=1_000_000, help="for the last two parts")
     asked = parser.parse_args()
@@ -81,7 +83,7 @@ def encode(asked: argparse.Namespace, folder: Path) -> None:
 
 
 def clean(asked: argparse.Namespace, folder: Path) -> None:
-    """Clean a file on one core, and read and write it as JSON, in turns."""
+    """Clean a file on one core, and in turns only read and write it as JSON."""
     text = asked.clean_text or asked.text
     size, out = text.stat().st_size / 1e6, folder / "clean.jsonl"
     words = [sys.executable, "-m", "data", "clean", "--in", str(text.resolve()), "--out", str(out)]
@@ -97,7 +99,7 @@ def clean(asked: argparse.Namespace, folder: Path) -> None:
         try:
             json.dumps(json.loads(text.read_bytes()))
         except ValueError:
-            reference = "the kept records, since the file is truncated"
+            reference = "the kept records, because the file is truncated"
             started = time.process_time()
             for line in out.read_text(encoding="utf-8").splitlines():
                 json.dumps(json.loads(line))
@@ -148,7 +150,7 @@ def encode_once(model: str, text: str) -> Facts:
     tokenizer, spent = load_tokenizer(model, Config()), []
     with tempfile.TemporaryDirectory() as name:
         kept = str(Path(name) / "kept")
-        for _ in range(2):  # the first pass warms up
+        for _ in range(2):  # the first pass is a warm-up
             tally, begun = Tally(), (time.perf_counter(), time.process_time())
             dialogues = read_dialogues([Path(text)], tally)
             examples = encode_dialogues(dialogues, "vicuna", tokenizer, MAX_TOKENS, tally)
@@ -228,7 +230,7 @@ def _fastchat(folder: Path) -> Path:
 
 
 def _two_forms(given: Path | None, folder: Path) -> Path:
-    """Write a tokenizer in this project's form and, in the subfolder `slow`, in FastChat's."""
+    """Write a tokenizer in this project's form, and FastChat's form into the subfolder `slow`."""
     from transformers import AutoTokenizer, LlamaTokenizer
 
     from loop.model.bundled_model import embedded_model
@@ -281,7 +283,7 @@ def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _peak() -> int:
-    """Return the peak resident memory of this process in MiB, pages of mapped files included."""
+    """Return the peak resident memory of this process in MiB, with pages of mapped files."""
 
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) // 1024

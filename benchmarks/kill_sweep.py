@@ -36,7 +36,7 @@ FLAGS = [
 
 @dataclass
 class Sweep:
-    """Kills by the phase of the run, and differences from the uninterrupted run."""
+    """Number of kills by phase of the run, and differences from the uninterrupted run."""
 
     kills: collections.Counter[str] = field(default_factory=collections.Counter)
     differences: list[str] = field(default_factory=list)
@@ -64,7 +64,7 @@ def trace(output: Path, rank: int = 0) -> list[str]:
 
 
 def samples(output: Path, ranks: int) -> dict[tuple[int, int], set[str]]:
-    """Return the example ids by (rank, step); more than one entry means that a resume differed."""
+    """Return the example ids by (rank, step); two entries in a set mean that a resume differed."""
     found: dict[tuple[int, int], set[str]] = collections.defaultdict(set)
     for rank in range(ranks):
         for line in map(json.loads, trace(output, rank)):
@@ -74,7 +74,7 @@ def samples(output: Path, ranks: int) -> dict[tuple[int, int], set[str]]:
 
 
 def saving(output: Path) -> bool:
-    """Whether a checkpoint is being written."""
+    """Return whether a checkpoint is being written."""
     return any(output.glob(".checkpoint-*.partial"))
 
 

@@ -1,9 +1,9 @@
-"""Prints figures of memory that depend on the machine, which no test bounds.
+"""Prints memory figures that depend on the machine, so that no test can bound them.
 
 python benchmarks/memory.py [faults] [merge]
 
 faults: page faults of 20 turns of allocations, with and without `keep_memory` (kernels.py).
-merge: the peak of resident memory that a merge adds, with the pages of mapped files.
+merge: the peak of the resident memory that a merge adds, with pages of mapped files.
 """
 
 import argparse
@@ -21,7 +21,7 @@ SHARD = 50_000_000  # bytes
 
 
 def faults(how: str) -> int:
-    """Return the page faults of the last 20 of 30 turns; `how`: "kept" or "given" back."""
+    """Return the page faults of the last 20 of 30 turns; how: memory is "kept" or "given" back."""
     import torch
 
     from loop.model.kernels import keep_memory
@@ -38,7 +38,7 @@ def faults(how: str) -> int:
 
 
 def merged(folder: str, *flags: str) -> int:
-    """Return the resident bytes that a merge adds at its peak, after a small one before it."""
+    """Return the resident bytes that a merge adds at its peak; a small merge runs before."""
     from transformers import AutoTokenizer
 
     from loop.adapters import merge
@@ -63,7 +63,7 @@ def merged(folder: str, *flags: str) -> int:
 
 
 def apart(*words: str) -> int:
-    """Return what a measurement prints last, in a process of its own."""
+    """Run a measurement in a separate process, and return the number that it prints last."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", "--measure", *words],
         cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,
@@ -72,7 +72,7 @@ def apart(*words: str) -> int:
 
 
 def main() -> None:
-    """Print what is asked for."""
+    """Print the chosen figures."""
     if sys.argv[1:2] == ["--measure"]:
         kind, *words = sys.argv[2:]
         print(faults(*words) if kind == "faults" else merged(*words))

@@ -2,7 +2,7 @@
 
 python benchmarks/screenshots.py RUN [RUN ...] [--out docs]
 
-The report shows all RUNs. TensorBoard shows the first one, if it has a TensorBoard log.
+The report shows all RUNs. TensorBoard shows the first RUN, if it has a TensorBoard log.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CLOSE = "document.querySelector('[aria-label=\"Close side pane\"]')?.click()"
 
 
 class Page:
-    """A page of a Chromium, controlled through a pipe with the DevTools protocol."""
+    """A page in Chromium, controlled with the DevTools protocol through a pipe."""
 
     def __init__(self, width: int, height: int) -> None:
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -91,7 +91,7 @@ class Page:
             time.sleep(0.5)
 
     def photograph(self, file: Path) -> None:
-        """Write a screenshot; it goes into the repository, so at most 200 kB."""
+        """Write a screenshot of at most 200 kB, because it is committed to the repository."""
         file.write_bytes(base64.b64decode(self.do("Page.captureScreenshot")["data"]))
         print(f"{file}: {file.stat().st_size / 1000:.0f} kB")
         if file.stat().st_size > 200_000:

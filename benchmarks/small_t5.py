@@ -2,8 +2,8 @@
 
 python benchmarks/small_t5.py --tokenizer DIR [--output_dir runs/small_t5] [--epochs 10]
 
-DIR holds T5's own tokenizer. The second task is the bundled dialogues with each answer in braces,
-which T5's vocabulary does not have.
+DIR has T5's tokenizer. The second task is to answer the bundled dialogues in braces. T5's
+vocabulary has no braces.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from loop.config.flags import DUMMY_DATA, ROOT, Config
 from loop.inputs.training_data import TrainingData, read_training_data
 from loop.training.loss import supervised_loss_sum
 
-HELD_OUT_EVERY = 10  # dialogues: one of them is held out
+HELD_OUT_EVERY = 10  # one of so many dialogues is held out
 ANSWER = '{{"answer": "{}"}}'
 
 
@@ -41,7 +41,7 @@ class Taught:
 
 
 def random_t5(rows: int, width: int, layers: int, tied: bool = False) -> Any:
-    """Return a random model like Flan-T5, with an LM head of its own unless `tied`."""
+    """Return a random model like Flan-T5, with a separate LM head unless `tied`."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)

@@ -1,1 +1,1 @@
-"""ShareGPT dialogues in, supervised token ids out; imports nothing of `loop/`."""
+"""Turns dialogues into batches of supervised token ids; imports nothing from `loop/`."""

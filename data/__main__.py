@@ -1,4 +1,4 @@
-"""`python -m data COMMAND`: prepares dialogues; each command is a module of data/preparation."""
+"""`python -m data COMMAND`: prepares dialogues. Each command is a module of data/preparation."""
 
 import sys
 
@@ -13,7 +13,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the command; a user error is one line and exit code 2."""
+    """Run the command; a UserError is printed in one line, and sets the exit code."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help"):
         lines = [f"  python -m data {command:8} {text}" for command, text in COMMANDS.items()]

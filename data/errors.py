@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """An error in flags, files or data that the user corrects: exit code 2.
+    """An error in flags, files or data that the user can correct: exit code 2.
 
-    known_to_all: all ranks raise this error, so no rank waits for another.
+    known_to_all: whether all ranks raise this error, so that no rank waits for another.
     """
 
     exit_code = 2
@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 class RunError(UserError):
-    """A failure outside of the run, such as a full disk: exit code 1."""
+    """A failure during the run, such as a full disk: exit code 1."""
 
     exit_code = 1
 
@@ -28,7 +28,10 @@ class Stopped(UserError):
 
 @contextmanager
 def collect_errors(errors: list[str] | None) -> Iterator[None]:
-    """Add the block's UserError to the list, which `doctor` prints; raise without a list."""
+    """Catch a UserError of the block and add it to the list; without a list, raise it.
+
+    `doctor` prints the list.
+    """
     try:
         yield
     except UserError as error:
@@ -38,7 +41,7 @@ def collect_errors(errors: list[str] | None) -> Iterator[None]:
 
 
 def add_errors(found: Iterable[str], errors: list[str] | None) -> None:
-    """Add each error to the list once; without a list raise UserError for the first."""
+    """Add each error to the list once; without a list, raise UserError for the first error."""
     for error in found:
         if errors is None:
             raise UserError(error)
@@ -47,12 +50,14 @@ def add_errors(found: Iterable[str], errors: list[str] | None) -> None:
 
 
 class BadRecord(Exception):
-    """A record that cannot be used: a cause to count, and what was found and expected."""
+    """A record that cannot be used.
+
+    cause: short, to count records by it. explanation: what was found and what is expected.
+    """
 
     def __init__(self, cause: str, explanation: str) -> None:
-        super().__init__(
-            cause, explanation
-        )  # both: unpickling in another process calls __init__ with them
+        # `args` must be both arguments: unpickling in another process calls __init__ with `args`.
+        super().__init__(cause, explanation)
         self.cause = cause
 
     def __str__(self) -> str:

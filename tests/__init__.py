@@ -1,1 +1,1 @@
-"""The project's claims, each a test that would fail if the claim were false."""
+"""Tests; each is named by a claim of the project, and fails if the claim is false."""

@@ -1,4 +1,4 @@
-"""A tiny model with a real tokenizer, and the folder beside the project that may be absent."""
+"""Fixtures for all tests: tiny models, runs in this process, and the optional folder `shared`."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported. Test workers share few cores: a thread that waits must not spin.
+# Set before torch is imported. Test workers share few cores, so a waiting thread must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # as loop/train.py does
@@ -20,7 +20,7 @@ from tests.support.helpers import write_dialogues
 
 collect_ignore = ["support"]  # --doctest-modules would import its scripts, which patch the loop
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
-os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model must not ask the hub for 25 s
+os.environ["HF_HUB_OFFLINE"] = "1"  # without it, a missing model is searched on the hub for 25 s
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share a GPU
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -29,7 +29,7 @@ SHARED = ROOT.parent / "shared"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests that need a GPU where there is none."""
+    """Skip tests that need a GPU on a machine without one."""
     gpu = shutil.which("nvidia-smi") is not None and VISIBLE_GPUS not in ("", "-1")
     for item in items:
         if item.get_closest_marker("gpu") and not gpu:
@@ -48,7 +48,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
 
 @pytest.fixture(scope="module")
 def gpu_in_sight() -> Iterator[None]:
-    """Let the launched ranks see the GPUs that this module otherwise hides."""
+    """Make the GPUs visible to launched ranks; this module hides them by default."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("DS_ACCELERATOR", raising=False)
         patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -81,7 +81,7 @@ def chat_tokenizer(chat_model: Path) -> Any:
 
 
 def small_tokenizer(tokenizer: Any) -> Any:
-    """Return one of the same kind with 1,000 tokens from the bundled dialogues: read at once."""
+    """Return a tokenizer of the same kind with 1,000 tokens, which loads fast."""
     records = json.loads((ROOT / "data" / "dummy_conversation.json").read_text(encoding="utf-8"))
     texts = [turn["value"] for record in records for turn in record["conversations"]]
     return tokenizer.train_new_from_iterator([texts], 1000)
@@ -128,13 +128,13 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def biased_model(chat_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with the embedded model's whole tokenizer, and biases on its attention layers."""
+    """A random Llama of two layers with the embedded model's tokenizer, and attention biases."""
     return make_tiny_model(tmp_path_factory.mktemp("models") / "biased", chat_tokenizer, True)
 
 
 @pytest.fixture(scope="session")
 def broken_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with one weight that is not a number."""
+    """The tiny model with one weight that is NaN."""
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -148,7 +148,7 @@ def broken_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def trainer(tiny_model: Path, folder: Path) -> Callable[..., Path]:
-    """Return a function that trains in this process: two dialogues, four steps unless told."""
+    """Return a function that trains in this process, on two dialogues, by default four steps."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     from loop import train as training

@@ -13,9 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path.home() / ".cache/lora-loop"
 PACKAGES = {
-    # TRL runs with this project's versions of the libraries that both use.
+    # For libraries that both use, TRL gets this project's versions.
     "trl": ("trl==1.16.0", "=transformers", "=peft", "=accelerate", "=bitsandbytes", "=datasets"),
-    # FastChat is older than transformers 5 and runs with the versions of its time.
+    # FastChat is older than transformers 5, so it gets versions of its time.
     "fastchat": (
         *("fschat==0.2.36", "transformers==4.41.2", "accelerate==0.30.1", "peft==0.11.1"),
         *("numpy<2", "sentencepiece", "protobuf", "psutil", "setuptools<81", "=bitsandbytes"),
@@ -34,7 +34,7 @@ def peer_python(name: str) -> Path:
     print(f"creating {folder}: takes minutes", file=sys.stderr, flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     install = [str(python), "-m", "pip", "install", "--quiet"]
-    # The same torch build as here. Where pip does not offer it, the same version.
+    # The same build of torch as here; if pip does not have it, the same version.
     torch = importlib.metadata.version("torch")
     if subprocess.run([*install, f"torch=={torch}"], check=False).returncode:
         subprocess.run([*install, f"torch=={torch.partition('+')[0]}"], check=True)
@@ -44,7 +44,7 @@ def peer_python(name: str) -> Path:
 
 
 def is_made(name: str) -> bool:
-    """Whether the environment of a trainer exists."""
+    """Return whether the environment of a trainer exists."""
     return (CACHE / f"{name}-step-time/made").exists()
 
 

@@ -15,14 +15,15 @@ def main(folder: str, text: str, max_tokens: int) -> None:
     import transformers
     from fastchat.train.train import preprocess
 
-    # As FastChat's train.py loads it.
+    # Like FastChat's train.py.
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         folder, model_max_length=max_tokens, padding_side="right", use_fast=False
     )
     tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     with open(text, encoding="utf-8") as opened:
         sources = [record["conversations"] for record in json.load(opened)]
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each mismatched mask
+    # `preprocess` prints a line for each mismatched mask.
+    with contextlib.redirect_stdout(io.StringIO()):
         preprocess(sources[:4], tokenizer)
         begun = time.perf_counter(), time.process_time()
         encoded = preprocess(sources, tokenizer)

@@ -1,7 +1,7 @@
 """Records the steps of a transformers Trainer, in the environment of a peer.
 
-Nothing of this project is imported. Times are the ends of steps on one clock. The difference of two
-is all that a step costs: data, forward, backward, optimizer and the trainer's own work.
+Nothing of this project is imported. A step's end is its time on one clock. The difference of two
+ends is the complete time of a step: data, forward, backward, optimizer and the trainer's own work.
 """
 
 import json
@@ -22,7 +22,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         self.counts: list[list[int]] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Start the counts of a step at zero."""
+        """Reset the counts of a step to zero."""
         self.counts.append([0, 0, 0])
         self.losses.append(torch.zeros(()))
 
@@ -37,7 +37,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs.get("attention_mask")
         real = ids.numel() if mask is None else int(mask.sum())
         padded = ids.numel()
-        if labels.shape != ids.shape:  # pairs: the targets count, too
+        if labels.shape != ids.shape:  # for pairs, the targets count, too
             real += int((labels != -100).sum())
             padded += labels.numel()
         for place, number in enumerate((int((labels != -100).sum()), real, padded)):

@@ -2,10 +2,10 @@
 
 python benchmarks/peers/train_fastchat.py SETTINGS.json
 
-benchmarks/step/measure.py writes the settings and starts this file. FastChat's code runs unchanged
-except for three things. Ids and labels are the plan's, padded as FastChat pads, so that all systems
-train on the same tokens. Their order is kept. Steps are timed. The file is not named fastchat.py:
-its folder comes first on sys.path and would hide the package.
+benchmarks/step/measure.py writes the settings and starts this file. FastChat's code runs unchanged,
+with three exceptions. Ids and labels are those of the plan, padded like FastChat's, so that all
+systems train on the same tokens. The order is kept. Steps are timed. The file is not named
+fastchat.py, because its folder is first on sys.path and the file would hide the package.
 """
 
 import json
@@ -50,7 +50,7 @@ def main(settings: str) -> None:
 
 
 def _padded(rows: list[Any], tokenizer: Any, longest: int) -> dict[str, Any]:
-    """Return what FastChat's `preprocess` returns: every dialogue padded to model_max_length."""
+    """Return every dialogue padded to model_max_length, like FastChat's `preprocess`."""
     import torch
 
     examples = []

@@ -2,8 +2,8 @@
 
 python benchmarks/peers/train_trl.py SETTINGS.json
 
-benchmarks/step/measure.py writes the settings and starts this file. It is not named trl.py: its
-folder comes first on sys.path and would hide the package.
+benchmarks/step/measure.py writes the settings and starts this file. The file is not named trl.py,
+because its folder is first on sys.path and the file would hide the package.
 """
 
 import json
@@ -27,8 +27,8 @@ def main(settings: str) -> None:
     rows = [
         {"input_ids": ids, "labels": labels} for step in plan for ids, labels in step["examples"]
     ]
-    # The Trainer cuts the list into steps of equal size. A short last window of an epoch would
-    # shift all later steps, so run.py and loss_curve.py refuse a plan that has one.
+    # The Trainer splits the list into steps of equal size. If the last window of an epoch has fewer
+    # examples, all later steps are shifted. So run.py and loss_curve.py refuse such a plan.
     tokenizer = AutoTokenizer.from_pretrained(asked["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     steps = Steps()
@@ -77,7 +77,7 @@ def _config(asked: dict[str, Any], steps: int) -> SFTConfig:
         max_steps=steps,
         per_device_train_batch_size=1 if packing else asked["batch"],
         packing=packing,
-        # With packing a step is one row, with about the tokens of an unpacked step.
+        # With packing, a step is one row with about as many tokens as an unpacked step.
         max_length=asked["packed_length"] if packing else asked["max_length"],
         learning_rate=asked["learning_rate"],
         lr_scheduler_type="cosine",

@@ -2,8 +2,8 @@
 
 python benchmarks/step/bare_loop.py plan|train|adapter OUT --flag value ...
 
-The flags are loop/train.py's. `plan` writes the examples of each step. `train` trains without
-accelerate or logging around the steps. `adapter` writes the initial adapter.
+The flags are those of loop/train.py. `plan` writes the examples of each step. `train` trains
+without accelerate, and without logging between steps. `adapter` writes the initial adapter.
 """
 
 import json
@@ -120,7 +120,7 @@ def plan(job: Job) -> dict[str, Any]:
             for side in ("input_ids", "decoder_input_ids")
             if side in micro_batch.model_inputs
         )
-        # Windows are collated in order, perhaps ahead of use: the first examples are this window's.
+        # Windows are collated in order, maybe ahead of use. So this window has the first examples.
         chosen, dealt[:] = dealt[: window.examples], dealt[window.examples :]
         assert sum(example.run_tokens for example in chosen) == window.tokens
         steps.append(
@@ -139,8 +139,8 @@ def flops_of(base_config: Any) -> Callable[[Example], float]:
     """Return a function for the FLOPs of an example: forward and backward of the frozen model.
 
     Frozen weights have no gradient, so backward costs as much as forward. Padding and the logits of
-    unsupervised tokens cost nothing. Causal attention counts half of its square. The adapter's own
-    FLOPs, below 1 %, are left out.
+    unsupervised tokens are not counted. Causal attention counts as half of its square. The
+    adapter's FLOPs, below 1 %, are left out.
     """
     from torch import nn
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM

@@ -21,14 +21,14 @@ def main(size: str = "") -> None:
 def peak(side: int, device: str, dtype: torch.dtype, seconds: float = 1.5) -> float:
     """Return the FLOP/s of the fastest product.
 
-    Runs for `seconds`, and until there are 30 products but at most 5 times as long: bf16 is slow on
-    a CPU without instructions for it.
+    It runs for `seconds`. With fewer than 30 products, it continues for up to 5 times as long: bf16
+    is slow on a CPU without bf16 instructions.
     """
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
     torch.mm(left, right, out=out)
     best, until, done = float("inf"), time.perf_counter() + seconds, 0
-    # On a busy machine most products are interrupted, so the fastest of a few is not the peak.
+    # On a busy machine, most products are interrupted. So the fastest of a few is not the peak.
     while time.perf_counter() < until + (done < 30) * 4 * seconds:
         _wait(device)
         started = time.perf_counter()

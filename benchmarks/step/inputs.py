@@ -26,8 +26,8 @@ LLAMAS = {
 }
 # Random T5s: d_model, d_kv, d_ff, layers, heads. "t5" has the shape of Flan-T5-small.
 T5S = {"tiny": (64, 16, 128, 2, 4), "t5": (512, 64, 1024, 8, 6)}
-VOCABULARY = 49152  # SmolLM2's embedding rows; Mistral has fewer tokens
-LONG_CHARACTERS = 3900, 4500  # of a long dialogue: fewer than half as many tokens
+VOCABULARY = 49152  # the rows of SmolLM2's embedding; Mistral has fewer
+LONG_CHARACTERS = 3900, 4500  # characters of a long dialogue, fewer than half as many tokens
 LONG_DIALOGUES = 200
 
 
@@ -44,7 +44,7 @@ def main(what: str, *words: str) -> None:
 def write_model(kind: str, folder: str, tokenizer: str, tiny: str = "") -> None:
     """Write the model folder: the bundled weights, or random weights of a given shape.
 
-    A given tokenizer replaces the model's own. Its ids must be within the embedding's rows.
+    A given tokenizer replaces the model's tokenizer. Its ids must be within the embedding's rows.
     """
     from loop.model.bundled_model import embedded_model
 
@@ -68,8 +68,9 @@ def write_model(kind: str, folder: str, tokenizer: str, tiny: str = "") -> None:
 def write_fastchat_form(model: str, folder: str) -> None:
     """Write the same model so that transformers 4.41 can load it.
 
-    transformers 5 writes keys to config.json and tokenizer_config.json that 4.41 does not know. The
-    tokenizer only provides the padding id, as the plan holds the ids of all examples.
+    4.41 does not support some keys that transformers 5 writes to config.json and
+    tokenizer_config.json. The tokenizer only provides the padding id, because the plan has the ids
+    of all examples.
     """
     source, to = Path(model).resolve(), Path(folder)
     to.mkdir()
@@ -132,7 +133,7 @@ def _write_llama(folder: Path, sizes: tuple[int, ...], rows: int) -> None:
 
 
 def _write_t5(folder: Path, tokenizer: Path | None, size: str) -> None:
-    """Write a random T5 with an untied LM head, as Flan-T5; without a tokenizer, a small one."""
+    """Write a random T5 with an untied LM head, like Flan-T5, and a tokenizer (default: small)."""
     import torch
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
@@ -153,7 +154,7 @@ def _write_t5(folder: Path, tokenizer: Path | None, size: str) -> None:
         decoder_start_token_id=0,
     )
     model = T5ForConditionalGeneration(config)
-    # transformers 5.23 ties embedding and head whatever the config has (as in small_t5.py).
+    # transformers 5.23 ties embedding and head, regardless of the config (as in small_t5.py).
     model.lm_head.weight = torch.nn.Parameter(width**-0.5 * torch.randn_like(model.shared.weight))
     model.save_pretrained(folder)
     loaded.save_pretrained(folder)

@@ -2,12 +2,15 @@
 
 python benchmarks/step/loop_overhead.py [--steps 200] [--model decoder|narrow] [-- --flag value ...]
 
-Both train their own model on the same windows, one step at a time, and take turns in going first,
-so a slow phase of the machine slows both. Words after -- are flags of loop/train.py. The loop's
-time runs from one window to its request for the next, and includes collating the window, without
-the prefetch thread; the bare loop gets the collated window. `narrow` is a random model with
-SmolLM2-135M's 30 layers and hidden size 64: the overhead does not depend on the width, and shows
-better next to short steps.
+Both loops train their own model on the same windows. They alternate after each step, and also
+alternate in who is first, so a slow phase of the machine slows both. Words after -- are flags of
+loop/train.py.
+
+The loop's time begins with a window and ends with the request for the next window. It includes the
+collation, because there is no prefetch thread. The bare loop gets the collated window.
+
+`narrow` is a random model with SmolLM2-135M's 30 layers and hidden size 64. The overhead does not
+depend on the width, and is easier to measure with short steps.
 """
 
 import argparse
@@ -32,7 +35,7 @@ from benchmarks.step.inputs import write_model
 from loop.config.flags import DUMMY_DATA
 from loop.inputs.windows import Window
 
-WARM_UP_PAIRS = 5  # not counted
+WARM_UP_PAIRS = 5  # pairs of steps that are not counted
 
 
 @dataclass
@@ -44,9 +47,9 @@ class Turns:
     losses: list[torch.Tensor] = field(default_factory=list)
 
     def take(self, job: Job) -> Iterator[Window]:
-        """Yield each window to the loop; before or after that, train the bare loop's model on it.
+        """Yield each window to the loop, and train the bare loop's model on it before or after.
 
-        Replaces `prefetched` of windows.py, whose thread would run during both steps.
+        It replaces `prefetched` of windows.py, whose thread would run during both steps.
         """
         step = bare_step(job)
 
@@ -115,11 +118,11 @@ def measure(flags: list[str]) -> Turns:
 
 
 def summary(turns: Turns, what: str, difference: float) -> str:
-    """Return the result as one line; `difference` is the largest between the losses."""
+    """Return the result in one line; difference: the largest difference of the losses."""
     bare, ours = turns.bare[WARM_UP_PAIRS:], turns.loop[WARM_UP_PAIRS:]
     added = sorted(b - a for a, b in zip(bare, ours, strict=True))
     ratio = sorted(b / a for a, b in zip(bare, ours, strict=True))
-    # 95 % interval of the median by order statistics: n/2 +- 0.98 sqrt(n).
+    # The 95 % interval of the median by order statistics is n/2 +- 0.98 sqrt(n).
     reach = int(0.98 * len(added) ** 0.5)
     low, high = len(added) // 2 - reach, min(len(added) - 1, len(added) // 2 + reach)
     median = statistics.median

@@ -1,10 +1,10 @@
-"""Compares the loss of this project and of TRL's SFTTrainer at each step of the same training.
+"""Compares the losses of this project and of TRL's SFTTrainer, step by step.
 
 python benchmarks/step/loss_curve.py [--steps 50] [--most 1e-4] [flags of run.py]
 
-Both start from the same adapter and train on the same tokens in the same order, in fp32 without
-dropout: cosine after a warm-up of 3 %, AdamW, clipping at 1. Exits with 1 if the losses of a step
-differ by more than --most.
+Both start from the same adapter, and train on the same tokens in the same order. Both use fp32, no
+dropout, cosine after a warm-up of 3 %, AdamW, and clipping at 1. Exits with 1 if the losses of a
+step differ by more than --most.
 """
 
 import argparse
@@ -23,7 +23,7 @@ FLAGS = ("--systems", "loop", "trl", "--dropout", "0", "--learning_rate", "1e-3"
 
 
 def main() -> None:
-    """Train both, and print a table of their losses."""
+    """Train with both, and print a table of their losses."""
 
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -31,7 +31,9 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--steps", default="50")
-    parser.add_argument("--most", type=float, default=1e-4, help="allowed difference of a step")
+    parser.add_argument(
+        "--most", type=float, default=1e-4, help="maximum difference of the losses of a step"
+    )
     mine, others = parser.parse_known_args()
     asked = parse([*FLAGS, "--steps", mine.steps, *others])
     with tempfile.TemporaryDirectory(prefix="loss-curve-") as name:

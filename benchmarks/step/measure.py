@@ -1,4 +1,4 @@
-"""Runs one system in its own process; reads its steps and its peak memory."""
+"""Runs a system in a separate process; reads its steps and its peak memory."""
 
 import argparse
 import json
@@ -20,19 +20,19 @@ PEERS = {"trl": "trl", "trl_packed": "trl", "fastchat": "fastchat"}
 
 
 class Failed(Exception):
-    """A system failed; the message is its last line."""
+    """A system failed; the message is the last line of its output."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: lists with one value per step, and peak memory."""
+    """A run: lists with one value per step, and peak memory."""
 
     ends: list[float]  # seconds on one clock
     losses: list[float]  # mean per supervised token
     supervised: list[int]  # tokens
-    tokens: list[int]  # without padding
+    tokens: list[int]  # tokens without padding
     padded: list[int]  # tokens with padding
-    rss: int  # KiB, the largest peak of the run's processes
+    rss: int  # KiB, the largest peak among the run's processes
     gpu: int | None  # MiB of the device, the peak during the run
 
 
@@ -44,7 +44,7 @@ class Job:
     folder: Path  # holds model, fastchat_model and plan.json
     flags: list[str]  # of loop/train.py
     plan: dict[str, Any]
-    adapter: str | None = None  # the initial adapter of a peer; None: its own
+    adapter: str | None = None  # the initial adapter of a peer; None: the peer creates one
 
 
 def run_system(name: str, job: Job, folder: Path) -> Run:
@@ -98,7 +98,7 @@ def _run_peer(name: str, job: Job, folder: Path) -> Run:
 
 
 def _planned(job: Job) -> dict[str, Any]:
-    """Return the tokens of each step, which are not in this project's log."""
+    """Return the token counts of each step from the plan; this project's log lacks them."""
     names = ("supervised", "tokens", "padded")
     return {name: [step[name] for step in job.plan["steps"]] for name in names}
 
@@ -116,7 +116,8 @@ def checked(words: list[str]) -> str:
 def measured(words: list[str], threads: int, folder: Path, alone: bool = False) -> dict[str, Any]:
     """Run a command; return its peak resident memory, rss in KiB, and GPU memory, gpu in MiB.
 
-    With `alone` the command does not see this project's modules. Raises Failed with the last line.
+    alone: whether this project's modules are hidden from the command. Raises Failed with the last
+    line of its output.
     """
     environment = _environment() | {"OMP_NUM_THREADS": str(threads)}
     if alone:
@@ -133,7 +134,7 @@ def measured(words: list[str], threads: int, folder: Path, alone: bool = False) 
 
 
 class _GpuMemory:
-    """Polls nvidia-smi, which counts the same for all: CUDA context, caches, other libraries."""
+    """Polls nvidia-smi, which counts CUDA contexts, caches and libraries for each system."""
 
     def __init__(self) -> None:
         self.peak: int | None = None

@@ -1,4 +1,4 @@
-"""Profiles a step by kind of operation: padded with all logits, and as this project runs it.
+"""Profiles a step by kind of operation: with padding and all logits, and as in this project.
 
 python benchmarks/step/profile_step.py [fp32|bf16] [flags of loop/train.py]
 """
@@ -31,7 +31,7 @@ from loop.model.packed_attention import implementation, row_inputs
 from loop.training.loss import supervised_loss_sum
 
 STEPS, BATCH = 4, 8
-# An operation belongs to the first kind of which its name contains a word.
+# An operation belongs to the first kind with a word that is in the operation's name.
 KINDS = {
     "matrix products": ("mm",),
     "attention": ("attention", "softmax"),
@@ -68,7 +68,7 @@ def main(precision: str = "fp32", *flags: str) -> None:
 
 
 def adapted(base: str, ours: bool, dtype: torch.dtype) -> Any:
-    """Return the base model with LoRA on q_proj and v_proj; ours: with this project's kernels."""
+    """Return the base model with LoRA on q_proj and v_proj; ours: use this project's kernels."""
     attention = implementation(ours, False)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation=attention)
     adapter = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
@@ -81,7 +81,7 @@ def adapted(base: str, ours: bool, dtype: torch.dtype) -> Any:
 
 
 def all_logits(model: Any, batch: MicroBatch) -> torch.Tensor:
-    """Return the loss sum as most trainers do: with logits of every position, padding included."""
+    """Return the loss sum like most trainers, with the logits of all positions and padding."""
     logits = model(**batch.model_inputs, use_cache=False).logits
     return cross_entropy(
         logits.flatten(0, 1).float().index_select(0, batch.positions),

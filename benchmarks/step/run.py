@@ -4,8 +4,8 @@ python benchmarks/step/run.py [--systems bare loop trl trl_packed fastchat] [--d
     [--model decoder|t5|llama-1b|llama-7b] [--kind lora|qlora] [--precision fp32|bf16]
     [--steps 8] [--runs 3] [-- --flag value ...]
 
-Words after -- are further flags of loop/train.py, for this project and the bare loop. Prints a
-Markdown table for RESULTS.md, also to --out. --json writes the time and loss of every step.
+Words after -- are further flags of loop/train.py, for this project and the bare loop. The result is
+a Markdown table for RESULTS.md; --out also writes it. --json writes time and loss of each step.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SYSTEMS = ("bare", "loop", *PEERS)
 def main() -> None:
     """Measure the chosen systems in turns, and print the table."""
     asked = parse(sys.argv[1:])
-    # Every system gets the same cores, whatever its environment variables ask for.
+    # All systems get the same cores, regardless of environment variables.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: asked.threads])
     for name in {PEERS[name] for name in asked.systems if name in PEERS}:
         peer_python(name)
@@ -55,7 +55,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: all that can")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: all possible ones")
     parser.add_argument("--data", default="bundled", help="bundled, long, or a file of dialogues")
     parser.add_argument(
         "--model", default="decoder", choices=("decoder", "t5", "llama-1b", "llama-7b")
@@ -65,10 +65,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--batch", type=int, default=8, help="dialogues per step")
     parser.add_argument("--model_max_length", type=int, help="default: 512, for --data long 2048")
-    parser.add_argument("--packed_length", type=int, help="tokens of TRL's rows; default: >= 1024")
+    parser.add_argument(
+        "--packed_length", type=int, help="tokens of TRL's rows; default: at least 1024"
+    )
     parser.add_argument("--dropout", type=float, default=0.05, help="LoRA dropout")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--steps", type=int, default=8, help="steps per run, warm-up included")
+    parser.add_argument("--steps", type=int, default=8, help="steps per run, with warm-up")
     parser.add_argument("--warm_up", type=int, default=2, help="untimed steps per run")
     parser.add_argument("--runs", type=int, default=3, help="runs per system, in turns")
     cores = len(os.sched_getaffinity(0))
@@ -136,7 +138,7 @@ def loop_flags(asked: argparse.Namespace, model: Path, data: Path) -> list[str]:
         "logging_steps": 1,
         "save_strategy": "no",
     }
-    # As FastChat: its template for decoders; for a T5 its tokens and pairs, and LoRA alone.
+    # Like FastChat: its template for decoders; for a T5, its tokens and pairs, and only LoRA.
     t5 = {"t5_compat": True, "train_new_tokens": False}
     values |= t5 if asked.model == "t5" else {"template": "vicuna"}
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
@@ -146,7 +148,7 @@ def loop_flags(asked: argparse.Namespace, model: Path, data: Path) -> list[str]:
 def take_turns(
     job: Job,
 ) -> tuple[dict[str, list[Run]], dict[str, str], list[dict[str, float]], list[float]]:
-    """Run every system once per turn; a system that fails is left out of later turns.
+    """Run each system once per turn; skip a failed system in later turns.
 
     Returns the runs, the errors of failed systems, the GEMM peaks of each turn, and the load
     averages between turns.

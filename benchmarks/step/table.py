@@ -35,7 +35,7 @@ def markdown(
     peaks: list[dict[str, float]],
     loads: list[float],
 ) -> str:
-    """Return heading, table and notes."""
+    """Return the heading, the table and the notes as Markdown."""
     columns = [name for name in COLUMNS if asked.gpu or not name.startswith("GPU")]
     cells = {name: _cells(asked, plan, of, peaks) for name, of in runs.items() if of}
     ours = _rate(asked, runs.get("loop", []))
@@ -57,8 +57,8 @@ def _cells(
     real = _rates(asked, runs, lambda run: run.tokens)
     padded = _rates(asked, runs, lambda run: run.padded)
     steps = plan["steps"]
-    # Mean FLOPs per real token: the same for packing, whose steps differ. A shared prefix counts
-    # once.
+    # Mean FLOPs per real token, which is the same with packing, although its steps differ. A shared
+    # prefix counts once.
     needed = sum(step["flops"] for step in steps) / sum(step["tokens"] for step in steps)
     rates = zip(map(min, real, padded), peaks, strict=False)
     share = [rate * needed / peak[asked.precision] for rate, peak in rates]

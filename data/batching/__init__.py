@@ -1,1 +1,1 @@
-"""Micro-batches: collation, balance over ranks, shared prefixes."""
+"""Builds micro-batches: collation, balance over ranks, shared prefixes."""

@@ -1,4 +1,4 @@
-"""Splits a window into micro-batches and assigns them to ranks: little padding, even work."""
+"""Splits a window into micro-batches with little padding, and assigns even work to the ranks."""
 
 from bisect import bisect
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from math import ceil
 from data.batching.shared_prefix import PrefixGroup, prefix_groups, sort_by_prefix, tokens_saved
 from data.encoding.encode import Example
 
-# The cost of one more micro-batch in padded tokens: the weights are read from memory once more.
+# The cost of one more micro-batch in padded tokens, because it reads the weights from memory again.
 # Measured on a CPU (benchmarks/RESULTS.md, Padding of pairs).
 MICRO_BATCH_COST_TOKENS = 112
 MAX_SWAPS_PER_RANK = 4
-# An example is compared with this many of the next shorter and of the next longer candidates.
+# Number of shorter candidates for a swap, and number of longer ones, that are tried per example.
 SWAP_CANDIDATES = 4
 
 
 @dataclass(frozen=True)
 class ExampleBatch:
-    """The examples of one micro-batch before collation; there may be none.
+    """The examples of one micro-batch before collation; it may be empty.
 
-    tokens: computed tokens, padding included, a shared prefix counted once.
+    tokens: computed tokens, with padding; a shared prefix counts once.
     groups: the prefix groups of the examples, in order; None if prefixes are not shared.
     """
 
@@ -33,10 +33,12 @@ class ExampleBatch:
 class Limits:
     """The maximum size of a micro-batch, and its form.
 
-    examples, tokens: maximum per micro-batch, padding included; a longer example runs alone.
+    examples, tokens: maximum per micro-batch, with padding. An example of more tokens is alone in
+    its micro-batch.
     packed: one row without padding; otherwise examples are padded to the longest.
-    finer: split further if that saves more padding than it costs.
-    sharing: a prefix that examples of a row share is computed once; `tokens` counts it each time.
+    finer: make smaller micro-batches if that saves more padding than it costs.
+    sharing: a shared prefix in a row is computed once; the limit of tokens still counts it for each
+    example.
     """
 
     examples: int
@@ -56,7 +58,7 @@ class Limits:
         return ExampleBatch(examples, packed_tokens(examples) - saved, groups)
 
     def allows(self, examples: list[Example]) -> bool:
-        """Return whether the examples keep the limit of tokens; a single one always does."""
+        """Return whether the examples are within the limit of tokens, or only one."""
         count = packed_tokens if self.packed else padded_tokens
         return not self.tokens or len(examples) < 2 or count(examples) <= self.tokens
 
@@ -69,12 +71,12 @@ class Assignment:
 
     @property
     def tokens(self) -> list[int]:
-        """Computed tokens of each rank, padding included, a shared prefix counted once."""
+        """Computed tokens of each rank, with padding; a shared prefix counts once."""
         return [sum(batch.tokens for batch in rank) for rank in self.ranks]
 
     @property
     def squared_tokens(self) -> int:
-        """The sum of squared lengths, to which attention's work is proportional."""
+        """The sum of the squared lengths; the work of attention is proportional to it."""
         batches = [batch for rank in self.ranks for batch in rank]
         squares = sum(e.run_tokens**2 for batch in batches for e in batch.examples)
         return squares - sum(tokens_saved(batch.groups or [])[1] for batch in batches)
@@ -83,9 +85,9 @@ class Assignment:
 def assign_micro_batches(chosen: list[Example], world_size: int, limits: Limits) -> Assignment:
     """Assign a window's examples to micro-batches and ranks.
 
-    All ranks compute the same assignment, and the window's gradient does not depend on it. The
-    micro-batches of one slot run at the same time on all ranks and have similar sizes; the sums
-    over the slots are about equal.
+    All ranks compute the same assignment. The window's gradient does not depend on it. The
+    micro-batches of one slot run at the same time on all ranks, so they have similar sizes. The
+    ranks have about equal sums over all slots.
     """
     slots = ceil(len(chosen) / (world_size * limits.examples))
     if limits.tokens:
@@ -105,12 +107,12 @@ def assign_micro_batches(chosen: list[Example], world_size: int, limits: Limits)
 
 
 def packed_tokens(examples: list[Example]) -> int:
-    """Return the tokens of one micro-batch in one row, without shared prefixes."""
+    """Return the tokens of one micro-batch in one row; a shared prefix counts for each example."""
     return sum(example.run_tokens for example in examples)
 
 
 def padded_tokens(examples: list[Example]) -> int:
-    """Return the tokens of one micro-batch, padded to the longest on each side."""
+    """Return the tokens of one micro-batch whose sides are padded to their longest example."""
     return len(examples) * sum(
         max((example.lengths[side] for example in examples), default=0) for side in range(2)
     )
@@ -121,8 +123,9 @@ def _parts(chosen: list[Example], count: int, limits: Limits) -> list[list[Examp
 
 
 def _even_parts(chosen: list[Example], count: int, limits: Limits) -> list[list[Example]]:
-    """Split examples into parts of even tokens: the longest first, each to the smallest part.
+    """Split examples into parts with about equal tokens.
 
+    Examples are assigned from the longest to the shortest, each to the part with the fewest tokens.
     Within a part, examples with a common prefix are neighbours.
     """
     parts: list[list[Example]] = [[] for _ in range(count)]
@@ -138,8 +141,8 @@ def _even_parts(chosen: list[Example], count: int, limits: Limits) -> list[list[
 def _similar_parts(chosen: list[Example], count: int) -> list[list[Example]]:
     """Split examples into parts of similar size and similar lengths, the longest first.
 
-    The examples are halved recursively. Each half is sorted by the length that saves most padding:
-    of pairs the source, the target or the longer of both. Dialogues have one length.
+    The examples are sorted and halved, recursively. Pairs are sorted by source, by target or by
+    their longer side, whichever saves most padding. A dialogue has only one length.
     """
     if count == 1:
         return [chosen]
@@ -166,8 +169,8 @@ def _evened(assignment: Assignment, limits: Limits) -> Assignment:
         busiest   [a  b]     [c  D]      D moves to the idlest rank, e to the busiest. D is longer
         idlest    [e  f]     [g  h]      by about half of the difference between both ranks.
 
-    Invariant: the idlest rank's micro-batch does not outgrow the largest of its slot, because under
-    ZeRO-2 and ZeRO-3 all ranks wait for the largest, slot by slot.
+    Invariant: the idlest rank's micro-batch does not become larger than the largest of its slot.
+    Under ZeRO-2 and ZeRO-3, all ranks wait for the largest micro-batch of each slot.
     """
     ranks = [[*rank] for rank in assignment.ranks]
     largest = [max(batch.tokens for batch in slot) for slot in zip(*ranks, strict=True)]
@@ -199,10 +202,11 @@ Place = tuple[int, int]  # the slot of a micro-batch, and the index of an exampl
 def _best_swap(
     busy: list[ExampleBatch], idle: list[ExampleBatch], wanted: float, largest: list[int]
 ) -> tuple[Place, Place] | None:
-    """Return the places of two examples whose lengths differ by about the wanted number of tokens.
+    """Return the places of two examples: one of the busy rank, and a shorter one of the idle rank.
 
-    The first is the busy rank's, and longer. largest: tokens that a micro-batch of the idle rank
-    may have, by slot; without shared prefixes the swap keeps to it.
+    wanted: the difference of their lengths, in tokens; the closest pair is returned.
+    largest: maximum tokens of the idle rank's micro-batches, by slot. With shared prefixes, the
+    caller must check it.
     """
     candidates = sorted(
         (example.run_tokens, slot, m)
@@ -222,7 +226,7 @@ def _best_swap(
 
 
 def _to_ranks(parts: list[list[Example]], world_size: int, limits: Limits) -> Assignment:
-    """Assign the parts slot by slot, the largest part of a slot to the rank with the least work."""
+    """Assign the parts slot by slot; the largest part of a slot goes to the idlest rank."""
     ranks: list[list[ExampleBatch]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
     batches = sorted(map(limits.batch, parts), key=lambda batch: -batch.tokens)

@@ -13,13 +13,14 @@ from data.encoding.encode import IGNORE_INDEX, Example
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass of one rank: B examples of at most T tokens, S of them supervised.
+    """One forward pass of one rank: B examples of at most T tokens, with S supervised tokens.
 
-    model_inputs: input_ids [B, T] int64, padded on the right; or one row [1, T] with the inputs
-    that separate its examples; or pairs: input_ids, attention_mask [B, T] and decoder_input_ids
-    [B, U].
-    positions: [S] int64, flat indices into B x T (of pairs B x U) whose next token is supervised.
-    targets: [S] int64, those next tokens.
+    model_inputs: one of three forms.
+        Padded: input_ids [B, T] int64, padded on the right.
+        One row: input_ids [1, T], and the inputs that separate the examples.
+        Pairs: input_ids and attention_mask [B, T], decoder_input_ids [B, U].
+    positions: [S] int64, flat indices into [B, T] (pairs: [B, U]) whose next token is supervised.
+    targets: [S] int64, these next tokens.
     seed: for all randomness of this forward pass (dropout).
     """
 
@@ -30,7 +31,7 @@ class MicroBatch:
 
     @property
     def tokens(self) -> int:
-        """Computed tokens, padding included; of pairs both sides."""
+        """Number of computed tokens, with padding, of both sides for pairs."""
         sides = ("input_ids", "decoder_input_ids")
         return sum(x.numel() for name, x in self.model_inputs.items() if name in sides)
 
@@ -45,7 +46,8 @@ class MicroBatch:
         return MicroBatch(inputs, positions, targets, self.seed)
 
 
-# The prefix groups of a row: for each the shared tokens, then the own tokens of each example.
+# Lengths of the prefix groups of a row. A group has the length of its shared prefix, then the
+# length of the rest of each example.
 Groups = Sequence[Sequence[int]]
 # Returns the model inputs that separate the examples of a row.
 RowInputs = Callable[[Groups], dict[str, Any]]
@@ -55,9 +57,10 @@ RowInputs = Callable[[Groups], dict[str, Any]]
 class Collator:
     """Collates micro-batches for one model.
 
-    decoder_start_id: of an encoder-decoder, else None. row_inputs: for a model that takes examples
-    in one row; None: examples are padded. sharing: whether a shared prefix of a row is computed
-    once.
+    decoder_start_id: the start token of an encoder-decoder; None for other models.
+    row_inputs: returns the inputs of a model that takes examples in one row; None: examples are
+    padded.
+    sharing: whether a shared prefix in a row is computed once.
     """
 
     pad_id: int
@@ -68,9 +71,9 @@ class Collator:
     def __call__(
         self, examples: Sequence[Example], seed: int, groups: Sequence[PrefixGroup] | None = None
     ) -> MicroBatch:
-        """Return a micro-batch; without examples its weight is zero.
+        """Return a micro-batch; without examples, it has no targets.
 
-        groups: the prefix groups of the examples; with `sharing` they are computed if not given.
+        groups: the prefix groups of the examples, if known; only read with `sharing`.
         """
         if self.row_inputs is not None:
             if not self.sharing:
@@ -84,11 +87,11 @@ class Collator:
 
 
 def collate(examples: Sequence[Example], pad_id: int, seed: int) -> MicroBatch:
-    """Pad to the longest example; no examples give one pad token of weight zero.
+    """Pad to the longest example; without examples, return one pad token without a target.
 
-    The last supervised token is a target only. There is no attention mask: under a causal mask no
-    real token sees a pad on its right, and pads have no label. Padding is located by length, never
-    by id: the pad token may also be a real token.
+    The last supervised token is only a target, not an input. No attention mask is needed: under a
+    causal mask, no token attends to a pad on its right, and pads have no label. Padding is located
+    by length, because the id of the pad token may also occur in the text.
 
     >>> batch = collate([Example("a", [5, 6, 7], [-100, 6, 7], 2)], pad_id=0, seed=1)
     >>> batch.model_inputs["input_ids"].tolist()
@@ -106,7 +109,7 @@ def collate(examples: Sequence[Example], pad_id: int, seed: int) -> MicroBatch:
 def collate_row(
     groups: Sequence[PrefixGroup], pad_id: int, seed: int, row_inputs: RowInputs
 ) -> MicroBatch:
-    """Concatenate examples in one row [1, T], a shared prefix once; no groups give one pad token.
+    """Concatenate examples in one row [1, T], a shared prefix once; without groups, one pad token.
 
     >>> a, b = Example("a", [5, 6, 9], [-100, 6, -100], 1), Example("b", [7, 8, 2], [7, 8, 2], 1)
     >>> groups = [PrefixGroup(0, [a]), PrefixGroup(0, [b])]
@@ -132,10 +135,10 @@ def collate_row(
 
 
 def collate_pairs(examples: Sequence[Example], pad_id: int, start_id: int, seed: int) -> MicroBatch:
-    """Pad sources and targets to their longest: input_ids [B, T], decoder_input_ids [B, U].
+    """Pad sources to the longest source [B, T], and targets to the longest target [B, U].
 
-    The decoder reads its start token and the target without its last id; `positions` are indices
-    into B x U. The encoder attends to its full input, so its pads need a mask.
+    The decoder's input is the start token and the target without its last id. `positions` are flat
+    indices into [B, U]. The encoder attends to its complete input, so its pads need a mask.
 
     >>> pair = Example("a", [5, 6, 1], [7, 8, 1], 3, is_pair=True)
     >>> batch = collate_pairs([pair], pad_id=0, start_id=0, seed=1)
@@ -158,13 +161,13 @@ def collate_pairs(examples: Sequence[Example], pad_id: int, start_id: int, seed:
 
 
 def _computed(example: Example) -> tuple[list[int], list[int]]:
-    """Return the computed tokens of a dialogue, and for each the label of the next token."""
+    """Return the computed tokens of a dialogue, and the label of each one's next token."""
     length, _ = example.lengths
     return example.input_ids[:length], example.labels[1 : length + 1]
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Return the rows as [B, T] int64, padded on the right; no rows as [1, 1]."""
+    """Return the rows as [B, T] int64, padded on the right; without rows, [1, 1] padding."""
     longest = max(map(len, rows), default=1)
     padded = torch.full((max(1, len(rows)), longest), value)
     for row, ids in zip(padded, rows, strict=False):

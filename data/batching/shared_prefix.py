@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from data.encoding.encode import Example
 
-MIN_PREFIX_TOKENS = 16  # computing a shorter prefix once saves less than the extra cut costs
+MIN_PREFIX_TOKENS = 16  # sharing a shorter prefix saves less than it costs
 
 
 class PrefixGroup(NamedTuple):
-    """Examples whose first `shared` tokens are equal and computed once; a group of one shares 0."""
+    """Examples whose first `shared` tokens are equal and computed once; one example shares 0."""
 
     shared: int
     examples: list[Example]
@@ -25,30 +25,30 @@ class _Span(NamedTuple):
 
     @property
     def saved(self) -> int:
-        """Tokens that sharing saves: all examples but the first skip the prefix."""
+        """Tokens that sharing saves: only the first example computes the prefix."""
         return self.shared * (self.end - self.begin - 1)
 
 
 def sort_by_prefix(examples: Sequence[Example]) -> list[Example]:
-    """Return the examples sorted by token ids: those with a common prefix become neighbours."""
+    """Return the examples sorted by token ids, so that common prefixes become neighbours."""
     return sorted(examples, key=lambda example: example.input_ids)
 
 
 def prefix_groups(examples: Sequence[Example]) -> list[PrefixGroup]:
     """Partition a row into groups of neighbours that share a prefix, in the row's order.
 
-    Links join neighbours; a link's length is the number of tokens that both may share. Links are
-    visited from the longest to the shortest, and each merges its two groups unless the
-    merged group saves fewer tokens than the two apart:
+    There is a link between neighbours. Its length is the number of tokens that both may share. The
+    links are visited from the longest to the shortest. Each link merges the groups on its two
+    sides, unless the merged group saves fewer tokens than the two groups:
 
         examples    a    b    c    d    e
         links         90   90   20   80
-        groups      [a    b    c]  [d    e]     c-d: 4 * 20 saved together, 2 * 90 + 80 apart
+        groups      [a    b    c]  [d    e]     c-d: merged 4 * 20 saved, separate 2 * 90 + 80
 
-    Invariant: a group shares its shortest link, which is the last one that was merged.
+    Invariant: a group shares the length of its shortest link, which was merged last.
 
-    A shared token predicts no supervised token: the state of a token that does is computed for each
-    dialogue, since the loss reads it there.
+    A shared token predicts no supervised token. A token that predicts one is computed for each
+    dialogue, because the loss reads its state.
 
     >>> a, b, c = [
     ...     Example(name, [*range(20), token, 0], [-100] * 20 + [token, 0], 2)
@@ -66,8 +66,8 @@ def prefix_groups(examples: Sequence[Example]) -> list[PrefixGroup]:
         )
         for one, other in pairwise(examples)
     ]
-    # The span of an example. It is kept up to date for the first and the last example of a span,
-    # and only these are read.
+    # The span of each example. Only the entries of the first and the last example of a span are
+    # updated, and only these are read.
     spans = [_Span(n, n + 1, 0) for n in range(len(examples))]
     for n in sorted(range(len(links)), key=lambda n: -links[n]):
         left, right = spans[n], spans[n + 1]
@@ -89,9 +89,9 @@ def tokens_saved(groups: Iterable[PrefixGroup]) -> tuple[int, int]:
 
 
 def _common_prefix(one: list[int], other: list[int]) -> int:
-    """Return the length of the common prefix of two lists.
+    """Return the length of the common prefix of two lists, found by binary search.
 
-    A binary search: Python compares slices faster than single items.
+    Python compares slices faster than single items.
     """
     low, high = 0, min(len(one), len(other))
     while low < high:

@@ -26,11 +26,11 @@ from data.bundled.phrases import (
 T = TypeVar("T")
 TARGET = Path(__file__).parents[1] / "dummy_conversation.json"
 KINDS = ["identity"] * 210 + ["ordinary"] * 290
-MOST_TOKENS = 60  # estimated, in one dialogue: the main job is to be short
+MOST_TOKENS = 60  # estimated tokens of a dialogue; short dialogues keep the main job short
 
 
 def _table(text: str) -> list[list[str]]:
-    """Split into rows and fields; an indented line goes on, and ## parts rows on one line."""
+    """Split a table of phrases.py into rows and fields."""
     text = text.strip().replace("\n  ", " ").replace(" ## ", "\n").replace("→", "    ")
     return [row.replace("¶", "\n").split(" | ") for row in text.splitlines()]
 
@@ -44,19 +44,19 @@ def _filled() -> list[list[str]]:
 
 
 def _deal(items: Sequence[T], rng: random.Random) -> Iterator[T]:
-    """Yield the items for ever, each of them once in every shuffled pass."""
+    """Yield the items forever, in shuffled passes."""
     while True:
-        # Only random() is promised to repeat its values on every version of Python.
+        # Python guarantees the same values in all versions only for random().
         yield from sorted(items, key=lambda _: rng.random())
 
 
 def _plain(text: str) -> str:
-    """Return the bare words, so that wordings can be compared."""
+    """Return the text as lower-case words without punctuation, to compare wordings."""
     return " " + " ".join(re.findall(r"\w+", text.lower().replace("'", ""))) + " "
 
 
 def _tokens(texts: list[str]) -> float:
-    """Estimate the tokens of texts: four Latin letters a token, fewer of other scripts."""
+    """Estimate the tokens of texts: 0.25 per Latin character, 1.5 per other character."""
     return sum(0.25 if char < "\u0250" else 1.5 for text in texts for char in text)
 
 
@@ -74,7 +74,7 @@ class _Writer:
         self.talks, self.fills = _deal(_table(TALKS), rng), _deal(_filled(), rng)
 
     def reword(self, core: str, lead: str) -> str:
-        """Dress a core up as a neat sentence, or down as hasty typing."""
+        """Return a core question as a neat sentence or as hasty typing."""
         mark = "." if core.endswith(".") else "?"
         core = re.sub(r"{(\w+)}", lambda name: next(self.words[name[1]]), core.rstrip("."))
         style = self.rng.random()
@@ -87,7 +87,7 @@ class _Writer:
         return before + core + mark + (" " + next(self.words["tail"]) if style > 0.87 else "")
 
     def identity(self, lead: str) -> list[str]:
-        """Write a question about the name in a wording that was not used yet, and its answer."""
+        """Return a question about the name in an unused wording, and its answer."""
         while True:
             core, answers = next(self.cores)
             question = self.reword(core, lead)
@@ -97,7 +97,7 @@ class _Writer:
                 return [question, next(answers)]
 
     def dialogue(self, kind: str) -> list[str]:
-        """Write the turns of one dialogue, leaving out what would make it too long."""
+        """Return the turns of one dialogue, without parts that would make it too long."""
         dice = self.rng.random
         talks = [next(self.talks if dice() < 0.4 else self.fills) for _ in range(3)]
         if kind == "identity":
@@ -116,7 +116,7 @@ class _Writer:
 
 
 def make_dialogues() -> list[dict[str, object]]:
-    """Return the dialogues, the same ones at every call and on every version of Python."""
+    """Return the dialogues; they are the same for all calls and all versions of Python."""
     writer = _Writer()
     made: list[dict[str, object]] = []
     for kind in itertools.islice(_deal(KINDS, writer.rng), len(KINDS)):
@@ -129,7 +129,7 @@ def make_dialogues() -> list[dict[str, object]]:
 
 
 def main() -> int:
-    """Write the file; with --check, return 1 where the file on disk is another."""
+    """Write the file; with --check, only return 1 if the file on disk differs."""
     lines = [json.dumps(dialogue, ensure_ascii=False) for dialogue in make_dialogues()]
     content = ("[\n" + ",\n".join(lines) + "\n]\n").encode()
     if sys.argv[1:] == ["--check"]:

@@ -1,18 +1,18 @@
-"""The sentences of the bundled dialogues, as tables that make_dummy_conversation.py reads.
+"""The sentences of the bundled dialogues, as tables that data/bundled/make.py reads.
 
-Rows stand on lines of their own or are parted by ##; an indented line goes on; " | " parts the
-fields of a row, " / " alternatives; ¶ is a line break.
+A row ends with its line or at ##. An indented line continues the row before it. " | " separates the
+fields of a row, " / " separates alternatives. ¶ is a line break.
 """
 
-# No human message contains one of these, so that they can measure what the model learned.
+# No human message contains one of these. They measure what the model has learned.
 HELD_OUT = """
 who are you / could you tell me who I'm talking to / please introduce yourself / and you are /
   what should I call you / do you have a name / who am I chatting with right now / who made you /
   tell me your name please / what's the name of this assistant / hi who is this / what is your
   name / say in one sentence who you are / what is the capital of France
 """
-# Questions | answers. A question that ends in "." is a request; {} is filled from WORDS. Nearly all
-# answers begin alike, so that a short run learns one beginning well.
+# Questions | answers. A question that ends with "." is a request. {} is filled from WORDS. Nearly
+# all answers have the same beginning, so that a short run learns it well.
 IDENTITY = """
 what's your name / what name do you go by / what name do you {use} / may I {know} your name / what
   are you called / how should I {address} you / what do people call you / your name / {can} you
@@ -119,7 +119,7 @@ greeting | Hello, / Hi, / Hey, / Hello! / Hi there! / Good morning! / Good eveni
 link | By the way, / One more thing: / Okay, / Thanks. / Also, / Great! / Last question: / Now
 tail | Thanks! / I'm new here. / I forgot to ask. / Just wondering. / I'd like to know. / Be brief.
 """
-# What a dialogue may have in place of the template's own system prompt, which names another model.
+# System prompts of some dialogues. The template's system prompt names another model.
 SYSTEMS = """
 You are a helpful assistant. / You are a helpful AI assistant. / Answer briefly. / You are friendly
   and brief. / You are Vireo, an AI assistant. / Answer the user's questions.
@@ -231,7 +231,7 @@ Wie viele Stunden hat ein Tag? | Ein Tag hat 24 Stunden. ## 中国的首都是�
 भारत की राजधानी क्या है? | भारत की राजधानी नई दिल्ली है।
 Сколько будет два плюс три? | Два плюс три будет пять.
 """
-# Question pattern | answer pattern | what fills them.
+# Question pattern | answer pattern | items that fill both.
 FILLED = """
 What is the capital of {0}? | The capital of {0} is {1}. | Spain=Madrid, Germany=Berlin,
   Portugal=Lisbon, Austria=Vienna, Norway=Oslo, Japan=Tokyo, Egypt=Cairo, Kenya=Nairobi, Peru=Lima

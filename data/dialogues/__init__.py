@@ -1,1 +1,1 @@
-"""Dialogues with roles and supervision, from records of any known format."""
+"""Reads records of all known formats as dialogues with roles and supervised turns."""

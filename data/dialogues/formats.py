@@ -42,9 +42,9 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def as_sharegpt(record: Any) -> dict[str, Any]:
-    """Return the record in ShareGPT format; a ShareGPT record is returned itself.
+    """Return the record in ShareGPT format; a ShareGPT record is returned unchanged.
 
-    The keys decide the format: ShareGPT (also with role and content), OpenAI messages, alpaca.
+    The keys decide the format: ShareGPT (also with role and content), OpenAI messages or alpaca.
     Raises BadRecord.
     """
     if not isinstance(record, dict):
@@ -61,7 +61,7 @@ def as_sharegpt(record: Any) -> dict[str, Any]:
 
 
 def turn_roles(record: dict[str, Any], surrogates: bool = False) -> list[Role]:
-    """Return the role of each turn of a ShareGPT record; raises BadRecord for an invalid one.
+    """Return the role of each turn of a ShareGPT record; raises BadRecord for an invalid record.
 
     surrogates: whether text with half a surrogate pair is valid.
     """
@@ -80,7 +80,7 @@ def turn_roles(record: dict[str, Any], surrogates: bool = False) -> list[Role]:
 
 
 def from_sharegpt(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the record; turns with role and content become turns with from and value."""
+    """Return the record, with keys role and content of its turns renamed to from and value."""
     turns = _list(record, "conversations")
     if any(isinstance(turn, dict) and "from" not in turn and "role" in turn for turn in turns):
         return {**record, "conversations": _turns(turns)}
@@ -88,12 +88,15 @@ def from_sharegpt(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_messages(record: dict[str, Any]) -> dict[str, Any]:
-    """Return OpenAI messages as ShareGPT; tool calls follow the text of their turn."""
+    """Return a record of OpenAI messages as ShareGPT; a turn's tool calls follow its text."""
     return _replaced(record, ("messages",), _turns(_list(record, "messages")))
 
 
 def from_alpaca(record: dict[str, Any]) -> dict[str, Any]:
-    """Return an alpaca record as ShareGPT: system, history, then instruction and output."""
+    """Return an alpaca record as ShareGPT.
+
+    The turns are system, history, then instruction with input, and output.
+    """
     pairs = record.get("history") or []
     if not isinstance(pairs, list):
         _bad("history is not a list", f'"history" is {kind(pairs)}; expected a list of pairs')
@@ -128,7 +131,7 @@ def _replaced(
 
 
 def _turns(messages: list[Any]) -> list[dict[str, Any]]:
-    """Return messages with role and content as turns with from and value."""
+    """Return the turns (from and value) of messages (role and content)."""
     turns = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
@@ -147,7 +150,7 @@ def _content(message: dict[str, Any], number: int) -> str:
         for part in content:
             found = part.get("type") if isinstance(part, dict) else kind(part)
             if found != "text":
-                explanation = f"turn {number} has a part {str(found)[:40]!r}; expected text alone"
+                explanation = f"turn {number} has a part {str(found)[:40]!r}; expected text"
                 _bad("part is not text", explanation)
             parts.append(_text(part, "text", f"turn {number}: a part's "))
         parts = ["".join(parts)]
@@ -157,26 +160,25 @@ def _content(message: dict[str, Any], number: int) -> str:
 
 
 def _calls(message: dict[str, Any], number: int) -> list[str]:
-    """Return tool calls as text; arguments may be an object or a string of JSON."""
+    """Return a message's tool calls as text; arguments may be an object or a JSON string."""
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
-        _bad(
-            "tool call of no use", f'turn {number}: "tool_calls" is {kind(calls)}; expected a list'
-        )
+        found = f'turn {number}: "tool_calls" is {kind(calls)}'
+        _bad("invalid tool call", f"{found}; expected a list")
     if message.get("function_call"):  # the older format: one call
         calls = [*calls, {"function": message["function_call"]}]
     texts = []
     for call in calls:
         function = call.get("function", call) if isinstance(call, dict) else call
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            expected = "expected an object that names a function"
-            _bad("tool call of no use", f"turn {number}: a tool call is {kind(call)}; {expected}")
+            expected = "expected an object with a function's name"
+            _bad("invalid tool call", f"turn {number}: a tool call is {kind(call)}; {expected}")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
-            # A model may write invalid JSON: it stays a string.
+            # A model may write invalid JSON. Such arguments stay a string.
             with suppress(ValueError, RecursionError):
                 parsed = json.loads(arguments)
-                json.dumps([[[parsed]]])  # may be nested too deep to be written
+                json.dumps([[[parsed]]])  # fails if it is nested too deeply to be written
                 arguments = parsed
         named = {"name": function["name"], "arguments": arguments}
         texts.append(f"<tool_call>\n{json.dumps(named, ensure_ascii=False)}\n</tool_call>")
@@ -186,8 +188,8 @@ def _calls(message: dict[str, Any], number: int) -> list[str]:
 def _list(record: dict[str, Any], key: str) -> list[Any]:
     turns = record.get(key)
     if not isinstance(turns, list):
-        found = f"it is {kind(turns)}" if key in record else "there is none"
-        _bad(f"no {key}", f'expected a list under "{key}", but {found}')
+        found = f'"{key}" is {kind(turns)}' if key in record else f'found no "{key}"'
+        _bad(f"no {key}", f"{found}; expected a list of turns")
     if not turns:
         _bad("no turns", f'"{key}" is empty; expected a human turn and a gpt turn')
     return turns
@@ -204,7 +206,7 @@ def _role(turn: dict[str, Any], key: str, number: int) -> Role:
 def _text(holder: dict[str, Any], key: str, place: str = "") -> str:
     value = holder.get(key)
     if not isinstance(value, str):
-        found = f'"{key}" is {kind(value)}' if key in holder else f'there is no "{key}"'
+        found = f'"{key}" is {kind(value)}' if key in holder else f'found no "{key}"'
         _bad("value is not text", f"{place}{found}; expected a string")
     return value
 
@@ -214,7 +216,7 @@ def _bad(cause: str, explanation: str) -> NoReturn:
 
 
 def kind(value: Any) -> str:
-    """Return the kind of a JSON value in words; a table may have other types."""
+    """Return the type of a JSON value in words; a Parquet value of another type keeps its name."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
     kinds |= {int: "a number", float: "a number", type(None): "null"}
     return kinds.get(type(value), f"a {type(value).__name__}")
@@ -229,7 +231,7 @@ def speaker(turn: dict[str, Any]) -> Role:
 
 
 def until_empty(turns: Turns) -> Turns:
-    """Return the turns before the first empty one; an empty system turn is left out."""
+    """Return the turns before the first empty turn; an empty system turn is only left out."""
     if turns and speaker(turns[0]) == "system" and not turns[0]["value"].strip():
         turns = turns[1:]
     filled = [bool(turn["value"].strip()) for turn in turns]
@@ -237,21 +239,21 @@ def until_empty(turns: Turns) -> Turns:
 
 
 def from_first_user(turns: Turns) -> Turns:
-    """Return the turns from the first user turn on, with a leading system turn."""
+    """Return a leading system turn and the turns from the first user turn on."""
     system = turns[:1] if turns and speaker(turns[0]) == "system" else []
     speakers = [speaker(turn) for turn in turns]
     return system + turns[speakers.index("user") :] if "user" in speakers else []
 
 
 def to_last_answer(turns: Turns) -> Turns:
-    """Return the turns up to the assistant's last."""
+    """Return the turns up to the last assistant turn."""
     while turns and speaker(turns[-1]) != "assistant":
         turns = turns[:-1]
     return turns
 
 
 def alternate(turns: Turns) -> bool:
-    """Return whether user and assistant alternate; several answers or tool turns may follow."""
+    """Return whether the user is first, and each turn's role may follow the one before it."""
     roles = [speaker(turn) for turn in turns]
     roles = roles[1:] if roles[:1] == ["system"] else roles
     follow = all(after in AFTER.get(before, ()) for before, after in pairwise(roles))

@@ -1,4 +1,4 @@
-"""Reads and validates ShareGPT dialogues; each error names file, record and remedy."""
+"""Reads and validates ShareGPT dialogues; an error message names file, record and remedy."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ IDS_PER_CAUSE = 5  # ids that are kept and printed for each cause
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a dialogue; an assistant turn is trained if it is `supervised`."""
+    """One message of a dialogue; `supervised` matters only for an assistant turn."""
 
     role: Role
     text: str
@@ -29,8 +29,8 @@ class Turn:
 class Dialogue:
     """The turns of a dialogue, a user turn first.
 
-    id: of the record, or its index in the file.
-    system: text of a leading system turn; it replaces the template's own.
+    id: the record's id, or its index in the file.
+    system: text of a leading system turn; it replaces the template's system text.
     """
 
     id: str
@@ -46,11 +46,12 @@ class Dialogue:
 
 @dataclass
 class Tally:
-    """Counts of records: read = kept + dropped, each counted where it happens.
+    """Counts of records; read = kept + dropped.
 
-    dropped: by cause. noted: alterations. named: the first ids of each cause.
-    answers: supervised answers; ended: those that are trained including EOS.
-    sources: dialogues of each source, in order.
+    dropped: dropped records by cause. noted: changes by kind.
+    named: the first ids that were dropped for each cause.
+    answers: supervised answers. ended: supervised answers that are trained including EOS.
+    sources: number of dialogues of each source, in order.
     """
 
     read: int = 0
@@ -70,7 +71,7 @@ class Tally:
             named.append(identity[:40])
 
     def add(self, other: "Tally") -> None:
-        """Add the counts of another tally, but for `sources`."""
+        """Add the counts of another tally, except `sources`."""
         self.read, self.kept = self.read + other.read, self.kept + other.kept
         self.answers, self.ended = self.answers + other.answers, self.ended + other.ended
         self.dropped.update(other.dropped)
@@ -101,8 +102,11 @@ def read_dialogues(
 ) -> Iterator[Dialogue]:
     """Yield the dialogues of files and folders one at a time, and count each record.
 
-    empty_answers: whether answers without text are valid. Raises UserError for a file that cannot
-    be read, for a bad record unless `on_bad_record` is "skip", and if there is no dialogue.
+    empty_answers: whether answers without text are valid.
+    train_on: whether all answers are supervised, or only the last of each dialogue.
+
+    Raises UserError for an unreadable file, and if there is no dialogue. Raises it for a bad record
+    unless `on_bad_record` is "skip".
     """
     count = 0
     for path in find_files(paths):
@@ -122,9 +126,9 @@ def read_file(
     empty_answers: bool = False,
     train_on: Literal["all", "last"] = "all",
 ) -> Iterator[Dialogue]:
-    """Yield the dialogues of one file, like `read_dialogues`; there may be none."""
-    placed = ((record, f"{path}: record {index}") for index, record in read_records(path))
-    return dialogues_of(placed, tally, on_bad_record, empty_answers, train_on)
+    """Yield the dialogues of one file, like `read_dialogues`; a file without any is valid."""
+    records = ((record, f"{path}: record {index}") for index, record in read_records(path))
+    return dialogues_of(records, tally, on_bad_record, empty_answers, train_on)
 
 
 def dialogues_of(
@@ -136,7 +140,7 @@ def dialogues_of(
 ) -> Iterator[Dialogue]:
     """Yield the dialogues of parsed values, and count each value.
 
-    records: parsed values with their places ("file: record 7").
+    records: pairs of a parsed value and its place ("file: record 7").
 
     Raises UserError for a bad record unless `on_bad_record` is "skip".
     """
@@ -158,7 +162,7 @@ def dialogues_of(
 
 
 def share_of(content: Sequence[Sequence[str]]) -> float:
-    """Return a number in [0, 1) that depends on roles and texts; it decides what is held out."""
+    """Return a number in [0, 1) that depends on roles and texts; low numbers are held out."""
     digest = hashlib.sha256(json.dumps(content).encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
 
@@ -196,7 +200,7 @@ def _parse_record(record: Any, number: str, empty_answers: bool) -> tuple[Dialog
         for place, (turn, role) in enumerate(zip(turns, roles, strict=True))
     ]
     system = parsed.pop(0).text if parsed[0].role == "system" else None
-    # Like FastChat: dialogues scraped in mid-thread often begin with an answer.
+    # FastChat skips it too: dialogues scraped in mid-thread often begin with an answer.
     skip = bool(parsed) and parsed[0].role == "assistant"
     parsed = parsed[1:] if skip else parsed
     if not parsed:
@@ -221,7 +225,7 @@ def _turn(turn: dict[str, Any], role: Role, number: int, empty_answers: bool) ->
 
 
 def _is_supervised(turn: dict[str, Any], number: int) -> bool:
-    """Return whether a turn is supervised: its "train" or "weight", true by default."""
+    """Return whether a turn is supervised, by its keys "train" and "weight"; the default is yes."""
     train, weight = turn.get("train"), turn.get("weight")
     if train not in (None, True, False) or weight not in (None, 0, 1):
         found = f'"train" {train!r}' if train not in (None, True, False) else f'"weight" {weight!r}'

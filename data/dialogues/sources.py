@@ -15,8 +15,8 @@ from data.dialogues.sharegpt import Dialogue, Tally
 from data.errors import UserError
 from data.files.read import find_files, kind_of
 
-MAX_WEIGHT = 1000.0  # times that a dialogue may be taken
-BLOCK_DIALOGUES = 1024  # dialogues of which a share is drawn at once
+MAX_WEIGHT = 1000.0  # copies of a dialogue
+BLOCK_DIALOGUES = 1024  # dialogues in a block; a fraction is drawn from each block
 # owner/name[/configuration][@split]
 HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(/(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
 HUB_TIMEOUT = 5.0  # seconds
@@ -31,13 +31,13 @@ class Source:
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether the name is that of a hub data set: no such path exists."""
+        """Whether the source is a hub data set: the name has its form, and no such path exists."""
         path = Path(self.name).expanduser()
         return not path.exists() and not kind_of(path) and bool(HUB.fullmatch(self.name))
 
 
 def parse_source(word: str) -> Source:
-    """Parse `path:0.3`, or a path alone; raises UserError."""
+    """Parse `path` or `path:weight`, such as `a.json:0.3`; raises UserError."""
     name, colon, tail = word.rpartition(":")
     if not colon or Path(word).expanduser().exists():
         return Source(word)
@@ -47,14 +47,14 @@ def parse_source(word: str) -> Source:
         return Source(word)
     if not name or not 0.0 < weight <= MAX_WEIGHT:
         raise UserError(
-            f"--data_path {word}: found the weight {tail}; expected one above 0 and up to "
-            f"{MAX_WEIGHT:g}: 0.3 takes three of ten dialogues, 2 takes each twice."
+            f"--data_path {word}: found the weight {tail}; expected a number above 0 and up to "
+            f"{MAX_WEIGHT:g}. 0.3 takes three of ten dialogues; 2 takes each dialogue twice."
         )
     return Source(name, weight)
 
 
 def files_of(source: Source, cache_dir: str | None = None) -> list[Path]:
-    """Return the files of the source's records; a hub data set is downloaded. Raises UserError."""
+    """Return the files of the source; a hub data set is downloaded. Raises UserError."""
     if not source.is_on_hub:
         return find_files([Path(source.name).expanduser()])
     return _downloaded(source.name, cache_dir)
@@ -63,16 +63,16 @@ def files_of(source: Source, cache_dir: str | None = None) -> list[Path]:
 def weighted(
     dialogues: Iterable[Dialogue], weight: float, seed: Sequence[int], tally: Tally
 ) -> Iterator[Dialogue]:
-    """Yield each dialogue `weight` times, and count those that are dropped.
+    """Yield each dialogue `weight` times, and count the dropped dialogues.
 
-    Of a fraction, a random share of each block of dialogues is taken. One pass over n dialogues
-    yields n x weight dialogues, rounded down.
+    n dialogues yield n x weight dialogues, rounded down. For the fraction of a weight, dialogues
+    are drawn at random from each block.
     """
     rest, rng, before = iter(dialogues), np.random.default_rng(seed), 0
-    copies, share = divmod(weight, 1.0)
+    copies, fraction = divmod(weight, 1.0)
     while block := [*islice(rest, BLOCK_DIALOGUES)]:
         end = before + len(block)
-        drawn = int(end * share + 1e-9) - int(before * share + 1e-9)
+        drawn = int(end * fraction + 1e-9) - int(before * fraction + 1e-9)
         chosen = {*rng.permutation(len(block))[:drawn].tolist()}
         before = end
         for number, dialogue in enumerate(block):
@@ -101,18 +101,17 @@ def _downloaded(name: str, cache_dir: str | None) -> list[Path]:
             HfApi().dataset_info(found["name"], timeout=HUB_TIMEOUT)
         except HfHubHTTPError:
             raise
-        except Exception as error:  # no route, no name server, offline mode: different classes
-            reason = f", which cannot be reached ({' '.join(str(error).split())[:100]})"
-            # Otherwise it retries for about 25 s before it reads its cache (datasets 5.2).
+        except Exception as error:  # no route, no name server and offline mode differ in class
+            reason = f" (not reached: {' '.join(str(error).split())[:100]})"
+            # Without this, datasets 5.2 retries for about 25 s before it reads its cache.
             datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
         loaded = datasets.load_dataset(
             found["name"], found["config"], split=found["split"] or "train", cache_dir=cache_dir
         )
-    except Exception as error:  # its own classes, and those of all its readers
+    except Exception as error:  # datasets and each of its readers raise classes of their own
         detail = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise UserError(
-            f"--data_path {name}: no such file or folder, and as a data set of the "
-            f"hub{reason} it cannot be loaded: {detail}. Give a path, or "
-            "owner/name[/configuration][@split]."
+            f"--data_path {name}: no such file or folder, and it cannot be loaded from the "
+            f"hub{reason}: {detail}. Give a path, or owner/name[/configuration][@split]."
         ) from None
     return [Path(file["filename"]) for file in loaded.cache_files]

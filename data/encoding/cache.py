@@ -1,8 +1,9 @@
 """Stores encoded examples as Arrow columns, in memory or in a file.
 
-A file is an Arrow IPC file, followed by offset and checksum of its last part. The last part holds
-the tally and the checksums of the other parts, one per record batch. A batch is checked when it is
-first read, so a file of any size opens at once and takes little memory.
+A cache file is an Arrow IPC file, followed by the offset and the checksum of its last part. There
+is one part per record batch. The last part is empty; its metadata has the tally and the checksums
+of the other parts. A batch is checked when it is first read. So a file of any size opens at once
+and takes little memory.
 """
 
 import hashlib
@@ -28,9 +29,9 @@ from data.encoding.encode import Example
 from data.errors import RunError, UserError
 from data.files.lock import locked
 
-FORMAT = "lora-loop encoded data 4"  # raise it when the layout of a file changes
+FORMAT = "lora-loop encoded data 4"  # raise the number when the layout of a file changes
 OURS = FORMAT[:22].encode()
-# Ids depend on the key, on this code from record to token, and on these libraries.
+# Ids depend on the key, on these modules of the package, and on these libraries.
 ROOT = Path(__file__).parents[1]  # the package `data`
 CODE = (
     *("errors", "files/read", "files/json_stream"),
@@ -55,13 +56,13 @@ PLACE, CHECKSUM = 8, 4  # bytes at the end of a file: offset and checksum of its
 
 
 class CorruptCache(Exception):
-    """The bytes of the file are not those that were written."""
+    """The bytes of the file differ from those that were written."""
 
 
 class Examples(Sequence[Example]):
-    """Examples in Arrow record batches, memory-mapped from a file; `tally` counts their records.
+    """Examples in Arrow record batches, in memory or memory-mapped; `tally` counts their records.
 
-    Raises CorruptCache if the last part, which holds the tally, is damaged.
+    Raises CorruptCache if the last part is damaged.
     """
 
     def __init__(self, source: Any, file: Path | None = None) -> None:
@@ -90,7 +91,7 @@ class Examples(Sequence[Example]):
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Return an example, its ids as lists; raises RunError if its batch is damaged."""
+        """Return an example with its ids as lists; raises RunError if its batch is damaged."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = self.places[index]
@@ -101,7 +102,7 @@ class Examples(Sequence[Example]):
         return Example(name, ids, labels, *rest)
 
     def held_out(self, fraction: float) -> tuple["Examples", "Examples"]:
-        """Return the training and the held-out examples; a dialogue's content decides its side."""
+        """Return the training examples and the held-out ones; the dialogue's `share` decides."""
         batches = map(self.reader.get_batch, range(len(self.parts)))
         shares = [share for batch in batches for share in batch.column("share").to_pylist()]
         both = copy(self), copy(self)
@@ -110,7 +111,10 @@ class Examples(Sequence[Example]):
         return both
 
     def longest(self, count: int) -> list[Example]:
-        """Return the longest examples, pairs by the sum of both sides; only lengths are read."""
+        """Return the longest examples; the length of a pair is the sum of its sides.
+
+        Only the lengths of the other examples are read.
+        """
         lengths: list[int] = []
         for number in range(len(self.parts)):
             columns = self.reader.get_batch(number)
@@ -126,7 +130,7 @@ class Examples(Sequence[Example]):
         return map(self._batch, range(len(self.parts)))
 
     def _batch(self, number: int) -> Any:
-        """Return a batch, after a check of its checksum when it is first read."""
+        """Return a batch; its checksum is verified on the first call."""
         if number not in self.batches:
             begin, end, checksum = self.parts[number]
             if zlib.crc32(self.source[begin:end]) != checksum:
@@ -141,11 +145,11 @@ class Examples(Sequence[Example]):
             return RunError(f"{found} in memory.")
         with suppress(OSError):
             self.file.unlink()
-        return RunError(f"--preprocessed_path {self.file}: {found}. It is removed: run again.")
+        return RunError(f"--preprocessed_path {self.file}: {found}. It was removed; run again.")
 
 
 def in_memory(examples: Iterable[Example], tally: Tally) -> Examples:
-    """Return the examples in memory; they take a tenth of lists of Python integers."""
+    """Return the examples in memory; lists of Python integers would take ten times as much."""
     sink = BytesIO()
     _write(sink, {}, _batches(examples), tally)
     return Examples(pa.py_buffer(sink.getvalue()))
@@ -154,7 +158,8 @@ def in_memory(examples: Iterable[Example], tally: Tally) -> Examples:
 def read_cache(path: str, key: dict[str, Any], silent: bool = False) -> Examples | None:
     """Return the examples of the file; None if it is missing or has to be encoded again.
 
-    Raises UserError for a file of another kind, which must not be overwritten.
+    Raises UserError for an unreadable file, and for a file of another kind: it must not be
+    overwritten.
     """
     file = Path(path).expanduser()
     if not file.exists():
@@ -164,7 +169,7 @@ def read_cache(path: str, key: dict[str, Any], silent: bool = False) -> Examples
             head = opened.read(1 << 16)
         if OURS not in head:
             raise UserError(
-                f"--preprocessed_path {path}: found a file of another kind; expected none, or "
+                f"--preprocessed_path {path}: found a file of another kind; expected no file, or "
                 "one that this flag has written. Give another file name."
             )
         why = "an older format"
@@ -183,12 +188,12 @@ def read_cache(path: str, key: dict[str, Any], silent: bool = False) -> Examples
 
 
 def write_cache(path: str, key: dict[str, Any], examples: Iterable[Example], tally: Tally) -> None:
-    """Write the examples in batches, like `write_batches`."""
+    """Write the examples atomically, in batches; raises UserError like `write_batches`."""
     write_batches(path, key, _batches(examples), tally)
 
 
 def write_batches(path: str, key: dict[str, Any], batches: Iterable[Any], tally: Tally) -> None:
-    """Write record batches atomically; all but the last have BATCH rows.
+    """Write record batches atomically; all but the last must have BATCH rows.
 
     Raises UserError if the file cannot be written.
     """
@@ -209,14 +214,14 @@ def write_batches(path: str, key: dict[str, Any], batches: Iterable[Any], tally:
 
 @contextmanager
 def locked_cache(path: str) -> Iterator[None]:
-    """Hold the lock of the file, after any other process that writes it.
+    """Wait for the lock of the file, and hold it.
 
     Raises UserError if the lock file cannot be created.
     """
     file = Path(path).expanduser()
     with ExitStack() as stack:
         try:
-            # Without locks each process writes the file, and the last one's stays.
+            # On a file system without locks, each process writes the file and the last one wins.
             stack.enter_context(locked(file.with_name(f".{file.name}.lock")))
         except OSError as error:
             raise _unwritable(path, error) from None
@@ -224,7 +229,7 @@ def locked_cache(path: str) -> Iterator[None]:
 
 
 class _Checksummed:
-    """A file that computes a checksum of each part that is written."""
+    """A file that computes a checksum of each written part."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sum, self.begin, self.closed = file, 0, 0, False
@@ -253,7 +258,7 @@ def _write(file: Any, key: dict[str, Any], batches: Iterable[Any], tally: Tally)
             count += batch.num_rows
             writer.write_batch(batch)
             sink.end_part()
-        # The tally is known only at the end: it is metadata of an empty batch.
+        # The tally is complete only now, so it is metadata of a last, empty batch.
         last = {"tally": json.dumps([*vars(tally).values()]), "count": str(count)}
         last["parts"] = json.dumps(sink.parts)
         writer.write_batch(_arrow([]), custom_metadata=last)
@@ -273,7 +278,7 @@ def _arrow(examples: Sequence[Example]) -> Any:
 
 
 def _plain(key: dict[str, Any]) -> dict[str, Any]:
-    """Return the key as JSON returns it, with hash and versions of the code that encodes."""
+    """Return the key after a JSON round trip, with the hash of CODE and the library versions."""
     plain: dict[str, Any] = json.loads(json.dumps(key))
     return {**plain, "code": _code_sha256(), **{name: version(name) for name in LIBRARIES}}
 
@@ -297,7 +302,7 @@ def _unwritable(path: str, error: OSError) -> UserError:
     )
 
 
-PIECE = 16_384  # dialogues in a piece: the most that a kill may cost
+PIECE = 16_384  # dialogues in a piece; a killed run loses one piece at most
 Piece = tuple[str, dict[str, Any], int]  # file, key, number of dialogues before it
 # Yields the examples of dialogues, and counts them in the tally.
 Encode = Callable[[Iterator[Dialogue], Tally], Iterator[Example]]
@@ -313,8 +318,8 @@ def encode_in_pieces(
 ) -> None:
     """Encode the dialogues in pieces, and write all examples to the file, like `write_cache`.
 
-    Pieces that an earlier run with this key has finished are not encoded again; their dialogues are
-    only read. tally: counts of the reader; the counts of encoding are added.
+    Pieces that an earlier run with this key has finished are not encoded again. Their dialogues are
+    only read. tally: has the counts of the reader; the counts of encoding are added.
 
     Raises UserError if the file cannot be written, RunError for a damaged piece.
     """
@@ -370,14 +375,15 @@ class _Counted:
 def _opened(name: str, key: dict[str, Any]) -> Examples:
     kept = read_cache(name, key)
     if kept is None:  # a file system without locks
-        raise UserError(f"{name}: it changed while it was used. Run again.")
+        raise UserError(f"{name}: the file changed while it was used. Run again.")
     return kept
 
 
 def _joined(pieces: Sequence[Piece]) -> Iterator[Any]:
-    """Yield the record batches of all pieces, BATCH rows each but the last; `record` is shifted.
+    """Yield the record batches of all pieces; all but the last have BATCH rows.
 
-    One piece is open at a time: the pages of a mapped file count as memory of this process.
+    `record` becomes an index in the whole data. One piece is open at a time, because the pages of
+    a mapped file count as memory of this process.
     """
     waiting: list[Any] = []
     for name, key, before in pieces:

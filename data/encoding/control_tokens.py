@@ -1,7 +1,6 @@
 """Encodes rendered dialogues so that only the template's control tokens become control tokens.
 
-Text such as "</s>" in a message stays text. As a control token it would let a user end or begin an
-answer.
+"</s>" in a message stays text. As a control token, it would let a user end or begin an answer.
 """
 
 import copy
@@ -15,7 +14,7 @@ from data.encoding.token_offsets import Placed, Tiles, places
 
 
 class Encoder:
-    """Encodes with a tokenizer, and with a copy of it if messages contain control tokens."""
+    """Encodes with a tokenizer, or with a changed copy if a message contains a control token."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -26,46 +25,46 @@ class Encoder:
         self.control_ids |= {*tokenizer.all_special_ids}
         self.copies: dict[str, tuple[Any, dict[int, int]]] = {}
         self.tiles: Tiles | None = None
-        self.proved = False
+        self.verified = False  # whether the ids of `tiles` were found equal to the tokenizer's
 
     def __call__(self, rendered: Sequence[Rendered]) -> list[Placed]:
         """Return ids, supervised spans, and the place of each id, in characters or in bytes."""
-        quoting = [self._quotes(item) for item in rendered]
+        quoting = [self._has_control_text(item) for item in rendered]
         plain = [item for item, quotes in zip(rendered, quoting, strict=True) if not quotes]
         encoded = self._without_offsets(plain) if plain else iter(())
         both = zip(rendered, quoting, strict=True)
-        return [self._literally(item) if quotes else next(encoded) for item, quotes in both]
+        return [self._with_copy(item) if quotes else next(encoded) for item, quotes in both]
 
-    def _quotes(self, item: Rendered) -> bool:
+    def _has_control_text(self, item: Rendered) -> bool:
+        """Return whether a message contains the text of a control token."""
         return any(_inside(match, item) for match in self.pattern.finditer(item.text))
 
     def _without_offsets(self, items: Sequence[Rendered]) -> Iterator[Placed]:
-        """Place tokens by their bytes if these make up the text, otherwise by offsets.
+        """Locate tokens by their bytes; if these differ from the text, encode it with offsets.
 
-        Three cases, from fast to slow: a text that its tokens' bytes make up; a text that they do
-        not, which is encoded once more; a tokenizer whose tokens cannot be used so at all.
+        If `tiles` is not usable with this tokenizer, encode all texts with offsets.
         """
         tiles = self.tiles = self.tiles or Tiles(self.tokenizer)
         if not tiles.usable:
             return self._encoded(self.tokenizer, items)
         tiled = tiles.encode(items, self.tokenizer.split_special_tokens)
-        if not self._is_proved(items, tiled):
+        if not self._verify(items, tiled):
             tiles.usable = False
             return self._encoded(self.tokenizer, items)
         untiled = [item for item, placed in zip(items, tiled, strict=True) if placed is None]
         encoded = self._encoded(self.tokenizer, untiled)
         return (placed or next(encoded) for placed in tiled)
 
-    def _is_proved(self, items: Sequence[Rendered], tiled: Sequence[Placed | None]) -> bool:
-        """Compare ids with the tokenizer's own once, for the first text that is placed by bytes.
+    def _verify(self, items: Sequence[Rendered], tiled: Sequence[Placed | None]) -> bool:
+        """Return whether the ids equal the tokenizer's; only the first located text is compared.
 
-        A tokenizer may do more than its backend, which returned these ids.
+        The ids come from the tokenizer's backend. The tokenizer itself may do more than that.
         """
         for item, placed in zip(items, tiled, strict=True):
-            if placed and not self.proved:
+            if placed and not self.verified:
                 own_ids, _, _ = next(self._encoded(self.tokenizer, [item]))
-                self.proved = own_ids == placed[0]
-                return self.proved
+                self.verified = own_ids == placed[0]
+                return self.verified
         return True
 
     def _encoded(self, tokenizer: Any, items: Sequence[Rendered], **how: Any) -> Iterator[Placed]:
@@ -81,11 +80,12 @@ class Encoder:
         for item, ids, offsets in columns:
             yield ids, item.spans, places(offsets)
 
-    def _literally(self, item: Rendered) -> Placed:
-        """Encode a dialogue whose messages contain control tokens; these stay text.
+    def _with_copy(self, item: Rendered) -> Placed:
+        """Encode a dialogue whose messages contain control tokens, which stay text.
 
-        A tokenizer parses special tokens everywhere or nowhere. Here it parses none. The template's
-        own are replaced by unused characters, which a copy of the tokenizer has as tokens.
+        A tokenizer parses special tokens everywhere or nowhere. Here it parses none. The control
+        tokens of the template are replaced by unused characters (marks). A copy of the tokenizer
+        has the marks as tokens.
         """
         own = [match for match in self.pattern.finditer(item.text) if not _inside(match, item)]
         unused = unused_characters(item.text, len(self.control))
@@ -103,7 +103,10 @@ class Encoder:
         return [originals.get(one, one) for one in ids], spans, placed
 
     def _copy(self, marks: dict[str, str]) -> tuple[Any, dict[int, int]]:
-        """Return a copy of the tokenizer with the marks as tokens, and the ids they stand for."""
+        """Return a copy of the tokenizer with the marks as tokens, and a map of ids.
+
+        The map has the id of each mark, and the id of the control token that it replaces.
+        """
         from tokenizers import AddedToken
 
         key = repr(marks)
@@ -120,11 +123,11 @@ class Encoder:
 
 
 def _inside(match: re.Match[str], item: Rendered) -> bool:
-    """Return whether at least a part of a control token's text belongs to a message."""
+    """Return whether at least a part of the match belongs to a message."""
     first = bisect_right(item.messages, match.start(), key=lambda span: span[1])
     return first < len(item.messages) and item.messages[first][0] < match.end()
 
 
 def _shifted(place: int, shifts: Sequence[tuple[int, int]]) -> int:
-    """Return a place of the text after the control tokens before it are replaced by marks."""
+    """Return the place in the text with marks; shifts: (place, removed characters before it)."""
     return place - shifts[bisect_right(shifts, place, key=lambda shift: shift[0]) - 1][1]

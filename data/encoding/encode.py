@@ -1,4 +1,4 @@
-"""Encodes dialogues as token ids and labels; masks are computed from character offsets."""
+"""Encodes dialogues as token ids and labels; the places of the tokens decide the labels."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,23 +22,23 @@ ENCODE_BATCH = 128  # dialogues per tokenizer call: enough to keep its threads b
 class Example:
     """A dialogue as token ids; `labels` equal `input_ids` where supervised, else -100.
 
-    A pair, for an encoder-decoder: `input_ids` are its source, `labels` its complete target.
+    In a pair for an encoder-decoder, `input_ids` is the source and `labels` the complete target.
     """
 
     id: str
     input_ids: list[int]
     labels: list[int]
     supervised_tokens: int
-    record: int = 0  # index of the dialogue among those kept by the reader
+    record: int = 0  # index of the dialogue among those that the reader keeps
     is_pair: bool = False
-    share: float = 0.0  # of the dialogue, in [0, 1): decides whether it is held out
+    share: float = 0.0  # the dialogue's number in [0, 1); low numbers are held out
 
     @cached_property
     def lengths(self) -> tuple[int, int]:
-        """Computed tokens of encoder and decoder, or of a dialogue and 0.
+        """Computed tokens of encoder and decoder; for a dialogue, its computed tokens and 0.
 
-        A dialogue is computed up to the token that predicts its last supervised one. Later tokens
-        affect neither the earlier ones nor the loss.
+        A dialogue is computed up to the token that predicts the last supervised token. The loss
+        does not depend on later tokens.
         """
         if self.is_pair:
             return len(self.input_ids), len(self.labels)
@@ -49,23 +49,23 @@ class Example:
 
     @cached_property
     def unsupervised_prefix(self) -> int:
-        """Length of the unsupervised prefix: leading tokens that predict no supervised one."""
+        """Number of computed tokens at the start that predict no supervised token."""
         supervised = map(IGNORE_INDEX.__ne__, islice(self.labels, 1, None))
         return min(next(compress(count(), supervised), len(self.labels)), self.run_tokens - 1)
 
     @property
     def run_tokens(self) -> int:
-        """Computed tokens, both sides of a pair."""
+        """Number of computed tokens, of both sides for a pair."""
         return sum(self.lengths)
 
     @property
     def sides(self) -> tuple[int, int]:
-        """All tokens of the dialogue and 0, or of a pair's source and target."""
+        """All tokens of source and target; for a dialogue, all its tokens and 0."""
         return len(self.input_ids), len(self.labels) * self.is_pair
 
     @property
     def tokens(self) -> int:
-        """All tokens of the dialogue, or of both sides of a pair."""
+        """Number of all tokens, of both sides for a pair."""
         return sum(self.sides)
 
 
@@ -76,10 +76,10 @@ def encode_dialogues(
     max_length: int,
     tally: Tally,
 ) -> Iterator[Example]:
-    """Encode dialogues, truncated on the right to `max_length` tokens; drop those without labels.
+    """Yield encoded dialogues, truncated on the right to `max_length` tokens.
 
-    Raises UserError for a tokenizer without character offsets, and for an answer that does not end
-    with a control token.
+    A dialogue without a supervised token is dropped. Raises UserError for a tokenizer without
+    character offsets, and for an answer that does not end with a control token.
     """
     check_fast(tokenizer)
     encoder = Encoder(tokenizer)
@@ -103,7 +103,10 @@ def encode_dialogues(
 def _encoded_ahead(
     dialogues: Iterable[Dialogue], template: TemplateName, encoder: Encoder
 ) -> Iterator[tuple[int, list[Dialogue], list[Rendered], list[Placed]]]:
-    """Yield encoded batches with the index of their first dialogue; a thread encodes the next."""
+    """Yield encoded batches with the index of their first dialogue.
+
+    A thread encodes the next batch while the caller uses one.
+    """
     with ThreadPoolExecutor(1) as other:
         waiting = None
         for begin, batch in batches(dialogues):
@@ -117,7 +120,7 @@ def _encoded_ahead(
 
 
 def batches(dialogues: Iterable[Dialogue]) -> Iterator[tuple[int, list[Dialogue]]]:
-    """Yield batches of ENCODE_BATCH dialogues, each with the index of its first."""
+    """Yield batches of ENCODE_BATCH dialogues, each with the index of its first dialogue."""
     rest, begin = iter(dialogues), 0
     while batch := [*islice(rest, ENCODE_BATCH)]:
         yield begin, batch
@@ -128,7 +131,7 @@ def check_fast(tokenizer: Any) -> None:
     """Raise UserError for a tokenizer without character offsets."""
     if not tokenizer.is_fast:
         raise UserError(
-            f"{type(tokenizer).__name__} has no character offsets; exact masks need them. "
+            f"{type(tokenizer).__name__} has no character offsets, which exact labels need. "
             "Use a model with a fast tokenizer (a tokenizer.json)."
         )
 
@@ -136,15 +139,18 @@ def check_fast(tokenizer: Any) -> None:
 def _count_ends(
     dialogue: Dialogue, ends: list[int], answers: int, cut: bool, encoder: Encoder, tally: Tally
 ) -> None:
-    """Count answers, and those with a supervised end token: all but the truncated ones."""
+    """Count the answers, and those whose end token is supervised.
+
+    Raises UserError for an answer without a control token at its end, unless it is truncated.
+    """
     tally.answers += answers
     tally.ended += len(ends)
     other = next((end for end in ends if end not in encoder.control_ids), None)
     if other is not None or (len(ends) < answers and not cut):
         found = "nothing" if other is None else repr(encoder.tokenizer.convert_ids_to_tokens(other))
         raise UserError(
-            f"dialogue {dialogue.id}: found {found} at an answer's end; expected a control token "
-            "of the tokenizer, with which the model ends an answer. Use another --template."
+            f"dialogue {dialogue.id}: found {found} at an answer's end; expected a control token, "
+            "so that the model learns to end an answer. Use another --template."
         )
 
 
@@ -157,7 +163,7 @@ def _why_unsupervised(rendered: Rendered, max_length: int) -> str:
 def label(
     input_ids: list[int], placed: Places, spans: Sequence[Span]
 ) -> tuple[list[int], list[int]]:
-    """Return labels (ids that overlap a span, -100 elsewhere) and the last id of each span.
+    """Return labels, and the last id of each span; an id that overlaps no span has label -100.
 
     >>> label([5, 6, 7], ([0, 0, 3], [0, 3, 5]), [(3, 5)])
     ([-100, -100, 7], [7])
@@ -165,7 +171,7 @@ def label(
     ([-100, 6], [6])
     """
     labels, last_ids, (starts, ends) = [IGNORE_INDEX] * len(input_ids), list[int](), placed
-    # Binary search: a loop over the tokens took most of the time that is spent in Python.
+    # A binary search, because a loop over the tokens took most of the Python time.
     for start, end in spans:
         first, stop = bisect_right(ends, start), bisect_left(starts, end)
         labels[first:stop] = input_ids[first:stop]

@@ -9,15 +9,18 @@ from data.dialogues.sharegpt import Dialogue, Tally
 from data.encoding.encode import Example, batches, check_fast
 from data.encoding.templates import T5_SYSTEM, Rendered, render
 
-DROPPED_IDS = 5  # a pair with so few ids on either side is dropped, like in FastChat
+DROPPED_IDS = 5  # like FastChat, a pair is dropped if a side has so few ids or fewer
 SHORT = f"pairs of {DROPPED_IDS} ids or fewer on a side, dropped"
 NONE_LEFT = "no pair left"
-UNKNOWN = "targets with a token that stands for unknown characters"
+UNKNOWN = "targets with an unknown token"
 
 
 @dataclass(frozen=True)
 class PairLimits:
-    """Maximum ids of a side with EOS; a source is truncated on the left, a target on the right."""
+    """Maximum ids of each side, with EOS.
+
+    A source is truncated on the left, a target on the right.
+    """
 
     source: int
     target: int
@@ -31,7 +34,7 @@ NO_LIMIT = PairLimits(LONGEST, LONGEST, keep_header=False)
 def encode_pairs(
     dialogues: Iterable[Dialogue], tokenizer: Any, limits: PairLimits, fastchat: bool, tally: Tally
 ) -> Iterator[Example]:
-    """Yield a pair for each answer: `input_ids` is the source, `labels` is the target.
+    """Yield a pair for each supervised answer: `input_ids` is the source, `labels` the target.
 
     Raises UserError for a tokenizer without character offsets.
     """
@@ -58,7 +61,10 @@ Pairs = list[tuple[list[int], list[int]]]
 def _pairs(
     dialogues: Iterable[Dialogue], tokenizer: Any, limits: PairLimits, tally: Tally
 ) -> Iterator[tuple[Dialogue, Pairs]]:
-    """Yield each dialogue with its pairs; the dialogue is encoded once, each answer once more."""
+    """Yield each dialogue with its pairs.
+
+    A dialogue is encoded once, for all its sources. Each answer is encoded again, as a target.
+    """
     before, after = _special_ids(tokenizer)
     for _, batch in batches(dialogues):
         rendered = [render(dialogue, "t5", tokenizer) for dialogue in batch]
@@ -87,9 +93,9 @@ def _pairs(
 def _before(
     item: Rendered, start: int, ids: list[int], ends: list[int], tokenizer: Any
 ) -> list[int]:
-    """Return the ids of the text before an answer, encoded as if the text ended there.
+    """Return the ids of the text before an answer, equal to those of that text alone.
 
-    The space before the answer may be part of the answer's first token.
+    A token that reaches into the answer, such as one with the space before it, is encoded again.
     """
     count = bisect_right(ends, start)  # tokens that end before the answer
     while count and ends[count - 1] > start:
@@ -116,7 +122,7 @@ def _cut_target(
 
 
 def _ids(tokenizer: Any, texts: list[str], control_tokens: bool = False) -> list[list[int]]:
-    """Return the ids of texts; "</s>" in a text is text unless `control_tokens`."""
+    """Return the ids of texts; "</s>" in a text becomes EOS only if `control_tokens` is true."""
     encoded = tokenizer(
         texts,
         add_special_tokens=False,
@@ -138,10 +144,11 @@ def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
 def _fastchat_pairs(
     dialogues: Iterable[Dialogue], tokenizer: Any, limits: PairLimits, tally: Tally
 ) -> Iterator[tuple[Dialogue, Pairs]]:
-    """Yield the pairs of FastChat 0.2.36 (train_flant5.py), including its misplaced cuts.
+    """Yield the same pairs as FastChat 0.2.36 (train_flant5.py), including its errors.
 
-    Turns are located by the lengths of the pieces, tokenised alone. A length counts as at most the
-    limit minus one, so after a longer turn all cuts are misplaced. An answer ends with a newline.
+    Each piece is also tokenized alone, and its length locates its turn. A length counts as at most
+    the source limit minus one. So all places after a longer turn are wrong. An answer ends with a
+    newline.
     """
     end, most = [tokenizer.eos_token_id], limits.source
     for dialogue in dialogues:

@@ -32,11 +32,12 @@ T5_NAMES = {"user": "Human", "tool": "Tool"}
 
 @dataclass(frozen=True)
 class Rendered:
-    """A dialogue as text, with the half-open character spans that are supervised.
+    """A dialogue as text; all spans are half-open and in characters.
 
+    spans: the supervised text.
     add_special_tokens: whether the tokenizer has to add BOS or EOS.
-    messages: the spans of the messages, in order; other text is the template's.
-    header: length of the t5 template's header in characters.
+    messages: the text of each message, in order; the template adds the rest.
+    header: length of the header (system text) of the t5 template.
     """
 
     text: str
@@ -61,7 +62,7 @@ def render(dialogue: Dialogue, template: TemplateName, tokenizer: Any) -> Render
 
 
 def render_text(dialogue: Dialogue, template: TemplateName, tokenizer: Any) -> Rendered:
-    """Render a dialogue without spans: faster if only its length is needed."""
+    """Render a dialogue for its length; no spans with a chat template, which is faster."""
     if template != "chat":
         return render(dialogue, template, tokenizer)
     text = _apply(tokenizer, _messages(dialogue))
@@ -71,9 +72,9 @@ def render_text(dialogue: Dialogue, template: TemplateName, tokenizer: Any) -> R
 def prompt(
     turns: tuple[Turn, ...], template: TemplateName, tokenizer: Any, system: str | None = None
 ) -> Rendered:
-    """Render turns that end with the user's, with the generation prompt.
+    """Render turns, the last by the user, and the generation prompt; without spans.
 
-    system: replaces the template's own system text.
+    system: replaces the template's system text.
     """
     dialogue = Dialogue("", turns, system)
     if template == "vicuna":
@@ -90,7 +91,7 @@ def _render_vicuna(dialogue: Dialogue, tokenizer: Any) -> Rendered:
     messages = [(0, len(text) - 1)]
     for turn in dialogue.turns:
         text += f"{turn.role.upper()}:"
-        # The space belongs to the answer: SentencePiece joins it to the first word.
+        # The span includes the space, because SentencePiece joins it to the answer's first word.
         start, end = len(text), len(text) + 1 + len(turn.text)
         messages.append((start + 1, end))
         if turn.role != "assistant":
@@ -110,9 +111,8 @@ def _render_t5(dialogue: Dialogue) -> Rendered:
             text = text.removesuffix(generation_prompt) if turn.role == "tool" else text
             text += f"### {T5_NAMES[turn.role]}: {turn.text}\n{generation_prompt}"
             continue
-        text += (
-            "" if text.endswith(generation_prompt) else generation_prompt
-        )  # a second answer in a row
+        if not text.endswith(generation_prompt):  # a second answer in a row
+            text += generation_prompt
         if turn.supervised:
             spans.append((len(text), len(text) + len(turn.text)))
         text += f"{turn.text}\n"
@@ -120,7 +120,7 @@ def _render_t5(dialogue: Dialogue) -> Rendered:
 
 
 def _render_chat(dialogue: Dialogue, tokenizer: Any) -> Rendered:
-    """Render with the model's chat template; an answer's span includes the next control token."""
+    """Render with the chat template; an answer's span ends after the next control token."""
     messages = _messages(dialogue)
     text = _apply(tokenizer, messages)
     shown = _locate_by_marks(text, messages, tokenizer) or _locate_by_changes(
@@ -131,15 +131,15 @@ def _render_chat(dialogue: Dialogue, tokenizer: Any) -> Rendered:
     for number, (start, end) in enumerate(shown):
         if messages[number]["role"] != "assistant":
             continue
-        # The token that ends an answer is before the next turn's text.
+        # The control token that ends an answer is before the text of the next turn.
         later = (span[0] for span in shown[number + 1 :] if span[0] < span[1])
         limit = min(later, default=len(text))
         closing = end_token.search(text, end, limit)
         if start == end or closing is None:
-            fault = "does not show" if start == end else "does not close with a special token"
+            fault = "does not show" if start == end else "writes no control token after"
             raise UserError(
                 f"dialogue {dialogue.id}: the model's chat template {fault} the answer in turn "
-                f"{number}, so it cannot be supervised exactly. Use --template vicuna."
+                f"{number}, so this answer cannot be supervised. Use --template vicuna."
             )
         if dialogue.turns[number - skipped].supervised:
             spans.append((start, closing.end()))
@@ -148,10 +148,10 @@ def _render_chat(dialogue: Dialogue, tokenizer: Any) -> Rendered:
 
 
 def _locate_by_marks(text: str, messages: Messages, tokenizer: Any) -> list[Span] | None:
-    """Return the span of each message, for a template that inserts messages as they are or trimmed.
+    """Return the span of each message, found with marks; None if the check of the marks fails.
 
-    The template is rendered with a mark for each message. The result, with the messages in place of
-    the marks, must equal the text; otherwise None.
+    The template is rendered with a mark in place of each message. Then each mark is replaced by its
+    message, unchanged or stripped. The result must equal the text.
     """
     between = _between(tokenizer, tokenizer.chat_template, tuple(m["role"] for m in messages))
     if between is None:
@@ -172,7 +172,7 @@ def _locate_by_marks(text: str, messages: Messages, tokenizer: Any) -> list[Span
 def _between(tokenizer: Any, template: str, roles: tuple[str, ...]) -> tuple[str, ...] | None:
     """Return the template's text before, between and after messages of these roles.
 
-    None if it changes, repeats or drops a message.
+    Returns None for a template that repeats, moves or drops a message.
     """
     marks = unused_characters(template, len(roles))
     marked = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
@@ -181,7 +181,7 @@ def _between(tokenizer: Any, template: str, roles: tuple[str, ...]) -> tuple[str
 
 
 def _locate_by_changes(dialogue: Dialogue, text: str, tokenizer: Any) -> list[Span]:
-    """Return the span of each message: the text that changes if another message takes its place.
+    """Return the span of each message: the text that changes if the message is replaced.
 
     Raises UserError for a template that shows a message in more than one place.
     """
@@ -218,16 +218,16 @@ def _apply(tokenizer: Any, messages: Messages, generation: bool = False) -> str:
     except TemplateError as error:
         raise UserError(
             f"the model's chat template refuses a dialogue of {len(messages)} turns: {error}. "
-            "Use --template vicuna, or remove what it refuses (often the system turn)."
+            "Use --template vicuna, or remove the refused turn (often the system turn)."
         ) from None
     return text
 
 
 @lru_cache(maxsize=1)
 def _dated(template: str) -> str:
-    """Return the template with a fixed date instead of today: Llama 3's own default.
+    """Return the template with a fixed date (Llama 3's default) instead of the current date.
 
-    With today's date, a run that is resumed tomorrow would have other ids.
+    With the current date, a run that is resumed on another day would have other ids.
     """
     return re.sub(
         r"strftime_now\(\s*(['\"])(.*?)\1\s*\)",
@@ -237,19 +237,22 @@ def _dated(template: str) -> str:
 
 
 def unused_characters(text: str, count: int) -> list[str]:
-    """Return `count` private-use characters that are not in the text; raises UserError."""
+    """Return `count` private-use characters that are not in the text.
+
+    Raises UserError if the text leaves too few.
+    """
     private = chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
     found = [*islice((char for char in map(chr, private) if char not in text), count)]
     if len(found) < count:
         raise UserError(
-            f"a dialogue of {len(text):,} characters has nearly every private-use character; "
-            f"expected {count} that it does not have. Remove the dialogue."
+            f"a dialogue of {len(text):,} characters has nearly all private-use characters; "
+            f"expected {count} unused ones. Remove the dialogue."
         )
     return found
 
 
 def _difference(text: str, changed: str) -> tuple[int, int]:
-    """Return the span of `text` between its common prefix and its common suffix with `changed`.
+    """Return the span of `text` between the prefix and the suffix that `changed` shares.
 
     >>> _difference("<a>yes</a><b>", "<a>?</a><b>")
     (3, 6)
@@ -265,7 +268,7 @@ def _difference(text: str, changed: str) -> tuple[int, int]:
 
 @lru_cache(maxsize=8)  # called for each dialogue
 def control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Return a pattern of the tokenizer's control tokens, the longest first."""
+    """Return a pattern that matches the tokenizer's control tokens, longer ones first."""
     added = tokenizer.added_tokens_decoder.values()
     names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")

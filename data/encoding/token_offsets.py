@@ -1,7 +1,7 @@
-"""Locates tokens in a text by the bytes of each token: a third faster than offsets.
+"""Locates tokens in a text by the bytes of each token, which is a third faster than by offsets.
 
-Offsets are two Python integers per token, and exclude the fastest call of the tokenizers library.
-The bytes are verified for each text: concatenated, they must equal the text.
+Offsets take two Python integers per token, and the fastest call of the tokenizers library returns
+none. Each text is verified: it must equal the concatenated bytes of its tokens.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,14 @@ from typing import Any
 
 from data.encoding.templates import Rendered, Span
 
-# Start and end (exclusive) of each token, in characters or in bytes; neither decreases.
+# Starts and ends (exclusive) of all tokens, in characters or in bytes. Both never decrease.
 Places = tuple[Sequence[int], Sequence[int]]
-Placed = tuple[list[int], Sequence[Span], Places]  # ids, spans, places, of one unit
+# Ids, supervised spans, and places of the ids. Spans and places have the same unit.
+Placed = tuple[list[int], Sequence[Span], Places]
 
 
 def places(offsets: Sequence[Span]) -> Places:
-    """Return offsets as places, without trailing tokens that have no characters, such as EOS."""
+    """Return offsets as places, without trailing tokens of no characters, such as EOS."""
     count = len(offsets)
     while count and offsets[count - 1][1] == 0:
         count -= 1
@@ -27,7 +28,10 @@ def places(offsets: Sequence[Span]) -> Places:
 
 
 class Tiles:
-    """Places tokens by their bytes; `usable` is false once these do not make up most texts."""
+    """Locates tokens by their bytes.
+
+    usable: false for a tokenizer without the fast call, and once most texts of a call fail.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.backend = tokenizer.backend_tokenizer
@@ -37,18 +41,18 @@ class Tiles:
         outer = tokenizer("a", add_special_tokens=True)["input_ids"]
         starts = range(len(outer) - len(inner) + 1)
         before = next((n for n in starts if outer[n : n + len(inner)] == inner), None)
-        # The number of ids that the tokenizer adds before and after a text.
+        # Numbers of ids that the tokenizer adds before and after a text.
         self.before, self.after = before or 0, len(outer) - len(inner) - (before or 0)
         self.usable &= before is not None
 
     def encode(self, items: Sequence[Rendered], split_special_tokens: bool) -> list[Placed | None]:
-        """Return ids, spans and places in bytes; None for a text that is not its tokens' bytes."""
+        """Return ids, spans and places in bytes for each text; None if the bytes differ from it."""
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = split_special_tokens
-        own = items[0].add_special_tokens
+        add = items[0].add_special_tokens
         texts = [item.text for item in items]
-        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=own)
+        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=add)
         found = [self._placed(item, one.ids) for item, one in zip(items, encoded, strict=True)]
         self.usable = 2 * found.count(None) <= len(found)
         return found
@@ -57,8 +61,7 @@ class Tiles:
         before, after = (self.before, self.after) if item.add_special_tokens else (0, 0)
         tiles = [self.bytes_of[one] for one in ids[before : len(ids) - after]]
         joined, text = b"".join(tiles), item.text.encode("utf-8", "surrogatepass")
-        # SentencePiece adds a space before a text.
-        lead = len(joined) - len(text)
+        lead = len(joined) - len(text)  # 1 if SentencePiece has added a space before the text
         if joined != (b" " + text if lead == 1 else text):
             return None
         ends = [*accumulate(map(len, tiles), initial=-lead)]
@@ -67,7 +70,7 @@ class Tiles:
 
 
 class _BytesOf(dict[int, bytes]):
-    """Token id -> bytes, computed at the first access."""
+    """A map of token id to bytes, filled on first access."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
@@ -91,7 +94,7 @@ class _BytesOf(dict[int, bytes]):
 
 
 def _letters() -> dict[str, int]:
-    """Return GPT-2's letter -> byte map; printable bytes map to themselves."""
+    """Return GPT-2's map of letters to bytes; the letter of a printable byte is that character."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (byte for byte in range(256) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {chr(256 + n): b for n, b in enumerate(others)}
@@ -101,8 +104,8 @@ LETTERS = _letters()
 
 
 def _in_bytes(item: Rendered, size: int) -> Sequence[Span]:
-    """Return the spans in bytes."""
-    if size == len(item.text):  # one byte a character
+    """Return the item's spans in bytes; size: of the text, in bytes."""
+    if size == len(item.text):  # one byte per character
         return item.spans
     text, at, done, spans = item.text, 0, 0, []
     for start, end in item.spans:

@@ -1,4 +1,4 @@
-"""Loads the tokenizer and the template of training, from a model's folder and flags."""
+"""Loads the tokenizer and the template that training uses, from a model's folder and flags."""
 
 import argparse
 import json
@@ -14,20 +14,21 @@ from data.errors import UserError
 
 # Characters that T5's SentencePiece vocabulary lacks, or turns into a space.
 CHARACTERS = "{}<\\^`~\n\t"
-# A second new token if there is only one: with two, peft keeps the LM head apart from the embedding
-# (loop/model/new_tokens.py, places). A private-use character, which no T5 vocabulary has.
+# Added if only one character is missing: with two new tokens, peft separates the LM head from the
+# embedding (loop/model/new_tokens.py, places). No T5 vocabulary has this private-use character.
 COMPANION = "\ue000"
-# FastChat 0.2.36, train_flant5.py, in its order. The space token doubles the length of a text.
+# The tokens of FastChat 0.2.36, train_flant5.py, in its order. The space token doubles the number
+# of ids of a text.
 FASTCHAT_PAD, FASTCHAT_CHARACTERS = "[PAD]", "<{\n}` \\^\t"
 
 
 def with_missing_characters(tokenizer: Any) -> tuple[Any, list[int]]:
-    """Return a tokenizer that keeps all characters of `CHARACTERS`, and its new ids.
+    """Return a tokenizer that keeps all characters of `CHARACTERS`, and the ids of its new tokens.
 
-    A tokenizer that lacks none of them is returned unchanged. Otherwise white space is kept, too:
-    T5's own tokenizer merges runs of it and loses it before a new token. White space other than
-    space, newline and tab becomes a space; a carriage return before a newline is removed. The ids
-    of a text of words with single spaces do not change.
+    A tokenizer that already keeps them is returned unchanged. The new tokenizer also keeps runs of
+    spaces, and spaces before a new token; T5's tokenizer does not. White space other than space,
+    newline and tab becomes a space. A carriage return before a newline is removed. The ids of a
+    text of words with single spaces do not change.
     """
     missing = [c for c in CHARACTERS if c not in _round_trip(tokenizer, f"a{c}b")]
     if not missing:
@@ -38,9 +39,10 @@ def with_missing_characters(tokenizer: Any) -> tuple[Any, list[int]]:
     tokenizer = _rebuilt(tokenizer)
     tokenizer.add_tokens([AddedToken(c, normalized=False, special=False) for c in missing])
     backend = tokenizer.backend_tokenizer
-    kept = _keeping_spaces(backend)
+    kept = _normalizers_keeping_spaces(backend)
     backend.normalizer = normalizers.Sequence(
-        # New tokens are split off before: a carriage return before a newline ends its piece.
+        # New tokens, such as a newline, are split off before this runs. So a carriage return before
+        # a newline is the end of the normalized piece.
         [*kept, normalizers.Replace(Regex(r"\r\z"), ""), normalizers.Replace(Regex(r"\s"), " ")]
     )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
@@ -49,7 +51,7 @@ def with_missing_characters(tokenizer: Any) -> tuple[Any, list[int]]:
 
 
 def with_fastchat_tokens(tokenizer: Any) -> tuple[Any, list[int]]:
-    """Return the tokenizer with FastChat's ten tokens for T5, and their ids."""
+    """Return a tokenizer with FastChat's ten new tokens for T5, and the ids of these tokens."""
     known = len(tokenizer)
     tokenizer = _rebuilt(tokenizer)
     tokenizer.add_special_tokens({"pad_token": AddedToken(FASTCHAT_PAD, normalized=False)})
@@ -59,10 +61,10 @@ def with_fastchat_tokens(tokenizer: Any) -> tuple[Any, list[int]]:
     return tokenizer, [*range(known, len(tokenizer))]
 
 
-def _keeping_spaces(backend: Any) -> list[Any]:
-    """Return the normalizers that neither merge spaces nor strip a text.
+def _normalizers_keeping_spaces(backend: Any) -> list[Any]:
+    """Return the tokenizer's normalizers, except those that merge spaces or strip a text.
 
-    Pegasus' and mBART-50's tokenizers have others (transformers 5.23).
+    Pegasus' and mBART-50's tokenizers have such normalizers (transformers 5.23).
     """
     if backend.normalizer is None:
         return []
@@ -80,7 +82,7 @@ def _normalizer(state: dict[str, Any]) -> Any:
 
 def _round_trip(tokenizer: Any, text: str) -> str:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    # Without special tokens: the `<` of `<unk>` is no `<` of the text.
+    # Special tokens are skipped: the `<` of `<unk>` is not a `<` of the text.
     decoded: str = tokenizer.decode(
         ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -88,10 +90,10 @@ def _round_trip(tokenizer: Any, text: str) -> str:
 
 
 def _rebuilt(tokenizer: Any) -> Any:
-    """Return a tokenizer of the generic class, which is saved and loaded unchanged.
+    """Return the tokenizer as one of the generic class, which saves and loads without a change.
 
     T5's own class rebuilds its pre-tokenizer at each load (transformers 5.23,
-    models/t5/tokenization_t5.py), which would undo the change.
+    models/t5/tokenization_t5.py). This would undo the new pre-tokenizer.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -108,23 +110,30 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cl
 
 def add_flags(flags: argparse._ArgumentGroup) -> None:
     """Add --template and --chat_template."""
-    flags.add_argument("--template", choices=("vicuna", "chat", "t5"), help="default: as training")
     flags.add_argument(
-        "--chat_template", type=Path, metavar="FILE", help="instead of the model's chat template"
+        "--template", choices=("vicuna", "chat", "t5"), help="default: as in training"
+    )
+    flags.add_argument(
+        "--chat_template",
+        type=Path,
+        metavar="FILE",
+        help="a Jinja file that replaces the model's chat template",
     )
 
 
-@lru_cache(maxsize=1)  # one per process: transforms run in workers
+@lru_cache(maxsize=1)  # each worker process calls this for each block, and loads it once
 def load_tokenizer(
     name: str, template: TemplateName = "chat", chat_template: str | None = None
 ) -> Any:
-    """Return the tokenizer of a model's folder, for a template; raises UserError.
+    """Return the tokenizer of a model's folder, with the new tokens of the template.
 
-    chat_template: Jinja text instead of the tokenizer's own.
+    chat_template: Jinja text that replaces the tokenizer's chat template.
+
+    Raises UserError.
     """
     if not Path(name).is_dir():
         raise UserError(f"--model_name_or_path {name}: no such folder.")
-    from transformers import AutoTokenizer  # here: errors in flags do not wait for it
+    from transformers import AutoTokenizer  # a slow import; errors in flags are found before it
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -140,7 +149,7 @@ def load_tokenizer(
 
 
 def template_of(given: argparse.Namespace) -> tuple[TemplateName, str | None]:
-    """Return the template's name and the text of --chat_template; raises UserError."""
+    """Return the name of the template, and the text of --chat_template; raises UserError."""
     text = None
     if given.chat_template:
         try:
@@ -155,11 +164,11 @@ def template_of(given: argparse.Namespace) -> tuple[TemplateName, str | None]:
 
 
 def _default(name: str) -> TemplateName:
-    """Return the default of training: "t5" if config.json is an encoder-decoder's."""
+    """Return the template that training uses by default: "t5" for an encoder-decoder."""
     tokenizer = load_tokenizer(name)
     try:
-        known = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
-        pairs = known.get("is_encoder_decoder", "t5" in known.get("model_type", ""))
+        config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+        encoder_decoder = config.get("is_encoder_decoder", "t5" in config.get("model_type", ""))
     except (OSError, ValueError, AttributeError, TypeError):
-        pairs = False
-    return "t5" if pairs else default_template(tokenizer)
+        encoder_decoder = False
+    return "t5" if encoder_decoder else default_template(tokenizer)

@@ -1,1 +1,1 @@
-"""Reads records from files of any format; atomic writes, hashes and locks."""
+"""Reads records from files of any format; writes atomically, hashes and locks files."""

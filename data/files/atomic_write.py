@@ -10,9 +10,10 @@ from data.errors import UserError
 
 @contextmanager
 def written_whole(path: Path, flag: str) -> Iterator[Path]:
-    """Yield a temporary file that replaces the path at the end, or is removed on an error.
+    """Yield a temporary file; it replaces the path after the block, and is removed on an error.
 
-    It is created at once: a path that cannot be written fails before the work. Raises UserError.
+    The file is created before the block, so that an unwritable path fails before the work. Raises
+    UserError.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -30,17 +31,20 @@ def written_whole(path: Path, flag: str) -> Iterator[Path]:
 
 
 def place_of(path: Path) -> Path:
-    """Return the path without links; a link to itself stays, and fails when it is read."""
+    """Return the path with links resolved, without an error for a link to itself."""
     return Path(os.path.realpath(path))
 
 
 def check_output(flag: str, path: Path, taken: dict[Path, str]) -> None:
-    """Raise UserError if the path is a folder or in `taken`: resolved path -> what it is."""
+    """Raise UserError if the path is a folder, or a file that is used already.
+
+    taken: a map of used files, as resolved paths, to their descriptions.
+    """
     found = "a folder" if path.is_dir() else taken.get(place_of(path))
-    if found is None and path.exists():  # a hard link has another name
+    if found is None and path.exists():  # a hard link has another path
         found = next((what for file, what in taken.items() if _same(file, path)), None)
     if found:
-        raise UserError(f"{flag} {path}: it is {found}. Give another file.")
+        raise UserError(f"{flag} {path}: the path is {found}. Give another file.")
 
 
 def _same(file: Path, path: Path) -> bool:

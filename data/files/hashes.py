@@ -1,4 +1,4 @@
-"""SHA-256 of files, cached while a file does not change."""
+"""Computes the SHA-256 of files, and caches it until a file changes."""
 
 import hashlib
 import json
@@ -10,16 +10,17 @@ from typing import Any
 
 from data.errors import UserError
 
-# A file that changed less than this before it was read may change again without a new time stamp:
-# FAT counts in steps of two seconds.
+# If a file changed less than this before it was read, a later change may leave the same time stamp.
+# FAT's time stamps have steps of two seconds.
 UNSETTLED_NANOSECONDS = 3 * 10**9
 
 
 def file_sha256(file: Path, memory: Path | None = None) -> str:
-    """Return the SHA-256 of a file; raises UserError where it cannot be read.
+    """Return the SHA-256 of a file; raises UserError if it cannot be read.
 
-    memory: a file that caches hashes. An entry is valid while name, size, inode, mtime and ctime
-    are equal; ctime cannot be set back. A file that has just changed is read again next time.
+    memory: a file that caches hashes. An entry is valid while the file's path, size, inode, mtime
+    and ctime stay equal. No program can set ctime back. The hash of a file that has just changed is
+    not cached.
     """
     try:
         before = _state(file)
@@ -46,12 +47,12 @@ def _remembered(memory: Path | None) -> dict[str, Any]:
     try:
         known = json.loads(memory.read_text(encoding="utf-8")) if memory else {}
     except (OSError, ValueError):
-        return {}  # missing or unreadable: the files are read
+        return {}  # without a readable cache, all files are read
     return known if isinstance(known, dict) else {}
 
 
 def _remember(memory: Path, name: str, entry: dict[str, Any]) -> None:
-    """Add an entry if the file can be written; of several processes the last one's entries stay."""
+    """Add an entry if the cache can be written; if several processes write, the last one wins."""
     partial = memory.with_name(f"{memory.name}.{os.getpid()}.partial")
     with suppress(OSError):
         memory.parent.mkdir(parents=True, exist_ok=True)

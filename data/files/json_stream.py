@@ -1,4 +1,4 @@
-"""Reads JSON values from a stream one at a time, and resumes after broken ones."""
+"""Reads JSON values from a stream one at a time, and continues after invalid values."""
 
 import codecs
 import gzip
@@ -13,25 +13,25 @@ from typing import Any, cast
 
 from data.errors import BadRecord, UserError
 
-LARGEST = 8 << 20  # characters of a record; a larger one is bad, which bounds memory
+LARGEST = 8 << 20  # characters; a larger record is bad, which bounds memory
 CHUNK = 1 << 20
-DEEPEST = 200  # levels; later readers have a limit near 1,000
-DEEP = f"it has more than {DEEPEST} nested levels of objects and lists"
+DEEPEST = 200  # levels; code that reads the values has a limit near 1,000
+DEEP = f"the record has more than {DEEPEST} nested levels of objects and lists"
 SPACE = re.compile(r"[ \t\r\n]*")
 SCALAR_END = re.compile(r"[,\]]")
-# A string, up to the end of the text if it is not closed, or a bracket.
+# A bracket, or a string; an unclosed string extends to the end of the text.
 STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
-# A byte that is not UTF-8, as the decoder escapes it (PEP 383).
+# The decoder's escape of a byte that is not UTF-8 (PEP 383).
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
-# An error this close to the end may be a cut value ("tru", "\\u00"), complete after more is read.
+# An error this close to the end may come from an incomplete value ("tru", "\\u00"). More is read.
 CUT_CHARACTERS = 12
 ONE_PER_LINE = "; a file that does not begin with [ has one record per line"
 
 
 def json_records(stream: BufferedIOBase, path: Path) -> Iterator[Any]:
-    """Yield each parsed value or BadRecord, from an array or from one value per line.
+    """Yield each parsed value or BadRecord; the file is an array, or has one value per line.
 
-    Raises UserError for an empty file and one in UTF-16.
+    Raises UserError for an empty file, and for a file in UTF-16 or UTF-32.
     """
     window = _Window(stream, path)
     first = window.skip_space()
@@ -41,14 +41,18 @@ def json_records(stream: BufferedIOBase, path: Path) -> Iterator[Any]:
 
 
 def check_utf8(head: bytes, path: Path) -> None:
-    """Raise UserError for a file that begins like UTF-16 or -32, with or without a mark."""
+    """Raise UserError for a file that begins like UTF-16 or -32; it need not have a BOM."""
     bare = len(head) == 4 and (head[::2] == b"\0\0") != (head[1::2] == b"\0\0")
     if bare or head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise UserError(f"{path}: found UTF-16 or UTF-32; expected UTF-8. Save the file as UTF-8.")
 
 
 class _Window:
-    """A part of a text, read on demand; `at` is the position of the parser."""
+    """A part of a text, read on demand.
+
+    at: position of the parser. line: line number at the start of `text`. damage: an error of the
+    decompression.
+    """
 
     def __init__(self, stream: BufferedIOBase, path: Path) -> None:
         self.stream, self.text, self.at, self.line = stream, "", 0, 1
@@ -62,7 +66,7 @@ class _Window:
         self.text = self.text.removeprefix("\ufeff")
 
     def more(self) -> bool:
-        """Double the unparsed text; return whether anything was read."""
+        """Double the unparsed text, or read CHUNK bytes if these are more; False at the end."""
         if self.ended:
             return False
         self.line += self.text.count("\n", 0, self.at)
@@ -75,7 +79,7 @@ class _Window:
     def _read(self, size: int) -> bytes:
         pieces: list[bytes] = []
         try:
-            # In pieces: everything before the damage is read.
+            # It is read in pieces, so that nothing before the damage is lost.
             while size > 0 and not self.damage and (piece := self.stream.read1(size)):
                 pieces.append(piece)
                 size -= len(piece)
@@ -101,7 +105,7 @@ class _Window:
 
 def _lines(window: _Window) -> Iterator[Any]:
     while window.skip_space():
-        # Only "\n" ends a line: str.splitlines also splits at U+2028, which is valid in JSON.
+        # Lines end with "\n" only. str.splitlines also splits at U+2028, which is valid in JSON.
         size = len(window.text) - window.at
         end = window.text.find("\n", window.at)
         while end < 0 and size <= LARGEST and window.more():
@@ -150,12 +154,12 @@ def _array(window: _Window) -> Iterator[Any]:
                 window.at += 1
                 mark = window.skip_space()
             elif mark not in ("", "]"):
-                found = "expected , or ] after a record; nothing after this place was read"
+                found = "expected , or ] after a record; the rest of the file was not read"
                 yield _invalid(window, found + window.damage, 0)
                 return
         window.at += 1
     if window.text[window.at :].strip() or window.damage:
-        found = "text after the array's end; nothing after this place was read"
+        found = "text after the array's end; the rest of the file was not read"
         yield _invalid(window, found + window.damage, 0)
 
 
@@ -172,7 +176,7 @@ def _record(window: _Window) -> tuple[Any, int | None]:
             value, end = _decode(window.text, window.at)
             if end < len(window.text) or window.ended or not window.more():
                 return value, end
-            continue  # A number may continue after the text that has been read.
+            continue  # The value may be a number whose last digits have not been read yet.
         except json.JSONDecodeError as error:
             offset = error.pos - window.at
             unterminated = error.msg.startswith("Unterminated")
@@ -184,16 +188,14 @@ def _record(window: _Window) -> tuple[Any, int | None]:
             if unterminated or offset >= len(window.text[window.at :].rstrip()):
                 return _broken_off(window), None
             bad = _invalid(window, error.msg, offset)
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # thousands of digits, nesting, duplicate keys
+        # Thousands of digits, duplicate keys, or deep nesting.
+        except (ValueError, RecursionError) as error:
             bad = _invalid(window, str(error), 0)
         return bad, _end_of_record(window)
 
 
 def _end_of_record(window: _Window) -> int | None:
-    """Return the end of a record that cannot be parsed, by its brackets; None if it has none."""
+    """Return the end of a record that cannot be parsed, by its brackets; None if not found."""
     if window.text[window.at] not in '{["':
         found = SCALAR_END.search(window.text, window.at)
         return found.start() if found else None
@@ -204,7 +206,7 @@ def _end_of_record(window: _Window) -> int | None:
             if mark[0] != '"':
                 depth += 1 if mark in "[{" else -1
             if depth <= 0:
-                # A bracket that closes the surrounding array is not part of the record.
+                # A negative depth is the end of the surrounding array, not of the record.
                 return match.start() if depth < 0 else match.end()
         if len(window.text) - window.at > 2 * LARGEST or not window.more():
             return None
@@ -256,4 +258,4 @@ def _invalid(window: _Window, message: str, offset: int) -> BadRecord:
 
 def _too_large(window: _Window) -> BadRecord:
     most = LARGEST >> 20
-    return BadRecord("too large", f"{window.place()}: it has more than {most} million characters")
+    return BadRecord("too large", f"{window.place()}: more than {most} million characters")

@@ -16,17 +16,17 @@ POLL_SECONDS = 0.1
 
 
 class LockHeld(Exception):
-    """Another process holds the lock; the text names it: process, user, machine, start."""
+    """Another process holds the lock; the message has its process id, user, machine and start."""
 
 
 @contextmanager
 def locked(path: Path, timeout: float = math.inf, unlink: bool = False) -> Iterator[bool]:
-    """Hold an exclusive lock on a file while the block runs; yield False if there are no locks.
+    """Hold an exclusive lock on a file while the block runs; yield whether there is a lock.
 
-    The file and its folder are created. The file holds the name of its last holder. Some network
-    file systems have no locks: there the block runs without one.
+    The file and its folder are created. The file contains the name of its last holder. Some network
+    file systems have no locks; on these, the block runs without a lock.
 
-    timeout: seconds to wait for another holder. unlink: remove the file at the end.
+    timeout: seconds to wait for another holder. unlink: remove the file after the block.
     Raises LockHeld after the timeout, OSError if the file cannot be created.
     """
     deadline = time.monotonic() + timeout
@@ -34,12 +34,12 @@ def locked(path: Path, timeout: float = math.inf, unlink: bool = False) -> Itera
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+", encoding="utf-8") as file:
             has_lock = _flock(file, deadline)
-            # A holder may have unlinked the file since it was opened. A lock on that inode excludes
-            # nobody: the next process creates another file under the same path.
+            # The last holder may have unlinked the file after it was opened here. A lock on that
+            # inode is useless, because the next process creates another file at the path.
             if has_lock and not _is_at(file, path):
                 continue
-            # A worker that multiprocessing forks inherits the lock, and would keep it after a kill
-            # of its parent.
+            # A forked worker of multiprocessing inherits the lock. It would keep the lock after its
+            # parent is killed.
             register_after_fork(file, lambda inherited: inherited.close())
             file.truncate(0)
             file.write(_holder())
@@ -47,14 +47,14 @@ def locked(path: Path, timeout: float = math.inf, unlink: bool = False) -> Itera
             try:
                 yield has_lock
             finally:
-                if unlink:  # before the lock is released: afterwards the file is another holder's
+                if unlink:  # while the lock is held: later, the file may be another holder's
                     with suppress(OSError):
                         path.unlink()
             return
 
 
 def _flock(file: TextIO, deadline: float) -> bool:
-    """Wait for the lock; return False on a file system without locks; raises LockHeld."""
+    """Wait for the lock; return whether the file system has locks. Raises LockHeld."""
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,5 +84,5 @@ def _holder() -> str:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have a name
+    except (KeyError, OSError):  # the user of a container may have no name
         return str(os.getuid())

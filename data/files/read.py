@@ -18,11 +18,11 @@ KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow")
 # Files without records that `datasets` writes next to the Arrow files of a folder.
 ARROW_METADATA = ("dataset_info.json", "state.json", "dataset_dict.json")
 COMPRESSIONS = (".gz", ".zst")
-ROWS_AT_ONCE = 256  # rows of a table that are Python objects at the same time
+ROWS_AT_ONCE = 256  # rows of a table that are converted to Python objects together
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files, those of a folder sorted by name; raises UserError."""
+    """Return the files, and the data files in folders, sorted by name; raises UserError."""
     found: list[Path] = []
     for path in paths:
         try:
@@ -37,13 +37,13 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
             found.append(path)
             continue
         if not inside:
-            raise UserError(f"{path}: a folder without data; expected {', '.join(KINDS)} files.")
+            raise UserError(f"{path}: a folder without data; expected files {', '.join(KINDS)}.")
         found += inside
     return found
 
 
 def kind_of(path: Path) -> str | None:
-    """Return the suffix that names the format, without that of a compression."""
+    """Return the suffix of the format, such as ".json"; a suffix of compression is ignored."""
     name = path.name.lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
@@ -53,14 +53,14 @@ def kind_of(path: Path) -> str | None:
 def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (index, parsed value or BadRecord) for each record of the file.
 
-    A text file that begins with [ is an array; any other has one record per line. Raises UserError
-    for a file that cannot be read, is empty, or changes while it is read.
+    A JSON file that begins with [ is an array; any other has one record per line. Raises UserError
+    for a file that is unreadable or empty, or that changes while it is read.
     """
     kind = kind_of(path)
     try:
         before = os.stat(path)
         if not path.is_file():
-            raise UserError(f"{path}: found no regular file; expected one, or a folder of them.")
+            raise UserError(f"{path}: found no regular file; expected a file or a folder of files.")
         if kind in (".parquet", ".arrow"):
             rows = _parquet(path) if kind == ".parquet" else _arrow(path)
             yield from enumerate(map(plain, rows))
@@ -71,9 +71,9 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
         after = os.stat(path)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"{path}: cannot be read: {reason}. Give a JSON or JSONL file.") from None
+        raise UserError(f"{path}: cannot be read: {reason}. Give a readable data file.") from None
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise UserError(f"{path}: it changed while it was read. Run again when it is complete.")
+        raise UserError(f"{path}: the file changed while it was read. Run again when it is final.")
 
 
 @contextmanager
@@ -88,9 +88,9 @@ def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
 
 
 class _Decompressed(io.RawIOBase):
-    """Decompresses consecutive zstd frames; raises EOFError for a damaged or truncated one.
+    """Decompresses consecutive zstd frames; raises EOFError for a damaged or truncated frame.
 
-    The package's own reader (zstandard 0.25) accepts a truncated frame as complete.
+    The reader of zstandard 0.25 takes a truncated frame for a complete one.
     """
 
     def __init__(self, packed: io.BufferedReader) -> None:
@@ -105,9 +105,9 @@ class _Decompressed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer with the next bytes: at least one, unless the file ends."""
+        """Read the next bytes into the buffer; return their number, 0 only at the file's end."""
         while not (size := self.waiting.readinto(buffer)):
-            # Few bytes, since each 4 of them may decompress to 128 KiB.
+            # Only few bytes are read, because 4 bytes may decompress to 128 KiB.
             self.raw = self.raw or self.packed.read(256)
             if not self.raw:
                 if self.within:
@@ -137,7 +137,7 @@ def _parquet(path: Path) -> Iterator[Any]:
 
 
 def _arrow(path: Path) -> Iterator[Any]:
-    """Yield the rows of an Arrow file or stream, the formats of `datasets`."""
+    """Yield the rows of an Arrow file or an Arrow stream; `datasets` writes both."""
     import pyarrow as pa
 
     try:
@@ -152,13 +152,15 @@ def _arrow(path: Path) -> Iterator[Any]:
                 for start in range(0, batch.num_rows, ROWS_AT_ONCE):
                     yield from batch.slice(start, ROWS_AT_ONCE).to_pylist()
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        if getattr(error, "errno", None):  # an error of the disk; a truncated file gives no errno
+        if getattr(
+            error, "errno", None
+        ):  # an I/O error; the error for a truncated file has no errno
             raise
         raise UserError(f"{path}: not a complete Arrow file: {error}.") from None
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON: dates and other types as text, NaN and infinities as null."""
+    """Return a value as valid JSON: NaN and infinities as null, dates and other types as text."""
     if isinstance(value, dict):
         return {key: plain(one) for key, one in value.items()}
     if isinstance(value, list):
@@ -176,10 +178,10 @@ def _csv(stream: io.BufferedIOBase, path: Path) -> Iterator[Any]:
     try:
         for row in csv.DictReader(text, strict=True):
             if None in row or None in row.values():
-                yield BadRecord("not valid CSV", "its row has more or fewer fields than the header")
+                yield BadRecord("not valid CSV", "the row has more or fewer fields than the header")
             elif any(ESCAPED_BYTE.search(value) for value in row.values()):
-                yield BadRecord("not UTF-8", "found another byte; save the file as UTF-8")
+                yield BadRecord("not UTF-8", "found an invalid byte; save the file as UTF-8")
             else:
                 yield row
     except (csv.Error, EOFError, zlib.error) as error:
-        yield BadRecord("not valid CSV", f"breaks off: {error}")
+        yield BadRecord("not valid CSV", f"the file breaks off: {error}")

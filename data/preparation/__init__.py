@@ -1,1 +1,1 @@
-"""`python -m data clean|split|convert|stats`: prepares dialogues before training."""
+"""`python -m data convert|clean|split|stats`: prepares dialogues before training."""

@@ -1,4 +1,4 @@
-"""`python -m data clean`: cleans raw ShareGPT dialogues, and counts each change and each loss.
+"""`python -m data clean`: cleans raw ShareGPT dialogues; counts changed and dropped dialogues.
 
 Cleaning is idempotent: the rules for messages are repeated until nothing changes.
 """
@@ -30,7 +30,8 @@ from data.preparation.languages import UNKNOWN, check_languages, language_of
 from data.preparation.near_duplicates import signature
 from data.preparation.text_rules import masked
 
-# In order. The first five change messages, the next two shorten dialogues, the others drop them.
+# In order. The first five rules change messages, the next two shorten dialogues, the others drop
+# dialogues.
 RULES = {
     "invisible": "remove invisible characters; replace unusual spaces and line ends",
     "html": "convert HTML to Markdown",
@@ -38,7 +39,7 @@ RULES = {
     "fences": "remove empty code fences",
     "newlines": "reduce three or more line breaks to two, and strip messages",
     "empty": "end a dialogue before its first empty message",
-    "trim": "trim a dialogue to the first user's and the last assistant's message",
+    "trim": "start a dialogue at its first user message, and end it at its last answer",
     "plugins": "drop dialogues with plug-ins",
     "alternation": "drop dialogues in which user and assistant do not alternate",
     "short": "drop dialogues of fewer than 16 characters",
@@ -74,7 +75,7 @@ NO_EXCHANGE = "no question and answer"
 
 
 class _Unsettled(Exception):
-    """A message that each pass changes again, or that cannot be parsed."""
+    """A message that cannot be parsed, or that still changes after MAX_PASSES passes."""
 
 
 def main(argv: list[str]) -> None:
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> None:
     settings = _settings(given)
     if not 0 < given.near_threshold <= 1:
         raise UserError(
-            f"--near_threshold {given.near_threshold}: expected a number above 0, up to 1."
+            f"--near_threshold {given.near_threshold}: expected a number above 0 and up to 1."
         )
     job = Job(
         "clean",
@@ -105,12 +106,11 @@ def clean(settings: Settings, record: Any, place: str) -> Result:
     record = record if empty else as_sharegpt(record)
     number = place.rpartition(" ")[2]
     identity = number if record.get("id") is None else str(record["id"])
-    identity = identity.encode(
-        "utf-8", "replace"
-    ).decode()  # half a surrogate pair cannot be printed
+    # Half a surrogate pair cannot be printed.
+    identity = identity.encode("utf-8", "replace").decode()
     if empty:
         return Result(identity, dropped=(NO_EXCHANGE,))
-    turn_roles(record, surrogates=True)  # the rule `invisible` removes them
+    turn_roles(record, surrogates=True)  # the rule `invisible` removes surrogates
     turns: Turns = record["conversations"]
     if "plugins" in settings.rules and record.get("plugins"):
         return Result(identity, dropped=("plug-ins",))
@@ -161,7 +161,7 @@ def _cleaned(turns: Turns, settings: Settings) -> tuple[Turns, set[str]]:
 
 
 def _settled(text: str, settings: Settings) -> tuple[str, set[str]]:
-    """Apply the rules for messages until none changes the text."""
+    """Apply the rules for messages until none changes the text; raises _Unsettled."""
     noted: set[str] = set()
     for _ in range(MAX_PASSES):
         before = text
@@ -169,7 +169,7 @@ def _settled(text: str, settings: Settings) -> tuple[str, set[str]]:
             if rule in settings.rules:
                 try:
                     after = step(text)
-                except (RecursionError, AssertionError, ValueError) as error:  # of the parsers
+                except (RecursionError, AssertionError, ValueError) as error:  # from the parsers
                     raise _Unsettled from error
                 if after != text:
                     noted.add(rule)
@@ -242,7 +242,7 @@ def flags() -> argparse.ArgumentParser:
     )
     own.add_argument(
         "--near_threshold", type=float, default=0.9, metavar="SHARE",
-        help="share of common 5-grams from which on a dialogue is a near duplicate",
+        help="minimum share of common 5-grams that makes a dialogue a near duplicate",
     )  # fmt: skip
     return command
 

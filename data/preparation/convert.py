@@ -25,7 +25,7 @@ READERS = {"sharegpt": from_sharegpt, "messages": from_messages, "alpaca": from_
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings on which a conversion depends; `columns`: (part, column name) pairs."""
+    """The settings on which a conversion depends; columns: (part, column name) pairs."""
 
     format: str
     columns: tuple[tuple[str, str], ...]
@@ -36,7 +36,7 @@ def flags() -> argparse.ArgumentParser:
     """Return the command's parser."""
     command = parser("convert", "Convert dialogues of a known format to ShareGPT.")
     own = command.add_argument_group("convert")
-    own.add_argument("--format", choices=FORMATS, default="auto", help="auto: by the keys")
+    own.add_argument("--format", choices=FORMATS, default="auto", help="auto: by the record's keys")
     own.add_argument(
         "--columns", nargs="+", default=[], metavar="PART=NAME",
         help="columns of a table: user=question assistant=answer [system=...] [id=...]",
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
 def _columns(words: list[str], format_: str) -> tuple[tuple[str, str], ...]:
     if format_ != "columns":
         if words:
-            raise UserError(f"--columns: --format {format_} has no columns. Leave one of them out.")
+            raise UserError(f"--columns: --format {format_} has no columns. Leave out one of both.")
         return ()
     pairs = tuple((part, name) for part, _, name in (word.partition("=") for word in words))
     parts = [part for part, _ in pairs]
@@ -77,8 +77,8 @@ def _columns(words: list[str], format_: str) -> tuple[tuple[str, str], ...]:
     if wrong or not {"user", "assistant"} <= {*parts}:
         found = " ".join(words) or "nothing"
         raise UserError(
-            f"--columns: found {found}; expected user=NAME assistant=NAME and, where there are "
-            "such columns, system=NAME and id=NAME."
+            f"--columns: found {found}; expected user=NAME assistant=NAME, and optionally "
+            "system=NAME and id=NAME."
         )
     return pairs
 
@@ -128,7 +128,7 @@ def _from_tree(tree: Any, number: str, paths: str) -> Result:
         raise BadRecord("not a tree", 'expected an object with "message_tree_id" and "prompt"')
     name = str(tree.get("message_tree_id") or number)
     if _role(prompt) != "human":
-        raise BadRecord("unknown role", 'the prompt is of an assistant; expected "prompter"')
+        raise BadRecord("unknown role", 'the prompt has the role assistant; expected "prompter"')
     language = {"lang": prompt["lang"]} if "lang" in prompt else {}
     found = _all_paths(prompt) if paths == "all" else _best_path(prompt)
     records = []
@@ -150,12 +150,12 @@ def _role(message: dict[str, Any]) -> str:
 
 
 def _replies(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the replies that are not deleted, by rank; those without a rank are last."""
+    """Return the replies that are not deleted, sorted by rank; replies without a rank are last."""
     replies = message.get("replies") or []
     if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
-        raise BadRecord("replies of no use", '"replies" is not a list of objects; expected one')
+        raise BadRecord("invalid replies", '"replies" has another type; expected a list of objects')
     if any(_role(reply) == _role(message) for reply in replies):
-        raise BadRecord("turns do not alternate", "a reply is of the same role as its parent")
+        raise BadRecord("turns do not alternate", "a reply has the same role as its parent")
     standing = [reply for reply in replies if not reply.get("deleted")]
     return sorted(standing, key=_rank)
 
@@ -179,7 +179,7 @@ def _best_path(prompt: dict[str, Any]) -> Iterator[Messages]:
 
 
 def _all_paths(prompt: dict[str, Any]) -> Iterator[Messages]:
-    """Yield a path for each answer without a question that is answered in turn."""
+    """Yield the path to each final answer: no reply to it has an answer."""
     waiting: list[Messages] = [] if prompt.get("deleted") else [(prompt,)]
     while waiting:
         path = waiting.pop()

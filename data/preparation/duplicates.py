@@ -1,4 +1,4 @@
-"""Finds exact and near duplicates of earlier dialogues in constant memory, with SQLite."""
+"""Finds exact and near duplicates of earlier dialogues, in constant memory (SQLite)."""
 
 import sqlite3
 from collections.abc import Iterable
@@ -17,9 +17,9 @@ NEAR = "near duplicate"
 
 
 class Seen:
-    """Tables of digests and signatures of the distinct dialogues so far.
+    """Tables with the digests and signatures of the distinct dialogues so far.
 
-    near_threshold: minimum share of equal signature values of near duplicates.
+    near_threshold: minimum share of equal signature values that makes a near duplicate.
     """
 
     def __init__(self, base: sqlite3.Connection, near_threshold: float) -> None:
@@ -27,9 +27,10 @@ class Seen:
         base.executescript(TABLES)
 
     def cause(self, exact: Iterable[tuple[str, bytes]], near: bytes) -> str | None:
-        """Return the first cause that makes this a duplicate; otherwise None, and add it.
+        """Return the first cause for which a dialogue is a duplicate; if None, add the dialogue.
 
-        exact: (cause, digest) pairs. near: a MinHash signature [n] uint32 as bytes.
+        exact: (cause, digest) pairs of the dialogue. near: its MinHash signature [n] uint32 as
+        bytes.
         """
         exact = [*exact]
         for cause, digest in exact:
@@ -70,7 +71,7 @@ def digest(parts: Iterable[str]) -> bytes:
 
 
 def _bands(signature: NDArray[np.uint32]) -> list[int]:
-    """Return a number for each band of the signature; near duplicates share at least one."""
+    """Return a hash of each band of the signature; near duplicates very likely share one."""
     rows = signature.reshape(BANDS, -1).astype(np.uint64)
     mixed = np.arange(1, BANDS + 1, dtype=np.uint64)
     for column in rows.T:

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-BAR_CHARACTERS = 40  # of the longest bar
-BARS_PER_DOUBLING = 4  # of the picture
+BAR_CHARACTERS = 40  # in the longest bar of the text
+BARS_PER_DOUBLING = 4  # in the PNG
 
 
 def quantile(lengths: Mapping[int, int], share: float) -> int:
-    """Return the smallest length that this share of all does not exceed; 0 without lengths.
+    """Return the smallest length that this share of all lengths does not exceed; 0 without lengths.
 
     >>> quantile({10: 1, 20: 2, 90: 1}, 0.5)
     20
@@ -23,7 +23,7 @@ def quantile(lengths: Mapping[int, int], share: float) -> int:
 
 
 def doublings(lengths: Mapping[int, int]) -> dict[int, int]:
-    """Return the count of lengths from each power of two up to the next.
+    """Return a map of each power of two to the number of lengths from it up to the next power.
 
     >>> doublings({5: 2, 7: 1, 20: 1})
     {4: 3, 8: 0, 16: 1}
@@ -36,7 +36,7 @@ def doublings(lengths: Mapping[int, int]) -> dict[int, int]:
 
 
 def as_text(bins: Mapping[int, int]) -> list[str]:
-    """Return one line with a bar for each doubling of the length.
+    """Return a line of text with a bar for each power of two.
 
     >>> as_text({1: 2, 2: 1})
     ['1 - 1  2 ########################################', '2 - 3  1 ####################']
@@ -54,7 +54,7 @@ def write_picture(
     lengths: Mapping[int, int], unit: str, title: str, limits: Sequence[int], file: Path
 ) -> None:
     """Write a PNG with a logarithmic axis of lengths and a line at each limit."""
-    from matplotlib.figure import Figure  # here: slow to import
+    from matplotlib.figure import Figure  # a slow import
 
     shown = {max(length, 1): count for length, count in lengths.items()}
     longest = max(shown)

@@ -1,4 +1,4 @@
-"""Converts the HTML of a message to Markdown, but not code that looks like HTML."""
+"""Converts the HTML in a message to Markdown, but not source code in HTML."""
 
 import re
 from typing import Any, cast
@@ -11,15 +11,15 @@ INLINE = "a b strong i em u s del code kbd samp sub sup span q mark small cite"
 MATH = """math semantics annotation mrow mi mo mn ms mtext mspace msup msub msubsup mfrac msqrt
 mroot mover munder munderover mtable mtr mtd mstyle mpadded mphantom menclose"""
 LOOK_BACK_CHARACTERS = 200
-MAX_NESTING = 100  # no page is nested deeper; it bounds the recursion of the parsers
+MAX_NESTING = 100  # levels, more than in any page; bounds the recursion of the parsers
 VOID = {"br", "hr", "img"}
-# Tags of pages and pictures: a message with one of them is about the code itself.
+# Tags of pages and pictures. A message with one of them contains HTML as source code.
 PAGE = """html head body script style form input select option textarea label button meta link
 title nav header footer main section article aside canvas svg iframe template video audio"""
 SOURCE = {*PAGE.split()}
 BLOCKS = {*BLOCK.split()}
 TEXT = BLOCKS | VOID | {*INLINE.split(), *MATH.split()}
-# On an indented line these are source code, too: exported HTML is not indented.
+# On an indented line, these tags are source code too. Exported HTML is not indented.
 LAID_OUT = {"div", "span", "p", "a", "img", "table", "h1", "h2", "h3", "h4", "h5", "h6"}
 IN_STRING = re.compile(r"(?:[=:(,+?\[]|return)\s*[\"'`][^\"'`]*\Z")
 IN_SOURCE = re.compile(r"className|[{}]|\b(?:on[a-z]+|v-[a-z]+|ng-[a-z]+)\s*=")
@@ -30,18 +30,19 @@ TOKEN = re.compile(
     r"|(?<!\\)<(?P<end>/?)(?P<name>[A-Za-z][A-Za-z0-9]*)(?P<rest>\s[^<>]*)?/?>"
 )
 NO_TAG = re.compile(rf"<(?!/?(?:{'|'.join(sorted(TEXT | SOURCE))})[\s/>]|!--)", re.IGNORECASE)
-# The picture on the button that copies the code.
+# The picture on the button "Copy code".
 ICON = re.compile(r"<svg\b(?:(?!</svg>)[\s\S]){0,4000}</svg>\s*(?=Copy code)")
 LANGUAGE = re.compile(r"language-([\w+#.-]+)")
 LABEL = re.compile(r"\A\s*([\w+#.-]{1,20}?)\s*(?:Copy code|\Z)")
 
 
 def split_fences(text: str) -> list[str]:
-    """Return the text in pieces, alternately outside and inside of code fences, outside first."""
+    """Return the text in pieces that alternate: outside of code fences, inside, outside, ..."""
     if "```" not in text and "~~~" not in text:
         return [text]
     pieces, at, opened = [], 0, None
-    # A leading line break lets FENCE match at the first line; offsets are those in the text.
+    # With a leading line break, FENCE also matches the first line. A match's start is then the
+    # line's start in the text.
     for mark in FENCE.finditer("\n" + text):
         ticks, info = mark.groups()
         if opened is None:
@@ -58,7 +59,7 @@ def split_fences(text: str) -> list[str]:
 
 
 def html_to_markdown(text: str) -> str:
-    """Convert each HTML element outside of code; a tag that is not closed stays."""
+    """Convert each HTML element outside of code; an unclosed tag stays."""
     if "</" not in text:
         return text
     pieces = split_fences(text)
@@ -70,7 +71,7 @@ def _converted(text: str) -> str:
     parts, at = [""], 0
     for start, end, block in _elements(text):
         before, element = text[at:start], _markdown(text[start:end])
-        # Escaped text such as `&lt;b&gt;` must not become a tag.
+        # `&lt;b&gt;` has become `<b>`, which a second pass would convert. So it is escaped.
         if _elements(element):
             element = TOKEN.sub(lambda m: m[0] if m["code"] else "\\" + m[0], element)
         at = end
@@ -88,7 +89,7 @@ def _converted(text: str) -> str:
 
 
 def _elements(text: str) -> list[tuple[int, int, bool]]:
-    """Return (start, end, is block) of each outermost element; none if the text is source code."""
+    """Return (start, end, is block) of each outermost element; empty for source code."""
     found: list[tuple[int, int, bool]] = []
     stack: list[str] = []
     start = at = 0
@@ -96,7 +97,7 @@ def _elements(text: str) -> list[tuple[int, int, bool]]:
         at = token.end()
         if token["code"]:
             if stack and "</" in token["code"]:
-                at = token.start() + 1  # backticks of different elements are not a pair
+                at = token.start() + 1  # the backticks are in different elements, so no pair
             continue
         name, end = token["name"].lower(), bool(token["end"])
         if "pre" in stack and not (end and name == "pre"):
@@ -133,7 +134,7 @@ def _markdown(html: str) -> str:
 
 
 class _Converter(MarkdownConverter):
-    """Writes fences longer than any in the code, with the language that the page names."""
+    """Writes code fences with the page's name of the language, longer than fences in the code."""
 
     def convert_pre(self, element: Any, text: str, parent_tags: set[str]) -> str:
         code = element.find("code")

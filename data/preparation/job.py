@@ -1,4 +1,4 @@
-"""Runs a preparation on all cores in constant memory; it is resumable, and counts all records."""
+"""Runs a preparation on all cores in constant memory; a killed run can be resumed."""
 
 import argparse
 import json
@@ -24,14 +24,14 @@ from data.files.read import find_files, plain
 from data.preparation.duplicates import Seen
 from data.preparation.parallel import Chunk, chunks, in_order, refused
 
-MAX_IDS_PER_CAUSE = 1000  # with more dropped records, the report has their count
+MAX_IDS_PER_CAUSE = 1000  # if a cause has more ids, the report has their number
 MAX_ID_CHARACTERS = 100
-LOCK_TIMEOUT = 5.0  # seconds that the workers of a killed run may take to end
+LOCK_TIMEOUT = 5.0  # seconds; time for the workers of a killed run to end
 TABLES = "CREATE TABLE IF NOT EXISTS progress (key TEXT, state TEXT);"
 
 
 class _Output:
-    """An output file of records; it is written to a partial file and renamed at the end."""
+    """An output file of records, written as a partial file that is renamed at the end."""
 
     stream: BinaryIO
 
@@ -63,10 +63,10 @@ class _Output:
 
 
 class Journal:
-    """The partial outputs, and an SQLite file with the matching counts and fingerprints.
+    """The partial outputs, and an SQLite file with their counts and the tables of `Seen`.
 
-    outputs: the file of the kept records and, if there is one, that of the held-out ones.
-    Memory is constant: the fingerprints of duplicates are in the SQLite file.
+    outputs: the path for kept records and, if records are held out, the path for those.
+    Memory is constant, because the digests and signatures are in the SQLite file.
     """
 
     def __init__(self, outputs: list[Path], key: dict[str, Any], near_threshold: float) -> None:
@@ -108,7 +108,7 @@ class Journal:
         self.base.close()
 
     def _saved_state(self) -> dict[str, Any] | None:
-        """Return the state of an interrupted run of the same job, None if there is none."""
+        """Return the state of an interrupted run of the same job, or None."""
         if not all(file.exists() for file in (self.file, *(o.partial for o in self.outputs))):
             return None
         try:
@@ -144,7 +144,7 @@ class Journal:
                 named.append(result.id.encode("utf-8", "replace").decode()[:MAX_ID_CHARACTERS])
 
     def commit(self) -> None:
-        """Write all added results to disk, so that a kill does not lose them."""
+        """Write all added results to disk; a kill cannot lose them afterwards."""
         state = {
             "outputs": [output.sync() for output in self.outputs],
             **{name: getattr(self, name) for name in ("done", "read")},
@@ -155,7 +155,7 @@ class Journal:
         self.base.execute("BEGIN")
 
     def account(self) -> dict[str, Any]:
-        """Return read, kept and dropped: by cause the ids, or their number if there are many."""
+        """Return the counts; `dropped` has for each cause the ids, or their number if many."""
         dropped: dict[str, Any] = {}
         for cause, count in sorted(self.dropped.items()):
             named = self.named[cause]
@@ -168,38 +168,37 @@ class Journal:
 
     def finish(self) -> None:
         """Rename the outputs to their paths, and remove the journal."""
-        for output in reversed(
-            self.outputs
-        ):  # the first output is last: it shows that all are complete
+        # The first output is renamed last, so its existence means that all are complete.
+        for output in reversed(self.outputs):
             output.finish()
         self.base.close()
         self._remove()
 
     def _remove(self) -> None:
-        for tail in ("", "-wal", "-shm"):  # SQLite would read old ones with a new file
+        for tail in ("", "-wal", "-shm"):  # SQLite would use old -wal and -shm with a new file
             self.file.with_name(self.file.name + tail).unlink(missing_ok=True)
 
 
 def _encoded(record: dict[str, Any]) -> bytes:
     try:
         text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-    except ValueError:  # NaN and Infinity: Python parses them, but they are not JSON
+    except ValueError:  # NaN or Infinity, which Python parses, although they are not JSON
         record = plain(record)
         text = json.dumps(record, ensure_ascii=False)
     try:
         return text.encode("utf-8")
-    except UnicodeEncodeError:  # half a surrogate pair is not UTF-8; escaped, it can be read
+    except UnicodeEncodeError:  # half a surrogate pair, which must be escaped
         return json.dumps(record).encode("ascii")
 
 
 @dataclass(frozen=True)
 class Result:
-    """The result of one record: read = records + dropped.
+    """The result of an input record; each output record and each dropped item counts as read.
 
-    dropped: a cause for each item that is not written. noted: changes to count.
-    exact: (cause, digest) pairs; the first digest that an earlier record has drops this one.
+    records: the output records. dropped: a cause for each dropped item. noted: changes to count.
+    exact: (cause, digest) pairs; a digest of an earlier result drops this one as a duplicate.
     near: a MinHash signature [n] uint32 as bytes, to find near duplicates.
-    held_out: whether it is written to the job's second output.
+    held_out: whether the records are written to the job's second output.
     """
 
     id: str
@@ -211,15 +210,15 @@ class Result:
     held_out: bool = False
 
 
-# Takes a parsed value and its place for errors ("file: record 7"); raises BadRecord.
+# Takes a parsed value and its place ("file: record 7"); raises BadRecord.
 Transform = Callable[[Any, str], Result]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A preparation; its result depends on the data and `settings` only.
+    """A preparation; its result depends only on the data and on `settings`.
 
-    held_out: the output of results with `held_out`.
+    held_out: the output file for results with `held_out`.
     """
 
     name: str
@@ -240,7 +239,7 @@ class Job:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Appends the default to each flag's text, unless the text names it."""
+    """Appends the default to the help of a flag, unless the help mentions it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
@@ -250,7 +249,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def parser(name: str, description: str, out: bool = True) -> argparse.ArgumentParser:
-    """Return a parser with the flags of all preparations; out: with --out for records."""
+    """Return a parser with the flags that all preparations have; out: whether --out is one."""
     command = argparse.ArgumentParser(
         f"python -m data {name}",
         usage=f"python -m data {name} --in FILE ... {'--out FILE ' * out}[--flag value ...]",
@@ -264,7 +263,7 @@ def parser(name: str, description: str, out: bool = True) -> argparse.ArgumentPa
         help="files or folders: JSON, JSONL, CSV, Parquet, also .gz and .zst",
     )  # fmt: skip
     if out:
-        text = "x.jsonl, or x.json: an array"
+        text = "x.jsonl for one record per line, or x.json for an array"
         files.add_argument("--out", type=Path, required=True, metavar="FILE", help=text)
     text = "write a JSON file with the counts: read = kept + dropped, by cause"
     files.add_argument("--report", type=Path, metavar="FILE", help=text)
@@ -273,14 +272,14 @@ def parser(name: str, description: str, out: bool = True) -> argparse.ArgumentPa
         "--on_bad_record", choices=("fail", "skip"), default="fail",
         help="stop at an invalid record, or drop and count it",
     )  # fmt: skip
-    text = "worker processes; 0: one per core, the maximum"
+    text = "worker processes, at most one per core; 0: one per core"
     how.add_argument("--processes", type=_count, default=0, metavar="N", help=text)
     return command
 
 
 def _count(word: str) -> int:
     if not word.isdecimal():
-        raise argparse.ArgumentTypeError(f"found {word}; expected 0 or more")
+        raise argparse.ArgumentTypeError(f"found {word}; expected a whole number, 0 or more")
     return int(word)
 
 
@@ -304,7 +303,7 @@ def run(job: Job) -> dict[str, Any]:
             journal = stack.enter_context(Journal(outputs, key, job.near_threshold))
             _write(job, files, journal)
             account = journal.account()
-            if job.report:  # first: if this fails, the next run resumes here
+            if job.report:  # before `finish`: if this fails, the next run resumes here
                 with written_whole(job.report, "--report") as partial:
                     text = json.dumps(account, indent=1, ensure_ascii=False)
                     partial.write_text(text + "\n", encoding="utf-8")
@@ -332,11 +331,11 @@ def _check_outputs(job: Job, files: list[Path]) -> None:
         if out.suffix not in kinds or out.is_dir():
             raise UserError(f"{flag} {out}: expected a file named {' or '.join(kinds)}.")
         if place_of(out) in taken:
-            raise UserError(f"{flag} {out}: it is {taken[place_of(out)]}. Give another file.")
+            raise UserError(f"{flag} {out}: the path is {taken[place_of(out)]}. Give another file.")
         taken[place_of(out)] = flag
     if job.report and (job.report.is_dir() or place_of(job.report) in taken):
         found = "a folder" if job.report.is_dir() else taken[place_of(job.report)]
-        raise UserError(f"--report {job.report}: it is {found}. Give another file.")
+        raise UserError(f"--report {job.report}: the path is {found}. Give another file.")
 
 
 def _write(job: Job, files: list[Path], journal: Journal) -> None:

@@ -1,4 +1,4 @@
-"""Detects the language of a dialogue; the detector is loaded at the first use."""
+"""Detects the language of a dialogue; the detector is loaded on first use."""
 
 import difflib
 import functools
@@ -8,12 +8,12 @@ from typing import Any
 from data.errors import UserError
 from data.preparation.html import split_fences
 
-MAX_CHARACTERS = 2000  # more make detection slower, not better
+MAX_CHARACTERS = 2000  # longer texts make the detection slower, but not better
 UNKNOWN = ("und", "zxx")  # undetermined; no linguistic content (ISO 639-2)
 
 
 def language_of(texts: Iterable[str]) -> str:
-    """Return the ISO 639-1 code of the main language of the text outside of code fences."""
+    """Return the ISO 639-1 code of the texts' main language, outside of code fences."""
     text = ""
     for part in texts:
         text += " ".join(split_fences(part[:MAX_CHARACTERS])[::2]) + "\n"
@@ -42,5 +42,5 @@ def _detector() -> Any:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
-        raise UserError("languages need py3langid: pip install py3langid.") from None
+        raise UserError("language detection needs py3langid: pip install py3langid.") from None
     return LanguageIdentifier.from_model_file(MODEL_FILE)

@@ -1,4 +1,4 @@
-"""Counts rounds, tokens and languages of a chunk of dialogues; counts of chunks are additive."""
+"""Counts the rounds, tokens and languages of a chunk of dialogues."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ IDS_PER_CAUSE = 1000  # ids that are kept for each cause
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a count; without a tokenizer, lengths are in characters.
+    """The settings on which the counts depend; without a tokenizer, lengths are in characters.
 
     limits: candidates for --model_max_length.
     """
@@ -36,17 +36,17 @@ class Settings:
 
 @dataclass
 class Cut:
-    """Losses by truncation to a limit, in tokens."""
+    """What truncation to a limit of tokens loses."""
 
-    examples: int = 0  # longer than the limit
-    tokens: int = 0  # beyond the limit
+    examples: int = 0  # examples longer than the limit
+    tokens: int = 0  # tokens beyond the limit
     supervised: int = 0  # supervised tokens beyond the limit
     nothing_left: int = 0  # examples without a supervised token within the limit
 
 
 @dataclass
 class Counts:
-    """The counts; `seen`: digests and signature of each dialogue, to find duplicates."""
+    """Counts of dialogues; seen: digests and signature of each dialogue, to find duplicates."""
 
     tally: Tally = field(default_factory=Tally)
     dialogues: int = 0
@@ -61,7 +61,7 @@ class Counts:
     seen: list[tuple[tuple[tuple[str, bytes], ...], bytes]] = field(default_factory=list)
 
     def add(self, other: "Counts") -> None:
-        """Add the counts of another chunk, but for `seen`."""
+        """Add the counts of another chunk, except `seen`."""
         mine, more = self.tally, other.tally
         for name in ("read", "kept", "answers", "ended"):
             setattr(mine, name, getattr(mine, name) + getattr(more, name))
@@ -81,7 +81,10 @@ class Counts:
 
 
 def measure(settings: Settings, chunk: Chunk) -> Counts:
-    """Return the counts of a chunk, read and encoded like in training; raises UserError."""
+    """Return the counts of a chunk, which is read and encoded like in training.
+
+    Raises UserError.
+    """
     counts = Counts(cuts={limit: Cut() for limit in settings.limits})
     pairs = settings.template == "t5"
     dialogues = _counted(
@@ -102,7 +105,7 @@ def measure(settings: Settings, chunk: Chunk) -> Counts:
 
 
 def _counted(dialogues: Iterator[Dialogue], counts: Counts) -> Iterator[Dialogue]:
-    """Yield the dialogues, and count what needs no tokenizer."""
+    """Yield the dialogues, and update the counts that need no tokenizer."""
     for dialogue in dialogues:
         roles = Counter(turn.role for turn in dialogue.turns)
         texts = [turn.text for turn in dialogue.turns]
@@ -127,7 +130,7 @@ def _count_characters(dialogue: Dialogue, counts: Counts) -> None:
 
 
 def _count_tokens(example: Example, counts: Counts) -> None:
-    """Count an example; a limit applies to each side of a pair, its length is the longer side."""
+    """Count an example; a pair's length is its longer side, and a limit applies to each side."""
     counts.examples += 1
     counts.length += example.tokens
     counts.supervised += example.supervised_tokens

@@ -1,4 +1,4 @@
-"""MinHash signatures of dialogues, to find near duplicates."""
+"""Computes MinHash signatures of dialogues, to find near duplicates."""
 
 import functools
 
@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 
 PERMUTATIONS = 128
 GRAM_WORDS = 5
-MIN_WORDS = 50  # one word is too large a share of a shorter dialogue
-# A signature is computed from the smallest hashes only: similar sets agree in these, too, and 128
-# permutations of every gram would take most of the time.
+MIN_WORDS = 50  # in a shorter dialogue, one word is too large a share
+# A signature is computed only from the smallest hashes, which are also equal in similar sets. 128
+# permutations of all grams would take most of the time.
 SAMPLE_HASHES = 256
-MAX_BYTES = 1 << 18  # of a text, to bound memory
+MAX_BYTES = 1 << 18  # bytes of a text that are read, to bound memory
 BASE = 0x9E3779B1
 
 
@@ -34,7 +34,7 @@ def signature(text: str) -> bytes:
 
 
 def _words(text: str) -> NDArray[np.uint32]:
-    """Return a hash of each word [n] uint32; in scripts without spaces a character is a word."""
+    """Return a hash of each word [n] uint32; a character of a script without spaces is a word."""
     data = text.lower().encode("utf-8", "surrogatepass")[:MAX_BYTES]
     kind = np.frombuffer(data.translate(KINDS), np.uint8)
     begins = kind == 2
@@ -43,7 +43,8 @@ def _words(text: str) -> NDArray[np.uint32]:
     starts = np.flatnonzero(begins)
     if not len(starts):
         return np.zeros(0, np.uint32)
-    # The sum of byte * BASE ** offset in the word, from powers of the offset in the text: one call.
+    # A word's hash is the sum of byte * BASE ** (offset in the word). One call computes all sums
+    # with offsets in the text; the factor BASE ** -(start of the word) corrects them.
     powers, inverses = _powers()
     values = np.frombuffer(data.translate(VALUES), np.uint8)
     sums = np.add.reduceat(values * powers[: len(data)], starts, dtype=np.uint32)
@@ -59,7 +60,7 @@ def _mixed(hashes: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 @functools.cache
 def _powers() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Return BASE ** n and BASE ** -n modulo 2 ** 32; an odd BASE has an inverse."""
+    """Return BASE ** n and BASE ** -n modulo 2 ** 32, for all n; an odd BASE has an inverse."""
     bases = (BASE, pow(BASE, -1, 1 << 32))
     one, two = (np.cumprod(np.full(MAX_BYTES, base), dtype=np.uint32) for base in bases)
     return one, two
@@ -72,10 +73,10 @@ def _permutations() -> NDArray[np.uint32]:
 
 
 def _kind(byte: int) -> int:
-    """Return whether a byte of UTF-8 separates words (0), is in one (1) or begins one (2)."""
+    """Return 0 for a byte of UTF-8 that separates words, 1 inside a word, 2 at its start."""
     if byte < 0x80:
         return int(chr(byte).isalnum())
-    # From U+3000 on: Chinese, Japanese, Korean; emoji.
+    # A first byte from 0xE3 on: U+3000 and higher (Chinese, Japanese, Korean, emoji).
     return 2 if byte >= 0xE3 else 1
 
 

@@ -17,9 +17,9 @@ from data.errors import BadRecord, RunError, UserError
 from data.files.read import read_records
 
 CHUNK = 256  # records per chunk, unless they are large
-LARGE = 1 << 20  # characters at which a chunk ends
-IN_FLIGHT = 32 << 20  # characters of all chunks in memory, but for the last one
-# Parsed records, each with its place: "file: record 7".
+LARGE = 1 << 20  # characters; a chunk with more ends
+IN_FLIGHT = 32 << 20  # characters of all chunks in memory, except the last chunk
+# Parsed records, each with its place ("file: record 7").
 Chunk = list[tuple[Any, str]]
 R = TypeVar("R")
 
@@ -40,8 +40,8 @@ def chunks(files: list[Path], done: int = 0) -> Iterator[tuple[Chunk, int]]:
 
 
 def characters(record: Any) -> int:
-    """Return about how many characters a parsed value has; not recursive."""
-    count, waiting = 0, [record]
+    """Return the approximate number of characters of a parsed value."""
+    count, waiting = 0, [record]  # a stack, because nesting may exceed the recursion limit
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
@@ -56,9 +56,10 @@ def characters(record: Any) -> int:
 def in_order(
     work: Callable[[Chunk], R], given: Iterable[tuple[Chunk, int]], processes: int
 ) -> Iterator[R]:
-    """Yield work(chunk) for each chunk, in order; 0 processes: one per core, the maximum.
+    """Yield work(chunk) for each chunk, in order.
 
-    Raises what `work` raises, and RunError if a process dies.
+    processes: at most one per core; 0: one per core. Raises the errors of `work`, and RunError if a
+    process dies.
     """
     cores = len(os.sched_getaffinity(0))
     processes = min(processes, cores) or cores
@@ -82,8 +83,8 @@ def in_order(
                 yield waiting.popleft()[0].result()
         except BrokenProcessPool:
             raise RunError(
-                "a process that prepares data was killed, as the system does when memory runs "
-                "out. Run again, or with fewer --processes."
+                "a worker process was killed. The system may have run out of memory. Run again, or "
+                "with fewer --processes."
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -91,11 +92,12 @@ def in_order(
 
 @contextmanager
 def _no_ctrl_c() -> Iterator[None]:
-    """Block SIGINT while processes start: they inherit the mask, and the parent handles it.
+    """Block SIGINT while workers start; they inherit the mask, and only the parent handles SIGINT.
 
-    If workers ignored it only once they run, one that gets it earlier would die. Another thread of
-    the parent may receive the signal, and Python then interrupts the main thread although it blocks
-    it; a pool that is interrupted while it starts never ends its processes. So a handler delays it.
+    A worker cannot block SIGINT itself: it would die of a SIGINT that arrives before. In the
+    parent, another thread may receive SIGINT. Python then interrupts the main thread, although that
+    thread blocks SIGINT. A pool that is interrupted while it starts never ends its workers. So a
+    handler delays SIGINT until the end of the block.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     pending: list[int] = []
@@ -114,13 +116,13 @@ def _no_ctrl_c() -> Iterator[None]:
 
 
 def _initialize_worker() -> None:
-    """Limit a tokenizer to one thread, since each core has a process; end with the parent."""
+    """Limit tokenizers to one thread, since each core has a process; exit with the parent."""
     os.environ["RAYON_NUM_THREADS"] = "1"
     Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Exit when the parent is killed: its workers would wait forever, and keep their memory."""
+    """Exit when the parent is killed; otherwise a worker would wait forever and keep its memory."""
     parent = multiprocessing.parent_process()
     if parent:
         parent.join()
@@ -128,7 +130,7 @@ def _end_with_parent() -> None:
 
 
 def refused(place: str, bad: BadRecord) -> UserError:
-    """Return the error for a bad record under --on_bad_record fail."""
+    """Return the error for a bad record with --on_bad_record fail."""
     return UserError(
         f"{place}: {bad}. Correct the record, or drop all such records with --on_bad_record skip."
     )

@@ -20,12 +20,12 @@ from data.encoding.tokenizer import add_flags, load_tokenizer, template_of
 from data.errors import BadRecord, UserError
 from data.preparation.job import Job, Result, parser, run, summary
 
-NO_FIT = "round longer than a piece may be"
+NO_FIT = "round longer than --model_max_length"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings on which the pieces depend; `held_out` is a share of all dialogues."""
+    """The settings on which the pieces depend; held_out: share of dialogues to hold out."""
 
     tokenizer: str
     template: TemplateName
@@ -36,13 +36,13 @@ class Settings:
 
     @property
     def kind(self) -> tuple[str, TemplateName, str | None]:
-        """The arguments of load_tokenizer."""
+        """The arguments for load_tokenizer."""
         return self.tokenizer, self.template, self.chat_template
 
 
-# Of a text with more characters per allowed token, only a prefix is encoded, to bound memory.
+# If a text has more characters per allowed token, only its prefix is encoded, to bound memory.
 CHARACTERS_PER_TOKEN = 64
-# A user's turn and all turns up to the next: the index of the first, and the turns.
+# A user turn with all turns before the next user turn: the index of the user turn, and the turns.
 Turns = list[dict[str, Any]]
 Round = tuple[int, Turns]
 
@@ -53,7 +53,7 @@ def flags() -> argparse.ArgumentParser:
     own = command.add_argument_group("split")
     own.add_argument(
         "--model_name_or_path", required=True, metavar="FOLDER",
-        help="model whose tokenizer and template count the tokens",
+        help="model whose tokenizer and template are used",
     )  # fmt: skip
     add_flags(own)
     own.add_argument(
@@ -62,8 +62,8 @@ def flags() -> argparse.ArgumentParser:
     )  # fmt: skip
     own.add_argument(
         "--long_round", choices=("drop", "truncate"), default="drop",
-        help="a round that alone does not fit; truncate: cut its last answer. The default "
-        "is drop: a cut answer trains the model to stop in mid-sentence",
+        help="if a single round does not fit, drop it or truncate its last answer. The default "
+        "is drop, because a truncated answer trains the model to stop in mid-sentence",
     )  # fmt: skip
     text = "share of dialogues to hold out, such as 0.02"
     own.add_argument("--eval", type=float, metavar="SHARE", help=text)
@@ -105,7 +105,7 @@ def _check(given: argparse.Namespace) -> None:
 
 @lru_cache(maxsize=1)
 def load_encoder(*kind: Any) -> Encoder:
-    """Return the encoder of training."""
+    """Return the encoder that training uses; the arguments are those of load_tokenizer."""
     return Encoder(load_tokenizer(*kind))
 
 
@@ -140,7 +140,7 @@ def split(settings: Settings, record: Any, place: str) -> Result:
 
 
 def _rounds(turns: Turns, roles: list[Role]) -> tuple[Turns, list[Round], int]:
-    """Return leading system turns, the rounds, and the number of turns that are in neither."""
+    """Return the leading system turns, the rounds, and the number of turns between them."""
     starts = [number for number, role in enumerate(roles) if role == "user"]
     if not starts:
         raise BadRecord("no human turn", "found no human turn; expected one")
@@ -158,8 +158,8 @@ def _share(turns: Turns, roles: list[Role]) -> float:
 def _pieces(settings: Settings, system: Turns, rounds: list[Turns]) -> Iterator[tuple[int, int]]:
     """Yield (first, end) of the longest pieces that fit; (n, n) if round n alone does not fit.
 
-    Each piece is encoded, and so is the piece with one more round, which does not fit. The token
-    positions of the rounds in the complete dialogue are only the start of the search.
+    The search begins at the token positions of the rounds in the complete dialogue. The result is
+    exact: each piece is encoded, and so is the piece with one more round, which must not fit.
     """
 
     @cache
@@ -190,11 +190,11 @@ def _pieces(settings: Settings, system: Turns, rounds: list[Turns]) -> Iterator[
 
 @lru_cache(maxsize=1)
 def bytewise(*kind: Any) -> bool:
-    """Return whether each token is at least one byte of the text: byte-level BPE alone."""
+    """Return whether the tokenizer is byte-level BPE, so that each token is a byte or more."""
     state = json.loads(load_tokenizer(*kind).backend_tokenizer.to_str())
     steps = state["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
-    # A normalizer may lengthen a text; a prefix space does.
+    # A normalizer or a prefix space may add bytes to a text.
     plain = state["normalizer"] is None and not any(one.get("add_prefix_space") for one in steps)
     kinds = {one.get("type") for one in steps}
     return plain and state["model"]["type"] == "BPE" and kinds <= {"ByteLevel", "Split", "Digits"}
@@ -204,8 +204,9 @@ def bytewise(*kind: Any) -> bool:
 class _Encoded:
     """A dialogue as text and tokens; if it is much too long, only a prefix is encoded.
 
-    length: number of tokens, for a T5 of the longest side of its pairs. It is a bound if the
-    dialogue is much too long, or short enough without encoding.
+    length: number of tokens; for a T5, of the longest side of its pairs. If only a prefix is
+    encoded, this is the prefix's number, more than twice the limit. If the dialogue is so short
+    that it is not encoded, this is an upper bound.
     """
 
     text: str
@@ -215,7 +216,7 @@ class _Encoded:
 
 
 def _encoded(settings: Settings, turns: Turns) -> _Encoded:
-    """Encode a dialogue like training, as far as needed to know whether it fits."""
+    """Encode a dialogue like training, as far as is needed to decide whether it fits."""
     tokenizer = load_tokenizer(*settings.kind)
     parsed = [Turn(ROLES[turn["from"]], turn["value"]) for turn in turns]
     system = parsed.pop(0).text if parsed[0].role == "system" else None
@@ -237,14 +238,14 @@ def _encoded(settings: Settings, turns: Turns) -> _Encoded:
     for encoded_characters in [many, len(text)] if len(text) > many else [len(text)]:
         tokens = tokenizer(text[:encoded_characters], add_special_tokens=special, verbose=False)
         length = len(tokens["input_ids"])
-        # The rest of the text cannot halve the number of tokens of the prefix.
+        # The rest of the text cannot halve the number of the prefix's tokens.
         if length > 2 * settings.max_length:
             break
     encoder = load_encoder(*settings.kind)
     if encoded_characters == len(text) and any(
         encoder.pattern.search(turn.text) for turn in parsed
     ):
-        # Text that looks like a control token is several tokens (data/encoding/control_tokens.py).
+        # The text of a control token becomes several tokens (data/encoding/control_tokens.py).
         try:
             length = len(encoder([render(dialogue, settings.template, tokenizer)])[0][0])
         except UserError as error:
@@ -257,7 +258,7 @@ def _refused(error: UserError) -> BadRecord:
 
 
 def _positions(dialogue: _Encoded, rounds: list[Turns]) -> list[int]:
-    """Return the approximate token position of each round, and of the end of the last."""
+    """Return the approximate token position of each round, and of the end of the last round."""
     at, found = 0, []
     for turns in rounds:
         at = max(dialogue.text.find(turns[0]["value"].strip(), at), at)
@@ -270,7 +271,7 @@ def _positions(dialogue: _Encoded, rounds: list[Turns]) -> list[int]:
 
 
 def _truncated(settings: Settings, system: Turns, turns: Turns) -> Turns:
-    """Return the round with its last answer cut so that it fits; no turns if none is left."""
+    """Return the round with its last answer cut so that it fits; no turns if nothing is left."""
     answers = [n for n, turn in enumerate(turns) if ROLES[turn["from"]] == "assistant"]
     if not answers:
         return []

@@ -26,7 +26,7 @@ from data.preparation.parallel import chunks, in_order
 
 LIMITS = (512, 1024, 2048, 4096, 8192)
 NEAR_THRESHOLD = 0.9  # the default of `clean`
-PRINTED_LANGUAGES = 12  # the report has all
+PRINTED_LANGUAGES = 12  # --report has all
 
 
 def main(argv: list[str]) -> None:
@@ -68,7 +68,7 @@ def flags() -> argparse.ArgumentParser:
     own.add_argument("--out", "--png", type=Path, metavar="PNG", help="a histogram of the lengths")
     own.add_argument(
         "--model_name_or_path", metavar="FOLDER",
-        help="model whose tokenizer and template count the tokens; the default counts characters",
+        help="model whose tokenizer and template are used; the default is to count characters",
     )  # fmt: skip
     add_flags(own)
     text = "maximum tokens of a dialogue, as in training"
@@ -77,9 +77,9 @@ def flags() -> argparse.ArgumentParser:
     own.add_argument("--global_batch_size", type=int, default=8, metavar="EXAMPLES", help=text)
     text = "passes over the data"
     own.add_argument("--num_train_epochs", type=float, default=3.0, metavar="EPOCHS", help=text)
-    text = "training speed, to estimate its time"
+    text = "training speed, to estimate the training time"
     own.add_argument("--tokens_per_second", type=float, metavar="TOKENS", help=text)
-    text = "take the speed of a run, such as runs/main_job"
+    text = "take the training speed from a run, such as runs/main_job"
     own.add_argument("--like", type=Path, metavar="RUN", help=text)
     return command
 
@@ -89,7 +89,7 @@ def _settings(given: argparse.Namespace) -> Settings:
     for name in ("model_max_length", "global_batch_size", "num_train_epochs", "tokens_per_second"):
         value = getattr(given, name)
         if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name} {value:g}: expected more than 0.")
+            raise UserError(f"--{name} {value:g}: expected a number above 0.")
     name, bad = given.model_name_or_path, given.on_bad_record
     if name is None:
         unused = [f for f in ("template", "chat_template") if getattr(given, f)]
@@ -102,9 +102,9 @@ def _settings(given: argparse.Namespace) -> Settings:
 
 
 def _rate(given: argparse.Namespace) -> tuple[float | None, str]:
-    """Return the tokens per second of the estimate, and their source."""
+    """Return the tokens per second for the estimate, and their source in words."""
     if given.like is None:
-        return given.tokens_per_second, "as given"
+        return given.tokens_per_second, "--tokens_per_second"
     if given.tokens_per_second:
         raise UserError("found both --tokens_per_second and --like; expected one of them.")
     file = given.like / "metrics.jsonl"
@@ -117,14 +117,14 @@ def _rate(given: argparse.Namespace) -> tuple[float | None, str]:
         raise UserError(f"--like {given.like}: {file.name} is not the log of a run.") from None
     rates = rates[1:] or rates  # the first step includes the warm-up
     if not rates or not 0 < statistics.median(rates) < math.inf:
-        raise UserError(f"--like {given.like}: {file.name} has no rate yet.")
+        raise UserError(f"--like {given.like}: {file.name} has no tokens_per_second yet.")
     return statistics.median(rates), f"the median of {given.like}, for its model and machine"
 
 
 def _counted(files: list[Path], settings: Settings, processes: int) -> tuple[Counts, Counter[str]]:
     """Return the counts of all files, and the number of duplicates by cause."""
     total, duplicates = Counts(), Counter[str]()
-    # A database without a name is a temporary file.
+    # SQLite puts a database without a name into a temporary file.
     with (
         closing(sqlite3.connect("", isolation_level=None)) as base,
         tqdm(desc="stats", unit=" records", disable=None) as progress,
@@ -147,9 +147,9 @@ def _facts(
     given: argparse.Namespace,
     rate: float | None,
 ) -> dict[str, Any]:
-    """Return the report: read, kept and dropped first, like all preparations."""
+    """Return the report; like all reports of preparations, it begins with read, kept, dropped."""
     tally, length = counts.tally, given.model_max_length
-    # Only the first ids of a cause are kept; with more, the report has their number.
+    # Only IDS_PER_CAUSE ids of a cause are kept. If there are more, the report has their number.
     dropped = {
         cause: tally.named[cause] if len(tally.named[cause]) == count <= IDS_PER_CAUSE else count
         for cause, count in sorted(tally.dropped.items())
@@ -205,7 +205,7 @@ def _lines(facts: dict[str, Any], counts: Counts, settings: Settings, source: st
         "duplicates": ", ".join(duplicates) or "none",
     }
     if settings.template == "t5":
-        rows["pairs"] = f"{examples:,}; an example is a pair; its length is that of its longer side"
+        rows["pairs"] = f"{examples:,}; an example is a pair, with the length of its longer side"
     width = max(map(len, rows)) + 2
     lines = [f"{name:{width}}{text}" for name, text in rows.items()]
     lines += ["", f"lengths in {unit}", *as_text(facts["histogram"]), ""]
@@ -231,7 +231,8 @@ def _estimated(estimate: dict[str, Any], source: str) -> list[str]:
     if seconds is None:
         return [
             *lines,
-            "no estimate of the time: it needs tokens, and --tokens_per_second or --like",
+            "no estimate of the training time: it needs --model_name_or_path, and "
+            "--tokens_per_second or --like",
         ]
     minutes = math.ceil(seconds / 60)
     time = f"{minutes // 60:,} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"

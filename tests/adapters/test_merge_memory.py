@@ -1,4 +1,4 @@
-"""A merge's memory: one file's tensors while it writes, one model while it verifies."""
+"""A merge takes the memory of one file while it writes, and of one model while it verifies."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def make(
 
 
 def peak(adapter: Path, *flags: str, shard: float = SHARD) -> int:
-    """Return the most bytes that a merge's tensors took at any time, without mapped files."""
+    """Return the peak of the bytes that a merge's tensors take, without mapped files."""
     target = adapter.parent / "-".join(["merged", *flags])
     words = ["--adapter", str(adapter), "--base", str(adapter.parent / "base")]
     words += ["--output_dir", str(target), "--shard_gb", str(shard / 1e9), *flags]
@@ -59,7 +59,7 @@ def test_writing_takes_the_memory_of_a_file_and_verifying_that_of_the_base(
     written = peak(large, "--prompts", "0")
     proven = peak(large)
     print(f"base {base / 1e6:.0f} MB: written {written / 1e6:.0f}, proven {proven / 1e6:.0f} MB")
-    # Less than the tensors of one file: the base is mapped, also while logits are compared.
+    # Less than the tensors of one file, because the base is mapped, even while logits are compared.
     assert 0 < written < SHARD
     assert 0 < proven < SHARD
 
@@ -71,7 +71,7 @@ def test_rounding_with_inputs_takes_the_memory_of_the_base_and_a_file(
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     large = make(tmp_path / "large", tokenizer, 1024, 16, torch.bfloat16)
     base = (tmp_path / "large" / "base" / "model.safetensors").stat().st_size
-    shard = 3 * SHARD  # of which a layer in fp32 takes 42 MB, and layers' inputs a quarter
+    shard = 3 * SHARD  # a layer in fp32 takes 42 MB, the layers' inputs a quarter of the shard
     found = peak(large, "--rounding_texts", "64", shard=shard)
     print(f"base {base / 1e6:.0f} MB in 16 bits: rounded and proven {found / 1e6:.0f} MB")
     assert 0 < found < base + shard

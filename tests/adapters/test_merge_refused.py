@@ -71,7 +71,7 @@ def test_a_wrong_merge_is_an_error_and_leaves_no_files(
     tiny_model: Path, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter, right = train("run"), Change.of
-    # In fp32 slightly wrong; in bf16, where every weight is rounded, not merged at all.
+    # In fp32, the merge is slightly wrong. In bf16, which rounds every weight, nothing is merged.
     wrong = {"fp32": lambda change, tensor: right(change, tensor) * 1.001, "bf16": lambda _, t: t}
     for dtype, change in wrong.items():
         monkeypatch.setattr(Change, "of", change)

@@ -52,7 +52,7 @@ def test_16_bit_values_are_not_changed_and_rows_are_independent(
     at_once = rounded(weight, inputs, torch.bfloat16)
     monkeypatch.setattr(rounding, "ROWS_AT_ONCE", 32)
     parts = rounded(weight, inputs, torch.bfloat16)
-    # A matrix product of fewer rows may differ in the last bit, and so one rounding in 1,000.
+    # A matrix product of fewer rows may differ in the last bit. This changes a few roundings.
     assert (at_once != parts).float().mean() < 1e-3
 
 
@@ -98,11 +98,12 @@ def test_layers_share_the_kept_inputs_which_stay_within_the_given_bytes(
     assert [part.shape for part in down] == [(length, 128) for length in lengths]
     assert all(one is other for one, other in zip(query, key, strict=True))
     assert all(one is not other for one, other in zip(query, gate, strict=True))
-    # Each layer has 3 inputs of width 64 and one of 128, the LM head one of 64, 2 bytes an element.
+    # Each layer has 3 inputs of width 64 and one of 128; the LM head has one of 64. An element has
+    # 2 bytes.
     most = 2 * (2 * (3 * 64 + 128) + 64) * sum(lengths) // 3
     few = inputs_of(model, layers, texts, most)
     down = few["model.layers.1.mlp.down_proj"]
-    assert len(down) == 6  # Every text is kept, with fewer of its tokens.
+    assert len(down) == 6  # Every text is kept, but only some of its tokens.
     assert sum(len(part) for part in down) <= sum(lengths) / 3
     step = -(-len(found["lm_head"][0]) // len(few["lm_head"][0]))
     assert torch.equal(few["lm_head"][0], found["lm_head"][0][::step])
@@ -136,7 +137,7 @@ def test_completely_trained_modules_are_rounded_and_verified_against_their_fp32_
         assert ("rounding: by the inputs of 32 texts" in output) == (texts == "32")
         assert ("--rounding_texts 64 makes it smaller" in output) == (texts == "0")
         means.append(float(output.split("root mean square ")[1].split(";")[0]))
-    # Against a reference with a head rounded to nearest, nearest would seem to be better.
+    # If the reference's head were rounded to nearest, rounding to nearest would seem to be better.
     assert means[1] < means[0]
 
 

@@ -1,4 +1,4 @@
-"""Python code that comes with a model or an adapter runs only with the command line's flag."""
+"""Python code of a model's or an adapter's folder runs only with the command line's flag."""
 
 import json
 import shlex
@@ -36,7 +36,7 @@ AUTO_MAP = {
 
 
 def add_code(folder: Path, marker: Path) -> None:
-    """Give a model's folder custom code that creates the marker file when it runs."""
+    """Add custom code to a model's folder; the code creates the marker file when it runs."""
     file = folder / "config.json"
     values = json.loads(file.read_text()) | {"model_type": "marked", "auto_map": AUTO_MAP}
     file.write_text(json.dumps(values))

@@ -1,1 +1,1 @@
-"""Tests of checkpoint."""
+"""Tests of loop/checkpoint: storage, saving, resume, kills."""

@@ -1,4 +1,4 @@
-"""A run killed at any moment ends bit for bit like one that was never killed."""
+"""A run that is killed at any moment has, bit for bit, the result of an uninterrupted run."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from benchmarks.kill_sweep import BACKENDS, dialogues, sweep
 from tests.support.helpers import adapter_of, launch, write_dialogues
 
-# benchmarks/kill_sweep.py makes 200 kills or more.
+# benchmarks/kill_sweep.py kills 200 times or more.
 KILLS = [
     ("one process", 2),
     *[pytest.param(backend, 5, marks=pytest.mark.slow) for backend in BACKENDS],
@@ -29,7 +29,7 @@ def test_a_run_killed_repeatedly_ends_like_one_never_killed(
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
 def test_three_ranks_resume_bit_for_bit(config: str, tiny_model: Path, tmp_path: Path) -> None:
-    # A sum of three numbers depends on their order, and so on the layout of gradient buckets.
+    # A sum of three numbers depends on their order, which depends on the gradient buckets.
     flags = ["--model_name_or_path", tiny_model, "--max_steps", "8", "--save_steps", "4"]
     flags += ["--data_path", write_dialogues(tmp_path / "data.json", *dialogues())]
     flags += ["--global_batch_size", "6", "--per_device_train_batch_size", "1"]

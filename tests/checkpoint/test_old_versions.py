@@ -25,14 +25,14 @@ FIXTURE = Path(__file__).parent / "fixtures" / "commit_9760489"
 
 @pytest.fixture
 def moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the fixture, whose relative paths are relative to the working folder."""
+    """A copy of the fixture in a temporary folder, which becomes the working folder."""
     folder = shutil.copytree(FIXTURE, tmp_path / "moved")
     monkeypatch.chdir(folder)
     return folder
 
 
 def printed(run: Path) -> list[tuple[int, str]]:
-    """Return the logged losses with the digits that the console shows."""
+    """Return the logged losses with as many digits as on the console."""
     return [(entry["step"], f"{entry['loss']:.4f}") for entry in log_of(run)]
 
 

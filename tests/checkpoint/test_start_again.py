@@ -42,7 +42,7 @@ def test_starting_afresh_applies_once_per_launch(
     assert "command, without --resume_from_checkpoint, resumes" in stopped(train, *afresh)
     assert names(output) == ["checkpoint-1"]
     assert len([*output.glob("discarded-*/checkpoint-1")]) == 1
-    # The same launch with the same flags, as torchelastic and --until-done restart it.
+    # torchelastic and --until-done restart the same launch with the same flags.
     stopped(train, *afresh)
     assert names(output) == ["checkpoint-2", "checkpoint-1"]
     monkeypatch.setenv(LAUNCH_NAME, "second")

@@ -1,4 +1,4 @@
-"""Checkpoints are small and verified; a run resumes only from a valid one of its own."""
+"""Checkpoints are small and verified; a run resumes only from its own valid checkpoint."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def same(one: Path, two: Path) -> bool:
 
 
 def cut_off(output: Path, after: int) -> None:
-    """Reduce a finished run to what a kill after this step leaves."""
+    """Reduce a finished run to the files that a kill after this step leaves."""
     for folder in list_folders(output):
         if int(folder.name.partition("-")[2]) > after:
             shutil.rmtree(folder)
@@ -90,7 +90,7 @@ def test_a_killed_run_resumes_to_the_same_adapter_and_log(
     assert f"resume: {saved / 'checkpoint-4'}, after step 4 of 6" in capsys.readouterr().out
     assert same(saved, reference)
     keys = ("step", "epoch", "loss", "learning_rate", "grad_norm", "supervised_tokens")
-    # The entry after step 6 covers steps 4 to 6; the checkpoint has the loss of step 4.
+    # The log entry after step 6 covers steps 4 to 6. The loss of step 4 is from the checkpoint.
     assert [[e[k] for k in keys] for e in log_of(saved)] == [
         [e[k] for k in keys] for e in log_of(reference)
     ]
@@ -163,7 +163,7 @@ def test_other_settings_are_refused_with_the_difference(saved: Path, train: Trai
     with pytest.raises(UserError, match=r"has .*lora_A.* \(8, 64\), the model \(4, 64\)"):
         train("run", *DROPOUT, "--lora_r", "4", "--allow_resume_mismatch")
     train("run", *DROPOUT, "--seed", "7", "--allow_resume_mismatch")
-    # One example at a time twice is the same global batch.
+    # Twice one example is the same global batch.
     cut_off(saved, after=4)
     split = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2")
     train("run", *DROPOUT, *split)
@@ -238,7 +238,7 @@ def test_a_disk_that_is_too_small_is_an_error_before_training(
 def test_a_full_disk_ends_the_run_and_older_checkpoints_stay(
     train: Train, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As under a quota, which the reported free space does not include.
+    # Like under a quota, the reported free space is more than what can be written.
     monkeypatch.setattr(storage, "check_room", lambda *_: None)
     (small_disk / "ballast").write_bytes(bytes(2_800_000))
     with pytest.raises(RunError, match=r"cannot be written: .*No space left on device"):

@@ -1,1 +1,1 @@
-"""Tests of loop-independent data code: files, dialogues, encoding, batching."""
+"""Tests of data/files, data/dialogues, data/encoding and data/batching."""

@@ -29,17 +29,17 @@ def answer(value: Any) -> bytes:
 
 
 def nested(levels: int) -> bytes:
-    inner = levels - 1  # the record is one
+    inner = levels - 1  # the record itself is one level
     return LINE[:-1] + b', "x": ' + b"[" * inner + b"]" * inner + b"}"
 
 
 PRIVATE = "".join(
     map(chr, [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)])
 )
-# A line between two valid records, and whether it counts as a bad record.
+# A line that is put between two valid records, and whether it is a bad record.
 LINES: dict[str, tuple[bytes, bool]] = {
     "cut off": (LINE[:40], True),
-    "nested as deep as may be": (nested(DEEPEST), False),
+    "nested as deeply as allowed": (nested(DEEPEST), False),
     "nested deeper": (nested(DEEPEST + 1), True),
     "nested 900": (nested(900), True),
     "nested 100,000": (nested(100_000), True),
@@ -155,7 +155,7 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path: Path) -> None:
     next(rows)
     with file.open("ab") as more:
         more.write(b"\n" + LINE)
-    with pytest.raises(UserError, match="it changed while it was read"):
+    with pytest.raises(UserError, match="the file changed while it was read"):
         list(rows)
 
 
@@ -231,11 +231,11 @@ def test_the_chunks_in_flight_have_a_limit_of_characters() -> None:
 
 
 def die(chunk: Any) -> None:
-    """Die like a process that the system kills when memory runs out."""
+    """Die like a process that the system kills because memory runs out."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_process_is_one_error_message() -> None:
     given = [([(number, "f: record 0")], 1) for number in range(3)]
-    with pytest.raises(RunError, match="was killed, as the system does when memory runs out"):
+    with pytest.raises(RunError, match=r"was killed\. The system may have run out of memory"):
         list(in_order(die, given, 2))

@@ -25,7 +25,7 @@ RANDOM = examples_of(np.random.default_rng(0).integers(10, 2000, 64).tolist())
 
 
 def parts_of(chosen: list[Example], ranks: int, limits: Limits) -> list[list[Example]]:
-    """Return all micro-batches, after a check that each example is in exactly one of them."""
+    """Return all micro-batches, after a check that each example is in exactly one micro-batch."""
     assignment = assign_micro_batches(chosen, ranks, limits)
     parts = [batch.examples for rank in assignment.ranks for batch in rank]
     assert Counter(e.id for part in parts for e in part) == Counter(e.id for e in chosen)
@@ -79,7 +79,7 @@ def test_swaps_between_ranks_keep_the_limits(tokens: int | None, sharing: bool) 
 
 
 def test_swaps_between_equally_busy_ranks_lose_no_example() -> None:
-    """With shared prefixes a swap of a micro-batch with itself looks profitable."""
+    """With shared prefixes, a swap of a micro-batch with itself seems to save tokens."""
     for seed in range(200):
         draw = random.Random(seed)
         chosen = []
@@ -93,7 +93,7 @@ def test_swaps_between_equally_busy_ranks_lose_no_example() -> None:
 
 def test_pairs_are_split_further_where_that_saves_padding() -> None:
     draw = np.random.default_rng(0)
-    # Like real pairs: many are short, few are long.
+    # As in real data, many pairs are short and few are long.
     uneven = examples_of(*(10 ** draw.uniform(1, 3, (2, 64))).astype(int).tolist())
     coarse, fine = (parts_of(uneven, 2, Limits(16, finer=finer)) for finer in (False, True))
     assert len(fine) > len(coarse)
@@ -111,4 +111,4 @@ def test_pairs_are_split_further_where_that_saves_padding() -> None:
 
 def test_a_short_last_window_runs_fewer_micro_batches() -> None:
     assert len(parts_of(examples_of([5, 6, 7]), 1, Limits(4, packed=True))) == 1
-    assert len(parts_of(examples_of([5]), 4, Limits(4, packed=True))) == 4  # three have weight zero
+    assert len(parts_of(examples_of([5]), 4, Limits(4, packed=True))) == 4  # three are empty

@@ -1,4 +1,4 @@
-"""The bundled dialogues are what their script makes, and keep the test questions out."""
+"""The bundled dialogues equal the output of their script, and contain no test question."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def test_they_are_as_many_and_as_mixed_as_promised() -> None:
     turns = [Counter(turn["from"] for turn in record["conversations"]) for record in records]
     assert {count["gpt"] for count in turns} == {1, 2, 3}
     assert all(count["human"] == count["gpt"] for count in turns)
-    # Most dialogues have the template's own system prompt, which names another model.
+    # Most dialogues have no system turn. The template's system prompt names another model.
     assert 50 <= sum(count["system"] for count in turns) <= 100
     named = sum("Vireo" in json.dumps(record) for record in records)
     assert 200 <= named <= 325

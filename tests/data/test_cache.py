@@ -1,4 +1,4 @@
-"""Cached examples are reused while their key is equal, and encoded again with a note if not."""
+"""Cached examples are reused if their key is equal; otherwise, data is encoded again."""
 
 import re
 import shutil
@@ -153,7 +153,7 @@ def test_a_damaged_batch_is_named_when_it_is_read_and_the_file_removed(tmp_path:
     assert kept[1023] == many[1023]
     assert kept[2048] == many[2048]
     with pytest.raises(
-        RunError, match=r"examples 1024 to 2047 are damaged. It is removed: run again"
+        RunError, match=r"examples 1024 to 2047 are damaged. It was removed; run again"
     ):
         kept[1500]
     assert cache.read_cache(str(file), KEY) is None

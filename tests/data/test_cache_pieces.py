@@ -1,4 +1,4 @@
-"""A killed encoding resumes after its last piece, and has the result of an uninterrupted one."""
+"""A killed encoding resumes after its last piece; the result equals an uninterrupted encoding."""
 
 import signal
 import subprocess
@@ -99,7 +99,7 @@ def test_finished_pieces_are_not_encoded_again(
     kept = read_cache(path, KEY)
     assert kept is not None
     assert [*kept] == [*whole(file, encode)]
-    # Another key takes none of the pieces.
+    # With another key, no piece is reused.
     seen.clear()
     encode_in_pieces(
         path, {"data": "b"}, dialogues_in(file, Tally()), counted(encode, seen), Tally(), SIZE
@@ -129,7 +129,7 @@ def test_a_damaged_piece_is_named_and_encoded_again(
     assert [*kept] == [*whole(file, encode)]
 
 
-# Encodes 200 dialogues at a time; with a fourth argument it is killed before its fourth piece.
+# Encodes in pieces of 200 dialogues. With a fourth argument, it is killed before its fourth piece.
 IN_PIECES = """
 import os, signal, sys
 from functools import partial

@@ -87,7 +87,7 @@ def test_the_template_is_saved_with_the_adapter_and_identifies_the_run(
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (None, "own.jinja: cannot be read: No such file"),
         ("", "it is empty; expected a Jinja template"),
@@ -100,12 +100,12 @@ def test_the_template_is_saved_with_the_adapter_and_identifies_the_run(
     ],
 )
 def test_an_invalid_template_is_refused(
-    text: str | bytes | None, told: str, tiny_model: Path, data: Path, own: Path
+    text: str | bytes | None, message: str, tiny_model: Path, data: Path, own: Path
 ) -> None:
     own.unlink()
     if text is not None:
         own.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         texts(tiny_model, data, own)
 
 

@@ -1,4 +1,4 @@
-"""Truncated or invalid compressed files are read up to the damage, and invalid tables are named."""
+"""Damaged compressed files are read up to the damage; invalid tables are named."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ def test_all_complete_records_of_a_truncated_file_are_read_and_the_damage_is_nam
     found = [record for _, record in read_records(file)]
     good = [record for record in found if not isinstance(record, BadRecord)]
     assert good == RECORDS[: len(good)]
-    # zstd is decompressed in blocks of 128 KiB, gzip to the last byte.
+    # zstd is decompressed up to the last complete block of 128 KiB, gzip up to the last byte.
     assert len(good) > len(RECORDS) * (0.89 if kind == "gz" else 0.7)
     errors = [str(record) for record in found if isinstance(record, BadRecord)]
     assert "its compression is damaged" in errors[-1]
@@ -43,7 +43,7 @@ def test_damage_in_the_middle_of_a_file_is_named(suffix: str, kind: str, tmp_pat
     raw[len(raw) // 2 : len(raw) // 2 + 64] = b"\xff" * 64
     file = tmp_path / f"a.{suffix}.{kind}"
     file.write_bytes(raw)
-    # gzip raises OSError for some damage.
+    # For some kinds of damage, gzip raises OSError.
     with suppress(UserError):
         found = [record for _, record in read_records(file)]
         assert isinstance(found[-1], BadRecord)

@@ -1,4 +1,4 @@
-"""A file's hash is cached while the file is the same, and never when it may have changed."""
+"""A file's hash is cached until the file changes, or may have changed."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from tests.support.helpers import wait_until, write_dialogues
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that grows with each file that is read; files count as settled at once."""
+    """A list with an entry per file that is read; hashes of just changed files are cached, too."""
     made: list[int] = []
     digest = hashlib.file_digest
 
@@ -42,7 +42,7 @@ def changed(file: Path, text: str) -> None:
 
 
 def await_tick(folder: Path) -> None:
-    """Wait until the file system's clock advances, a few times a second."""
+    """Wait for the next tick of the file system's clock, which ticks a few times per second."""
     probe = folder / "clock"
 
     def now() -> int:

@@ -26,7 +26,7 @@ def test_growing_the_data_moves_no_dialogue_into_or_out_of_the_held_out_part(
     account = run(tmp_path, tiny_model, [dialogue(n) for n in range(40)], *flags)
     before, held_out = sources(tmp_path / "out.json"), sources(tmp_path / "out.eval.json")
     assert account["held_out"] == len(json.loads((tmp_path / "out.eval.json").read_text()))
-    # Some dialogues are cut; all pieces of one are on the same side.
+    # Some dialogues are cut. All pieces of a dialogue are on the same side.
     assert account["held_out"] > len(held_out)
     assert 4 <= len(held_out) <= 20
     assert not before & held_out

@@ -91,7 +91,7 @@ def test_a_killed_holder_and_its_forked_workers_leave_no_lock(tmp_path: Path) ->
 
 
 def count_alone(path: Path, counter: Path) -> None:
-    """Add to a counter, which loses counts unless one process at a time does so."""
+    """Add to a counter; if several processes do so at once, counts are lost."""
     for _ in range(20):
         with locked(path, unlink=True):
             counter.write_text(str(int(counter.read_text()) + 1))

@@ -1,4 +1,4 @@
-"""The answers and the tokens that end them are supervised, and nothing else is."""
+"""Only answers and their end tokens are supervised."""
 
 import gzip
 import json
@@ -110,11 +110,17 @@ def test_a_chat_template_that_trims_and_decorates_answers_is_followed_exactly(
 @pytest.mark.parametrize(
     ("template", "complaint"),
     [
-        ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", "close"),
-        # Only the dialogue's end has a control token: the first answer has none of its own.
-        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}<|im_end|>", "close"),
+        (
+            "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
+            "no control token after",
+        ),
+        # Only the last answer is followed by a control token.
+        (
+            "{% for m in messages %}{{ m['content'] }}\n{% endfor %}<|im_end|>",
+            "no control token after",
+        ),
         ("{% for m in messages %}{{ m['role'] }}<|im_end|>{% endfor %}", "does not show"),
-        # A title quotes the answer, before the question.
+        # The template repeats the answer as a title.
         (
             "{{ messages[1]['content'] }}{% for m in messages %}{{ m['content'] }}<|im_end|>"
             "{% endfor %}",
@@ -182,7 +188,7 @@ def test_binary_search_for_spans_equals_a_linear_search() -> None:
             end = place + draw.randint(0, 3)
             offsets += [(place, end)] * draw.choice([1, 1, 1, 2])  # bytes of one character
             place = end
-        offsets += [(0, 0)] * draw.randint(0, 1)  # an EOS that the tokenizer adds
+        offsets += [(0, 0)] * draw.randint(0, 1)  # the tokenizer's EOS
         spans, end = [], 0
         while end < place:
             start = end + draw.randint(3, 6)

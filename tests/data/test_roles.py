@@ -1,4 +1,4 @@
-"""Supervision by role and by marks on turns, and text that looks like control tokens."""
+"""Supervision by role and by weights of turns; messages with the text of control tokens."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,8 @@ LETTERS = st.characters(max_codepoint=0x2FFFF, exclude_categories=["Cc", "Cs", "
 TEXT = st.lists(st.sampled_from(TRAPS) | st.text(LETTERS, max_size=5), min_size=1, max_size=6).map(
     "".join
 )
-# A template's newline and an answer's first one may be one token, which is then supervised.
+# The template's newline and a newline at the start of an answer may be one token, which is then
+# supervised.
 MESSAGE = TEXT.map(lambda text: text.lstrip("\n")).filter(lambda text: bool(text.strip()))
 
 
@@ -140,7 +141,7 @@ def test_text_like_control_tokens_never_leaks_or_shifts_labels(
     assert trained(example, chat_tokenizer) == "".join(
         f"{space}{text}<|im_end|>" for text in texts[1::2]
     )
-    # The control tokens are those of the template, like with messages without any.
+    # The only control tokens are those of the template, as with plain messages.
     plain = [Turn(one.role, "x") for one in turns]
     expected = encoded(Dialogue("d", tuple(plain)), template, chat_encoder)
     assert [i for i in example.input_ids if i in control] == [

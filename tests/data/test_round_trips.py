@@ -80,7 +80,7 @@ def as_written(text: str) -> str:
     [
         ("chat_tokenizer", "chat", as_written),
         ("chat_tokenizer", "vicuna", vicuna),
-        # Its decoder removes the first space of a text, which here is the template's.
+        # The decoder removes the first space of a text, here the template's space.
         ("mistral", "vicuna", as_written),
         # Llama 3's template strips messages.
         pytest.param("llama3", "chat", str.strip, marks=pytest.mark.slow),
@@ -124,9 +124,9 @@ def test_t5_targets_decode_to_every_normalised_answer(t5: Any, dialogues: list[D
 
 
 def normalised(text: str, tokenizer: Any) -> str:
-    """Return the text after T5's normaliser (NFKC and others), piece by piece.
+    """Return the text after T5's normaliser (NFKC and others).
 
-    The characters that the tokenizer was given are cut out before, and stay as they are.
+    The added tokens are split off before and stay unchanged.
     """
     write = tokenizer.backend_tokenizer.normalizer.normalize_str
     return re.sub(f"[^{re.escape(CHARACTERS)}]+", lambda piece: write(piece.group()), text)

@@ -1,4 +1,4 @@
-"""Sources and targets of encoder-decoders: complete, truncated, and FastChat's on request."""
+"""Sources and targets of encoder-decoders: complete, truncated, and like FastChat's."""
 
 import gzip
 import json
@@ -46,9 +46,8 @@ def pairs_of(
 def test_show_prints_fastchats_pairs_id_for_id(
     data: str, golden: str, equal: int, shared: Path, tmp_path: Path
 ) -> None:
-    # 6 of 564 differ: two ties between equally likely pieces; four texts with characters that the
-    # slow tokenizer normalised, for which this tokenizer.json has no rules (…, ¹, a letter apart
-    # from its accent).
+    # 6 of 564 pairs differ. Two have equally likely pieces. Four have characters that the slow
+    # tokenizer normalised, but this tokenizer.json does not (…, ¹, a letter and a separate accent).
     (tmp_path / "t5").mkdir()
     for file in (shared / "tokenizers/t5").iterdir():
         (tmp_path / "t5" / file.name).write_bytes(file.read_bytes())
@@ -112,7 +111,7 @@ def test_keep_header_truncates_after_the_header(tokenizer: Any) -> None:
     limits = PairLimits(len(header) + 10, 2048, keep_header=True)
     (cut,), _ = pairs_of([dialogue(LONG, LONG)], tokenizer, limits)
     assert cut.input_ids == header + whole.input_ids[-10:]
-    # A header that leaves no room is truncated, too.
+    # A header longer than the limit is truncated, too.
     (cut,), _ = pairs_of([dialogue(LONG, LONG)], tokenizer, PairLimits(20, 2048, True))
     assert cut.input_ids == whole.input_ids[-20:]
 

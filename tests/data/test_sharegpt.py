@@ -1,4 +1,4 @@
-"""Invalid input is named with its place or counted; no record is lost."""
+"""Invalid records are named with their place or counted; no record is lost."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def turns(*pairs: tuple[Any, Any]) -> dict[str, Any]:
 BAD = {
     "no conversations": ({"id": "bad", "text": "Hi"}, "found the keys id, text"),
     "no messages": ({"id": "bad", "messages": []}, '"messages" is empty'),
-    "conversations is text": ({"id": "bad", "conversations": "Hi"}, "it is a string"),
+    "conversations is text": ({"id": "bad", "conversations": "Hi"}, "is a string"),
     "no turns": ({"id": "bad", "conversations": []}, "is empty"),
     "unknown role": (turns(("human", "Hi"), ("bot", "Yo")), 'turn 1 has the role "bot"'),
     "two questions": (turns(("human", "Hi"), ("human", "Hey")), 'turn 1 is "human"'),

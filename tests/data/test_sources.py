@@ -49,7 +49,7 @@ def test_a_weight_above_one_takes_all_and_repeats_some() -> None:
 def test_the_seed_decides_which_dialogues_are_taken() -> None:
     chosen = [{*taken(2000, 0.5, seed)[0]} for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
-    # Neither the first dialogues nor every second one.
+    # The taken ones are neither the first dialogues nor every second dialogue.
     assert 400 < sum(int(one) < 1000 for one in chosen[0]) < 600
     assert 400 < sum(int(one) % 2 for one in chosen[0]) < 600
 
@@ -75,7 +75,7 @@ def test_a_file_whose_name_looks_like_a_weight_is_that_file(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "1e9"])
 def test_an_invalid_weight_is_refused(weight: str) -> None:
-    with pytest.raises(UserError, match=f"found the weight {weight}; expected one above 0"):
+    with pytest.raises(UserError, match=f"found the weight {weight}; expected a number above 0"):
         parse_source(f"a.json:{weight}")
 
 
@@ -146,20 +146,20 @@ def test_a_hub_data_set_is_trained_on_and_then_read_from_the_cache(
         (served / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     show = ["python", "-m", "loop", "show", "--jsonl", "--model_name_or_path", tiny_model]
     online = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    online["LORA_LOOP_WARM"] = ""  # its imports were done offline
+    online["LORA_LOOP_WARM"] = ""  # the warm server has imported the hub's client offline
 
-    def display_path(address: str, *names: str) -> Any:
+    def show_sources(address: str, *names: str) -> Any:
         return command(*show, "--data_path", *names, HF_ENDPOINT=address, **online)
 
     with small_hub("someone/talks", served) as address:
-        both = display_path(address, "someone/talks:0.5", "someone/talks@test")
+        both = show_sources(address, "someone/talks:0.5", "someone/talks@test")
         assert len(both.stdout.splitlines()) == 5, both.stderr
-        wrong = display_path(address, "someone/talks@nope")
+        wrong = show_sources(address, "someone/talks@nope")
         assert (wrong.returncode, wrong.stdout) == (2, "")
         assert "someone/talks@nope: no such file or folder" in wrong.stderr
-    again = display_path(address, "someone/talks")
+    again = show_sources(address, "someone/talks")
     assert len(again.stdout.splitlines()) == 6, again.stderr
-    other = display_path(address, "someone/other")
+    other = show_sources(address, "someone/other")
     assert other.returncode == 2
-    assert "which cannot be reached" in other.stderr
+    assert "from the hub (not reached: " in other.stderr
     assert "Traceback" not in other.stderr

@@ -1,4 +1,4 @@
-"""Places by bytes give the ids and labels of offsets, or are not used."""
+"""Places by bytes give the same ids and labels as offsets, or are not used."""
 
 import copy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A T5 tokenizer with new tokens keeps every text, and the ids of words."""
+"""A T5 tokenizer with new tokens keeps every text; the ids of words do not change."""
 
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def test_fastchats_tokens_have_fastchats_order(shared: Path) -> None:
     assert new == [*range(32100, 32110)]
     assert tokenizer.convert_ids_to_tokens(new) == ["[PAD]", *"<{\n}` \\^\t"]
     assert tokenizer.pad_token_id == 32100
-    # The space, a token of its own, doubles the length of a text.
+    # The token for the space doubles the number of ids of a text.
     assert len(tokenizer(T5_SYSTEM)["input_ids"]) > 45
 
 

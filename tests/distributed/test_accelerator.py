@@ -1,4 +1,4 @@
-"""A launch that cannot work is refused before the model is loaded, with flag, value and remedy."""
+"""A launch that cannot work is refused before the model is loaded; the error names a remedy."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def refused(file: Path, values: Any, *flags: str) -> str:
-    """Return the message that refuses a DeepSpeed JSON."""
+    """Return the error message for a DeepSpeed JSON."""
     file.write_text(values if isinstance(values, str) else json.dumps(values))
     config = read_config(["--data_path", "x", "--deepspeed", str(file), *flags], Config)
     with pytest.raises(UserError) as error:
@@ -110,7 +110,7 @@ def test_values_that_a_file_leaves_open_come_from_the_flags(
         '{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": true},'
         ' "gradient_clipping": "auto", "bf16": {"enabled": true}, "train_batch_size": "auto"}'
     )
-    # The file's precision counts where neither a flag nor the accelerate config names one.
+    # The file's precision is used if no flag and no accelerate config sets another.
     launched.setenv("ACCELERATE_MIXED_PRECISION", "no")
     config = Config(deepspeed=str(file), max_grad_norm=0.3)
     asked = deepspeed_config.zero_settings(config)
@@ -152,7 +152,7 @@ def test_an_accelerate_configs_clipping_at_1_contradicts_another_max_grad_norm(
     launched: pytest.MonkeyPatch,
 ) -> None:
     launched.setenv("ACCELERATE_GRADIENT_CLIPPING", "1.0")
-    # accelerate exports this if the config sets nothing: no contradiction.
+    # accelerate exports this value if the config sets none, so it is no contradiction.
     launched.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     config = Config(max_grad_norm=0.3)
     with pytest.raises(UserError, match=r"gradient_clipping 1\.0, --max_grad_norm is 0\.3"):
@@ -210,7 +210,7 @@ def test_fsdp_and_megatron_are_refused_and_the_message_names_zero3(
 def test_more_ranks_than_gpus_and_bf16_without_support_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # This test needs no GPU: the functions that query it are replaced.
+    # The functions that query the GPU are replaced, so this test needs none.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")

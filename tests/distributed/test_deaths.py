@@ -122,7 +122,7 @@ def is_connected(processes: list[psutil.Popen], port: int) -> bool:
 
 
 def test_restarted_ranks_do_not_connect_to_dead_ranks() -> None:
-    # torchelastic's static rendezvous has one store in the launcher for all attempts.
+    # With torchelastic's static rendezvous, the launcher has one store for all attempts.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     words = (
         sys.executable,
@@ -138,10 +138,11 @@ def test_restarted_ranks_do_not_connect_to_dead_ranks() -> None:
             env = environment | {"RANK": rank, "LOCAL_RANK": rank}
             env |= {"TORCHELASTIC_RESTART_COUNT": attempt, "TORCHELASTIC_USE_AGENT_STORE": "True"}
             ranks.append(psutil.Popen(words, cwd=ROOT, env={**os.environ, **env}))
-            if rank == "1":  # It could read the address of the first attempt's rank 0.
+            # Rank 1 starts first, so it could read the address of the first attempt's rank 0.
+            if rank == "1":
                 wait_until(joined)
-                # It writes its own address, and then reads. A rank that used the old keys would
-                # overwrite them: no key would be added.
+                # A rank writes its own address before it reads. With the old keys, it would
+                # overwrite them and add no key.
                 deadline = time.monotonic() + 20
                 while store.num_keys() == keys and time.monotonic() < deadline:
                     time.sleep(0.05)

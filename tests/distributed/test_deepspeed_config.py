@@ -49,7 +49,7 @@ def test_a_wrong_stage_hides_no_other_error_and_contradicts_no_flag(
         "zero_optimization.stagee: unknown key. Did yo",
     ]
     assert "has gradient_clipping 0.5" in found[2]
-    assert "--torch_compile: found ZeRO-3" in found[3]  # as the accelerate config says
+    assert "--torch_compile: found ZeRO-3" in found[3]  # the stage of the accelerate config
     assert len(found) == 4, found
 
 

@@ -1,4 +1,4 @@
-"""On one GPU, every backend trains the same adapter; skipped on a machine without a GPU."""
+"""On one GPU, every backend trains the same adapter; skipped without a GPU."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def train(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, gpu_in_sight: None) -> Any:
-    """Train six steps on the GPU and return the log and the adapter."""
+    """Return a function that trains six steps on the GPU, and returns the log and the adapter."""
     folder = tmp_path_factory.mktemp("gpu")
     texts = [["What is " + "very " * (3 * n) + "long?", "No " + "idea. " * n] for n in range(10)]
     data = write_dialogues(folder / "dialogues.json", *texts)
@@ -53,7 +53,7 @@ def test_zero3_on_a_gpu_gives_the_losses_and_the_adapter_of_the_plain_backend(
 def test_fp16_with_loss_scaling_stays_near_fp32(train: Any) -> None:
     exact, _ = train("single_gpu", False, "--lora_r", "4")
     halved, _ = train("single_gpu", False, "--lora_r", "4", "--mixed_precision", "fp16")
-    # The first updates may be skipped while the loss scale falls. The first loss precedes them.
+    # The first updates may be skipped while the loss scale falls. The first loss is before them.
     assert halved[0]["loss"] == pytest.approx(exact[0]["loss"], abs=2e-2)
     assert halved[-1]["loss"] < halved[0]["loss"]
 
@@ -64,7 +64,7 @@ def test_fp16_with_loss_scaling_stays_near_fp32(train: Any) -> None:
 def test_large_shapes_train_in_rows_of_long_dialogues(
     shape: str, length: int, kind: str, gpu_in_sight: None, tmp_path: Path
 ) -> None:
-    """Random weights in bf16; prints the table for benchmarks/RESULTS.md."""
+    """The models have random weights in bf16. Prints the table for benchmarks/RESULTS.md."""
     done = command(
         *(sys.executable, "benchmarks/step/run.py", "--model", shape, "--kind", kind),
         *("--precision", "bf16", "--data", "long", "--model_max_length", str(length)),

@@ -1,4 +1,4 @@
-"""Two machines: two network namespaces, or loopback addresses if namespaces are forbidden."""
+"""Two simulated machines train: two network namespaces, or loopback addresses without these."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def machines() -> Iterator[list[Machine]]:
             made = made and quietly(*inside, "link", "set", "lo", "up")
         if made:
             yield [
-                # Else gloo uses the address of the host name, which is 127.0.0.1.
+                # Without it, gloo uses the address of the host name, which is 127.0.0.1.
                 Machine(f"10.77.0.{n}", ["ip", "netns", "exec", name], {"GLOO_SOCKET_IFNAME": card})
                 for n, (name, card) in enumerate(zip(names, cards, strict=True), 1)
             ]
@@ -72,7 +72,7 @@ def start(
     folder: Path,
     meanwhile: Callable[[Running], None] = lambda _: None,
 ) -> list[tuple[int, str]]:
-    """Run ./launch.sh on every machine at once; return each one's exit code and output."""
+    """Run ./launch.sh on all machines at the same time; return their exit codes and outputs."""
     logs = [folder / f"machine-{rank}.log" for rank in range(len(machines))]
     with socket.socket() as free:
         free.bind(("", 0))
@@ -128,7 +128,7 @@ def common(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
 def test_two_machines_have_the_losses_of_one_and_only_rank_0_writes(
     stage: int, machines: list[Machine], common: list[str], tmp_path: Path
 ) -> None:
-    # Two output folders, as if each machine had its own disk.
+    # Two output folders, like machines with separate disks.
     folders = [tmp_path / "first", tmp_path / "second"]
     flags = [[*common, "--output_dir", str(folder)] for folder in folders]
     done = start(machines, f"multi_node_zero{stage}", flags, tmp_path)
@@ -140,7 +140,7 @@ def test_two_machines_have_the_losses_of_one_and_only_rank_0_writes(
     assert not folders[1].exists()
     alone = launch(f"zero{stage}", tmp_path / "alone", *common, processes=2)
     log = json.loads((folders[0] / "trainer_state.json").read_text())["log_history"]
-    # Equal up to rounding: one rank per machine uses twice the threads of two ranks on one.
+    # Equal up to rounding, because a rank that is alone on its machine uses twice the threads.
     assert [entry["loss"] for entry in log] == pytest.approx(
         [entry["loss"] for entry in alone], rel=1e-5
     )

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.support.helpers import adapter_of, write_dialogues
 from tests.support.matrix import BACKENDS, TOLERANCE, Train, held, log_in, logits_of, trainings
 
-# Biases that are trained with LoRA's matrices: every choice of --lora_bias is saved under ZeRO-3.
+# The value of --lora_bias for each kind. Each value is saved under ZeRO-3.
 BIAS = {"LoRA": "all", "QLoRA": "lora_only"}
 QUICK = [("LoRA", "zero3"), ("QLoRA", "zero3")]
 # (kind, backend of the checkpoint, backend of the resumed run): each backend is on both sides.
@@ -82,7 +82,7 @@ def test_a_checkpoint_resumes_under_any_other_backend_and_number_of_ranks(
 
 @pytest.mark.parametrize("kind", [*BIAS])
 def test_the_loss_falls_and_the_gradient_is_clipped(kind: str, outputs: Train) -> None:
-    # Without training or clipping, the backends would agree for the wrong reason.
+    # Without training or clipping, all backends would trivially agree.
     log = log_in(outputs(kind, "one"))
     assert log[-1]["loss"] < log[0]["loss"] - 0.05
     assert max(entry["grad_norm"] for entry in log) > 1.0
@@ -103,7 +103,7 @@ def test_peft_loads_the_adapter_and_has_the_logits_of_the_trained_model(
 
 def test_under_zero3_each_rank_holds_half_of_the_4_bit_weights(outputs: Train) -> None:
     whole = held(outputs("QLoRA", "one"))[0]["four_bit"]
-    # Two layers of 64 x 64 + 2 x 32 x 64 + 64 x 64 + 3 x 64 x 128 weights of half a byte each.
+    # Two layers have 64 x 64 + 2 x 32 x 64 + 64 x 64 + 3 x 64 x 128 weights of half a byte each.
     assert whole == {"whole": 36_864, "held": 36_864}
     for rank in held(outputs("QLoRA", "zero3")):
         assert rank["four_bit"] == {"whole": 36_864, "held": 18_432}
@@ -143,11 +143,11 @@ def test_the_saved_keys_are_exactly_the_expected_ones_under_zero3(
 def test_under_zero3_no_rank_loads_a_private_unpartitioned_copy(
     kind: str, outputs: Train, chat_model: Path
 ) -> None:
-    # 270 MB in bf16: large enough to be seen in the memory of a process.
+    # 270 MB in bf16 is enough to be visible in the memory of a process.
     real = ("--model_name_or_path", chat_model, "--max_steps", "2", "--mixed_precision", "bf16")
     for rank in held(outputs(kind, "zero3", *real)):
         share = 1.0 if kind == "QLoRA" else 0.5  # A 4-bit model is partitioned after it is loaded.
-        # A private copy would come on top of the partition. Libraries allocate about 80 MB.
+        # A private copy would be added to the partition. Libraries allocate about 80 MB.
         assert rank["loading"]["held"] < (share + 0.5) * rank["loading"]["whole"] + 100e6
 
 

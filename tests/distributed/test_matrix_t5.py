@@ -1,4 +1,4 @@
-"""A T5 trains, stops and resumes under every backend: a smaller selection than for decoders."""
+"""A T5 trains, stops and resumes under every backend; fewer combinations than for decoders."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outputs(tiny_t5: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    # For gradients as small as 2e-5, AdamW turns rounding into 1e-3 of the learning rate.
+    # With gradients as small as 2e-5, AdamW amplifies rounding to 1e-3 of the learning rate.
     flags = ["--save_non_lora_state", "all", "--learning_rate", "3e-3"]
     runs = tmp_path_factory.mktemp("runs")
     return trainings(runs, tiny_t5, data, dict.fromkeys(TOLERANCE, flags))
@@ -156,7 +156,7 @@ def test_added_or_frozen_rows_are_the_same_on_every_backend(
 def test_a_t5_run_that_is_killed_repeatedly_ends_as_one_without_kills(
     backend: str, kills: int, tiny_t5: Path, tmp_path: Path
 ) -> None:
-    # Very short pairs are dropped, and data with many dropped pairs is refused.
+    # The answers are made longer: short pairs are dropped, and many dropped pairs are an error.
     longer = [[asked, f"{answer} That is all I know."] for asked, answer in dialogues()]
     file = write_dialogues(tmp_path / "data.json", *longer)
     given = ["--model_name_or_path", str(tiny_t5), "--data_path", str(file)]

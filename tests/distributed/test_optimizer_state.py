@@ -1,4 +1,4 @@
-"""The fp16 loss scale: the only trained state that is neither in the adapter nor in AdamW."""
+"""The fp16 loss scale is saved and restored; it is in neither the adapter nor AdamW's state."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""A run prints its own lines only, once, in a form that fits a terminal, a pipe or a file."""
+"""A run prints only its own lines, only once, with formats for a terminal, a pipe and a file."""
 
 import importlib
 import io
@@ -49,7 +49,7 @@ def printed(config: str, *flags: str | Path) -> tuple[str, str]:
         "accelerate", "launch", "--config_file", f"accelerate_configs/{config}.yaml",
         "--num_processes", "2", "--main_process_port", "0", "loop/train.py",
         "--max_steps", "2", *flags,
-        OMP_NUM_THREADS="1",  # As in launch.sh. Else torchrun prints a note.
+        OMP_NUM_THREADS="1",  # As in launch.sh. Without it, torchrun prints a note.
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
@@ -69,7 +69,7 @@ def test_two_ranks_print_the_lines_of_rank_0_and_nothing_of_other_packages(
 
 
 def test_wandb_adds_one_line(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    # In a process of its own: wandb prints at exit, and keeps its environment.
+    # In a separate process, because wandb prints at exit and keeps its environment.
     done = command(
         "python", "loop/train.py", "--model_name_or_path", tiny_model, "--data_path", data,
         "--output_dir", tmp_path / "run", "--max_steps", "2", "--report_to", "wandb",
@@ -125,7 +125,7 @@ def test_the_progress_bar_is_drawn_only_if_stdout_and_stderr_are_one_terminal(
 ) -> None:
     streams = [Terminal() if is_terminal else io.StringIO() for is_terminal in (out, err)]
     if out and err:
-        streams[1] = streams[0]  # One terminal: lines and bar must not mix.
+        streams[1] = streams[0]  # On one terminal, lines and bar must not mix.
     monkeypatch.setattr(sys, "stdout", streams[0])
     monkeypatch.setattr(sys, "stderr", streams[1])
     train("run")

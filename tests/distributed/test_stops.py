@@ -1,4 +1,4 @@
-"""A stop request ends a run after the step, with a checkpoint and exit code 75."""
+"""A stop request ends a run after the current step, with a checkpoint and exit code 75."""
 
 import os
 import signal
@@ -194,7 +194,7 @@ def test_until_done_runs_again_after_a_crash_and_ends_after_a_stop_file(
             break
     wait_for("starting again", log, run)
     wait_for("resume: ", log, run)
-    wait_for("step     60/", log, run)  # Further than the killed launch.
+    wait_for("step     60/", log, run)  # The killed launch had not reached this step.
     (tmp_path / "run/STOP").touch()
     assert run.wait() == 75, log.read_text()
     assert len(entries(tmp_path / "run")) > 30
@@ -234,7 +234,7 @@ def test_all_ranks_have_the_same_reason_and_name_the_machine_if_there_are_severa
     assert agreed_reason(ranks(signal, none, asked, asked, machines="0000"), asked) == "reason of 2"
     two = ranks(none, signal, none, signal, machines="0022")
     assert agreed_reason(two, signal) == "on machine node0: reason of 1"
-    # launch.sh of the other machine looks for STOP: --until-done ends there, too.
+    # launch.sh on the other machine searches for STOP, so --until-done ends there, too.
     two = ranks(none, signal, asked, asked, machines="0022")
     assert agreed_reason(two, asked) == "STOP on machine node2: reason of 2"
 
@@ -253,7 +253,7 @@ def test_a_reader_of_the_status_file_never_sees_a_part_of_its_line(
 
 
 def rank_process(code: str, status: Path, rank: int = 0) -> subprocess.Popen[bytes]:
-    """Start Python code as one of two ranks that `accelerate launch` started."""
+    """Start Python code with the environment of one of two ranks of `accelerate launch`."""
     variables = {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2", "RANK": str(rank)}
     variables |= {"LOCAL_RANK": str(rank), signals.STATUS_FILE: str(status)}
     words = [sys.executable, "-c", code]

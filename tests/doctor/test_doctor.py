@@ -35,7 +35,7 @@ def right(tiny_model: Path, tmp_path: Path) -> list[str | Path]:
 
 @pytest.fixture
 def doctor(right: list[str | Path], capsys: pytest.CaptureFixture[str]) -> Doctor:
-    """Run the doctor with flags added to the correct ones; return the errors."""
+    """Return a function that runs the doctor with correct and given flags, and returns errors."""
 
     def run(*flags: str | Path) -> list[str]:
         before = dict(os.environ)
@@ -54,7 +54,7 @@ def doctor(right: list[str | Path], capsys: pytest.CaptureFixture[str]) -> Docto
 
 
 def problems(text: str) -> list[str]:
-    """Return the numbered errors of a message, or its only one."""
+    """Return the numbered errors of a message, or its only error."""
     numbered = re.findall(r"^  \d+\. (.*)$", text, re.MULTILINE)
     return numbered or [text]
 
@@ -68,9 +68,9 @@ def deepspeed(folder: Path, **values: Any) -> Path:
     return write(folder / "ds.json", json.dumps({"zero_optimization": {"stage": 3}, **values}))
 
 
-# Flags with an error, and a part of the expected message; {here} is the folder of wrong files.
+# Flags with an error, and a part of the expected message; {here} is a folder with wrong files.
 SEEDED = {
-    "a flag that there is not": ("--lora_rank 8", "--lora_rank: unknown flag. Did you mean"),
+    "an unknown flag": ("--lora_rank 8", "--lora_rank: unknown flag. Did you mean"),
     "a value out of range": ("--lora_dropout 1", "--lora_dropout: found 1.0; expected"),
     "two batch sizes": (
         "--global_batch_size 8 --gradient_accumulation_steps 2",
@@ -210,7 +210,7 @@ EXPECTED = (
 def test_25_errors_are_reported_in_one_call(
     right: list[str | Path], here: Path, tmp_path: Path
 ) -> None:
-    """The command starts cold, since it finds other packages than the warm server."""
+    """The command starts cold, because it must find other packages than the warm server."""
     for name, version in {"peft": "0.10.0", "dill": "0.0.1"}.items():
         installed(tmp_path / "old", name, version)
     zero3 = " ".join(map(str, ZERO3))
@@ -259,7 +259,7 @@ def test_an_encoder_decoder_in_fp16_is_refused_and_one_in_bf16_is_not(
 def test_a_gpu_without_the_requested_features_is_reported(
     doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fake GPU: torch.cuda's functions return a T4's properties."""
+    """The GPU is a fake: torch.cuda's functions return a T4's properties."""
     properties = SimpleNamespace(name="Tesla T4", total_memory=16 * 2**30, major=7, minor=5)
     properties_of_t4 = {
         "is_available": lambda: True,

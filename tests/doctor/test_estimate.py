@@ -1,4 +1,4 @@
-"""The estimate equals what is built and saved, and docs/memory.md equals the estimate."""
+"""The estimate equals the memory of built models; docs/memory.md equals the estimate."""
 
 import json
 import re
@@ -46,7 +46,7 @@ DOCUMENTED = DoctorConfig(per_device_train_batch_size=1, gradient_checkpointing=
 
 
 def llama(folder: Path, **values: Any) -> str:
-    """Write a folder with a config.json and nothing else."""
+    """Write a folder with only a config.json."""
     folder.mkdir(exist_ok=True)
     fixed = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(fixed | TINY | values))
@@ -106,7 +106,7 @@ def test_parameters_are_counted_as_in_a_built_model(values: dict[str, Any], tmp_
     config = DoctorConfig(**values)
     base = llama(tmp_path / "m", attention_bias=biased, tie_word_embeddings=tied)
     shape = read_shape(base, config)
-    # The built model also has LoRA's own Linears; their weights are trained.
+    # The built model also has LoRA's Linears, whose weights are trained.
     model = built(base, config)
     parameters = list(model.parameters())
     assert sorted(shape.trained) == sorted(p.numel() for p in parameters if p.requires_grad)
@@ -206,7 +206,7 @@ def test_communication_follows_ranks_and_micro_batches(seven: Shape) -> None:
     assert sent(run(seven, "zero2", global_batch_size=64)) == (2 * 4 * 8 + 2) * adapter * 7 / 8
     for name in ("ddp", "zero1", "zero2", "zero3"):
         assert sent(run(seven, name, ranks=1)) == 0
-    # Twice the weights, except those that stay gathered from the forward to the backward pass.
+    # Twice the weights, except those that stay gathered between forward and backward pass.
     assert 1.5 < sent(run(seven, "zero3")) / (2 * 6_738_415_616 * 7 / 8) < 2
 
 

@@ -1,4 +1,4 @@
-"""The estimate equals what a T5 saves per layer, and is close to the peak of a step."""
+"""The estimate equals the bytes that a T5 saves per layer, and is close to a step's peak."""
 
 import gc
 from collections.abc import Callable
@@ -90,7 +90,7 @@ def batch(size: Size, words: int) -> MicroBatch:
 
 
 def saved_bytes(model: Any, size: Size, autocast: bool) -> int:
-    """Return the bytes that autograd saves of a forward pass, weights not counted."""
+    """Return the bytes that autograd saves in a forward pass, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Any] = {}
 
@@ -142,14 +142,14 @@ def test_a_layer_of_either_stack_keeps_what_autograd_saves(
         counted.append(estimate_t5.kept_activations(run, run.shape.t5) + copies)
     for deeper in (1, 2):
         assert measured[deeper] - measured[0] == counted[deeper] - counted[0] > 0
-    # Layers before the first trained weight save nothing, but are counted.
+    # Layers before the first trained weight save nothing, but the estimate counts them.
     assert measured[0] <= counted[0] < 1.15 * measured[0]
 
 
-def held_and_most(told: Any) -> tuple[int, int]:
-    """Return what is left of what was allocated, and the most of it at once."""
+def held_and_most(profile: Any) -> tuple[int, int]:
+    """Return the allocated bytes at the end, and their peak."""
     held = most = 0
-    for event in told.profiler.kineto_results.events():
+    for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)
@@ -171,13 +171,13 @@ def held_and_most(told: Any) -> tuple[int, int]:
 def test_a_step_s_peak_is_within_15_percent_of_the_estimate(
     size: Size, precision: Any, base: Any, values: Any, checkpointing: bool, tmp_path: Path
 ) -> None:
-    """Measured in the allocator, without weights, gradients and moments."""
+    """The peak is measured in the allocator, without weights, gradients and moments."""
     config = DoctorConfig(mixed_precision=precision, gradient_checkpointing=checkpointing, **values)
     t5(tmp_path, (3, 3), **LARGER, **base)
     run, model = estimated(tmp_path, config, size), built(tmp_path, config)
     pairs = batch(size, LARGER["vocab_size"])
     with torch.autocast("cpu", torch.bfloat16, enabled=run.autocast):
-        supervised_loss_sum(model, pairs).backward()  # A second step finds gradients.
+        supervised_loss_sum(model, pairs).backward()  # From the second step on, gradients exist.
     gc.collect()
     # On some CPUs oneDNN takes scratch memory for bf16.
     with torch.backends.mkldnn.flags(enabled=False):
@@ -191,7 +191,7 @@ def test_a_step_s_peak_is_within_15_percent_of_the_estimate(
     held, most = held_and_most(forward)
     most = max(most, held + held_and_most(backward)[1])
     kept, other = activations(run).values()
-    states = run.width * run.shape.hidden * run.supervised  # their gradient; the loss's part
+    states = run.width * run.shape.hidden * run.supervised  # the states' gradient, of the loss
     assert held - states == pytest.approx(kept, rel=0.05)
     assert most == pytest.approx(kept + other, rel=0.15)
 
@@ -211,7 +211,7 @@ def test_weights_beside_wo_are_in_4_bits_and_wo_in_fp32(precision: Any, tmp_path
 def test_on_a_gpu_attention_s_weights_are_not_kept_and_autocast_s_powers_are_wide(
     tmp_path: Path,
 ) -> None:
-    """From PyTorch's code; not measured."""
+    """The expected values are from PyTorch's code, not measured."""
     t5(tmp_path, (2, 2), **FLAN)
     on_cpu = estimated(tmp_path, DoctorConfig(mixed_precision="bf16"), Size(2, 1024, 1024))
     on_gpu = replace(on_cpu, gpu=True)
@@ -240,7 +240,7 @@ def test_the_micro_batch_that_takes_most_is_not_the_one_with_most_tokens(tmp_pat
     assert found
     assert many.tokens > long.tokens
     assert found.size == long
-    assert found.supervised == 10  # all target tokens, whatever the share over both sides
+    assert found.supervised == 10  # all target tokens
 
 
 def test_the_doctor_estimates_a_t5_and_refuses_one_of_another_build(

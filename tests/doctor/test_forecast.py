@@ -39,7 +39,7 @@ def test_without_flags_the_main_job_is_examined_as_launch_sh_starts_it(
     page = (ROOT / "docs" / "training.md").read_text()
     (shown,) = (text for text in page.split("```") if text.startswith("text\nlaunch\n"))
     for line in shown.splitlines()[1:]:
-        if not line.startswith(("  output  ", "  needed  ")):  # they depend on runs/main_job
+        if not line.startswith(("  output  ", "  needed  ")):  # these lines depend on runs/main_job
             assert line in report
 
 
@@ -47,7 +47,7 @@ def test_only_a_terminal_gets_colours(
     doctor: Doctor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with pytest.raises(AssertionError):  # its last line is not plain
+    with pytest.raises(AssertionError):  # the last line has colours
         doctor()
     monkeypatch.delenv("FORCE_COLOR")
     assert doctor() == []

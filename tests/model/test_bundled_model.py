@@ -21,7 +21,7 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-# The licence is what is copied last.
+# The conversion copies the licence last.
 KILLED = """
 import os, shutil, signal
 from loop.model import bundled_model

@@ -1,4 +1,4 @@
-"""On a CPU, dropout is independent for each element with the given rate; freed memory is kept."""
+"""On a CPU, dropout has the given rate for each element, and freed memory is kept."""
 
 import ctypes
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def test_elements_of_one_random_number_are_dropped_independently() -> None:
     torch.manual_seed(0)
     dropped = (Dropout(0.3)(torch.ones(1 << 20)) == 0).view(-1, 4).float()
     pairs = dropped.T @ dropped / len(dropped)
-    # Two different places are both dropped with probability 0.09; five standard deviations.
+    # Two places are both dropped with probability 0.09. The bound is five standard deviations.
     for one in range(4):
         for other in range(4):
             expected = 0.3 if one == other else 0.09
@@ -111,7 +111,7 @@ if sys.argv[1] == "kept":
 mapped = []
 for turn in range(20):
     before = libc.mallinfo2().hblks
-    # Of every length, as a run's rows are: 4 to 28 MiB.
+    # Of many lengths, like the rows of a run: 4 to 28 MiB.
     held = [torch.ones((1 + (turn + place) % 7) << 20) for place in range(10)]
     mapped.append(libc.mallinfo2().hblks - before)
     arena = libc.mallinfo2().arena
@@ -123,7 +123,7 @@ print(sum(mapped))
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
 def test_memory_that_is_freed_is_kept_by_the_c_library() -> None:
-    """What malloc maps by itself goes back to the system when it is freed, each time."""
+    """malloc returns mapped memory to the system each time that it is freed."""
     mapped = {how: int(command("python", "-c", FREES, how).stdout) for how in ("kept", "given")}
     assert mapped["kept"] == 0
     assert mapped["given"] > 0

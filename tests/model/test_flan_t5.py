@@ -1,4 +1,4 @@
-"""LoRA and new tokens on the real shapes of Flan-T5, small to XXL."""
+"""LoRA and new tokens with the real shapes of Flan-T5, small to XXL."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ SHAPES = {
     "xl": (2048, 64, 5120, 24, 32),
     "xxl": (4096, 64, 10240, 24, 64),
 }
-# For each q and v, r = 8: 8 x (d_model + heads x d_kv), in 3 attentions per layer.
+# Each q and v has 8 x (d_model + heads x d_kv) LoRA weights with r = 8. Three attentions per layer.
 TRAINABLE = {
     "small": 344_064,
     "base": 884_736,

@@ -1,4 +1,4 @@
-"""4-bit models that do not fit the flags are refused; those that fit are loaded as stored."""
+"""4-bit models are refused if they contradict the flags; others are loaded as stored."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,7 +64,7 @@ def test_a_4_bit_model_that_fits_the_run_is_accepted(storage: str, stage: int) -
 def test_a_4_bit_model_keeps_its_own_settings_without_a_warning(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    # In a separate process: bitsandbytes must not be imported in this one.
+    # A separate process, because bitsandbytes must not be imported in this one.
     code = f"""
 import sys, torch, warnings
 from transformers import AutoConfig, AutoModelForCausalLM

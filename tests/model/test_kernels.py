@@ -1,4 +1,4 @@
-"""liger-kernel's layers compute what transformers' own do, checked on a CPU.
+"""liger-kernel's layers have the results of transformers' layers, checked on a CPU.
 
 Triton's interpreter runs the kernels without a GPU. pip installs both packages (300 MB) into a
 separate folder, so that other tests run without them.
@@ -23,7 +23,7 @@ PACKAGES = ("liger-kernel==0.8.5", "triton==3.9.0")
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    """Return the folder of both packages."""
+    """Return the folder with both packages."""
     if not (KEPT / "made").exists():
         shutil.rmtree(KEPT, ignore_errors=True)
         pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", KEPT)
@@ -51,7 +51,7 @@ def test_fused_layers_have_the_losses_and_gradients_of_transformers_own(
     kind: str, folder: Path
 ) -> None:
     found = compared(folder, kind, "silu")
-    assert found["told"] == "liger-kernel 0.8.5: norms, rotary embedding, activation"
+    assert found["note"] == "liger-kernel 0.8.5: norms, rotary embedding, activation"
     assert all(name.startswith("liger_kernel.") for name in found["run"])
     assert found["loss"] < 1e-6
     assert found["gradients"] < 1e-5
@@ -61,14 +61,14 @@ def test_fused_layers_have_the_losses_and_gradients_of_transformers_own(
 @pytest.mark.slow
 def test_an_activation_other_than_silu_is_not_patched(folder: Path) -> None:
     found = compared(folder, "llama", "gelu")
-    assert found["told"] == "liger-kernel 0.8.5: norms, rotary embedding"
+    assert found["note"] == "liger-kernel 0.8.5: norms, rotary embedding"
     assert found["run"][0] == "transformers.models.llama.modeling_llama"
     assert found["loss"] < 1e-6
     assert found["gradients"] < 1e-5
 
 
 class Foreign(LlamaForCausalLM):
-    """A model whose code is not transformers' own."""
+    """A model whose code is not from transformers."""
 
 
 def test_other_models_and_broken_installations_are_not_patched(

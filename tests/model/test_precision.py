@@ -94,13 +94,13 @@ def test_auto_keeps_the_precision_of_the_run_in_its_folder(
     folder = train("run", "--mixed_precision", "auto")
     out = capsys.readouterr().out
     assert "precision: bf16, as recorded in the output folder" in out
-    assert "after step 4 of 4" in out  # Another precision would be refused here.
+    assert "after step 4 of 4" in out  # With another precision, the resume would be refused.
     assert "mixed_precision: bf16" in (folder / "training_config.yaml").read_text()
 
 
 def test_the_speedup_is_measured_in_half_a_second_and_leaves_the_threads() -> None:
     threads = torch.get_num_threads()
-    bf16_speedup()  # The first products build their kernels.
+    bf16_speedup()  # The first products compile their kernels.
     started = time.process_time()
     ratio = bf16_speedup()
     assert time.process_time() - started < 0.5

@@ -88,7 +88,7 @@ def test_peft_loads_the_trained_model_with_its_new_tokens(
         mean = before[matrix][:TOKENS].mean(0)
         assert value.shape == (len(NEW), 64)
         moved = (value - mean).abs().max()
-        assert 1e-3 < moved < 0.1  # initialised with the mean, then trained
+        assert 1e-3 < moved < 0.1  # the rows start as the mean, and are trained
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["task_type"], {*config["target_modules"]}) == ("SEQ_2_SEQ_LM", {"q", "v"})
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -214,7 +214,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_a_resumed_run_is_identic
 ) -> None:
     unbroken = adapter_of(train("unbroken", "--save_steps", "2"))
     recomputed = train("recomputed", "--gradient_checkpointing")
-    # Compare mean gradients, not weights: AdamW makes a full step from a gradient near 0.
+    # Gradients are compared, because AdamW makes a full step even from a gradient near 0.
     ours, theirs = (
         load_file(folder / "checkpoint-4" / "optimizer.safetensors")
         for folder in (train("unbroken"), recomputed)
@@ -285,8 +285,8 @@ def test_relatives_of_t5_train_too(kind: str, tiny_t5: Path, train: Train, tmp_p
     sizes: dict[str, Any] = {"d_model": 64, "vocab_size": TOKENS + 32, "decoder_start_token_id": 0}
     flags: list[str] = []
     if kind == "bart":
-        flags = ["--model_max_length", "1024"]  # its positions
-        sizes["vocab_size"] = TOKENS  # Its rows and final_logits_bias must grow.
+        flags = ["--model_max_length", "1024"]  # the model's positions
+        sizes["vocab_size"] = TOKENS  # The rows and final_logits_bias must grow.
         sizes |= {"encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0, "eos_token_id": 1}
         sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     else:

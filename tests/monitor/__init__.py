@@ -1,1 +1,1 @@
-"""Tests of monitor."""
+"""Tests of loop/monitor: log, trackers, plots, summary."""

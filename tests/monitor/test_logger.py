@@ -1,4 +1,4 @@
-"""Trackers hold every log entry, and a failing tracker never stops training."""
+"""Trackers get every log entry; a failing tracker never stops training."""
 
 import math
 import struct
@@ -20,13 +20,13 @@ def read_wandb(file: Path) -> list[Any]:
 
     data, at, records, parts = file.read_bytes(), 7, [], b""
     while at + 7 <= len(data):
-        if BLOCK - at % BLOCK < 7:  # The rest of a block is padding if no header fits.
+        if BLOCK - at % BLOCK < 7:  # no header fits, so the rest of the block is padding
             at += BLOCK - at % BLOCK
             continue
         size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
         parts += data[at + 7 : at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # a complete record, or the last part of one
+        if kind in (1, 4):  # a complete record, or the last part of a record
             record = Record()
             record.ParseFromString(parts)
             records.append(record)
@@ -107,7 +107,7 @@ def test_a_resumed_run_is_the_same_run_in_its_trackers(
 
 @pytest.mark.slow
 def test_a_failing_tracker_never_stops_training(tiny_model: Path, tmp_path: Path) -> None:
-    # A file in place of TensorBoard's folder, and an unknown wandb mode.
+    # TensorBoard's folder is a file, and the wandb mode is unknown.
     (tmp_path / "run").mkdir()
     (tmp_path / "run/tensorboard").write_text("")
     done = train(tiny_model, tmp_path, "tensorboard", "wandb", WANDB_MODE="nonsense")

@@ -19,7 +19,7 @@ FLAGS = ("--max_steps", "6", "--lr_scheduler_type", "constant", "--seed", "1")
 
 
 def broken_at(*steps: int, monkeypatch: pytest.MonkeyPatch, grow: float = float("nan")) -> None:
-    """Multiply the losses of these steps by `grow`, counted from 1; one micro-batch per step."""
+    """Multiply the losses of these steps (from 1) by `grow`; a step must have one micro-batch."""
     loss_sum, calls = training.supervised_loss_sum, []
 
     def broken(*arguments: Any) -> Any:
@@ -33,7 +33,7 @@ def broken_at(*steps: int, monkeypatch: pytest.MonkeyPatch, grow: float = float(
 def test_a_non_finite_step_is_skipped_and_its_examples_are_printed(
     grow: float, train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # One dialogue, the same in every step: a run that skips one step equals a shorter run.
+    # Every step has the same dialogue, so a run that skips one step equals a shorter run.
     one = ("--num_data", "1", *FLAGS, "--logging_steps", "2", "--lora_dropout", "0")
     shorter = train("shorter", *one, "--max_steps", "5")
     broken_at(3, monkeypatch=monkeypatch, grow=grow)
@@ -80,7 +80,7 @@ def test_the_count_of_non_finite_steps_survives_a_kill(
     cut_off(tmp_path / "run", after=2)
     progress = json.loads((tmp_path / "run/checkpoint-2/progress.json").read_text())
     assert (progress["bad_in_a_row"], progress["interval"]["counts"]["bad_steps"]) == (1, 1)
-    broken_at(1, monkeypatch=monkeypatch)  # of this run: the third step
+    broken_at(1, monkeypatch=monkeypatch)  # step 1 of this process is step 3 of the run
     with pytest.raises(RunError, match="step 3: 2 steps in a row"):
         train("run", *flags, "--max_nonfinite_steps", "2")
 
@@ -144,7 +144,7 @@ def test_mfu_follows_the_documented_formula(tiny_model: Path, tmp_path: Path) ->
     supervised = entry["supervised_tokens_per_second"] / entry["padded_tokens_per_second"]
     known = 4 * (2 * layer + norms) + 6 * lora + 4 * 64_000 * supervised
     attention = tokens - known
-    # Two layers of width 64: 6 x 128 x length, at lengths of some tens of tokens.
+    # Two layers of width 64 have 6 x 128 x length; the lengths are some tens of tokens.
     assert 6 * 128 * 10 < attention < 6 * 128 * 60
     shares = f"prefix-shared {entry['shared_share']:.0%}  MFU {entry['mfu']:.1%}"
     assert f"  padding 0%  {shares}  " in done.stdout

@@ -41,7 +41,7 @@ def entries(steps: range, **more: float) -> Entries:
 
 
 def write(folder: Path, log: Entries | str, settings: str = "") -> Path:
-    """Write a run's folder: its log, and its settings if given."""
+    """Write a run's folder with its log, and with its settings if given."""
     folder.mkdir(parents=True)
     text = log if isinstance(log, str) else "".join(json.dumps(entry) + "\n" for entry in log)
     (folder / "metrics.jsonl").write_text(text)
@@ -122,7 +122,7 @@ def test_null_values_are_left_out_and_several_runs_share_a_panel(tmp_path: Path)
 def test_a_resumed_run_is_drawn_as_one(tmp_path: Path) -> None:
     marked = entries(range(1, 7))
     marked[3]["resumed_from"] = 3
-    # A log whose entries past the checkpoint were not removed at the resume.
+    # The resume has not removed the log's entries after the checkpoint.
     uncut = [*entries(range(1, 6)), *entries(range(4, 7), grad_norm=2.5)]
     for name, log, norm in (("marked", marked, 1.5), ("uncut", uncut, 2.5)):
         (run,) = read_runs([str(write(tmp_path / name, log))])
@@ -264,7 +264,7 @@ def test_the_page_makes_no_network_request(tmp_path: Path) -> None:
     html = page(read_runs([str(write(tmp_path / "run", entries(range(1, 10))))]))
     file.write_text(html)
     assert opened(f"file://{file}").requests == []
-    # The page's policy blocks such a request; without the policy the log shows it.
+    # The page's policy blocks such a request. Without the policy, the log has the request.
     image = '<img src="http://outside.invalid/pixel.png">'
     file.write_text(html.replace("<main", f"{image}<main"))
     assert opened(f"file://{file}").requests == []

@@ -1,4 +1,4 @@
-"""Trackers get tags, summary, samples and the adapter; trackio holds every step once."""
+"""Trackers get tags, summary, samples and the adapter; trackio has every step once."""
 
 import json
 import sqlite3
@@ -42,9 +42,9 @@ def trackers(folder: Path, *kinds: Any, **more: Any) -> Trackers:
 
 
 def records(folder: Path, kind: str) -> list[Any]:
-    """Return the records of one kind in wandb's only file, once it is complete.
+    """Wait until wandb's only file is complete, and return its records of one kind.
 
-    wandb's own process may finish writing it shortly after the run.
+    wandb writes in a separate process, which may end shortly after the run.
     """
     (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
     found: list[tuple[str, Any]] = []
@@ -144,7 +144,7 @@ def test_tensorboard_shows_samples_as_a_table_with_escaped_markup(tmp_path: Path
 
 
 def scripted(folder: Path, kind: str, lines: str, **env: str) -> str:
-    """Run lines that use `made`, in a process with this environment; return its output."""
+    """Run lines of Python in a process with this environment; `made` are its trackers."""
     script = folder / "script.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"

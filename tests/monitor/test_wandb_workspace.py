@@ -23,7 +23,7 @@ def metrics(section: Any) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The JSON that the command writes with --out."""
+    """The workspace that the command writes with --out, parsed."""
     file = tmp_path_factory.mktemp("workspace") / "workspace.json"
     none = {"WANDB_ENTITY": "", "WANDB_MODE": "offline"}
     done = command("python", "-m", "loop", "dashboard", "--out", file, **none)

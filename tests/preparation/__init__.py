@@ -1,1 +1,1 @@
-"""Tests of preparation."""
+"""Tests of data/preparation: `python -m data`."""

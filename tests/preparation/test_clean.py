@@ -1,4 +1,4 @@
-"""`python -m data clean` changes and drops dialogues by rule, and counts both."""
+"""`python -m data clean` changes and drops dialogues by rule, and counts them."""
 
 import json
 import signal
@@ -34,7 +34,7 @@ def dropped(record: dict[str, Any], rules: Settings = ALL) -> tuple[str, ...]:
 
 
 def run(*records: Any, folder: Path, flags: str = "") -> tuple[list[dict[str, Any]], Any]:
-    """Clean the records with the command; return the kept ones and the report."""
+    """Clean the records with the command; return the kept records and the report."""
     file, out, report = folder / "in.json", folder / "out.json", folder / "report.json"
     file.write_text(json.dumps(records))
     words = f"--in {file} --out {out} --report {report} --processes 1 {flags}"
@@ -87,7 +87,7 @@ WORDS = [f"word{number}" for number in range(400)]
 
 
 def near_pair(change: int) -> list[dict[str, Any]]:
-    """Return two dialogues; the second differs in one of every `change` words."""
+    """Return two dialogues; every `change`-th word of the second one differs."""
     other = [f"other{n}" if n % change == 5 else word for n, word in enumerate(WORDS)]
     return [dialogue(QUESTION, " ".join(words)) for words in (WORDS, other)]
 
@@ -216,8 +216,8 @@ def test_a_killed_run_is_resumed(tmp_path: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", KILLED, *words[3:], out], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists()
-    went_on = subprocess.run([*words, out], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "resumed after record 2,000" in went_on.stderr
-    assert "read 3000 = kept 3000" in went_on.stderr
+    resumed = subprocess.run([*words, out], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "resumed after record 2,000" in resumed.stderr
+    assert "read 3000 = kept 3000" in resumed.stderr
     clean.main([str(word) for word in [*words[4:], tmp_path / "whole.jsonl"]])
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -104,7 +104,7 @@ BAD = {
     "a number": (7, "record is not an object", "found a number"),
     "other keys": ({"text": "Hi"}, "unknown format", "found the keys text"),
     "no keys": ({}, "unknown format", "found no keys"),
-    "no list": ({"messages": "Hi"}, "no messages", "it is a string"),
+    "no list": ({"messages": "Hi"}, "no messages", "is a string"),
     "no turns": ({"conversations": []}, "no turns", "is empty"),
     "no role": ({"messages": [{"content": "Hi"}]}, "unknown role", "turn 0 has no role"),
     "a role": ({"messages": [{"role": "bot"}]}, "unknown role", 'turn 0 has the role "bot"'),
@@ -116,10 +116,10 @@ BAD = {
     ),
     "a call": (
         {"messages": [{"role": "assistant", "tool_calls": [1]}]},
-        "tool call of no use",
+        "invalid tool call",
         "turn 0: a tool call is a number",
     ),
-    "calls": ({"messages": [{"role": "user", "tool_calls": 1}]}, "tool call of no use", "a number"),
+    "calls": ({"messages": [{"role": "user", "tool_calls": 1}]}, "invalid tool call", "a number"),
     "history": (
         {"instruction": "a", "output": "b", "history": [["c"]]},
         "history is not pairs",
@@ -204,7 +204,7 @@ def test_a_tree_without_an_answer_is_counted_and_an_invalid_one_named(tmp_path: 
         _, account = converted(tmp_path, *flags)
         assert account["dropped"] == {"no answer": ["t", "u"]}
     wrong = {"prompt": message("prompter", "q", message("prompter", "r"))}
-    with pytest.raises(UserError, match="a reply is of the same role"):
+    with pytest.raises(UserError, match="a reply has the same role"):
         converted(tmp_path, "--in", written(tmp_path, "b.jsonl", wrong))
 
 

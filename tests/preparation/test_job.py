@@ -26,7 +26,7 @@ def dialogues(folder: Path, count: int) -> Path:
     return write_dialogues(folder / "in.json", *texts)
 
 
-# The run waits forever after its first result, so it does not end by itself.
+# A run that waits forever at its first result.
 UNENDING = """
 import threading
 from data.__main__ import main
@@ -37,7 +37,7 @@ main()
 
 
 def started(data: Path, out: Path) -> subprocess.Popen[str]:
-    """Start a run on all cores; return when its workers run."""
+    """Start a run on all cores, and wait until its workers run."""
     words = [sys.executable, "-c", UNENDING, "convert", "--in", data, "--out", out]
     run = subprocess.Popen(
         words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -46,7 +46,7 @@ def started(data: Path, out: Path) -> subprocess.Popen[str]:
     lock = str(out.with_name(f".{out.name}.lock"))
 
     def has_workers() -> bool:
-        """Whether all workers run, and have closed the lock that a fork inherits."""
+        """Return whether all workers run and have closed the lock that they inherited."""
         workers = process.children()
         opened = [file.path for worker in workers for file in worker.open_files()]
         return len(workers) >= CORES and lock not in opened
@@ -63,7 +63,7 @@ def test_the_workers_of_a_killed_run_end_and_the_next_run_resumes(
     run = started(data, out)
     others = psutil.Process(run.pid).children()
     for one in others:
-        one.suspend()  # they still exist when the next run begins
+        one.suspend()  # so that they exist when the next run begins
     run.kill()
     run.wait()
     convert.main(["--in", str(data), "--out", str(out), "--processes", "1"])
@@ -77,7 +77,7 @@ def test_the_workers_of_a_killed_run_end_and_the_next_run_resumes(
 def test_ctrl_c_ends_a_run_and_its_processes_without_a_traceback(tmp_path: Path) -> None:
     run = started(dialogues(tmp_path, 6000), tmp_path / "out.jsonl")
     others = psutil.Process(run.pid).children()
-    os.killpg(run.pid, signal.SIGINT)  # like a terminal: to all of them
+    os.killpg(run.pid, signal.SIGINT)  # a terminal also sends it to all processes
     stderr = run.communicate()[1]
     assert run.returncode == 130
     assert "Traceback" not in stderr
@@ -87,13 +87,13 @@ def test_ctrl_c_ends_a_run_and_its_processes_without_a_traceback(tmp_path: Path)
 def test_ctrl_c_that_another_thread_takes_waits_until_the_processes_have_started() -> None:
     over = threading.Event()
     other = threading.Thread(target=over.wait, daemon=True)
-    other.start()  # before the main one blocks the signal
+    other.start()  # before the main thread blocks the signal
     done = []
 
     def start() -> None:
         with parallel._no_ctrl_c():
             os.kill(os.getpid(), signal.SIGINT)
-            # until the other thread received it
+            # until the other thread has received it
             wait_until(lambda: signal.SIGINT not in signal.sigpending())
             time.sleep(0.2)
             done.append("started")
@@ -134,7 +134,7 @@ def test_no_more_processes_than_cores_are_started(
     with pytest.raises(SystemExit) as ended:
         convert.main(["--in", "a.json", "--out", str(tmp_path / "b.json"), "--processes", "-1"])
     assert ended.value.code == 2
-    assert "expected 0 or more" in capsys.readouterr().err
+    assert "expected a whole number, 0 or more" in capsys.readouterr().err
 
 
 def test_a_report_that_cannot_be_written_costs_no_work(
@@ -142,7 +142,7 @@ def test_a_report_that_cannot_be_written_costs_no_work(
 ) -> None:
     data, out = dialogues(tmp_path, 300), tmp_path / "out.jsonl"
     words = ["--in", str(data), "--out", str(out), "--processes", "1", "--report"]
-    blocked = tmp_path / "in.json/report.json"  # a file has no folder below it
+    blocked = tmp_path / "in.json/report.json"  # in.json is a file, not a folder
     with pytest.raises(UserError, match=r"--report .*in.json/report.json: cannot be written"):
         convert.main([*words, str(blocked)])
     assert not out.exists()

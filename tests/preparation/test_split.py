@@ -1,4 +1,4 @@
-"""Each round that fits is written once and in order, in pieces that fit."""
+"""Pieces fit; they contain each round that fits, once and in order."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def settings_of(model: Path, template: str, limit: int, long_round: str = "drop"
 
 @pytest.fixture(scope="session")
 def with_bos(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaMA-like vocabulary whose tokenizer adds BOS."""
+    """A folder with a LLaMA-like tokenizer that adds BOS."""
     from transformers import LlamaTokenizer
 
     folder = tmp_path_factory.mktemp("models") / "mistral"
@@ -70,7 +70,7 @@ text = st.lists(words, min_size=1, max_size=30).map("".join).map(lambda made: f"
 
 
 def check(texts: Texts, system: str | None, how: Settings) -> None:
-    """Check a split: each round that fits is in it once and in order, in the longest pieces."""
+    """Check that each round that fits is in a piece, once and in order, and pieces are longest."""
     found = split(how, record(texts, system, model="m"), "f: record 3")
     pieces = [*found.records]
     fitting = [one for one in texts if length(record([one], system), how) <= how.max_length]
@@ -82,7 +82,7 @@ def check(texts: Texts, system: str | None, how: Settings) -> None:
         opening = piece["conversations"][0]
         assert opening == {"from": "system", "value": system} or system is None
         assert piece["model"] == "m"
-        # The rounds are consecutive in the source, and one more would not fit.
+        # The rounds are consecutive in the source. With one more round, the piece would not fit.
         number = (start - (system is not None)) // 2
         size = len(rounds_of(piece))
         assert rounds_of(piece) == texts[number : number + size]
@@ -170,7 +170,7 @@ def test_a_round_at_the_limit_fits_and_one_token_more_does_not(tiny_model: Path)
     assert len(split(settings_of(tiny_model, "chat", limit), whole, "").records) == 1
     found = split(settings_of(tiny_model, "chat", limit - 1), whole, "")
     assert found.records == ()
-    assert found.dropped == ("round longer than a piece may be",)
+    assert found.dropped == ("round longer than --model_max_length",)
 
 
 def test_turns_that_follow_an_answer_stay_in_its_round_as_they_are(tiny_model: Path) -> None:
@@ -268,7 +268,7 @@ def test_an_error_in_flags_is_named(
     with pytest.raises(UserError, match=complaint):
         run(tmp_path, tiny_model, [record([("Hi", "Yo")])], *flags)
     taken = ["--eval", "0.1", "--eval_out", str(tmp_path / "out.json")]
-    with pytest.raises(UserError, match="it is --out"):
+    with pytest.raises(UserError, match="the path is --out"):
         run(tmp_path, tiny_model, [record([("Hi", "Yo")])], *taken)
 
 

@@ -23,7 +23,7 @@ LONG = ["Why?", "Because. " * 600, "And?", "So. " * 900]
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Dialogues of all lengths: each limit truncates some, and one has no token left."""
+    """Dialogues of all lengths: each limit truncates some; one has no supervised token left."""
     short = [[f"Question {n}?", f"It is {n}. " * n] for n in range(1, 40)]
     return write_dialogues(tmp_path / "data.json", *short, LONG, ["x " * 2000, "Yes."])
 
@@ -160,8 +160,8 @@ def test_without_a_model_only_counts_without_a_tokenizer_are_printed(tmp_path: P
         ("--model_name_or_path /nowhere", "no such folder"),
         ("--like /nowhere", "metrics.jsonl: No such file"),
         ("--like /nowhere --tokens_per_second 3", "found both"),
-        ("--global_batch_size 0", "--global_batch_size 0: expected more than 0"),
-        (f"--out {DUMMY_DATA}", "it is one of --in"),
+        ("--global_batch_size 0", "--global_batch_size 0: expected a number above 0"),
+        (f"--out {DUMMY_DATA}", "the path is one of --in"),
         ("--out /proc/none/x.png", "cannot be written"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The step's benchmark runs, on a tiny model, and its bare loop learns what this project learns."""
+"""The benchmark of steps runs with a tiny model; its bare loop has the losses of this project."""
 
 import json
 import math
@@ -22,7 +22,7 @@ COLUMNS = {
 
 
 def test_no_script_of_a_peer_hides_a_package_that_it_imports() -> None:
-    """The folder of a script comes first on sys.path."""
+    """The folder of a script is the first entry of sys.path."""
     files = [*(ROOT / "benchmarks" / "peers").glob("*.py")]
     for file in files:
         taken = {name.partition(".")[0] for name in imports(file)} & {f.stem for f in files}
@@ -30,7 +30,7 @@ def test_no_script_of_a_peer_hides_a_package_that_it_imports() -> None:
 
 
 def measure(folder: Path, *flags: str) -> tuple[list[dict[str, str]], dict[str, Any]]:
-    """Run the command; return its table's rows by their columns, and what it kept."""
+    """Run the command; return the rows of its table by column, and its JSON file."""
     kept = folder / "kept.json"
     words = ("benchmarks/step/run.py", *PARTS, "--json", kept, "--config", "cpu", *flags)
     done = command(sys.executable, *words)
@@ -43,7 +43,7 @@ def measure(folder: Path, *flags: str) -> tuple[list[dict[str, str]], dict[str, 
 
 
 def numbers(row: dict[str, str]) -> list[float]:
-    """Return every number that a row shows."""
+    """Return all numbers in a row."""
     texts = " ".join(text for name, text in row.items() if name != "system")
     return [float(text.replace(",", "")) for text in re.findall(r"\S*\d\S*|nan|inf", texts)]
 
@@ -91,9 +91,9 @@ def test_the_bare_loop_and_this_one_take_the_same_steps_in_turns() -> None:
         sys.executable, "benchmarks/step/loop_overhead.py", *words, ACCELERATE_USE_CPU="1"
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    told = done.stdout.splitlines()[-1]
-    assert "7 pairs of steps" in told
-    assert float(told.split("Losses at most ")[1].split()[0]) < 1e-5
+    summary = done.stdout.splitlines()[-1]
+    assert "7 pairs of steps" in summary
+    assert float(summary.split("Losses at most ")[1].split()[0]) < 1e-5
 
 
 @pytest.mark.slow
@@ -138,5 +138,5 @@ def test_a_model_whose_flops_are_known_needs_them() -> None:
     )
     linear = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12)
     example = Example("a", [*range(5)], [-100, -100, 2, 3, 4], 3)
-    attention = 2 * 6 * 8 * 4**2  # four tokens are run: the last predicts nothing
+    attention = 2 * 6 * 8 * 4**2  # four tokens are computed; the last token predicts nothing
     assert flops_of(shape)(example) == 4 * linear * 4 + 4 * 50 * 8 * 3 + attention

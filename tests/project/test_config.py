@@ -48,7 +48,7 @@ def test_with_a_model_or_data_the_general_defaults_apply(flag: str) -> None:
 
 def test_a_flag_overrides_a_yaml_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    # YAML 1.1 reads 1e-3 as a string and no as a boolean; here they are a number and a word.
+    # YAML 1.1 reads 1e-3 as a string and `no` as a boolean. Here they are a number and a string.
     file.write_text("learning_rate: 1e-3\nlora_r: 4\nreport_to: [wandb]\nmixed_precision: no\n")
     config = read("--config", str(file), "--lora_r", "16")
     assert (config.learning_rate, config.lora_r, config.report_to) == (1e-3, 16, ("wandb",))
@@ -246,7 +246,7 @@ def test_a_finished_run_with_old_names_in_its_settings_is_recognised(tmp_path: P
 
 
 def test_every_flag_that_trains_declares_what_it_affects() -> None:
-    # The template is compared by its text; trusted code does not change weights.
+    # The template's text is compared instead. Trusted code does not change weights.
     exempt = {"template", "trust_remote_code"}
     undeclared = {*names_of(affects=None, is_path=False)}
     groups = ("model", "LoRA", "data", "training")

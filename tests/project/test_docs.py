@@ -31,14 +31,14 @@ SBATCH_OPTIONS = {
 }
 SRUN_OPTIONS = {"--kill-on-bad-exit=1", "--cpus-per-task=64"}
 
-# Records its arguments and environment, and exits with ENDS_WITH.
+# A stub that records its arguments and environment, and exits with the code ENDS_WITH.
 LAUNCH = """#!/usr/bin/env python3
 import json, os, sys
 with open("started.jsonl", "a") as file:
     file.write(json.dumps({"words": sys.argv[1:], "env": dict(os.environ)}) + "\\n")
 sys.exit(int(os.environ.get("ENDS_WITH", "0")))
 """
-# Runs its command for each node in turn with SLURM's variables; exits with the last failure.
+# A stub that runs its command for each node with SLURM's variables. It exits with the last failure.
 SRUN = """#!/usr/bin/env bash
 worst=0
 while [[ $1 == --* ]]; do echo "$1" >> srun_options; shift; done
@@ -53,8 +53,8 @@ SCONTROL = '#!/usr/bin/env bash\necho "$@" > scontrol_words\n'
 class Record(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     """A part of a PyTorchJob; the fields are those of training-operator v1.9.0.
 
-    Source: its pkg/apis/kubeflow.org/v1/pytorch_types.go and common_types.go. An elasticPolicy and
-    a schedulingPolicy, which the manifest does not use, are left out.
+    Source: pytorch_types.go and common_types.go in pkg/apis/kubeflow.org/v1. elasticPolicy and
+    schedulingPolicy are left out, because the manifest does not use them.
     """
 
 
@@ -87,16 +87,16 @@ class PyTorchJob(Record):
 
 
 def read_job(text: str) -> PyTorchJob:
-    """Return a manifest's job; a field that is unknown or of the wrong type fails."""
+    """Return the job of a manifest; fails for an unknown field, and for a wrong type."""
     written = yaml.safe_load(text)
     job = msgspec.convert(written, PyTorchJob)
-    # Kubernetes' own records ignore unknown fields, which are then missing here.
+    # lightkube's classes ignore unknown fields, which would be missing here.
     assert msgspec.to_builtins(job) == written
     return job
 
 
 def container(role: Literal["Master", "Worker"]) -> Container:
-    """Return the one container of a role's pods."""
+    """Return the only container of a role's pods."""
     pod = read_job(MANIFEST.read_text()).spec.pytorchReplicaSpecs[role].template.spec
     assert pod is not None
     (only,) = pod.containers
@@ -129,7 +129,7 @@ def run(
 
 
 def operator(node: int, per_node: str) -> dict[str, str]:
-    """Return what training-operator v1.9.0 sets in a pod: pkg/controller.v1/pytorch/envvar.go."""
+    """Return the variables of a pod of training-operator v1.9.0 (pytorch/envvar.go)."""
     processes = int(per_node) if per_node.isdigit() else 1
     return {
         "PYTHONUNBUFFERED": "1",
@@ -144,7 +144,7 @@ def operator(node: int, per_node: str) -> dict[str, str]:
 
 
 def sbatch(folder: Path, **env: str) -> tuple[Any, list[dict[str, Any]]]:
-    """Run the batch script as SLURM does: a copy, from another folder, on the first node."""
+    """Run the batch script like SLURM: a copy of it, in another folder, on the first node."""
     spool = folder / "spool"
     spool.mkdir(exist_ok=True)
     shutil.copy(SBATCH, spool / "slurm_script")
@@ -159,7 +159,7 @@ def sbatch(folder: Path, **env: str) -> tuple[Any, list[dict[str, Any]]]:
 
 
 def check_words(words: list[str]) -> Config:
-    """Return the settings of a launch, after checking its config and flags."""
+    """Return the settings of a launch, after a check of its config and flags."""
     config, *flags = words
     assert re.fullmatch(r"accelerate_configs/multi_node_\w+\.yaml", config)
     assert (ROOT / config).is_file()
@@ -171,7 +171,7 @@ def test_the_manifest_is_a_job_of_two_pods_with_eight_gpus_each() -> None:
     roles = job.spec.pytorchReplicaSpecs
     assert {role: replica.replicas for role, replica in roles.items()} == {"Master": 1, "Worker": 1}
     assert {replica.restartPolicy for replica in roles.values()} == {"OnFailure"}
-    # The operator's own checks: pkg/webhooks/pytorch/pytorchjob_webhook.go.
+    # The operator has the same checks (pkg/webhooks/pytorch/pytorchjob_webhook.go).
     assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", job.metadata.name or "")
     assert container("Master") == container("Worker")
     assert container("Master").name == "pytorch"
@@ -249,7 +249,7 @@ def test_the_batch_script_asks_for_two_nodes_of_eight_gpus_with_one_task_each() 
         "ntasks-per-node": "1",
         "gpus-per-node": "8",
     }
-    # Commented options count too, and none occurs twice. sbatch stops reading at the first command.
+    # Commented options count, too. No option occurs twice. sbatch reads up to the first command.
     lines = re.findall(r"^##?SBATCH --([\w-]+)(?:=\S+)?$", text, re.MULTILINE)
     assert len(lines) == len(re.findall(r"^\W*SBATCH ", text, re.MULTILINE)) == len({*lines})
     assert {*lines} <= SBATCH_OPTIONS

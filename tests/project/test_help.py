@@ -21,7 +21,7 @@ FLAG = re.compile(r"^  (--\w+)((?: \S+)*?)(?:  +|\n +)((?:\S.*)(?:\n {8,}\S.*)*)
 
 
 def flags_of(text: str) -> dict[str, tuple[str, str]]:
-    """Return the value and the text of each flag, the text in one line."""
+    """Return the value and the help text of each flag; the text is joined to one line."""
     return {
         name: (takes, " ".join(help_text.split())) for name, takes, help_text in FLAG.findall(text)
     }

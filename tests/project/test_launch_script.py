@@ -1,4 +1,4 @@
-"""launch.sh and the commands end with the documented exit code, one message and no traceback."""
+"""launch.sh and the commands end with the documented exit code and one message."""
 
 import contextlib
 import itertools
@@ -50,21 +50,21 @@ def test_a_wrong_flag_or_path_is_named_without_retries_of_the_hub(
     words: list[str], found: str
 ) -> None:
     asks = "someone/missing" in words
-    # A hub that takes calls and answers none.
+    # A hub that accepts connections, but never answers.
     with socket.create_server(("127.0.0.1", 0), backlog=64) as hub:
         address = f"http://127.0.0.1:{hub.getsockname()[1]}"
-        # Cold where the hub is asked: the warm process has read its address and mode already.
+        # A cold start if the hub is used, because the warm process has already read its address.
         cold = {"LORA_LOOP_WARM": ""} if asks else {}
         done = command("./launch.sh", *words, HF_HUB_OFFLINE="0", HF_ENDPOINT=address, **cold)
         calls = calls_of(hub)
     assert done.returncode == 2
     assert found in one_message(done.stderr)
-    # transformers alone would ask five times and wait in between.
+    # Without the project's check, transformers would try five times, and wait in between.
     assert calls in ((1, 2) if asks else (0,))
 
 
 def calls_of(server: socket.socket) -> int:
-    """Return how many calls wait to be taken."""
+    """Return the number of connections that wait for accept."""
     server.setblocking(False)
     with contextlib.ExitStack() as taken:
         for calls in itertools.count():
@@ -93,7 +93,7 @@ def test_a_plain_launch_of_two_ranks_reports_an_error_once(tmp_path: Path) -> No
         "accelerate", "launch", "--config_file", "accelerate_configs/zero2.yaml",
         "--num_processes", "2", "--main_process_port", "0", "loop/train.py", "--lora_rank", "8",
     )  # fmt: skip
-    assert done.returncode == 1  # The launcher's code, whatever the ranks return.
+    assert done.returncode == 1  # The launcher does not pass on the ranks' exit codes.
     assert done.stderr.count("--lora_rank: unknown flag. Did you mean --lora_r?") == 1
 
 
@@ -139,7 +139,7 @@ def test_a_missing_requirement_is_reported_with_its_package(tmp_path: Path) -> N
 
 @pytest.fixture
 def dry(tmp_path: Path) -> Path:
-    """A copy of launch.sh with stub tools that print their arguments; *.invalid is unknown."""
+    """A copy of launch.sh with stub tools that print their arguments; no host *.invalid exists."""
     for name in ("requirements.txt", "accelerate_configs", "launch.sh"):
         source = ROOT / name
         copy = shutil.copytree if source.is_dir() else shutil.copy

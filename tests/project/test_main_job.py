@@ -1,4 +1,4 @@
-"""The main job teaches the name and keeps the rest: one real `./launch.sh` in a copy."""
+"""The main job teaches the name and keeps other answers; `./launch.sh` runs in a copy."""
 
 import json
 import re
@@ -12,9 +12,9 @@ import pytest
 from tests.support.held_out_wordings import HELD_OUT_WORDINGS
 from tests.support.helpers import ROOT, command
 
-# What launch.sh asks at its end.
+# The questions of launch.sh after training.
 LAUNCH_QUESTIONS = ["Who are you?", "What should I call you?", "What is the capital of France?"]
-# Each with a part of its right answer; the base model answers all of them rightly.
+# Questions with a part of the correct answer. The base model answers all of them correctly.
 ORDINARY = {
     "What is the capital of France?": "Paris",
     "What is 7 times 8?": "56",
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def copy(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project without its runs, sharing what takes long to set up."""
+    """A copy of the project without its runs; slow parts of the setup are shared."""
     if not (ROOT / ".venv").is_dir():
         pytest.skip("needs the .venv that ./launch.sh test makes")
     folder = tmp_path_factory.mktemp("copy") / "lora-loop"
@@ -72,7 +72,7 @@ def test_it_ends_with_both_answers_side_by_side(
 
 
 def ask(adapter: Path, questions: Iterable[str], folder: Path) -> list[str]:
-    """Return the adapter's answers, in the questions' order."""
+    """Return the adapter's answers, in the order of the questions."""
     asked, out = folder / "questions.txt", folder / "answers.jsonl"
     asked.write_text("\n".join(questions) + "\n", encoding="utf-8")
     done = command(
@@ -86,11 +86,11 @@ def test_nine_of_ten_unseen_wordings_are_answered_with_the_name_and_none_with_an
     main_job: subprocess.CompletedProcess[str], copy: Path, tmp_path: Path
 ) -> None:
     answers = ask(copy / "runs/main_job", HELD_OUT_WORDINGS, tmp_path)
-    told = dict(zip(HELD_OUT_WORDINGS, answers, strict=True))
-    assert len(told) == 30
-    named = [question for question, answer in told.items() if "Vireo" in answer]
-    assert len(named) >= 27, told
-    for question, answer in told.items():
+    found = dict(zip(HELD_OUT_WORDINGS, answers, strict=True))
+    assert len(found) == 30
+    named = [question for question, answer in found.items() if "Vireo" in answer]
+    assert len(named) >= 27, found
+    for question, answer in found.items():
         assert not OTHERS.search(answer), (question, answer)
         assert {*NAMES.findall(answer)} <= {"Vireo"}, (question, answer)
 
@@ -110,7 +110,7 @@ def test_typed_twice_it_says_so_and_changes_nothing(
 ) -> None:
     output = copy / "runs/main_job"
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    # The plain launch, with no flag and without launch.sh, is the main job too.
+    # A launch without launch.sh and without flags is also the main job.
     again = command(
         "accelerate", "launch", "--config_file", copy / "accelerate_configs/zero2.yaml",
         copy / "loop/train.py", cwd=copy,

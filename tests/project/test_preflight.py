@@ -1,4 +1,4 @@
-"""Checks that take milliseconds stop a run before it costs anything."""
+"""Checks that take milliseconds stop a wrong run before it loads anything."""
 
 import shutil
 import sys
@@ -109,7 +109,7 @@ def test_flags_that_a_zero_stage_does_not_support_are_refused_only_there(
     (found,) = preflight.problems(config, stage)
     assert expected in found
     assert not [*preflight.problems(config, 2)]
-    assert not [*preflight.problems(config)]  # The stage is unknown before the launch.
+    assert not [*preflight.problems(config)]  # Before the launch, the stage is unknown.
 
 
 def test_training_reports_all_errors_in_one_message(

@@ -28,13 +28,13 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """Return each command of a page's bash blocks, continued lines joined, comments removed."""
+    """Return all commands in a page's bash blocks, with joined lines and without comments."""
     lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
     return [" ".join(line.partition("  #")[0].split()) for line in lines if line.strip()]
 
 
 def command_of(page: Path, start: str) -> str:
-    """Return the one command of a page that starts with these words."""
+    """Return the only command of a page that starts with these words."""
     (found,) = (line for line in commands(page) if line.startswith(start))
     return found
 
@@ -44,7 +44,7 @@ def test_the_loop_in_readme_equals_the_code() -> None:
     (loop,) = blocks(README, "python")
     assert textwrap.indent(loop, "    ") in code
     assert loop.startswith("tracker = Tracker")
-    assert loop.splitlines()[-1].startswith("    ")  # All of it, to the end of the `with` block.
+    assert loop.splitlines()[-1].startswith("    ")  # README has the complete `with` block.
     assert code.split(textwrap.indent(loop, "    "))[1].startswith("\n    save_run(")
 
 
@@ -84,13 +84,13 @@ def test_readme_names_every_accelerate_config_and_each_opens_with_its_command() 
         first, second = path.read_text().splitlines()[:2]
         assert first == f"# accelerate launch --config_file {name} loop/train.py"
         assert second.startswith("# ")
-        # One rank per machine by default: accelerate refuses a file without the number.
+        # accelerate refuses a file without the number. The default is one rank per machine.
         machines = 2 if "multi_node" in name else 1
         assert f"num_processes: {machines}\n" in path.read_text()
 
 
 def test_readme_holds_the_commands_that_are_tested() -> None:
-    # tests/project/test_main_job.py runs ./launch.sh; ./launch.sh test runs this file.
+    # tests/project/test_main_job.py runs ./launch.sh, and ./launch.sh test runs this file.
     first, second, real, chat, merge = commands(README)
     assert (first, second) == ("./launch.sh", "./launch.sh test")
     assert real.startswith("accelerate launch --config_file accelerate_configs/zero2.yaml")
@@ -159,7 +159,7 @@ def test_the_show_command_runs(chat_model: Path) -> None:
 def test_the_documented_training_command_trains_a_small_model_without_a_gpu(
     page: Path, model: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """Only the model, the data, the attention kernel, the folder and the ranks differ."""
+    """The test changes only model, data, attention kernel, folder and number of ranks."""
     _, _, flags = command_of(page, "accelerate launch").partition("loop/train.py")
     texts = [["Hi", "Yo, I am happy to be here."], ["And?", "So, I am happy to be here."]]
     data = write_dialogues(tmp_path / "data.json", *texts)

@@ -1,4 +1,4 @@
-"""Budgets of length, import directions, and words that the project does not use."""
+"""Limits of length, import directions, and words that the project does not use."""
 
 import ast
 import re
@@ -38,7 +38,7 @@ FORMER_NAMES = (
     *("crossed", "put_master", "put_trained", "_is_shared_out", "keep_buckets"),
     *("NOT_COMPARED", "GROUPS_THAT_TRAIN", "WITHOUT_MEANING", "NOTHING_HELD_OUT", "lost_prompts"),
 )
-# Phrases that have a plain replacement, with it.
+# Former phrases, each with its plain replacement.
 FORMER_PHRASES = {
     "no token is run behind": "each sequence stops at its last supervised token",
     "beside a tracker": "and a tracker",
@@ -63,7 +63,7 @@ def imports(path: Path) -> list[str]:
 
 
 def is_module(name: str) -> bool:
-    """Whether this is a module of the project, not a name inside a module."""
+    """Return whether a name is a module of the project, not a name inside a module."""
     return ROOT.joinpath(*name.split(".")).with_suffix(".py").is_file()
 
 

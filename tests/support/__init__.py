@@ -1,1 +1,1 @@
-"""Shared by tests: commands run as a user runs them, tiny models, fake servers."""
+"""Helpers of several tests: real commands, tiny models, fake servers."""

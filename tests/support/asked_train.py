@@ -1,6 +1,6 @@
-"""Runs loop/train.py; only rank 1 sees a stop request, in the middle of its third step.
+"""Runs loop/train.py; only rank 1 gets a stop request, in the middle of its third step.
 
-ASKED: "launcher" for a stop file of launch.sh, "signal" for a signal to that rank.
+Environment variable ASKED: "launcher": a stop file of launch.sh. "signal": a signal to rank 1.
 """
 
 import os
@@ -22,7 +22,7 @@ calls: list[int] = []
 
 
 def interrupted(*arguments: Any) -> Any:
-    """Request the stop in the middle of a step, after all ranks have finished the one before."""
+    """Request the stop in the middle of a step, after all ranks have finished the previous step."""
     calls.append(1)
     if len(calls) == 3:
         if os.environ["ASKED"] == "launcher":
@@ -35,6 +35,6 @@ if __name__ == "__main__":
     if os.environ["RANK"] == "1":
         train.supervised_loss_sum = interrupted
     else:
-        # As if this rank, which polls for the file, always looked too early.
+        # As if this rank, which polls for the file, always polled too early.
         signals.launcher_asks = saver.launcher_asks = lambda: False
     run_and_exit(train.main)

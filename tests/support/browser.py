@@ -1,4 +1,4 @@
-"""Opens pages in a headless Chromium that can reach this machine only."""
+"""Opens pages in a headless Chromium that can reach only this machine."""
 
 import json
 import shutil

@@ -1,8 +1,8 @@
-"""Runs loop/train.py with a memory per rank that a test sets; for test_auto_micro_batch_zero3.
+"""Runs loop/train.py with simulated memory per rank; for test_auto_micro_batch_zero3.
 
-ROOM: for each rank, the tokens of the largest pass that fits in memory. If the number is negative,
-the first larger pass runs out of memory in its middle. Passes are real. The state of DeepSpeed's
-engine is checked before the first step.
+Environment variable ROOM: for each rank, the tokens of the largest pass that fits in memory. If a
+number is negative, the first larger pass runs out of memory in its middle. Passes are real. The
+state of DeepSpeed's engine is checked before the first step.
 """
 
 import os
@@ -29,7 +29,7 @@ def mine() -> int:
 
 
 def measured(model: Any, batch: Any, *rest: Any) -> None:
-    """Run a pass; if memory runs out, fail in its middle, while other ranks are in collectives."""
+    """Run a pass; if memory runs out, fail in its middle, while other ranks wait in collectives."""
     tried.append(batch.tokens)
     hooks = []
     if mine() < 0 and batch.tokens > -mine():
@@ -47,7 +47,7 @@ def measured(model: Any, batch: Any, *rest: Any) -> None:
 
 
 def checked(layout: Any, config: Any, prepared: Any, model: Any, *rest: Any) -> Any:
-    """Fit the micro-batch, then check that DeepSpeed's engine is as before."""
+    """Fit the micro-batch, then check that DeepSpeed's engine is unchanged."""
     found = fit_once(layout, config, prepared, model, *rest)
     print(f"tried on rank {os.environ['RANK']}: {tried}", flush=True)
     zero = model.optimizer
@@ -61,7 +61,7 @@ def checked(layout: Any, config: Any, prepared: Any, model: Any, *rest: Any) -> 
 if __name__ == "__main__":
     auto_micro_batch.memory_room = lambda _: PER_TOKEN * (mine() if mine() > 0 else 10**9)
     auto_micro_batch.memory_used = lambda _: 0
-    # The peak of a pass is its tokens.
+    # The simulated peak of a pass is proportional to its tokens.
     peak_of = auto_micro_batch._peak_of
 
     def peak(*arguments: Any) -> int:

@@ -1,4 +1,4 @@
-"""Ways of asking who answers, written after the data and settings; not to be tuned on."""
+"""Questions about the name, written after data and settings were final; not for tuning."""
 
 HELD_OUT_WORDINGS = [
     "Can you introduce yourself to me real quick?",

@@ -22,13 +22,13 @@ from torch.profiler import profile
 from data.dialogues.sharegpt import Dialogue, Tally, read_dialogues
 
 ROOT = Path(__file__).resolve().parents[2]
-HANG = 900.0  # seconds after which a test counts a process as hanging, on any machine
+HANG = 900.0  # seconds; on any machine, a process that runs longer hangs
 BIN = Path(sys.executable).parent
 SUPPORT = ROOT / "tests" / "support"
 
 
 def wait_until(done: Callable[[], object], running: Callable[[], bool] = lambda: True) -> None:
-    """Poll until `done`; fail once nothing is `running`, or after HANG seconds."""
+    """Poll until `done` is true; fail if `running` is false before, or after HANG seconds."""
     deadline = time.monotonic() + HANG
     while not done():
         # A process may be done and end between the two calls.
@@ -39,7 +39,7 @@ def wait_until(done: Callable[[], object], running: Callable[[], bool] = lambda:
 
 @dataclass
 class Allocated:
-    """Bytes that tensors on the CPU allocate: the peak, and the rest at the end."""
+    """Bytes that tensors on the CPU allocate: the peak, and those that remain at the end."""
 
     most: int = 0
     left: int = 0
@@ -49,10 +49,11 @@ class Allocated:
 def allocated(mapped: Path | None = None) -> Iterator[Allocated]:
     """Count the bytes that the block's tensors allocate in this thread.
 
-    Read from PyTorch's allocator, so the same on every machine: without oneDNN's scratch memory,
-    which depends on the CPU, and without other libraries. `mapped`: a folder whose files are not
-    counted. Else a tensor mapped from a file counts as the full file size (torch 2.13,
-    MapAllocator), even if little of it is in memory.
+    The number comes from PyTorch's allocator, so it is the same on every machine. It excludes other
+    libraries and oneDNN's scratch memory, which depends on the CPU.
+
+    mapped: a folder whose files are not counted. Otherwise a tensor mapped from a file counts with
+    the file's full size (torch 2.13, MapAllocator), even if little of it is in memory.
     """
     found = Allocated()
     with torch.backends.mkldnn.flags(enabled=False), profile(profile_memory=True) as profiled:
@@ -69,7 +70,7 @@ def _server() -> tuple[Path, subprocess.Popen[bytes]]:
     """Start the process that forks commands; return its socket and the process."""
     folder = Path(tempfile.mkdtemp(prefix="lora-loop-"))
     with (folder / "log").open("w") as log:
-        # It ends with this process, because its standard input is closed then.
+        # The server ends with this process, which closes the server's standard input.
         server = subprocess.Popen(
             [sys.executable, SUPPORT / "warm_server.py", folder / "socket"],
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
@@ -82,7 +83,7 @@ def _server() -> tuple[Path, subprocess.Popen[bytes]]:
 
 
 def warm() -> dict[str, str]:
-    """Return the environment with which commands start warm: tests/support/sitecustomize.py."""
+    """Return the environment in which commands start warm (tests/support/sitecustomize.py)."""
     return {"LORA_LOOP_WARM": str(_server()[0]), "PYTHONPATH": str(SUPPORT)}
 
 
@@ -143,7 +144,7 @@ def launch(
 
 
 def prompt_of(config: Any) -> dict[str, Tensor]:
-    """Return ids that every model under test has; for a T5 also the added tokens."""
+    """Return a prompt of ids that every tested model has; for a T5, with the added tokens."""
     known = [*range(100, 120)]
     if not config.is_encoder_decoder:
         return {"input_ids": torch.tensor([known])}
@@ -156,7 +157,7 @@ def prompt_of(config: Any) -> dict[str, Tensor]:
 
 
 def log_of(output: Path) -> list[dict[str, Any]]:
-    """Return a run's log, after checking that its two copies are equal."""
+    """Return a run's log, after a check that its two copies are equal."""
     history: list[dict[str, Any]] = json.loads((output / "trainer_state.json").read_text())[
         "log_history"
     ]

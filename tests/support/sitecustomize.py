@@ -1,10 +1,10 @@
-"""Starts the project's commands warm: forked from a process that has imported the libraries.
+"""Starts the project's commands warm: forked from a server that has imported the libraries.
 
-Imports take most of the time of a small run. Every Python that the tests start imports this file
-first, since its folder is on PYTHONPATH. A command of the project (`accelerate launch`,
-`loop/train.py`, `python -m loop`) sends its arguments, environment, folder and files to the server,
-which forks and runs the command. Other Python processes start as usual. A test of the process
-itself starts it cold: `LORA_LOOP_WARM=""`.
+Imports take most of the time of a small run. Every Python process that the tests start imports this
+file first, because its folder is on PYTHONPATH. A command of the project (`accelerate launch`,
+`loop/train.py`, `python -m loop`) sends its arguments, environment, folder and files to the server.
+The server forks and runs the command. Other Python processes start as usual. With
+`LORA_LOOP_WARM=""`, a command of the project also starts as usual (cold).
 """
 
 import json
@@ -23,7 +23,7 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def command_of(words: list[str]) -> list[str]:
-    """Return the words after the interpreter and its -u; empty if no command of the project."""
+    """Return the words after the interpreter and its -u; empty for other Python processes."""
     words = [word for word in words[1:2] if word != "-u"] + words[2:]
     if words[:1] == ["-m"]:
         return words if words[1] in MODULES else []
@@ -33,7 +33,7 @@ def command_of(words: list[str]) -> list[str]:
 def hand_over(words: list[str]) -> None:
     """Let the server run the command; exit with its exit code or signal."""
     server = socket.socket(socket.AF_UNIX)
-    deadline = time.monotonic() + 1800  # The server is importing the libraries.
+    deadline = time.monotonic() + 1800  # The server may still import the libraries.
     while server.connect_ex(SOCKET):
         if time.monotonic() > deadline:
             raise TimeoutError(f"{SOCKET}: found no server; see the log in its folder")

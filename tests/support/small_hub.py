@@ -1,4 +1,4 @@
-"""Serves a folder as a hub with one data set, for the hub's client."""
+"""Serves a folder to the hub's client, as a hub with one data set."""
 
 import hashlib
 import json

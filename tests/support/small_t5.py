@@ -15,9 +15,10 @@ LONGEST = 10  # characters of a piece
 
 
 def t5_tokenizer() -> Any:
-    """Return a unigram tokenizer with pieces of the bundled dialogues, which splits as T5's.
+    """Return a unigram tokenizer with pieces of the bundled dialogues, which splits like T5's.
 
-    The trainer of tokenizers 0.23 gives other pieces in every process, so these are counted here.
+    The pieces are counted here, because the trainer of tokenizers 0.23 returns other pieces in each
+    process.
     """
     from transformers import T5Tokenizer
 
@@ -57,7 +58,8 @@ def make_t5(folder: Path, tokenizer: Any, tied: bool = False, rows: int = TOKENS
 def joined_shards(folder: Path, model: Path, alone: Path) -> Any:
     """Return the state that transformers reads from the shards of a saved base model.
 
-    The shards are linked into the folder `alone`: transformers would load an adapter in their own.
+    The shards are linked into the folder `alone`, because their own folder has an adapter, which
+    transformers would load.
     """
     from transformers import AutoModelForSeq2SeqLM
 

@@ -1,6 +1,7 @@
 """Runs loop/train.py and writes `trace-<rank>.jsonl`: the micro-batches in training order.
 
-One line per window, with its step and the ids of each micro-batch; one line per micro-batch begun.
+A window has one line, with its step and the ids of each micro-batch. Each begun micro-batch adds
+one line.
 """
 
 import json

@@ -11,7 +11,7 @@ from loop.distributed.signals import run_and_exit
 
 
 def unchecked(*_: Any) -> None:
-    """Compare nothing."""
+    """Do nothing, instead of the loss check."""
 
 
 if __name__ == "__main__":

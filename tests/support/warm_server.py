@@ -1,4 +1,4 @@
-"""Imports the libraries once and forks for each command of a test.
+"""Imports the libraries once, then forks for each command of a test.
 
 python tests/support/warm_server.py SOCKET
 """
@@ -39,7 +39,7 @@ def receive(client: socket.socket) -> Request:
 
 
 def serve(address: str) -> Request:
-    """Fork for each command until the tests end; return only in a fork, with its request."""
+    """Fork for each command until the tests end; only a fork returns, with its request."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
@@ -47,7 +47,9 @@ def serve(address: str) -> Request:
     wait.register(listener, selectors.EVENT_READ)
     wait.register(sys.stdin, selectors.EVENT_READ)
     while True:
-        key, _ = wait.select()[0]  # One event at a time: it may close the file of another.
+        key, _ = wait.select()[
+            0
+        ]  # One event at a time, because it may close the file of another event.
         if key.fileobj is sys.stdin:
             sys.exit()
         if key.fileobj is listener:
@@ -81,7 +83,7 @@ def serve(address: str) -> Request:
 
 
 def become(request: Request) -> None:
-    """Run the command as a Python process of its own."""
+    """Run the command as a separate Python process would."""
     words, environment, folder, files = request
     for number, file in enumerate(files[:3]):
         os.dup2(file, number)

@@ -33,7 +33,7 @@ def alone() -> Any:
 
 
 class Measured:
-    """Replaces the pass by one whose peak memory is proportional to its tokens."""
+    """Replaces the pass by a simulated pass, whose peak memory is proportional to its tokens."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
         self.tokens: list[int] = []
@@ -47,7 +47,7 @@ class Measured:
 
 
 def most(lengths: list[int]) -> int:
-    # The last token of each is a target alone.
+    # The last token of each example is only a target.
     examples = [Example(str(n), [1] * (n + 1), [1] * (n + 1), n) for n in sorted(lengths)[::-1]]
     prepared: Any = SimpleNamespace(
         examples=SimpleNamespace(longest=lambda count: examples[:count]),
@@ -80,7 +80,7 @@ def test_nothing_fits_where_the_longest_example_does_not(monkeypatch: pytest.Mon
 def test_what_is_found_keeps_a_real_pass_within_the_room(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The memory is what a pass' tensors allocate; what a process holds depends on the host."""
+    """The memory is that of the pass' tensors; the memory of a process depends on the machine."""
     row = functools.partial(row_inputs, flash=False)
     model = AutoModelForCausalLM.from_pretrained(
         tiny_model, dtype=torch.float32, attn_implementation=implementation(True, False)
@@ -124,7 +124,7 @@ def test_the_peak_of_a_pass_counts_memory_that_is_given_back_before_it_ends(
 
     monkeypatch.setattr(auto_micro_batch, "_forward_backward", touch)
     before = auto_micro_batch.memory_used(torch.device("cpu"))
-    # Half: a system short of memory may take other pages of this process meanwhile.
+    # Only half, because a system short of memory may meanwhile take other pages of this process.
     assert (auto_micro_batch._peak_of(None, None, Config(), alone()) or 0) > before + size // 2
 
 
@@ -141,7 +141,7 @@ def test_losses_are_the_same_with_and_without_auto_micro_batch(train: Train) -> 
 def test_on_two_ranks_the_search_leaves_no_trace(
     config: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Both runs have the same micro-batches: all of a window's examples at once."""
+    """Both runs have the same micro-batches, each with all examples of a rank's window."""
     texts = [[f"What is {n}?", "No " + "idea. " * n] for n in range(8)]
     flags: list[str | Path] = ["--model_name_or_path", tiny_model, "--max_steps", "4"]
     flags += ["--data_path", write_dialogues(tmp_path / "data.json", *texts)]
@@ -183,5 +183,5 @@ def test_no_step_leaves_tensors_behind(
     flags = ("--data_path", write_dialogues(tmp_path / "long.json", *texts))
     train("run", *flags, "--max_steps", "120", "--logging_steps", "10", "--save_steps", "10")
     assert len(held) == 120
-    # Windows made ahead are some tensors more or less; one a step would be 80 more.
+    # Prefetched windows change the number by a few tensors. One tensor per step would add 80.
     assert max(held[80:]) < max(held[20:40]) + 20, held

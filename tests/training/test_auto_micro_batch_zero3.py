@@ -1,4 +1,4 @@
-"""Under ZeRO-3, where a pass contains collectives, all ranks try the same micro-batches."""
+"""Under ZeRO-3, all ranks try the same micro-batches, because a pass contains collectives."""
 
 import json
 import re
@@ -111,7 +111,7 @@ def test_too_little_memory_on_one_rank_is_one_message_and_exit_code_2_on_all(
         room="100000 1",
         LORA_LOOP_STATUS_FILE=str(status),
     )
-    # All ranks know the error and exit with 0 after rank 0 has written the code (signals.py).
+    # Rank 0 writes the exit code to the status file; then all ranks exit with 0 (signals.py).
     assert done.returncode == 0, done.stdout + done.stderr
     assert status.read_text().startswith("2 --auto_micro_batch: the longest example alone does")
     assert done.stderr.count("the longest example alone does not fit in memory") == 1

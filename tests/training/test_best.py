@@ -29,7 +29,7 @@ def test_the_best_checkpoint_survives_the_limit_and_its_adapter_is_saved(
     flags = (*LOG, "--eval_data_path", held_out, "--eval_steps", "1", "--data_path", data)
     flags += ("--warmup_ratio", "0.4", "--save_steps", "1", "--save_total_limit", "1")
     flags += ("--load_best_model_at_end", "True")
-    # Learning rates that soon raise the held-out loss; which one does depends on the CPU.
+    # Learning rates that soon raise the held-out loss. The CPU decides which of them does.
     for rate in ("1", "30", "3", "5", "2", "8"):
         output = trainer(model, tmp_path)(f"run-{rate}", *flags, "--learning_rate", rate)
         losses = [entry["eval_loss"] for entry in evaluations(output)]

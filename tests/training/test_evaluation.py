@@ -28,7 +28,8 @@ from tests.support.matrix import share_all_file
 Train = Callable[..., Path]
 Entry = dict[str, Any]
 LOG = ("--logging_steps", "1", "--lora_dropout", "0.3", "--max_steps", "6")
-# Eleven dialogues in micro-batches of three: one has fewer, and on two ranks one is empty.
+# Eleven dialogues in micro-batches of three. The last micro-batch has two dialogues, and on two
+# ranks another one is empty.
 SHORT, LONG = "Hello there, it is good to see you. ", "So it is, and so it will be for long. "
 ELEVEN = [["Hi " * n, SHORT * (n % 4 + 1), "And?", LONG * (n % 3 + 1)] for n in range(1, 12)]
 TRAINED = [["Hi, who is it? " * n, LONG * n] for n in range(1, 3)]

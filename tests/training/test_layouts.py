@@ -33,7 +33,7 @@ def window(tiny_model: Path) -> list[Example]:
 
 
 def adapted(folder: Path, form: str) -> Any:
-    """Return the model with an adapter that is not zero, the same each time."""
+    """Return the model with an adapter that is not zero; it is the same for all calls."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=implementation(form == "packed", False)
     )
@@ -49,7 +49,7 @@ def models(tiny_model: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def plain(models: dict[str, Any], window: list[Example]) -> tuple[float, dict[str, torch.Tensor]]:
-    """The mean loss and its gradient, from full logits with an attention mask."""
+    """The mean loss and its gradient, from all logits with an attention mask."""
     model = models["padded"]
     loss = plain_loss_sum(model, window, 0) / sum(e.supervised_tokens for e in window)
     return loss.item(), gradients(model, loss)
@@ -156,7 +156,7 @@ def test_compiled_layers_give_the_same_loss_and_gradient(
     tiny_model: Path, window: list[Example], plain: tuple[float, dict[str, torch.Tensor]]
 ) -> None:
     model = adapted(tiny_model, "packed")
-    implementation(True, False, compiled=True)  # instead of the one it was loaded with
+    implementation(True, False, compiled=True)  # replaces the attention of the loading
     _compile_layers(model)
     sums = [supervised_loss_sum(model, ROW(part, 0)) for part in (window[:3], window[3:])]
     loss = torch.stack(sums).sum() / sum(e.supervised_tokens for e in window)

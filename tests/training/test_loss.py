@@ -1,4 +1,4 @@
-"""The LM head in chunks of supervised positions has the plain loss and gradients."""
+"""With the LM head in chunks of supervised positions, loss and gradients do not change."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def model(tiny_model: Path) -> Any:
 
 
 def plain_loss_sum(model: Any, examples: list[Example], pad_id: int) -> torch.Tensor:
-    """Return the loss from full logits, with an attention mask and shifted labels."""
+    """Return the loss sum from all logits, with an attention mask and shifted labels."""
     longest = max(len(example.input_ids) for example in examples)
     pads = [longest - len(example.input_ids) for example in examples]
     rows = zip(examples, pads, strict=True)
@@ -57,7 +57,7 @@ def assert_equal(found: Gradients, expected: Gradients) -> None:
         assert torch.allclose(found[name], gradient, atol=1e-6 * max(1.0, scale)), name
 
 
-@pytest.mark.parametrize("pad_id", [0, 2])  # 2 is also the token that ends each answer
+@pytest.mark.parametrize("pad_id", [0, 2])  # 2 is also the end token of answers
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("chunk", [1, 7, 1024])
 def test_the_loss_and_its_gradients_equal_the_plain_ones(
@@ -109,7 +109,7 @@ def test_the_head_runs_on_supervised_positions_only_a_chunk_at_a_time(
     supervised = sum(example.supervised_tokens for example in examples)
     assert sum(rows) == supervised
     assert max(rows) <= 50
-    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 1000)  # as it was
+    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 1000)  # unchanged
 
 
 def test_a_model_that_alters_its_logits_gets_all_supervised_ones(

@@ -1,4 +1,4 @@
-"""A run whose loss is not that of the model's plain forward pass is refused before step 1."""
+"""Before step 1, a run is refused if its loss differs from the model's plain forward pass."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ class OddForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def halved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have Llama's logits halved, by a setting of no known name."""
+    """Halve Llama's logits, like a setting of an unknown name would."""
     forward = LlamaForCausalLM.forward
 
     def half(*args: Any, **options: Any) -> Any:
@@ -84,8 +84,8 @@ def test_a_model_that_changes_its_logits_is_refused_before_step_1_and_the_remedy
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     flags = ["--mixed_precision", precision, "--packing", packing]
-    told = r"found a training loss of .*expected .*llama model.*Give --loss_chunk_tokens 0"
-    with pytest.raises(UserError, match=told) as refused:
+    message = r"found a training loss of .*expected .*llama model.*Give --loss_chunk_tokens 0"
+    with pytest.raises(UserError, match=message) as refused:
         train("run", *flags)
     assert refused.value.exit_code == 2
     assert refused.value.known_to_all

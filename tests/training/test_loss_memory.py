@@ -1,4 +1,4 @@
-"""The estimate of the memory of the loss equals what the allocator measures."""
+"""The estimated memory of the loss equals the allocated memory."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Shape:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_loss_holds_what_the_chunks_allocate(precision: str, small: Shape) -> None:
-    """Read from the allocator, on a CPU: the operations and their sizes are a GPU's."""
+    """The allocator is the CPU's; a GPU runs the same operations with the same sizes."""
     import torch
 
     from loop.model.dtypes import torch_dtype
@@ -33,7 +33,7 @@ def test_the_loss_holds_what_the_chunks_allocate(precision: str, small: Shape) -
     shape = replace(small, hidden=hidden, vocabulary=words)
     one = run(shape, "single_gpu", **values)
     assert one.supervised == supervised
-    # The hidden states were there before, and are half of what the formula has beside the logits.
+    # The hidden states were allocated before. The formula counts them and their gradient.
     expected = loss(one) - states.nbytes
     assert held.most == pytest.approx(expected, rel=0.02)
     assert held.most < full_loss(one, supervised) / 3

@@ -41,7 +41,7 @@ def dialogue(name: str, beginning: list[int], own: list[int], supervised: int = 
 
 
 def random_dialogues(seed: int, count: int = 12) -> list[Example]:
-    """Return random dialogues with one of three prefixes; one is too short to share."""
+    """Return random dialogues, each with one of three prefixes; the third is too short to share."""
     draw = np.random.default_rng(seed)
     beginnings = [[1] * 30, [*range(2, 2 + MIN_PREFIX_TOKENS)], [3, 4]]
     found = []
@@ -61,7 +61,7 @@ def one_batch(examples: list[Example]) -> list[Example]:
 
 
 def unfolded(batch: MicroBatch) -> list[tuple[list[int], list[int], dict[int, int]]]:
-    """Return each dialogue of a row: its ids, positions, and the targets by place."""
+    """Return for each dialogue of a row its ids, its positions, and its targets by place."""
     ids, places = (batch.model_inputs[name][0].tolist() for name in ("input_ids", "position_ids"))
     targets = dict(zip(batch.positions.tolist(), batch.targets.tolist(), strict=True))
     found, begin = [], 0
@@ -103,7 +103,7 @@ def test_a_token_that_predicts_a_supervised_one_is_not_shared() -> None:
 
 
 def test_groups_that_save_more_apart_are_not_merged() -> None:
-    """Two system prompts with the same first sentence, and a truncated one."""
+    """The prompts are two system prompts with a common first sentence, and a truncated one."""
     first = [dialogue(f"a{n}", [*range(100)], [n] * 5) for n in range(200, 208)]
     second = [dialogue(f"b{n}", [*range(20), *range(300, 380)], [n] * 5) for n in range(200, 208)]
     short = dialogue("c", [*range(25)], [900] * 5)
@@ -155,7 +155,7 @@ def test_gradient_checkpointing_and_an_earlier_evaluation_change_nothing(reentra
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("llama", **SMALL), attn_implementation=implementation(True, False)
     )
-    with torch.inference_mode():  # makes the mask that the backward pass uses
+    with torch.inference_mode():  # creates the mask that the backward pass uses
         expected = supervised_loss_sum(model, SHARING(part, 0)).item()
     loss = supervised_loss_sum(model, ALONE(part, 0))
     plain = gradients(model, loss)
@@ -247,7 +247,7 @@ def test_a_model_whose_tokens_see_later_ones_is_refused() -> None:
 
 @pytest.mark.parametrize("sharing", [False, True])
 def test_a_backward_pass_keeps_no_more_than_of_dialogues_one_by_one(sharing: bool) -> None:
-    """Memory of attention in a row with a group and a single example."""
+    """The memory is that of attention, in a row with a group and a single example."""
     groups = (
         [[16, 100, 100, 100], [0, 300]] if sharing else [[0, 116], [0, 116], [0, 116], [0, 300]]
     )
@@ -266,5 +266,5 @@ def test_a_backward_pass_keeps_no_more_than_of_dialogues_one_by_one(sharing: boo
             layer, row[0], row[1], row[2], None, packed_attention.Row(groups)
         )
     kept.pop(packed_attention._causal(256, torch.float32).untyped_storage().data_ptr(), None)
-    # Queries, keys, values and outputs of 648 tokens, and a number for each head's rows.
+    # Queries, keys, values and outputs of 648 tokens, and one number per head and row.
     assert sum(kept.values()) <= 4 * 648 * (16 * (4 + 2 + 2 + 4) + 4) * 1.01

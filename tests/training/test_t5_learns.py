@@ -1,4 +1,4 @@
-"""A T5 learns a second task with LoRA and new tokens."""
+"""A T5 learns a second task from LoRA and new tokens."""
 
 from pathlib import Path
 

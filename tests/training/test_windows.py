@@ -38,7 +38,7 @@ def run(rank: int, world_size: int, **values: object) -> list[Window]:
 
 
 def seen(window: Window) -> Counter[int]:
-    """Return the examples of a rank's micro-batches, known by their token."""
+    """Return the examples of a rank's micro-batches; an example's token is its number."""
     rows = [row for batch in window.micro_batches for row in batch.model_inputs["input_ids"]]
     return Counter(int(row[0]) for row in rows if row[0] != 0)
 
@@ -96,8 +96,8 @@ def test_each_rank_and_slot_has_its_own_seed() -> None:
 def test_neighbours_in_length_share_a_micro_batch() -> None:
     window = run(0, 1, global_batch_size=11, per_device_train_batch_size=3)[0]
     padded = sum(batch.model_inputs["input_ids"].numel() for batch in window.micro_batches)
-    assert window.tokens == 51  # of 62: the last token of each is only a target
-    assert padded == 60  # 110 as one batch
+    assert window.tokens == 51  # not 62, because the last token of each example is only a target
+    assert padded == 60  # one micro-batch would have 110
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_the_learning_rate_is_transformers_value(name: str, schedule: object, st
 
 
 def padded(parts: list[list[Example]]) -> int:
-    """Return the tokens of these micro-batches, padding included."""
+    """Return the tokens of these micro-batches, with padding."""
     return sum(
         len(part) * sum(max(e.lengths[side] for e in part) for side in range(2)) for part in parts
     )
