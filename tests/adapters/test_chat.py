@@ -147,7 +147,7 @@ def test_a_file_of_questions_becomes_a_file_of_answers(
         ("a.jsonl", '{"prompt": "Hi"}\n{"prompt": ', "line 2: not valid JSON"),
         ("a.jsonl", '{"question": "Hi"}', 'line 1: found {"question": "Hi"}; expected an object'),
         ("a.jsonl", '{"prompt": "Hi", "system": 3}', "line 1: found"),
-        ("a.txt", " \n", "it is empty"),
+        ("a.txt", " \n", "found an empty file"),
         ("none.txt", None, "cannot be read: No such file"),
     ],
 )
@@ -167,7 +167,7 @@ def test_contradictory_flags_are_refused_before_a_model_is_loaded(tmp_path: Path
     for flags, message in {
         ("--prompts", str(file)): "expected both",
         ("--prompts", str(file), "--out", "o", "--prompt", "Hi"): "expected one of them",
-        ("--prompts", str(file), "--out", str(file)): "it is --prompts",
+        ("--prompts", str(file), "--out", str(file)): "the path is --prompts",
     }.items():
         with pytest.raises(UserError, match=message):
             chat.main(flags)

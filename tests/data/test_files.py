@@ -1,4 +1,4 @@
-"""Damaged compressed files are read up to the damage; invalid tables are named."""
+"""Truncated and corrupt compressed files are read as far as possible; invalid tables are named."""
 
 import gzip
 import json

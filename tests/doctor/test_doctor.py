@@ -85,7 +85,10 @@ SEEDED = {
     ),
     "a bad record": ("--data_path {here}/bad.json", 'bad.json: record 1 (id "b"): turn 0 has the'),
     "nothing to learn": ("--model_max_length 8", "dialogues (100.0%) without a supervised token"),
-    "another model's targets": ("--lora_target_modules query", "is named query; expected"),
+    "another model's targets": (
+        "--lora_target_modules query",
+        "found query, which names no module",
+    ),
     "another model's template": ("--template t5", "--template: found t5 with"),
     "no such chat template": ("--chat_template {here}/no.jinja", "no.jinja: cannot be read"),
     "no such adapter": ("--lora_weight_path {here}/no", "adapter_config.json: cannot be read"),

@@ -242,8 +242,8 @@ def test_chat_answers_with_the_reloaded_model(tiny_t5: Path, train: Train) -> No
     [
         (("--template", "vicuna"), r"found vicuna .*an encoder-decoder \(t5\); expected t5"),
         (("--lora_target_modules", "q_proj"), "found q_proj, which names no module of the model"),
-        (("--lora_target_modules", "q", "lm_head"), "found lm_head, which has the rows"),
-        (("--lora_target_modules", "encoder.embed_tokens"), "found encoder.embed_tokens, which"),
+        (("--lora_target_modules", "q", "lm_head"), "found lm_head, whose rows"),
+        (("--lora_target_modules", "encoder.embed_tokens"), "found encoder.embed_tokens, whose"),
     ],
 )
 def test_flags_that_do_not_fit_an_encoder_decoder_are_refused(
