@@ -80,7 +80,7 @@ def test_the_page_shows_every_token_and_marks_supervised_ones(
     twice = command(*show, "--html", page, "--jsonl")
     assert (twice.returncode, "found both" in twice.stderr) == (2, True)
     over = command(*show, "--html", data)
-    assert (over.returncode, "it is the data" in over.stderr) == (2, True)
+    assert (over.returncode, "the path is the data" in over.stderr) == (2, True)
     assert json.loads(data.read_text(encoding="utf-8"))
 
 
