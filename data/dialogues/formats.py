@@ -2,13 +2,12 @@
 
 import json
 import re
-from contextlib import suppress
 from itertools import pairwise
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
+from data.dialogues.conversation import Role
 from data.errors import BadRecord
 
-Role = Literal["system", "user", "assistant", "tool"]
 # All role names that are accepted, in any format.
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -80,16 +79,82 @@ def turn_roles(record: dict[str, Any], surrogates: bool = False) -> list[Role]:
 
 
 def from_sharegpt(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the record, with keys role and content of its turns renamed to from and value."""
+    """Return the record with the system text as a turn, and tool calls and tools as objects."""
     turns = _list(record, "conversations")
     if any(isinstance(turn, dict) and "from" not in turn and "role" in turn for turn in turns):
-        return {**record, "conversations": _turns(turns)}
-    return record
+        turns = _turns(turns)
+    calls = any(isinstance(turn, dict) and turn.get("from") == "function_call" for turn in turns)
+    if turns is record["conversations"] and not calls and not {"system", *TOOL_KEYS} & {*record}:
+        return record
+    turns = [_parsed_call(turn, number) for number, turn in enumerate(turns)]
+    rest = {key: value for key, value in record.items() if key not in ("system", *TOOL_KEYS)}
+    return {**rest, "conversations": _with_system(record, turns), **tools_of(record)}
 
 
 def from_messages(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record of OpenAI messages as ShareGPT; a turn's tool calls follow its text."""
-    return _replaced(record, ("messages",), _turns(_list(record, "messages")))
+    """Return OpenAI messages as ShareGPT; reasoning and tool calls are keys of their turn."""
+    turns = _with_system(record, _turns(_list(record, "messages")))
+    return _replaced(record, ("messages", "system", *TOOL_KEYS), turns, tools_of(record))
+
+
+TOOL_KEYS = ("tools", "functions")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+
+def tools_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record's tool definitions under "tools"; without any no key. Raises BadRecord."""
+    given = next((record[key] for key in TOOL_KEYS if record.get(key)), None)
+    if isinstance(given, str):
+        given = _json(given, '"tools"') if given.strip() else None
+    if not given:
+        return {}
+    if isinstance(given, dict):
+        given = [given]
+    if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
+        found = f'"tools" is {kind(given)}'
+        _bad("invalid tools", f"{found}; expected a list of objects, or one as JSON text")
+    check_json(given, '"tools"')
+    # The older format is the function alone.
+    return {
+        "tools": [tool if "function" in tool else {"type": "function", "function": tool}
+                  for tool in given]
+    }  # fmt: skip
+
+
+def _with_system(record: dict[str, Any], turns: list[Any]) -> list[Any]:
+    """Return the turns after a system turn with the record's system text, if it has any."""
+    text = record.get("system")
+    if text is None or (isinstance(text, str) and not text.strip()):
+        return turns
+    _text(record, "system")
+    if turns and isinstance(turns[0], dict) and ROLES.get(str(turns[0].get("from"))) == "system":
+        if turns[0].get("value") == text:
+            return turns
+        _bad("two system texts", 'found "system" and a system turn; expected one of them')
+    return [{"from": "system", "value": text}, *turns]
+
+
+def _parsed_call(turn: Any, number: int) -> Any:
+    """Return a function_call turn, whose text is JSON in LLaMA-Factory, with tool calls."""
+    if not isinstance(turn, dict) or turn.get("from") != "function_call":
+        return turn
+    thought, _, rest = _text(turn, "value", f"turn {number}: ").rpartition("</think>")
+    try:
+        found = json.loads(rest)
+        calls = calls_of({"tool_calls": found if isinstance(found, list) else [found]}, number)
+    except (ValueError, RecursionError, BadRecord):
+        return turn  # A call in a form of its own, such as `f(1)`, stays text.
+    kept = {key: turn[key] for key in ("train", "weight") if key in turn}
+    thought = thought.strip().removeprefix("<think>").strip() or reasoning_of(turn)
+    reasoning = {"reasoning": thought} if thought else {}
+    return {"from": "gpt", "value": "", **reasoning, "tool_calls": calls, **kept}
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        _bad("invalid JSON text", f"{what} is not valid JSON: {error}; expected JSON")
 
 
 def from_alpaca(record: dict[str, Any]) -> dict[str, Any]:
@@ -119,70 +184,124 @@ def from_alpaca(record: dict[str, Any]) -> dict[str, Any]:
         question += f"\nInput:\n{given}"
     turns.append({"from": "human", "value": question})
     turns.append({"from": "gpt", "value": _text(record, "output")})
-    return _replaced(record, ("instruction", "input", "output", "system", "history"), turns)
+    used = ("instruction", "input", "output", "system", "history", *TOOL_KEYS)
+    return _replaced(record, used, turns, tools_of(record))
+
+
+def to_messages(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a ShareGPT record as OpenAI messages; `from_messages` returns the same record."""
+    turns, messages = record["conversations"], []
+    for number, turn in enumerate(turns):
+        other = ("from", "value", "tool_calls", *REASONING_KEYS)
+        message = {"role": ROLES[turn["from"]], "content": turn["value"]}
+        if reasoning := reasoning_of(turn):
+            message["reasoning_content"] = reasoning
+        if calls := calls_of(turn, number):
+            message["tool_calls"] = [
+                {
+                    **({"id": call["id"]} if "id" in call else {}),
+                    "type": "function",
+                    "function": {"name": call["name"], "arguments": call["arguments"]},
+                }
+                for call in calls
+            ]
+        messages.append({**message, **{k: v for k, v in turn.items() if k not in other}})
+    return {"messages" if k == "conversations" else k: v for k, v in record.items()} | {
+        "messages": messages
+    }
 
 
 def _replaced(
-    record: dict[str, Any], keys: tuple[str, ...], turns: list[dict[str, Any]]
+    record: dict[str, Any],
+    keys: tuple[str, ...],
+    turns: list[dict[str, Any]],
+    more: dict[str, Any],
 ) -> dict[str, Any]:
     kept = {key: value for key, value in record.items() if key not in keys}
     identity = {"id": kept.pop("id")} if "id" in kept else {}
-    return {**identity, "conversations": turns, **kept}
+    return {**identity, "conversations": turns, **kept, **more}
 
 
 def _turns(messages: list[Any]) -> list[dict[str, Any]]:
-    """Return the turns (from and value) of messages (role and content)."""
+    """Return messages with role and content as turns with from and value, and all else they say."""
     turns = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
             expected = 'expected an object with "role" and "content"'
             _bad("turn is not an object", f"turn {number} is {kind(message)}; {expected}")
-        kept = {key: message[key] for key in ("train", "weight") if key in message}
-        speaker = SHAREGPT[_role(message, "role", number)]
-        turns.append({"from": speaker, "value": _content(message, number), **kept})
+        names = ("train", "weight", "name", "tool_call_id")
+        kept = {key: message[key] for key in names if message.get(key) is not None}
+        reasoning = reasoning_of(message)
+        kept |= {"reasoning": reasoning} if reasoning else {}
+        calls = calls_of(message, number)
+        kept |= {"tool_calls": calls} if calls else {}
+        role = _role(message, "role", number)
+        named = message["role"] == "function_call" and not calls
+        text = _content(message, number, empty=bool(calls))
+        turns.append({"from": "function_call" if named else SHAREGPT[role], "value": text, **kept})
     return turns
 
 
-def _content(message: dict[str, Any], number: int) -> str:
-    calls, content = _calls(message, number), message.get("content")
-    parts: list[str] = []
-    if isinstance(content, list):
-        for part in content:
-            found = part.get("type") if isinstance(part, dict) else kind(part)
-            if found != "text":
-                explanation = f"turn {number} has a part {str(found)[:40]!r}; expected text"
-                _bad("part is not text", explanation)
-            parts.append(_text(part, "text", f"turn {number}: a part's "))
-        parts = ["".join(parts)]
-    elif content is not None or not calls:
-        parts = [_text(message, "content", f"turn {number}: ")]
-    return "\n".join([*filter(None, parts), *calls])
+def _content(message: dict[str, Any], number: int, empty: bool) -> str:
+    """Return a message's text; `empty`: there may be none."""
+    content = message.get("content")
+    if content is None and empty:
+        return ""
+    if not isinstance(content, list):
+        return _text(message, "content", f"turn {number}: ")
+    parts = []
+    for part in content:
+        found = part.get("type") if isinstance(part, dict) else kind(part)
+        if found != "text":
+            explanation = f"turn {number} has a part {str(found)[:40]!r}; expected text alone"
+            _bad("part is not text", explanation)
+        parts.append(_text(part, "text", f"turn {number}: a part's "))
+    return "".join(parts)
 
 
-def _calls(message: dict[str, Any], number: int) -> list[str]:
-    """Return a message's tool calls as text; arguments may be an object or a JSON string."""
+def reasoning_of(turn: dict[str, Any]) -> Any:
+    """Return the reasoning of a turn, under any of its names; None if there is none."""
+    return next((turn[key] for key in REASONING_KEYS if turn.get(key)), None)
+
+
+def check_json(value: Any, place: str) -> None:
+    """Raise BadRecord for a value that cannot be written as JSON text, or not in UTF-8."""
+    try:
+        # Within lists: the value may be nested as deep as Python can just write it.
+        if not LONE_SURROGATE.search(json.dumps([[[value]]], ensure_ascii=False)):
+            return
+        found = "has half a surrogate pair"
+    except (TypeError, ValueError, RecursionError) as error:
+        found = f"cannot be written as JSON ({type(error).__name__})"
+    _bad("not valid JSON", f"{place} {found}; expected JSON values")
+
+
+def calls_of(message: dict[str, Any], number: int) -> list[dict[str, Any]]:
+    """Return tool calls as objects with name, arguments as given, and the id if there is one.
+
+    Raises BadRecord.
+    """
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
-        found = f'turn {number}: "tool_calls" is {kind(calls)}'
-        _bad("invalid tool call", f"{found}; expected a list")
+        wrong = f'turn {number}: "tool_calls" is {kind(calls)}'
+        _bad("invalid tool call", f"{wrong}; expected a list")
     if message.get("function_call"):  # the older format: one call
         calls = [*calls, {"function": message["function_call"]}]
-    texts = []
+    found: list[dict[str, Any]] = []
     for call in calls:
         function = call.get("function", call) if isinstance(call, dict) else call
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            expected = "expected an object with a function's name"
+            expected = "expected an object that names a function"
             _bad("invalid tool call", f"turn {number}: a tool call is {kind(call)}; {expected}")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            # A model may write invalid JSON. Such arguments stay a string.
-            with suppress(ValueError, RecursionError):
-                parsed = json.loads(arguments)
-                json.dumps([[[parsed]]])  # fails if it is nested too deeply to be written
-                arguments = parsed
-        named = {"name": function["name"], "arguments": arguments}
-        texts.append(f"<tool_call>\n{json.dumps(named, ensure_ascii=False)}\n</tool_call>")
-    return texts
+        identity = {"id": str(call["id"])} if call.get("id") is not None else {}
+        arguments = function.get("arguments", function.get("parameters", {}))
+        others = {*function} - {"name", "arguments", "parameters", "id", "type", "index"}
+        if filled := [key for key in others if function[key] not in (None, "", [], {})]:
+            explanation = f"turn {number}: a tool call has {', '.join(map(str, sorted(filled)))}"
+            _bad("invalid tool call", f'{explanation}; expected "name" and "arguments"')
+        check_json([identity, function["name"], arguments], f"turn {number}: a tool call")
+        found.append({**identity, "name": function["name"], "arguments": arguments})
+    return found
 
 
 def _list(record: dict[str, Any], key: str) -> list[Any]:
@@ -198,7 +317,11 @@ def _list(record: dict[str, Any], key: str) -> list[Any]:
 def _role(turn: dict[str, Any], key: str, number: int) -> Role:
     role = turn.get(key)
     if not isinstance(role, str) or role not in ROLES:
-        found = f"the role {json.dumps(role, ensure_ascii=False)}" if key in turn else "no role"
+        found = (
+            f"the role {json.dumps(role, ensure_ascii=False, default=str)}"
+            if key in turn
+            else "no role"
+        )
         _bad("unknown role", f"turn {number} has {found[:80]}; expected {', '.join(ROLES)}")
     return ROLES[role]
 
@@ -234,7 +357,7 @@ def until_empty(turns: Turns) -> Turns:
     """Return the turns before the first empty turn; an empty system turn is only left out."""
     if turns and speaker(turns[0]) == "system" and not turns[0]["value"].strip():
         turns = turns[1:]
-    filled = [bool(turn["value"].strip()) for turn in turns]
+    filled = [bool(turn["value"].strip() or turn.get("tool_calls")) for turn in turns]
     return turns[: filled.index(False)] if False in filled else turns
 
 

@@ -1,6 +1,5 @@
 """Reads and validates ShareGPT dialogues; an error message names file, record and remedy."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,49 +8,36 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from data.dialogues.formats import AFTER, SHAREGPT, Role, as_sharegpt, turn_roles
+from data.dialogues.conversation import Dialogue, Role, ToolCall, Turn
+from data.dialogues.formats import (
+    AFTER,
+    SHAREGPT,
+    as_sharegpt,
+    calls_of,
+    check_json,
+    kind,
+    reasoning_of,
+    tools_of,
+    turn_roles,
+)
+from data.dialogues.keys import is_meaningful, unused_keys
 from data.errors import BadRecord, UserError
 from data.files.read import find_files, read_records
 
 IDS_PER_CAUSE = 5  # ids that are kept and printed for each cause
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One message of a dialogue; `supervised` matters only for an assistant turn."""
-
-    role: Role
-    text: str
-    supervised: bool = True
-
-
-@dataclass(frozen=True)
-class Dialogue:
-    """The turns of a dialogue, a user turn first.
-
-    id: the record's id, or its index in the file.
-    system: text of a leading system turn; it replaces the template's system text.
-    """
-
-    id: str
-    turns: tuple[Turn, ...]
-    system: str | None = None
-
-    @property
-    def share(self) -> float:
-        """A number in [0, 1) that depends only on the content."""
-        system = [] if self.system is None else [["system", self.system]]
-        return share_of([*system, *([turn.role, turn.text] for turn in self.turns)])
+OnBadRecord = Literal["fail", "skip"]
 
 
 @dataclass
 class Tally:
     """Counts of records; read = kept + dropped.
 
-    dropped: dropped records by cause. noted: changes by kind.
-    named: the first ids that were dropped for each cause.
-    answers: supervised answers. ended: supervised answers that are trained including EOS.
-    sources: number of dialogues of each source, in order.
+    dropped: by cause. noted: alterations. named: the first ids of each cause.
+    answers: supervised answers; ended: those that are trained including EOS.
+    sources: dialogues of each source, in order. closers: answers by the token that closes them.
+    unused: records by the key that is not used.
     """
 
     read: int = 0
@@ -62,6 +48,8 @@ class Tally:
     answers: int = 0
     ended: int = 0
     sources: list[int] = field(default_factory=list)
+    closers: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
 
     def drop(self, cause: str, identity: str) -> None:
         """Count a record as dropped."""
@@ -76,6 +64,8 @@ class Tally:
         self.answers, self.ended = self.answers + other.answers, self.ended + other.ended
         self.dropped.update(other.dropped)
         self.noted.update(other.noted)
+        self.closers.update(other.closers)
+        self.unused.update(other.unused)
         for cause, ids in other.named.items():
             self.named[cause] = [*self.named.get(cause, []), *ids][:IDS_PER_CAUSE]
 
@@ -85,7 +75,13 @@ class Tally:
         text += f" ({causes})" if causes else ""
         if self.answers:
             text += f"; {self.ended} of {self.answers} answers trained incl. EOS"
-        return text + "".join(f"; {note}: {n}" for note, n in sorted(self.noted.items()))
+            names = " or ".join(map(repr, sorted(self.closers)))
+            text += f" ({names})" if names else ""
+        text += "".join(f"; {note}: {n}" for note, n in sorted(self.noted.items()))
+        lost = {key: count for key, count in sorted(self.unused.items()) if is_meaningful(key)}
+        text += "".join(f'; "{key}" not used: {count}' for key, count in lost.items())
+        others = [key for key in sorted(self.unused) if key not in lost]
+        return text + (f"; other keys: {', '.join(others)}"[:200] if others else "")
 
     def _cause(self, cause: str) -> str:
         count, named = self.dropped[cause], self.named.get(cause, [])[:IDS_PER_CAUSE]
@@ -148,33 +144,35 @@ def dialogues_of(
         tally.read += 1
         number = place.rpartition(" ")[2]
         try:
-            dialogue, skipped_first = _parse_record(record, number, empty_answers)
+            dialogue, skipped_first = _parse_record(record, place, empty_answers)
         except BadRecord as bad:
             if on_bad_record == "fail":
-                raise UserError(
-                    f"{place}{_identity(record)}: {bad}. "
-                    "Correct the record, or drop all such records with --on_bad_record skip."
-                ) from None
+                raise bad_record_error(f"{place}{_identity(record)}", None, bad) from None
             tally.drop(bad.cause, _id(record, number))
             continue
         tally.noted.update(["first turn not human, skipped"] if skipped_first else [])
+        tally.unused.update(unused_keys(record))
         yield _last_only(dialogue) if train_on == "last" else dialogue
 
 
-def share_of(content: Sequence[Sequence[str]]) -> float:
-    """Return a number in [0, 1) that depends on roles and texts; low numbers are held out."""
-    digest = hashlib.sha256(json.dumps(content).encode()).digest()
-    return int.from_bytes(digest[:8]) / 2**64
+def bad_record_error(place: str, identity: str | None, bad: BadRecord) -> UserError:
+    """Return the error for a bad record that is not skipped."""
+    named = f' (id "{identity}")' if identity is not None else ""
+    return UserError(
+        f"{place}{named}: {str(bad).rstrip('.')}. "
+        "Correct the record, or drop all such records with --on_bad_record skip."
+    )
 
 
 def _last_only(dialogue: Dialogue) -> Dialogue:
-    """Return the dialogue with only its last answer supervised."""
-    answers = [n for n, turn in enumerate(dialogue.turns) if turn.role == "assistant"]
-    turns = tuple(
-        replace(turn, supervised=turn.supervised and n == max(answers, default=-1))
+    """Return the dialogue with only the last of its supervised answers."""
+    turns = enumerate(dialogue.turns)
+    answers = [n for n, turn in turns if turn.role == "assistant" and turn.supervised]
+    trained = tuple(
+        replace(turn, supervised=n == max(answers, default=-1))
         for n, turn in enumerate(dialogue.turns)
     )
-    return replace(dialogue, turns=turns)
+    return replace(dialogue, turns=trained)
 
 
 def _id(record: Any, number: str) -> str:
@@ -184,10 +182,12 @@ def _id(record: Any, number: str) -> str:
 
 def _identity(record: Any) -> str:
     has_id = isinstance(record, dict) and record.get("id") is not None
-    return f" (id {json.dumps(record['id'], ensure_ascii=False)[:80]})" if has_id else ""
+    return (
+        f" (id {json.dumps(record['id'], ensure_ascii=False, default=str)[:80]})" if has_id else ""
+    )
 
 
-def _parse_record(record: Any, number: str, empty_answers: bool) -> tuple[Dialogue, bool]:
+def _parse_record(record: Any, place: str, empty_answers: bool) -> tuple[Dialogue, bool]:
     """Return the dialogue, and whether a leading assistant turn was skipped."""
     if isinstance(record, BadRecord):
         raise record
@@ -196,8 +196,8 @@ def _parse_record(record: Any, number: str, empty_answers: bool) -> tuple[Dialog
     if not turns:
         _bad("no turns", '"conversations" is empty; expected a human turn and a gpt turn')
     parsed = [
-        _turn(turn, role, place, empty_answers)
-        for place, (turn, role) in enumerate(zip(turns, roles, strict=True))
+        parse_turn(turn, role, number, empty_answers)
+        for number, (turn, role) in enumerate(zip(turns, roles, strict=True))
     ]
     system = parsed.pop(0).text if parsed[0].role == "system" else None
     # FastChat skips it too: dialogues scraped in mid-thread often begin with an answer.
@@ -209,19 +209,53 @@ def _parse_record(record: Any, number: str, empty_answers: bool) -> tuple[Dialog
     if parsed[0].role != "user":
         found = f'turn {offset} is "{SHAREGPT[parsed[0].role]}"'
         _bad("turns do not alternate", f'{found}; expected "human"')
-    for place, (before, turn) in enumerate(pairwise(parsed), offset + 1):
+    for number, (before, turn) in enumerate(pairwise(parsed), offset + 1):
         if turn.role not in AFTER[before.role]:
-            found = f'turn {place} is "{SHAREGPT[turn.role]}" after "{SHAREGPT[before.role]}"'
+            found = f'turn {number} is "{SHAREGPT[turn.role]}" after "{SHAREGPT[before.role]}"'
             expected = " or ".join(f'"{SHAREGPT[role]}"' for role in AFTER[before.role])
             _bad("turns do not alternate", f"{found}; expected {expected}")
-    return Dialogue(_id(record, number), tuple(parsed), system), skip
+    arguments = record.get("chat_template_kwargs") or {}
+    if not isinstance(arguments, dict):
+        found = f'"chat_template_kwargs" is {kind(arguments)}'
+        _bad("template arguments are not an object", f"{found}; expected an object")
+    check_json(arguments, '"chat_template_kwargs"')
+    tools = tuple(tools_of(record).get("tools", ()))
+    identity = _id(record, place.rpartition(" ")[2])
+    return Dialogue(identity, with_tool_names(parsed), system, tools, arguments, place), skip
 
 
-def _turn(turn: dict[str, Any], role: Role, number: int, empty_answers: bool) -> Turn:
-    text = turn["value"]
-    if not text.strip() and not (empty_answers and role == "assistant"):
+def with_tool_names(turns: list[Turn]) -> tuple[Turn, ...]:
+    """Return the turns with the name of its tool on each result, where the calls decide it."""
+    named, calls, results = [], list[ToolCall](), 0
+    for turn in turns:
+        if turn.role == "assistant":
+            calls, results = [*turn.calls], 0
+        elif turn.role == "tool":
+            same = [call for call in calls if turn.call_id is not None and call.id == turn.call_id]
+            found = same or (calls[results : results + 1] if turn.call_id is None else [])
+            name = turn.name or next((call.name for call in found), None)
+            turn, results = replace(turn, name=name), results + 1
+        named.append(turn)
+    return tuple(named)
+
+
+def parse_turn(turn: dict[str, Any], role: Role, number: int, empty_answers: bool) -> Turn:
+    """Return a turn of a ShareGPT record; raises BadRecord."""
+    text, reasoning = turn["value"], reasoning_of(turn)
+    given = calls_of(turn, number)
+    calls = tuple(ToolCall(call["name"], call["arguments"], call.get("id")) for call in given)
+    may_be_empty = role == "assistant" and (empty_answers or calls)
+    if not text.strip() and not may_be_empty:
         _bad("empty value", f'turn {number}: "value" is empty; expected text')
-    return Turn(role, text, _is_supervised(turn, number))
+    if not isinstance(reasoning, str | None):
+        found = f'"reasoning" is {kind(reasoning)}'
+        _bad("value is not text", f"turn {number}: {found}; expected a string")
+    if role != "assistant" and (calls or reasoning):
+        _bad("turn of another role", f"turn {number}: found reasoning or calls of {role}")
+    more = [turn.get("name"), turn.get("tool_call_id")]
+    check_json([reasoning, *more], f"turn {number}")
+    name, call_id = (None if one is None else str(one) for one in more)
+    return Turn(role, text, _is_supervised(turn, number), reasoning, calls, name, call_id)
 
 
 def _is_supervised(turn: dict[str, Any], number: int) -> bool:

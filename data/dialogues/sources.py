@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from data.dialogues.sharegpt import Dialogue, Tally
+from data.dialogues.conversation import Dialogue
+from data.dialogues.sharegpt import Tally
 from data.errors import UserError
 from data.files.read import find_files, kind_of
 

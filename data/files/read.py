@@ -131,7 +131,7 @@ def _parquet(path: Path) -> Iterator[Any]:
     try:
         with parquet.ParquetFile(path) as opened:
             for batch in opened.iter_batches(batch_size=ROWS_AT_ONCE):
-                yield from batch.to_pylist()
+                yield from map(_as_written, batch.to_pylist())
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a complete Parquet file: {error}.") from None
 
@@ -150,13 +150,28 @@ def _arrow(path: Path) -> Iterator[Any]:
                 batches = pa.ipc.open_stream(mapped)
             for batch in batches:
                 for start in range(0, batch.num_rows, ROWS_AT_ONCE):
-                    yield from batch.slice(start, ROWS_AT_ONCE).to_pylist()
+                    rows = batch.slice(start, ROWS_AT_ONCE).to_pylist()
+                    yield from map(_as_written, rows)
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if getattr(
             error, "errno", None
         ):  # an I/O error; the error for a truncated file has no errno
             raise
         raise UserError(f"{path}: not a complete Arrow file: {error}.") from None
+
+
+def _as_written(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a table's row without the keys that Arrow has added to its structs.
+
+    All structs of a column have the same keys: a key that one lacks becomes null.
+    """
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def plain(value: Any) -> Any:
