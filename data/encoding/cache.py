@@ -24,19 +24,22 @@ from typing import IO, Any, overload
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.dialogues.sharegpt import Dialogue, Tally
+from data.dialogues.conversation import Dialogue
+from data.dialogues.sharegpt import Tally
 from data.encoding.encode import Example
 from data.errors import RunError, UserError
 from data.files.lock import locked
 
-FORMAT = "lora-loop encoded data 4"  # raise the number when the layout of a file changes
+FORMAT = "lora-loop encoded data 5"  # raise it when the layout of a file changes
 OURS = FORMAT[:22].encode()
 # Ids depend on the key, on these modules of the package, and on these libraries.
 ROOT = Path(__file__).parents[1]  # the package `data`
 CODE = (
     *("errors", "files/read", "files/json_stream"),
-    *("dialogues/formats", "dialogues/sharegpt", "dialogues/sources"),
-    *("encoding/control_tokens", "encoding/encode", "encoding/seq2seq", "encoding/templates"),
+    *("dialogues/conversation", "dialogues/formats", "dialogues/keys", "dialogues/sharegpt"),
+    "dialogues/sources",
+    *("encoding/chat_answers", "encoding/chat_template", "encoding/control_tokens"),
+    *("encoding/encode", "encoding/encoder", "encoding/seq2seq", "encoding/templates"),
     *("encoding/token_offsets", "encoding/tokenizer"),
 )
 LIBRARIES = ("tokenizers", "transformers")
@@ -49,8 +52,10 @@ COLUMNS = {
     "record": pa.int64(),
     "is_pair": pa.bool_(),
     "share": pa.float64(),
+    "turn": pa.int32(),
 }
 SCHEMA = pa.schema([*COLUMNS.items()])
+COUNTERS = ("dropped", "noted", "closers", "unused")  # of a tally
 SIDES = ("input_ids", "labels")
 PLACE, CHECKSUM = 8, 4  # bytes at the end of a file: offset and checksum of its last part
 
@@ -75,8 +80,11 @@ class Examples(Sequence[Example]):
         self.reader = pa.ipc.open_file(source[:end])
         last = self.reader.num_record_batches - 1
         found = self.reader.get_batch_with_custom_metadata(last)[1]
-        read, kept, dropped, noted, *rest = json.loads(found[b"tally"])
-        self.tally = Tally(read, kept, Counter(dropped), Counter(noted), *rest)
+        tally = json.loads(found[b"tally"])
+        counters = {
+            name: Counter(tally[name]) for name in ("dropped", "noted", "closers", "unused")
+        }
+        self.tally = Tally(**{**tally, **counters})
         self.parts: list[list[int]] = json.loads(found[b"parts"])
         self.total = int(found[b"count"])
         self.key = json.loads(self.reader.schema.metadata[b"key"])
@@ -98,7 +106,7 @@ class Examples(Sequence[Example]):
         number, row = divmod(place, BATCH)
         values = [column[row] for column in self._batch(number).columns]
         ids, labels = (value.values.to_numpy().tolist() for value in values[1:3])
-        name, *rest = (values[n].as_py() for n in (0, 3, 4, 5, 6))
+        name, *rest = (values[n].as_py() for n in (0, 3, 4, 5, 6, 7))
         return Example(name, ids, labels, *rest)
 
     def held_out(self, fraction: float) -> tuple["Examples", "Examples"]:
@@ -258,8 +266,8 @@ def _write(file: Any, key: dict[str, Any], batches: Iterable[Any], tally: Tally)
             count += batch.num_rows
             writer.write_batch(batch)
             sink.end_part()
-        # The tally is complete only now, so it is metadata of a last, empty batch.
-        last = {"tally": json.dumps([*vars(tally).values()]), "count": str(count)}
+        # The tally is known only at the end: it is metadata of an empty batch.
+        last = {"tally": json.dumps(vars(tally)), "count": str(count)}
         last["parts"] = json.dumps(sink.parts)
         writer.write_batch(_arrow([]), custom_metadata=last)
     sink.write(sink.begin.to_bytes(PLACE, "little"))

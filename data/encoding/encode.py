@@ -1,19 +1,28 @@
 """Encodes dialogues as token ids and labels; the places of the tokens decide the labels."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress, count, islice
-from typing import Any
+from typing import Any, TypeVar
 
-from data.dialogues.sharegpt import Dialogue, Tally
-from data.encoding.control_tokens import Encoder
-from data.encoding.templates import Rendered, Span, TemplateName, render
+from data.dialogues.conversation import Dialogue
+from data.dialogues.sharegpt import OnBadRecord, Tally, bad_record_error
+from data.encoding.chat_answers import Span
+from data.encoding.encoder import Encoder
+from data.encoding.templates import (
+    DEFAULT,
+    Rendered,
+    RenderSettings,
+    TemplateName,
+    render_examples,
+)
 from data.encoding.token_offsets import Placed, Places
-from data.errors import UserError
+from data.errors import BadRecord, UserError
 
+T = TypeVar("T")
 IGNORE_INDEX = -100
 ENCODE_BATCH = 128  # dialogues per tokenizer call: enough to keep its threads busy
 
@@ -31,7 +40,8 @@ class Example:
     supervised_tokens: int
     record: int = 0  # index of the dialogue among those that the reader keeps
     is_pair: bool = False
-    share: float = 0.0  # the dialogue's number in [0, 1); low numbers are held out
+    share: float = 0.0  # of the dialogue, in [0, 1): decides whether it is held out
+    turn: int | None = None  # index of the message, for an example of one answer of a dialogue
 
     @cached_property
     def lengths(self) -> tuple[int, int]:
@@ -75,52 +85,91 @@ def encode_dialogues(
     tokenizer: Any,
     max_length: int,
     tally: Tally,
+    settings: RenderSettings = DEFAULT,
+    on_bad_record: OnBadRecord = "fail",
 ) -> Iterator[Example]:
     """Yield encoded dialogues, truncated on the right to `max_length` tokens.
 
-    A dialogue without a supervised token is dropped. Raises UserError for a tokenizer without
-    character offsets, and for an answer that does not end with a control token.
+    Raises UserError for a tokenizer without character offsets, and for a dialogue that the template
+    cannot show unless `on_bad_record` is "skip".
     """
     check_fast(tokenizer)
     encoder = Encoder(tokenizer)
-    for begin, batch, rendered, encoded in _encoded_ahead(dialogues, template, encoder):
-        rows = zip(batch, rendered, encoded, strict=True)
-        for record, (dialogue, item, (ids, spans, placed)) in enumerate(rows, begin):
-            cut = ids[:max_length]
-            labels, ends = label(cut, placed, spans)
-            _count_ends(dialogue, ends, len(spans), len(ids) > max_length, encoder, tally)
-            if len(ids) > max_length:
-                tally.noted[f"cut at {max_length} tokens"] += 1
-            supervised = len(labels) - labels.count(IGNORE_INDEX)
-            if supervised:
-                tally.kept += 1
-                share = dialogue.share
-                yield Example(dialogue.id, cut, labels, supervised, record, share=share)
-            else:
-                tally.drop(_why_unsupervised(item, max_length), dialogue.id)
+
+    def rendered(dialogue: Dialogue) -> list[Rendered]:
+        try:
+            return render_examples(dialogue, template, tokenizer, settings)
+        except BadRecord as bad:
+            if on_bad_record == "fail":
+                raise bad_record_error(dialogue.place, dialogue.id, bad) from None
+            tally.drop(bad.cause, dialogue.id)
+            return []
+
+    for record, dialogue, rows in _encoded_ahead(dialogues, rendered, encoder):
+        made = [*_examples(record, dialogue, rows, max_length, encoder, tally)]
+        if made:
+            tally.kept += 1
+            tally.noted.update(["dialogues with an example for each answer"] * (len(rows) > 1))
+        else:
+            has_answer = any(item.spans for item, _ in rows)
+            tally.drop(_why_unsupervised(has_answer, max_length), dialogue.id)
+        yield from made
+
+
+Rows = list[tuple[Rendered, Placed]]
+
+
+def _examples(
+    record: int,
+    dialogue: Dialogue,
+    rows: Rows,
+    max_length: int,
+    encoder: Encoder,
+    tally: Tally,
+) -> Iterator[Example]:
+    """Yield the examples of a dialogue that have a supervised token; count its answers."""
+    share = dialogue.share
+    for item, (ids, spans, placed) in rows:
+        cut = ids[:max_length]
+        labels, ends = label(cut, placed, spans)
+        tally.answers += item.answers
+        tally.noted.update(item.notes)
+        _count_ends(dialogue, item, ends, encoder, tally)
+        if len(ids) > max_length:
+            tally.noted[f"cut at {max_length} tokens"] += 1
+        if supervised := len(labels) - labels.count(IGNORE_INDEX):
+            yield Example(dialogue.id, cut, labels, supervised, record, share=share, turn=item.turn)
 
 
 def _encoded_ahead(
-    dialogues: Iterable[Dialogue], template: TemplateName, encoder: Encoder
-) -> Iterator[tuple[int, list[Dialogue], list[Rendered], list[Placed]]]:
-    """Yield encoded batches with the index of their first dialogue.
+    dialogues: Iterable[Dialogue], render: Callable[[Dialogue], list[Rendered]], encoder: Encoder
+) -> Iterator[tuple[int, Dialogue, Rows]]:
+    """Yield each dialogue with its index and its encoded texts; a thread encodes the next batch.
 
-    A thread encodes the next batch while the caller uses one.
+    A dialogue that was dropped has no texts and is left out.
     """
+
+    def joined(begin: int, batch: list[Dialogue], texts: list[list[Rendered]], encoded: Any) -> Any:
+        placed = iter(encoded.result())
+        for record, (dialogue, items) in enumerate(zip(batch, texts, strict=True), begin):
+            if items:
+                yield record, dialogue, [(item, next(placed)) for item in items]
+
     with ThreadPoolExecutor(1) as other:
         waiting = None
         for begin, batch in batches(dialogues):
-            rendered = [render(dialogue, template, encoder.tokenizer) for dialogue in batch]
-            following = begin, batch, rendered, other.submit(encoder, rendered)
+            texts = [render(dialogue) for dialogue in batch]
+            flat = [item for items in texts for item in items]
+            following = begin, batch, texts, other.submit(encoder, flat)
             if waiting:
-                yield *waiting[:3], waiting[3].result()
+                yield from joined(*waiting)
             waiting = following
         if waiting:
-            yield *waiting[:3], waiting[3].result()
+            yield from joined(*waiting)
 
 
-def batches(dialogues: Iterable[Dialogue]) -> Iterator[tuple[int, list[Dialogue]]]:
-    """Yield batches of ENCODE_BATCH dialogues, each with the index of its first dialogue."""
+def batches(dialogues: Iterable[T]) -> Iterator[tuple[int, list[T]]]:
+    """Yield batches of ENCODE_BATCH dialogues, each with the index of its first."""
     rest, begin = iter(dialogues), 0
     while batch := [*islice(rest, ENCODE_BATCH)]:
         yield begin, batch
@@ -137,27 +186,23 @@ def check_fast(tokenizer: Any) -> None:
 
 
 def _count_ends(
-    dialogue: Dialogue, ends: list[int], answers: int, cut: bool, encoder: Encoder, tally: Tally
+    dialogue: Dialogue, item: Rendered, ends: list[int], encoder: Encoder, tally: Tally
 ) -> None:
-    """Count the answers, and those whose end token is supervised.
-
-    Raises UserError for an answer without a control token at its end, unless it is truncated.
-    """
-    tally.answers += answers
-    tally.ended += len(ends)
+    """Count the answers whose closing token is supervised: all but the truncated ones."""
+    closers = [end for end in ends if end in encoder.control_ids]
+    tally.ended += len(closers)
+    tally.closers.update(map(encoder.name_of, closers))
     other = next((end for end in ends if end not in encoder.control_ids), None)
-    if other is not None or (len(ends) < answers and not cut):
-        found = "nothing" if other is None else repr(encoder.tokenizer.convert_ids_to_tokens(other))
+    if other is not None and len(item.ends) == item.answers and not item.cuts:
         raise UserError(
-            f"dialogue {dialogue.id}: found {found} at an answer's end; expected a control token, "
-            "so that the model learns to end an answer. Use another --template."
+            f"dialogue {dialogue.id}: found {encoder.name_of(other)!r} at an answer's end; "
+            "expected a control token of the tokenizer, with which the model ends an answer. Use "
+            "another --template."
         )
 
 
-def _why_unsupervised(rendered: Rendered, max_length: int) -> str:
-    if rendered.spans:
-        return f"no supervised token within {max_length}"
-    return "no answer to supervise"
+def _why_unsupervised(has_answer: bool, max_length: int) -> str:
+    return f"no supervised token within {max_length}" if has_answer else "no answer to supervise"
 
 
 def label(

@@ -5,9 +5,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data.dialogues.sharegpt import Dialogue, Tally
+from data.dialogues.conversation import Dialogue
+from data.dialogues.sharegpt import OnBadRecord, Tally, bad_record_error
 from data.encoding.encode import Example, batches, check_fast
-from data.encoding.templates import T5_SYSTEM, Rendered, render
+from data.encoding.templates import (
+    DEFAULT,
+    T5_SYSTEM,
+    Rendered,
+    RenderSettings,
+    plain_text,
+    render,
+)
+from data.errors import BadRecord
 
 DROPPED_IDS = 5  # like FastChat, a pair is dropped if a side has so few ids or fewer
 SHORT = f"pairs of {DROPPED_IDS} ids or fewer on a side, dropped"
@@ -32,15 +41,23 @@ NO_LIMIT = PairLimits(LONGEST, LONGEST, keep_header=False)
 
 
 def encode_pairs(
-    dialogues: Iterable[Dialogue], tokenizer: Any, limits: PairLimits, fastchat: bool, tally: Tally
+    dialogues: Iterable[Dialogue],
+    tokenizer: Any,
+    limits: PairLimits,
+    fastchat: bool,
+    tally: Tally,
+    settings: RenderSettings = DEFAULT,
+    on_bad_record: OnBadRecord = "fail",
 ) -> Iterator[Example]:
     """Yield a pair for each supervised answer: `input_ids` is the source, `labels` the target.
 
-    Raises UserError for a tokenizer without character offsets.
+    Raises UserError for a tokenizer without character offsets, and for a dialogue that the template
+    cannot show unless `on_bad_record` is "skip".
     """
     check_fast(tokenizer)
     encode = _fastchat_pairs if fastchat else _pairs
-    for record, (dialogue, pairs) in enumerate(encode(dialogues, tokenizer, limits, tally)):
+    shown = _shown(dialogues, settings, on_bad_record, tally)
+    for record, dialogue, pairs in encode(shown, tokenizer, limits, tally):
         kept = [pair for pair in pairs if min(map(len, pair)) > DROPPED_IDS]
         tally.noted.update([SHORT] * (len(pairs) - len(kept)))
         tally.noted.update([UNKNOWN for _, target in kept if tokenizer.unk_token_id in target])
@@ -58,16 +75,32 @@ def encode_pairs(
 Pairs = list[tuple[list[int], list[int]]]
 
 
-def _pairs(
-    dialogues: Iterable[Dialogue], tokenizer: Any, limits: PairLimits, tally: Tally
-) -> Iterator[tuple[Dialogue, Pairs]]:
-    """Yield each dialogue with its pairs.
+def _shown(
+    dialogues: Iterable[Dialogue],
+    settings: RenderSettings,
+    on_bad_record: OnBadRecord,
+    tally: Tally,
+) -> Iterator[tuple[int, Dialogue, Rendered]]:
+    """Yield each dialogue that the template can show, with its index and its text."""
+    for record, dialogue in enumerate(dialogues):
+        try:
+            yield record, dialogue, render(dialogue, "t5", None, settings)
+        except BadRecord as bad:
+            if on_bad_record == "fail":
+                raise bad_record_error(dialogue.place, dialogue.id, bad) from None
+            tally.drop(bad.cause, dialogue.id)
 
-    A dialogue is encoded once, for all its sources. Each answer is encoded again, as a target.
-    """
+
+def _pairs(
+    shown: Iterable[tuple[int, Dialogue, Rendered]],
+    tokenizer: Any,
+    limits: PairLimits,
+    tally: Tally,
+) -> Iterator[tuple[int, Dialogue, Pairs]]:
+    """Yield each dialogue with its pairs; the dialogue is encoded once, each answer once more."""
     before, after = _special_ids(tokenizer)
-    for _, batch in batches(dialogues):
-        rendered = [render(dialogue, "t5", tokenizer) for dialogue in batch]
+    for _, batch in batches(shown):
+        rendered = [item for _, _, item in batch]
         answers = [item.text[start:end] for item in rendered for start, end in item.spans]
         targets = iter(_ids(tokenizer, answers) if answers else [])
         encoded = tokenizer(
@@ -77,8 +110,8 @@ def _pairs(
             return_offsets_mapping=True,
             verbose=False,
         )
-        columns = zip(batch, rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        for dialogue, item, ids, offsets in columns:
+        columns = zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        for (record, dialogue, item), ids, offsets in columns:
             ends, pairs = [end for _, end in offsets], []
             for span in item.spans:
                 source = _before(item, span[0], ids, ends, tokenizer)
@@ -87,7 +120,7 @@ def _pairs(
                 source = _cut_source(source, header, room, tally)
                 target = _cut_target(next(targets), before, after, limits.target, tally)
                 pairs.append(([*before, *source, *after], target))
-            yield dialogue, pairs
+            yield record, dialogue, pairs
 
 
 def _before(
@@ -142,16 +175,19 @@ def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _fastchat_pairs(
-    dialogues: Iterable[Dialogue], tokenizer: Any, limits: PairLimits, tally: Tally
-) -> Iterator[tuple[Dialogue, Pairs]]:
-    """Yield the same pairs as FastChat 0.2.36 (train_flant5.py), including its errors.
+    shown: Iterable[tuple[int, Dialogue, Rendered]],
+    tokenizer: Any,
+    limits: PairLimits,
+    tally: Tally,
+) -> Iterator[tuple[int, Dialogue, Pairs]]:
+    """Yield the pairs of FastChat 0.2.36 (train_flant5.py), including its misplaced cuts.
 
     Each piece is also tokenized alone, and its length locates its turn. A length counts as at most
     the source limit minus one. So all places after a longer turn are wrong. An answer ends with a
     newline.
     """
     end, most = [tokenizer.eos_token_id], limits.source
-    for dialogue in dialogues:
+    for record, dialogue, _ in shown:
         pieces = [(dialogue.system or T5_SYSTEM) + "\n\n"]
         for number, turn in enumerate(dialogue.turns):
             last = number == len(dialogue.turns) - 1
@@ -159,7 +195,7 @@ def _fastchat_pairs(
                 question = f"### Human: {turn.text}\n### Assistant: "
                 pieces.append(turn.text if last else question)
             else:
-                pieces.append(f"{turn.text}\n")
+                pieces.append(f"{plain_text(turn)[0]}\n")
         ids = _ids(tokenizer, ["".join(pieces)], control_tokens=True)[0]
         encoded = _ids(tokenizer, pieces, control_tokens=True)
         lengths = [min(len(piece), most - 1) for piece in encoded]
@@ -169,4 +205,4 @@ def _fastchat_pairs(
                 source = ids[:start][-most:]
                 pairs.append((source + end, ids[start : start + length][:most] + end))
             start += length
-        yield dialogue, pairs
+        yield record, dialogue, pairs

@@ -1,20 +1,27 @@
 """Renders a dialogue as text, with the character spans that are supervised."""
 
-import re
-from dataclasses import dataclass
-from datetime import date
+import json
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain, islice
 from typing import Any, Literal
 
-from jinja2 import TemplateError
+import yaml
 
-from data.dialogues.sharegpt import Dialogue, Turn
-from data.errors import UserError
+from data.dialogues.conversation import Dialogue, Turn
+from data.encoding.chat_answers import (
+    Answer,
+    MultiTurn,
+    Shown,
+    Span,
+    answers_of,
+    prompt_of,
+    whole_text,
+)
+from data.encoding.chat_template import ChatTemplate
+from data.errors import BadRecord, UserError
 
 TemplateName = Literal["vicuna", "chat", "t5"]
-Span = tuple[int, int]
-Messages = list[dict[str, str]]
 
 # FastChat 0.2.36, fastchat/conversation.py, `vicuna_v1.1`.
 VICUNA_SYSTEM = (
@@ -32,12 +39,13 @@ T5_NAMES = {"user": "Human", "tool": "Tool"}
 
 @dataclass(frozen=True)
 class Rendered:
-    """A dialogue as text; all spans are half-open and in characters.
+    """A text with the half-open character spans that are supervised.
 
-    spans: the supervised text.
-    add_special_tokens: whether the tokenizer has to add BOS or EOS.
-    messages: the text of each message, in order; the template adds the rest.
-    header: length of the header (system text) of the t5 template.
+    add_special_tokens: whether the tokenizer has to add BOS or EOS. messages: the spans in which
+    text like a control token is only text. header: length of the t5 template's header in
+    characters. cuts: places at which the text is tokenised apart, the ends of prompts. turn: index
+    of the answer's message in a text for one answer. answers: supervised answers; ends: of each
+    that is trained to its end, the place of the end. notes: what the account counts.
     """
 
     text: str
@@ -45,6 +53,30 @@ class Rendered:
     add_special_tokens: bool
     messages: tuple[Span, ...] = ()
     header: int = 0
+    cuts: tuple[int, ...] = ()
+    turn: int | None = None
+    answers: int = 0
+    ends: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RenderSettings:
+    """What decides how a dialogue is rendered, beside the template and the tokenizer.
+
+    arguments: a JSON object of arguments of the chat template. chat_template_name: of a tokenizer
+    with several. multi_turn: see `answers_of`. train_on_reasoning, train_on_tool_calls: whether
+    these parts of an answer are supervised.
+    """
+
+    arguments: str = "{}"
+    chat_template_name: str | None = None
+    multi_turn: MultiTurn | None = None
+    train_on_reasoning: bool = True
+    train_on_tool_calls: bool = True
+
+
+DEFAULT = RenderSettings()
 
 
 def default_template(tokenizer: Any) -> TemplateName:
@@ -52,58 +84,156 @@ def default_template(tokenizer: Any) -> TemplateName:
     return "chat" if tokenizer.chat_template else "vicuna"
 
 
-def render(dialogue: Dialogue, template: TemplateName, tokenizer: Any) -> Rendered:
-    """Render a dialogue; an answer's span includes the token that ends it."""
-    if template == "vicuna":
-        return _render_vicuna(dialogue, tokenizer)
-    if template == "t5":
-        return _render_t5(dialogue)
-    return _render_chat(dialogue, tokenizer)
-
-
-def render_text(dialogue: Dialogue, template: TemplateName, tokenizer: Any) -> Rendered:
-    """Render a dialogue for its length; no spans with a chat template, which is faster."""
+def render_examples(
+    dialogue: Dialogue,
+    template: TemplateName,
+    tokenizer: Any,
+    settings: RenderSettings = DEFAULT,
+) -> list[Rendered]:
+    """Return the texts to train a decoder on: one, or one for each answer; raises BadRecord."""
     if template != "chat":
-        return render(dialogue, template, tokenizer)
-    text = _apply(tokenizer, _messages(dialogue))
+        return [render(dialogue, template, tokenizer, settings)]
+    shown = answers_of(dialogue, chat_template(tokenizer, settings), settings.multi_turn)
+    each = len(shown) > 1
+    return [_supervise(one, settings, each) for one in shown]
+
+
+def render(
+    dialogue: Dialogue,
+    template: TemplateName,
+    tokenizer: Any,
+    settings: RenderSettings = DEFAULT,
+) -> Rendered:
+    """Render a dialogue once; an answer's span includes the token that ends it.
+
+    Raises BadRecord for what the template cannot show.
+    """
+    if template == "vicuna":
+        return _render_vicuna(dialogue, tokenizer, settings)
+    if template == "t5":
+        return _render_t5(dialogue, settings)
+    return render_examples(dialogue, "chat", tokenizer, replace(settings, multi_turn="whole"))[0]
+
+
+def render_text(
+    dialogue: Dialogue,
+    template: TemplateName,
+    tokenizer: Any,
+    settings: RenderSettings = DEFAULT,
+) -> Rendered:
+    """Render a dialogue without spans: faster if only its length is needed."""
+    if template != "chat":
+        return render(dialogue, template, tokenizer, settings)
+    text = whole_text(dialogue, chat_template(tokenizer, settings))
     return Rendered(text, (), add_special_tokens=False)
 
 
 def prompt(
-    turns: tuple[Turn, ...], template: TemplateName, tokenizer: Any, system: str | None = None
+    dialogue: Dialogue,
+    template: TemplateName,
+    tokenizer: Any,
+    settings: RenderSettings = DEFAULT,
 ) -> Rendered:
-    """Render turns, the last by the user, and the generation prompt; without spans.
-
-    system: replaces the template's system text.
-    """
-    dialogue = Dialogue("", turns, system)
+    """Render a dialogue that ends before an answer, with the generation prompt."""
     if template == "vicuna":
-        text = _render_vicuna(dialogue, tokenizer).text
-        return Rendered(text + "ASSISTANT:", (), add_special_tokens=True)
+        rendered = _render_vicuna(dialogue, tokenizer, settings)
+        return replace(rendered, text=rendered.text + "ASSISTANT:", spans=())
     if template == "t5":
-        return _render_t5(dialogue)
-    text = _apply(tokenizer, _messages(dialogue), generation=True)
-    return Rendered(text, (), add_special_tokens=False)
+        return _render_t5(dialogue, settings)
+    shown = prompt_of(dialogue, chat_template(tokenizer, settings))
+    return Rendered(shown.text, (), add_special_tokens=False, messages=shown.literal)
 
 
-def _render_vicuna(dialogue: Dialogue, tokenizer: Any) -> Rendered:
+def template_arguments(given: str | None) -> str:
+    """Return --chat_template_kwargs, JSON or YAML text, as JSON text; raises UserError."""
+    if not given:
+        return "{}"
+    try:
+        arguments = yaml.safe_load(given)
+        if isinstance(arguments, dict) and all(isinstance(key, str) for key in arguments):
+            return json.dumps(arguments, sort_keys=True)
+    except (yaml.YAMLError, TypeError, ValueError):
+        pass
+    raise UserError(
+        f"--chat_template_kwargs: found {given[:80]!r}; expected an object, such as "
+        "'{\"enable_thinking\": false}'."
+    )
+
+
+def chat_template(tokenizer: Any, settings: RenderSettings = DEFAULT) -> ChatTemplate:
+    """Return the tokenizer's chat template with its arguments; raises UserError."""
+    return _chat_template(
+        tokenizer, str(tokenizer.chat_template), settings.arguments, settings.chat_template_name
+    )
+
+
+@lru_cache(maxsize=8)
+def _chat_template(tokenizer: Any, _text: str, arguments: str, name: str | None) -> ChatTemplate:
+    return ChatTemplate(tokenizer, json.loads(arguments), name)
+
+
+def _supervise(shown: Shown, settings: RenderSettings, each: bool) -> Rendered:
+    """Return the text with the spans of the answers that the settings train."""
+    spans, ends = [], []
+    for answer in shown.answers:
+        start, end = _trained_part(answer, settings)
+        if start < end:
+            spans.append((start, end))
+            ends += [end] if end == answer.end else []
+    return Rendered(
+        shown.text,
+        tuple(spans),
+        add_special_tokens=False,
+        messages=shown.literal,
+        cuts=tuple(answer.start for answer in shown.answers),
+        turn=shown.answers[0].turn if each else None,
+        answers=len(spans),
+        ends=tuple(ends),
+        notes=shown.notes,
+    )
+
+
+def _trained_part(answer: Answer, settings: RenderSettings) -> Span:
+    """Return the span that is supervised; without tool calls it ends before them."""
+    start, end = answer.start, answer.end
+    if not settings.train_on_reasoning:
+        start = answer.reasoning[1]
+    if not settings.train_on_tool_calls and answer.calls[0] < answer.calls[1]:
+        end = answer.calls[0]
+    return start, end
+
+
+def _render_vicuna(dialogue: Dialogue, tokenizer: Any, settings: RenderSettings) -> Rendered:
+    _check_tools(dialogue, "vicuna")
     text, spans = (dialogue.system or VICUNA_SYSTEM) + " ", []
     messages = [(0, len(text) - 1)]
     for turn in dialogue.turns:
         text += f"{turn.role.upper()}:"
-        # The span includes the space, because SentencePiece joins it to the answer's first word.
-        start, end = len(text), len(text) + 1 + len(turn.text)
-        messages.append((start + 1, end))
+        shown, start, end = plain_text(turn, settings)
+        # The space belongs to the answer: SentencePiece joins it to the first word.
+        begin = len(text)
+        messages.append((begin + 1, begin + 1 + len(shown)))
         if turn.role != "assistant":
-            text += f" {turn.text} "
+            text += f" {shown} "
             continue
-        text += f" {turn.text}{tokenizer.eos_token}"
-        if turn.supervised:
-            spans.append((start, len(text)))
-    return Rendered(text, tuple(spans), add_special_tokens=True, messages=tuple(messages))
+        text += f" {shown}{tokenizer.eos_token}"
+        if turn.supervised and start < max(end, 1):
+            first = begin + 1 + start if start else begin
+            spans.append((first, len(text) if end == len(shown) else begin + 1 + end))
+    answers = len(spans)
+    ends = tuple(end for _, end in spans)
+    return Rendered(
+        text,
+        tuple(spans),
+        add_special_tokens=True,
+        messages=tuple(messages),
+        answers=answers,
+        ends=ends,
+    )
 
 
-def _render_t5(dialogue: Dialogue) -> Rendered:
+def _render_t5(dialogue: Dialogue, settings: RenderSettings) -> Rendered:
+    _check_tools(dialogue, "t5")
     text = header = (dialogue.system or T5_SYSTEM) + "\n\n"
     spans, generation_prompt = [], "### Assistant: "
     for turn in dialogue.turns:
@@ -111,164 +241,47 @@ def _render_t5(dialogue: Dialogue) -> Rendered:
             text = text.removesuffix(generation_prompt) if turn.role == "tool" else text
             text += f"### {T5_NAMES[turn.role]}: {turn.text}\n{generation_prompt}"
             continue
-        if not text.endswith(generation_prompt):  # a second answer in a row
-            text += generation_prompt
+        text += (
+            "" if text.endswith(generation_prompt) else generation_prompt
+        )  # a second answer in a row
+        shown, start, end = plain_text(turn, settings)
+        shown = shown[start:end]  # A target is supervised as a whole.
         if turn.supervised:
-            spans.append((len(text), len(text) + len(turn.text)))
-        text += f"{turn.text}\n"
+            spans.append((len(text), len(text) + len(shown)))
+        text += f"{shown}\n"
     return Rendered(text, tuple(spans), add_special_tokens=True, header=len(header))
 
 
-def _render_chat(dialogue: Dialogue, tokenizer: Any) -> Rendered:
-    """Render with the chat template; an answer's span ends after the next control token."""
-    messages = _messages(dialogue)
-    text = _apply(tokenizer, messages)
-    shown = _locate_by_marks(text, messages, tokenizer) or _locate_by_changes(
-        dialogue, text, tokenizer
-    )
-    end_token, spans = control_tokens(tokenizer), []
-    skipped = len(messages) - len(dialogue.turns)
-    for number, (start, end) in enumerate(shown):
-        if messages[number]["role"] != "assistant":
-            continue
-        # The control token that ends an answer is before the text of the next turn.
-        later = (span[0] for span in shown[number + 1 :] if span[0] < span[1])
-        limit = min(later, default=len(text))
-        closing = end_token.search(text, end, limit)
-        if start == end or closing is None:
-            fault = "does not show" if start == end else "writes no control token after"
-            raise UserError(
-                f"dialogue {dialogue.id}: the model's chat template {fault} the answer in turn "
-                f"{number}, so this answer cannot be supervised. Use --template vicuna."
-            )
-        if dialogue.turns[number - skipped].supervised:
-            spans.append((start, closing.end()))
-    written = tuple((start, end) for start, end in shown if start < end)
-    return Rendered(text, tuple(spans), add_special_tokens=False, messages=written)
+def plain_text(turn: Turn, settings: RenderSettings = DEFAULT) -> tuple[str, int, int]:
+    """Return a turn as text for a template without places of its own, and its trained part.
 
-
-def _locate_by_marks(text: str, messages: Messages, tokenizer: Any) -> list[Span] | None:
-    """Return the span of each message, found with marks; None if the check of the marks fails.
-
-    The template is rendered with a mark in place of each message. Then each mark is replaced by its
-    message, unchanged or stripped. The result must equal the text.
+    The reasoning comes first in <think> tags, the tool calls last, each as JSON in <tool_call>
+    tags.
     """
-    between = _between(tokenizer, tokenizer.chat_template, tuple(m["role"] for m in messages))
-    if between is None:
-        return None
-    for written in ([m["content"] for m in messages], [m["content"].strip() for m in messages]):
-        if "".join(x + y for x, y in zip(between, [*written, ""], strict=True)) != text:
-            continue
-        spans, end = [], 0
-        for before, content in zip(between, written, strict=False):
-            start = end + len(before)
-            end = start + len(content)
-            spans.append((start, end))
-        return spans
-    return None
+    thought = f"<think>\n{turn.reasoning}\n</think>\n\n" if turn.reasoning else ""
+    calls = "".join(f"{_call_text(call.name, call.arguments)}\n" for call in turn.calls)
+    calls = calls.removesuffix("\n")
+    separator = "\n" * bool(calls and turn.text)
+    text = f"{thought}{turn.text}{separator}{calls}"
+    start = 0 if settings.train_on_reasoning else len(thought)
+    end = len(text)
+    if calls and not settings.train_on_tool_calls:
+        end -= len(separator) + len(calls)
+    return text, start, end
 
 
-@lru_cache(maxsize=256)
-def _between(tokenizer: Any, template: str, roles: tuple[str, ...]) -> tuple[str, ...] | None:
-    """Return the template's text before, between and after messages of these roles.
-
-    Returns None for a template that repeats, moves or drops a message.
-    """
-    marks = unused_characters(template, len(roles))
-    marked = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-    between = re.split(f"([{''.join(marks)}])", _apply(tokenizer, marked))
-    return tuple(between[::2]) if between[1::2] == marks else None
+def _call_text(name: str, arguments: Any) -> str:
+    if isinstance(arguments, str):
+        with suppress(ValueError, RecursionError):  # A model may write invalid JSON.
+            arguments = json.loads(arguments)
+    call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+    return f"<tool_call>\n{call}\n</tool_call>"
 
 
-def _locate_by_changes(dialogue: Dialogue, text: str, tokenizer: Any) -> list[Span]:
-    """Return the span of each message: the text that changes if the message is replaced.
-
-    Raises UserError for a template that shows a message in more than one place.
-    """
-    messages, stand_in = _messages(dialogue), unused_characters(text, 1)[0]
-    shown: list[Span] = []
-    for number in range(len(messages)):
-        changed = [*messages]
-        changed[number] = {**messages[number], "content": stand_in}
-        start, end = _difference(text, _apply(tokenizer, changed))
-        if start < end and shown and start < max(end for _, end in shown):
-            raise UserError(
-                f"dialogue {dialogue.id}: the model's chat template shows turn {number} in more "
-                "than one place, so answers cannot be located. Use --template vicuna."
-            )
-        shown.append((start, end))
-    return shown
-
-
-def _messages(dialogue: Dialogue) -> Messages:
-    system = [] if dialogue.system is None else [Turn("system", dialogue.system)]
-    return [{"role": turn.role, "content": turn.text} for turn in (*system, *dialogue.turns)]
-
-
-def _apply(tokenizer: Any, messages: Messages, generation: bool = False) -> str:
-    if not tokenizer.chat_template:
-        raise UserError("this tokenizer has no chat template. Use --template vicuna.")
-    try:
-        text: str = tokenizer.apply_chat_template(
-            messages,
-            chat_template=_dated(tokenizer.chat_template),
-            tokenize=False,
-            add_generation_prompt=generation,
+def _check_tools(dialogue: Dialogue, template: str) -> None:
+    if dialogue.tools:
+        raise BadRecord(
+            "not shown by the template",
+            f"found {len(dialogue.tools)} tool definitions, which template {template} has no place "
+            "for; expected none. Use a model with a chat template for tools",
         )
-    except TemplateError as error:
-        raise UserError(
-            f"the model's chat template refuses a dialogue of {len(messages)} turns: {error}. "
-            "Use --template vicuna, or remove the refused turn (often the system turn)."
-        ) from None
-    return text
-
-
-@lru_cache(maxsize=1)
-def _dated(template: str) -> str:
-    """Return the template with a fixed date (Llama 3's default) instead of the current date.
-
-    With the current date, a run that is resumed on another day would have other ids.
-    """
-    return re.sub(
-        r"strftime_now\(\s*(['\"])(.*?)\1\s*\)",
-        lambda call: repr(date(2024, 7, 26).strftime(call[2])),
-        template,
-    )
-
-
-def unused_characters(text: str, count: int) -> list[str]:
-    """Return `count` private-use characters that are not in the text.
-
-    Raises UserError if the text leaves too few.
-    """
-    private = chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
-    found = [*islice((char for char in map(chr, private) if char not in text), count)]
-    if len(found) < count:
-        raise UserError(
-            f"a dialogue of {len(text):,} characters has nearly all private-use characters; "
-            f"expected {count} unused ones. Remove the dialogue."
-        )
-    return found
-
-
-def _difference(text: str, changed: str) -> tuple[int, int]:
-    """Return the span of `text` between the prefix and the suffix that `changed` shares.
-
-    >>> _difference("<a>yes</a><b>", "<a>?</a><b>")
-    (3, 6)
-    """
-    start, shortest = 0, min(len(text), len(changed))
-    while start < shortest and text[start] == changed[start]:
-        start += 1
-    end = 0
-    while end < shortest - start and text[-1 - end] == changed[-1 - end]:
-        end += 1
-    return start, len(text) - end
-
-
-@lru_cache(maxsize=8)  # called for each dialogue
-def control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Return a pattern that matches the tokenizer's control tokens, longer ones first."""
-    added = tokenizer.added_tokens_decoder.values()
-    names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")

@@ -5,10 +5,12 @@ none. Each text is verified: it must equal the concatenated bytes of its tokens.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
-from data.encoding.templates import Rendered, Span
+from data.encoding.chat_answers import Span
+from data.encoding.templates import Rendered
 
 # Starts and ends (exclusive) of all tokens, in characters or in bytes. Both never decrease.
 Places = tuple[Sequence[int], Sequence[int]]
@@ -25,6 +27,45 @@ def places(offsets: Sequence[Span]) -> Places:
         return (), ()
     starts, ends = (tuple(accumulate(side, max)) for side in zip(*offsets[:count], strict=True))
     return starts, ends
+
+
+class Anchor(NamedTuple):
+    """Text before a piece that continues another one, and the ids of the anchor, to be removed."""
+
+    text: str
+    ids: list[int]
+
+
+CONTINUATIONS = ("a", " a", "\na", "\n\na", "  a")
+
+
+def anchor_of(tokenizer: Any, control: str, **how: Any) -> Anchor | None:
+    """Return an anchor after which every text has the tokens of its own characters.
+
+    SentencePiece adds a space before a text, and a newline may merge with the next one. control: a
+    token that merges with nothing. None: there is no such anchor, so texts are not cut.
+    """
+    encode = partial(tokenizer, add_special_tokens=False, verbose=False, **how)
+    bytes_of = _BytesOf(tokenizer)
+    for text in ("", control, "\n"):
+        ids = encode(text)["input_ids"] if text else []
+        for sample in CONTINUATIONS:
+            found = encode(text + sample)["input_ids"]
+            rest = b"".join(bytes_of[one] for one in found[len(ids) :])
+            if found[: len(ids)] != ids or rest != sample.encode():
+                break
+        else:
+            return Anchor(text, ids)
+    return None
+
+
+def pieces_of(item: Rendered, anchor: Anchor | None) -> list[str]:
+    """Return the pieces of the text between its cuts, all but the first after the anchor."""
+    if not item.cuts or anchor is None:
+        return [item.text]
+    bounds = pairwise((0, *item.cuts, len(item.text)))
+    first, *others = (item.text[begin:end] for begin, end in bounds)
+    return [first, *(anchor.text + piece for piece in others)]
 
 
 class Tiles:
@@ -44,16 +85,22 @@ class Tiles:
         # Numbers of ids that the tokenizer adds before and after a text.
         self.before, self.after = before or 0, len(outer) - len(inner) - (before or 0)
         self.usable &= before is not None
+        self.anchor = anchor_of(tokenizer, str(tokenizer.eos_token))
 
     def encode(self, items: Sequence[Rendered], split_special_tokens: bool) -> list[Placed | None]:
         """Return ids, spans and places in bytes for each text; None if the bytes differ from it."""
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = split_special_tokens
-        add = items[0].add_special_tokens
-        texts = [item.text for item in items]
-        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=add)
-        found = [self._placed(item, one.ids) for item, one in zip(items, encoded, strict=True)]
+        own = items[0].add_special_tokens
+        texts = [piece for item in items for piece in pieces_of(item, self.anchor)]
+        encoded = iter(self.backend.encode_batch_fast(texts, add_special_tokens=own))
+        skip, found = len(self.anchor.ids) if self.anchor else 0, list[Placed | None]()
+        for item in items:
+            ids = next(encoded).ids
+            for _ in item.cuts if self.anchor else ():
+                ids += next(encoded).ids[skip:]
+            found.append(self._placed(item, ids))
         self.usable = 2 * found.count(None) <= len(found)
         return found
 

@@ -199,7 +199,8 @@ def test_tool_calls_that_cannot_be_written_as_json_stay_text() -> None:
         function = {"name": "f", "arguments": "[" * levels + "]" * levels}
         call = {"role": "assistant", "tool_calls": [{"function": function}]}
         made = as_sharegpt({"messages": [{"role": "user", "content": "Hi"}, call]})
-        assert "[" * levels in made["conversations"][1]["value"]
+        (kept,) = made["conversations"][1]["tool_calls"]
+        assert kept == function
 
 
 def test_a_chunk_ends_at_a_limit_of_characters_or_of_records(tmp_path: Path) -> None:

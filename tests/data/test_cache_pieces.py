@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from data.dialogues.sharegpt import Dialogue, Tally, read_dialogues
+from data.dialogues.conversation import Dialogue
+from data.dialogues.sharegpt import Tally, read_dialogues
 from data.encoding.cache import Encode, encode_in_pieces, in_memory, read_cache
 from data.encoding.encode import Example, encode_dialogues
 from data.encoding.seq2seq import PairLimits, encode_pairs

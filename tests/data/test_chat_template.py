@@ -94,9 +94,9 @@ def test_the_template_is_saved_with_the_adapter_and_identifies_the_run(
         ("{% for m in messages %}", "line 1: not valid Jinja"),
         ("a\n{{ m. }}", "line 2: not valid Jinja"),
         (b"\xff\xfe", "not UTF-8"),
-        ("{{ raise_exception('No.') }}", "refuses a dialogue of 2 turns: No"),
-        ("{{ messages[0].content }}", "does not show the answer in turn 1"),
-        ("{{ messages[0].nothing.at_all }}", "refuses a dialogue"),
+        ("{{ raise_exception('No.') }}", "fails with TemplateError: No"),
+        ("{{ messages[0].content }}", r"does not show turn 1 \(assistant\)"),
+        ("{{ messages[0].nothing.at_all }}", "fails with UndefinedError"),
     ],
 )
 def test_an_invalid_template_is_refused(

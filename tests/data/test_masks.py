@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from data.dialogues.sharegpt import Dialogue, Tally, Turn
+from data.dialogues.conversation import Dialogue, Turn
+from data.dialogues.sharegpt import Tally
 from data.encoding.encode import IGNORE_INDEX, Example, encode_dialogues, label
 from data.encoding.templates import TemplateName, prompt, render
 from data.encoding.token_offsets import places
-from data.errors import UserError
+from data.errors import BadRecord, UserError
 from loop.config.flags import DUMMY_DATA
 from tests.support.helpers import dialogues_in
 
@@ -90,7 +91,7 @@ def test_a_system_turn_replaces_the_templates_own(chat_tokenizer: Any) -> None:
     assert "SmolLM" not in rendered.text
     assert [rendered.text[a:b] for a, b in rendered.spans] == ["Yo<|im_end|>"]
     refusing = with_template(chat_tokenizer, "{{ raise_exception('System role not supported') }}")
-    with pytest.raises(UserError, match="refuses a dialogue of 3 turns: System role not supported"):
+    with pytest.raises(BadRecord, match="fails with TemplateError: System role not supported"):
         render(brief, "chat", refusing)
 
 
@@ -104,34 +105,28 @@ def test_a_chat_template_that_trims_and_decorates_answers_is_followed_exactly(
     tokenizer = with_template(chat_tokenizer, trimming)
     rendered = render(dialogue("Hi", "  yes\n", "yes", "  yes"), "chat", tokenizer)
     pieces = [rendered.text[start:end] for start, end in rendered.spans]
-    assert pieces == ["yes<|im_end|>", "yes<|im_end|>"]
+    # The prompt ends with the question: the template has no generation prompt.
+    assert pieces == [" <think>\n\n</think>yes<|im_end|>"] * 2
 
 
 @pytest.mark.parametrize(
     ("template", "complaint"),
     [
-        (
-            "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
-            "no control token after",
-        ),
-        # Only the last answer is followed by a control token.
-        (
-            "{% for m in messages %}{{ m['content'] }}\n{% endfor %}<|im_end|>",
-            "no control token after",
-        ),
+        # A prompt ends with the control token, and so does an answer: it is not its continuation.
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}<|im_end|>", "opens the answer"),
         ("{% for m in messages %}{{ m['role'] }}<|im_end|>{% endfor %}", "does not show"),
         # The template repeats the answer as a title.
         (
             "{{ messages[1]['content'] }}{% for m in messages %}{{ m['content'] }}<|im_end|>"
             "{% endfor %}",
-            "more than one place",
+            "fails with",
         ),
     ],
 )
 def test_a_chat_template_without_exact_spans_is_refused(
     template: str, complaint: str, chat_tokenizer: Any
 ) -> None:
-    with pytest.raises(UserError, match=f"(?s){complaint}.*--template vicuna"):
+    with pytest.raises(BadRecord, match=f"(?s){complaint}.*--template vicuna"):
         render(dialogue("Hi", "Yo", "a", "b"), "chat", with_template(chat_tokenizer, template))
 
 
@@ -167,7 +162,7 @@ def test_the_prompt_is_the_dialogue_up_to_the_answer(chat_tokenizer: Any) -> Non
     whole = dialogue("Hi", "Yo", "And?", "So")
     for template in ("vicuna", "chat"):
         rendered = render(whole, template, chat_tokenizer)
-        asked = prompt(whole.turns[:3], template, chat_tokenizer)
+        asked = prompt(Dialogue("d", whole.turns[:3]), template, chat_tokenizer)
         assert rendered.text.startswith(asked.text)
         assert len(asked.text) == rendered.spans[-1][0]
 

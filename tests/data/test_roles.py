@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dialogues.sharegpt import Dialogue, Tally, Turn
-from data.encoding.control_tokens import Encoder
+from data.dialogues.conversation import Dialogue, Turn
+from data.dialogues.sharegpt import Tally
 from data.encoding.encode import IGNORE_INDEX, Example, encode_dialogues, label
+from data.encoding.encoder import Encoder
 from data.encoding.templates import TemplateName, render
 from data.errors import UserError
 from tests.support.helpers import dialogues_in

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from data.dialogues.sharegpt import Dialogue, Tally
+from data.dialogues.conversation import Dialogue
+from data.dialogues.sharegpt import Tally
 from data.encoding.encode import IGNORE_INDEX, Example, encode_dialogues
 from data.encoding.seq2seq import SHORT, PairLimits, encode_pairs
 from data.encoding.templates import TemplateName

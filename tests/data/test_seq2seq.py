@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from data.dialogues.sharegpt import Dialogue, Tally, Turn
+from data.dialogues.conversation import Dialogue, Turn
+from data.dialogues.sharegpt import Tally
 from data.encoding.encode import Example
 from data.encoding.seq2seq import SHORT, UNKNOWN, PairLimits, encode_pairs
 from data.encoding.templates import T5_SYSTEM, render

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from data.dialogues.sharegpt import Dialogue, Tally, Turn
+from data.dialogues.conversation import Dialogue, Turn
+from data.dialogues.sharegpt import Tally
 from data.dialogues.sources import Source, parse_source, weighted
 from data.errors import UserError
 from data.files.read import read_records

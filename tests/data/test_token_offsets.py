@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dialogues.sharegpt import Dialogue, Turn
-from data.encoding.control_tokens import Encoder
+from data.dialogues.conversation import Dialogue, Turn
 from data.encoding.encode import label
+from data.encoding.encoder import Encoder
 from data.encoding.templates import Rendered, TemplateName, render
 from data.encoding.token_offsets import Tiles
 from tests.data.test_roles import TRAPS

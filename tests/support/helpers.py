@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.profiler import profile
 
-from data.dialogues.sharegpt import Dialogue, Tally, read_dialogues
+from data.dialogues.conversation import Dialogue
+from data.dialogues.sharegpt import Tally, read_dialogues
 
 ROOT = Path(__file__).resolve().parents[2]
 HANG = 900.0  # seconds; on any machine, a process that runs longer hangs
