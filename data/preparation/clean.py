@@ -5,10 +5,12 @@ Cleaning is idempotent: the rules for messages are repeated until nothing change
 
 import argparse
 import difflib
+import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from data.dialogues.formats import (
     Turns,
     alternate,
     as_sharegpt,
+    calls_of,
     from_first_user,
+    reasoning_of,
     speaker,
     to_last_answer,
     turn_roles,
@@ -128,6 +132,8 @@ def clean(settings: Settings, record: Any, place: str) -> Result:
         digests.append(("duplicate id", digest(["id", identity])))
     if "content" in settings.rules:
         content = [part for turn in turns for part in (speaker(turn), turn["value"])]
+        more = [record.get("tools"), *map(reasoning_of, turns), *map(calls_of, turns, count())]
+        content += [json.dumps(more)] if any(more) else []
         digests.append(("duplicate content", digest(content)))
     return Result(
         identity,
@@ -148,7 +154,9 @@ def _cleaned(turns: Turns, settings: Settings) -> tuple[Turns, set[str]]:
         noted |= {"trim"} if len(turns) < before else set()
     cleaned: Turns = []
     for turn in turns:
-        text, changed = _settled(turn["value"], settings)
+        # The text of a tool is no prose: markup and blanks are part of its result.
+        how = replace(settings, rules=()) if speaker(turn) == "tool" else settings
+        text, changed = _settled(turn["value"], how)
         noted |= changed
         cleaned.append(turn if text == turn["value"] else {**turn, "value": text})
     if "empty" in settings.rules:

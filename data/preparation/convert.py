@@ -1,9 +1,9 @@
-"""`python -m data convert`: converts dialogues of a known format to ShareGPT."""
+"""`python -m data convert`: converts dialogues of a known format to ShareGPT or messages."""
 
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from data.dialogues.formats import (
     from_messages,
     from_sharegpt,
     kind,
+    to_messages,
     turn_roles,
 )
 from data.errors import BadRecord, UserError
@@ -30,11 +31,12 @@ class Settings:
     format: str
     columns: tuple[tuple[str, str], ...]
     oasst_paths: Literal["best", "all"]
+    to: Literal["sharegpt", "messages"] = "sharegpt"
 
 
 def flags() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    command = parser("convert", "Convert dialogues of a known format to ShareGPT.")
+    command = parser("convert", "Convert dialogues of a known format to ShareGPT or messages.")
     own = command.add_argument_group("convert")
     own.add_argument("--format", choices=FORMATS, default="auto", help="auto: by the record's keys")
     own.add_argument(
@@ -45,6 +47,10 @@ def flags() -> argparse.ArgumentParser:
         "--oasst_paths", choices=("best", "all"), default="best",
         help="best: the best-ranked reply at each turn; all: one dialogue per final answer",
     )  # fmt: skip
+    own.add_argument(
+        "--to", choices=("sharegpt", "messages"), default="sharegpt",
+        help="messages: in the format of OpenAI's chat completions",
+    )  # fmt: skip
     return command
 
 
@@ -52,7 +58,7 @@ def main(argv: list[str]) -> None:
     """Convert the files; raises UserError."""
     given = flags().parse_args(argv)
     format_ = "columns" if given.columns and given.format == "auto" else given.format
-    settings = Settings(format_, _columns(given.columns, format_), given.oasst_paths)
+    settings = Settings(format_, _columns(given.columns, format_), given.oasst_paths, given.to)
     job = Job(
         name="convert",
         inputs=given.inputs,
@@ -84,7 +90,14 @@ def _columns(words: list[str], format_: str) -> tuple[tuple[str, str], ...]:
 
 
 def convert(settings: Settings, record: Any, place: str) -> Result:
-    """Return the record's dialogues in ShareGPT format; raises BadRecord."""
+    """Return the record's dialogues in the format of --to; raises BadRecord."""
+    result = _as_sharegpt(settings, record, place)
+    if settings.to == "messages":
+        return replace(result, records=tuple(map(to_messages, result.records)))
+    return result
+
+
+def _as_sharegpt(settings: Settings, record: Any, place: str) -> Result:
     number = place.rpartition(" ")[2]
     tree = isinstance(record, dict) and isinstance(record.get("prompt"), dict)
     if settings.format == "oasst" or (settings.format == "auto" and tree):

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.dialogues.sharegpt import Dialogue, Tally, dialogues_of
+from data.dialogues.conversation import Dialogue
+from data.dialogues.sharegpt import Tally, dialogues_of
 from data.encoding.encode import IGNORE_INDEX, Example, encode_dialogues
 from data.encoding.seq2seq import LONGEST, NO_LIMIT, encode_pairs
 from data.encoding.templates import TemplateName

@@ -6,14 +6,15 @@ import json
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from data.dialogues.formats import ROLES, Role, as_sharegpt, turn_roles
-from data.dialogues.sharegpt import Dialogue, Tally, Turn, share_of
-from data.encoding.control_tokens import Encoder
+from data.dialogues.conversation import Dialogue, Role, share_of
+from data.dialogues.formats import ROLES, as_sharegpt, turn_roles
+from data.dialogues.sharegpt import Tally, parse_turn, with_tool_names
+from data.encoding.encoder import Encoder
 from data.encoding.seq2seq import NO_LIMIT, encode_pairs
 from data.encoding.templates import TemplateName, render, render_text
 from data.encoding.tokenizer import add_flags, load_tokenizer, template_of
@@ -33,6 +34,7 @@ class Settings:
     long_round: Literal["truncate", "drop"]
     held_out: float
     chat_template: str | None = None
+    tools: str = "[]"  # of the dialogue, as JSON text
 
     @property
     def kind(self) -> tuple[str, TemplateName, str | None]:
@@ -123,6 +125,8 @@ def split(settings: Settings, record: Any, place: str) -> Result:
     system, rounds, left_out = _rounds(record["conversations"], roles)
     noted = ["dialogues", *["turn before the first question left out"] * left_out]
     pieces, dropped = [], 0
+    # Rounds with the definitions of the tools, which go with every piece.
+    settings = replace(settings, tools=json.dumps(record.get("tools") or []))
     for first, end in _pieces(settings, system, [turns for _, turns in rounds]):
         start, turns = rounds[first][0], [turn for _, some in rounds[first:end] for turn in some]
         if first == end and settings.long_round == "truncate":
@@ -152,7 +156,11 @@ def _rounds(turns: Turns, roles: list[Role]) -> tuple[Turns, list[Round], int]:
 
 def _share(turns: Turns, roles: list[Role]) -> float:
     """Return a number in [0, 1) that depends only on the dialogue's content."""
-    return share_of([[role, turn["value"]] for role, turn in zip(roles, turns, strict=True)])
+    parsed = [
+        parse_turn(turn, role, n, True)
+        for n, (turn, role) in enumerate(zip(turns, roles, strict=True))
+    ]
+    return share_of([turn.content for turn in parsed])
 
 
 def _pieces(settings: Settings, system: Turns, rounds: list[Turns]) -> Iterator[tuple[int, int]]:
@@ -218,13 +226,11 @@ class _Encoded:
 def _encoded(settings: Settings, turns: Turns) -> _Encoded:
     """Encode a dialogue like training, as far as is needed to decide whether it fits."""
     tokenizer = load_tokenizer(*settings.kind)
-    parsed = [Turn(ROLES[turn["from"]], turn["value"]) for turn in turns]
+    parsed = [parse_turn(turn, ROLES[turn["from"]], n, True) for n, turn in enumerate(turns)]
     system = parsed.pop(0).text if parsed[0].role == "system" else None
-    try:
-        dialogue = Dialogue("", tuple(parsed), system)
-        rendered = render_text(dialogue, settings.template, tokenizer)
-    except UserError as error:
-        raise _refused(error) from None
+    tools = tuple(json.loads(settings.tools))
+    dialogue = Dialogue("", with_tool_names(parsed), system, tools)
+    rendered = render_text(dialogue, settings.template, tokenizer)
     text, special = rendered.text, rendered.add_special_tokens
     if settings.template == "t5":
         tokens = tokenizer(text, add_special_tokens=False, verbose=False)
@@ -245,16 +251,12 @@ def _encoded(settings: Settings, turns: Turns) -> _Encoded:
     if encoded_characters == len(text) and any(
         encoder.pattern.search(turn.text) for turn in parsed
     ):
-        # The text of a control token becomes several tokens (data/encoding/control_tokens.py).
+        # Text that looks like a control token is several tokens (data/encoding/encoder.py).
         try:
             length = len(encoder([render(dialogue, settings.template, tokenizer)])[0][0])
         except UserError as error:
-            raise _refused(error) from None
+            raise BadRecord("refused by the template", str(error).rstrip(".")) from None
     return _Encoded(text, encoded_characters, tokens, length)
-
-
-def _refused(error: UserError) -> BadRecord:
-    return BadRecord("refused by the template", str(error).rstrip("."))
 
 
 def _positions(dialogue: _Encoded, rounds: list[Turns]) -> list[int]:

@@ -63,19 +63,18 @@ def test_messages_keep_weights_parts_tools_and_their_calls() -> None:
         {"role": "tool", "content": "2", "tool_call_id": "x"},
         {"role": "assistant", "content": "Two.", "tool_calls": [call], "train": False},
     ]
-    made = as_sharegpt({"messages": messages, "tools": ["sum"], "id": 7})
-    first = '<tool_call>\n{"name": "sum", "arguments": {"a": 1, "b": "é"}}\n</tool_call>'
-    second = '<tool_call>\n{"name": "sum", "arguments": "{a"}\n</tool_call>'
+    made = as_sharegpt({"messages": messages, "tools": [{"name": "sum"}], "id": 7})
+    first, second = (one["function"] for one in (call, broken))
     assert made == {
         "id": 7,
         "conversations": [
             {"from": "system", "value": "Be brief."},
             {"from": "human", "value": "1+1"},
-            {"from": "gpt", "value": f"{first}\n{second}", "weight": 0},
-            {"from": "tool", "value": "2"},
-            {"from": "gpt", "value": f"Two.\n{first}", "train": False},
+            {"from": "gpt", "value": "", "tool_calls": [first, second], "weight": 0},
+            {"from": "tool", "value": "2", "tool_call_id": "x"},
+            {"from": "gpt", "value": "Two.", "tool_calls": [first], "train": False},
         ],
-        "tools": ["sum"],
+        "tools": [{"type": "function", "function": {"name": "sum"}}],
     }
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dialogues.sharegpt import Dialogue, Tally, Turn
+from data.dialogues.conversation import Dialogue, Turn
+from data.dialogues.sharegpt import Tally
 from data.encoding.encode import encode_dialogues
 from data.encoding.seq2seq import NO_LIMIT, encode_pairs
 from data.encoding.tokenizer import load_tokenizer
