@@ -1,5 +1,7 @@
 """Reads an adapter's folder, loads its base model, and applies the adapter to it."""
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,14 @@ import yaml
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer
 
-from data.encoding.templates import TemplateName, default_template
+from data.encoding.templates import (
+    RenderSettings,
+    TemplateName,
+    default_template,
+    template_arguments,
+)
 from data.errors import UserError
-from loop.checkpoint.run_folder import SETTINGS
+from loop.checkpoint.run_folder import GENERATION, SETTINGS
 from loop.checkpoint.storage import MANIFEST, list_folders
 from loop.distributed.rank_zero import quiet
 from loop.model.base import as_user_error
@@ -40,6 +47,22 @@ class Adapter:
     def pairs(self) -> bool:
         """Return whether the base is an encoder-decoder."""
         return bool(self.base_config.is_encoder_decoder)
+
+    @property
+    def rendering(self) -> RenderSettings:
+        """How the run rendered its dialogues."""
+        names = ("chat_template_name", "multi_turn", "train_on_reasoning", "train_on_tool_calls")
+        known = {name: self.trained[name] for name in names if name in self.trained}
+        return RenderSettings(template_arguments(self.trained.get("chat_template_kwargs")), **known)
+
+    @property
+    def end_ids(self) -> set[int]:
+        """The ids of the tokens that close answers in training; the tokenizer's EOS is one."""
+        ends = {self.tokenizer.eos_token_id}
+        with suppress(OSError, ValueError):  # Adapters of other trainers have no such file.
+            text = (self.folder / GENERATION).read_text(encoding="utf-8")
+            ends |= {int(one) for one in json.loads(text)["eos_token_id"]}
+        return ends
 
     @property
     def quantised_by(self) -> str | None:

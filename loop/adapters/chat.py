@@ -5,7 +5,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ import torch
 from peft import PeftModel
 from transformers import TextStreamer
 
-from data.dialogues.sharegpt import Turn
-from data.encoding.templates import prompt
-from data.errors import UserError
+from data.dialogues.conversation import Dialogue, Turn
+from data.dialogues.formats import tools_of
+from data.encoding.encoder import prompt_ids
+from data.encoding.templates import prompt, template_arguments
+from data.errors import BadRecord, UserError
 from data.files.atomic_write import check_output, written_whole
 from loop.adapters.adapter import Adapter, load_base, read_adapter, with_adapter
 from loop.config.parser import File, Folder, Model, Tokens, flag, nearest, parse
@@ -63,6 +65,24 @@ def _question(line: str, number: int, file: Path) -> Question:
     return Question(known.get("id", number), text, system)
 
 
+def read_tools(file: Path) -> tuple[dict[str, Any], ...]:
+    """Return a file's tool definitions, a list or an object with "tools"; raises UserError."""
+    try:
+        value = json.loads(file.expanduser().read_text(encoding="utf-8"))
+        found = tools_of(
+            value if isinstance(value, dict) and "tools" in value else {"tools": value}
+        )
+    except OSError as error:
+        raise UserError(f"--tools {file}: cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--tools {file}: not valid JSON: {error}.") from None
+    except BadRecord as error:
+        raise UserError(f"--tools {file}: {error}.") from None
+    if not found:
+        raise UserError(f"--tools {file}: found no tool; expected a list of tool definitions.")
+    return tuple(found["tools"])
+
+
 BASE = "base"  # the base model's name in commands and files
 HELP = """/adapter NAME  answer with this model: {names}
 /system TEXT   start a new dialogue with this system prompt; without TEXT: the template's default
@@ -92,6 +112,12 @@ class ChatConfig:
     )
     out: File | None = flag(None, "JSONL file for the answers to --prompts", "chat")
     system: str | None = flag(None, "system prompt; none: the template's", "chat")
+    tools: File | None = flag(
+        None, "JSON file with tool definitions, as in the training data", "chat"
+    )
+    chat_template_kwargs: str | None = flag(
+        None, "arguments of the chat template, as in training; none: those of training", "chat"
+    )
     compare: bool = flag(False, "print the answers of base and adapters side by side", "chat")
     max_new_tokens: Tokens = flag(128, "maximum tokens of an answer", "chat", at_least=1)
     temperature: float = flag(0.0, "sampling temperature; 0: greedy", "chat", at_least=0)
@@ -104,6 +130,7 @@ class Speaker:
     model: PeftModel
     adapters: dict[str, Adapter]
     config: ChatConfig
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -144,15 +171,20 @@ class Speaker:
         streamer: TextStreamer | None,
     ) -> str:
         tokenizer, template = adapter.tokenizer, adapter.template
-        rendered = prompt(turns, template, tokenizer, system)
-        inputs = tokenizer(
-            rendered.text,
-            add_special_tokens=rendered.add_special_tokens,
-            split_special_tokens=template == "t5",  # as in training
-            return_tensors="pt",
-        ).to(self.model.device)
+        dialogue = Dialogue("", turns, system, self.tools)
+        rendering = adapter.rendering
+        if self.config.chat_template_kwargs:
+            arguments = template_arguments(self.config.chat_template_kwargs)
+            rendering = replace(rendering, arguments=arguments)
+        try:
+            rendered = prompt(dialogue, template, tokenizer, rendering)
+        except BadRecord as error:
+            raise UserError(f"{error}.") from None
+        asked = torch.tensor([prompt_ids(rendered, template, tokenizer)])
+        inputs = {"input_ids": asked.to(self.model.device)}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         ends = self.model.generation_config.eos_token_id or []
-        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+        ends = {*(ends if isinstance(ends, list) else [ends]), *adapter.end_ids}
         sampling = {"do_sample": True, "temperature": self.config.temperature}
         with torch.inference_mode():
             ids = self.model.generate(
@@ -200,6 +232,7 @@ def load_speaker(config: ChatConfig) -> Speaker:
 
     Raises UserError if a folder holds no adapter, or an adapter of another base.
     """
+    tools = read_tools(Path(config.tools)) if config.tools else ()
     adapters: dict[str, Adapter] = {}
     for word in config.adapter:
         adapter = read_adapter(Path(word), config.base, config.trust_remote_code)
@@ -220,7 +253,7 @@ def load_speaker(config: ChatConfig) -> Speaker:
         with as_user_error(f"--adapter {adapter.folder}"):
             model.load_adapter(str(adapter.folder), _inner(adapters, name))
     set_up(model, None, train=False)
-    return Speaker(model.eval(), adapters, config)
+    return Speaker(model.eval(), adapters, config, tools)
 
 
 def _inner(adapters: dict[str, Adapter], name: str) -> str:

@@ -66,8 +66,9 @@ def _encoded(adapter: Adapter, words: list[str], count: int) -> list[Example]:
         limits = PairLimits(READ_TOKENS, READ_TOKENS, keep_header=False)
         pairs = encode_pairs(dialogues, adapter.tokenizer, limits, fastchat, Tally())
         return [*islice(pairs, count)]
+    how = READ_TOKENS, Tally(), adapter.rendering
     template, tokenizer = adapter.template, adapter.tokenizer
-    return [*encode_dialogues(dialogues, template, tokenizer, READ_TOKENS, Tally())]
+    return [*encode_dialogues(dialogues, template, tokenizer, *how, on_bad_record="skip")]
 
 
 def logits_of(model: Any, examples: list[Example]) -> list[Tensor]:

@@ -314,10 +314,14 @@ class Merge:
         config.vocab_size = max(config.vocab_size, rows)
         config.save_pretrained(folder)
         adapter.tokenizer.save_pretrained(folder)
+        generation = GenerationConfig.from_model_config(config)
         with suppress(OSError):  # not every model has one
             cache = adapter.hub["cache_dir"]
             generation = GenerationConfig.from_pretrained(adapter.base, cache_dir=cache)
-            generation.save_pretrained(folder)
+        ends = generation.eos_token_id
+        own = {*(ends if isinstance(ends, list) else [ends])} - {None}
+        generation.eos_token_id = sorted({*own, *adapter.end_ids})
+        generation.save_pretrained(folder)
         if adapter.hub["trust_remote_code"]:
             for file in folder_of(adapter).glob("*.py"):
                 shutil.copy(file, folder)

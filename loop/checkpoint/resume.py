@@ -19,7 +19,7 @@ from data.errors import UserError
 from loop.checkpoint import storage
 from loop.checkpoint.storage import Checkpoint, CorruptCheckpoint
 from loop.config.flags import Config, names_of
-from loop.config.load import with_current_names
+from loop.config.load import with_current_names, with_new_flags
 from loop.config.parser import FALSE, TRUE
 from loop.distributed import optimizer_state
 from loop.distributed.accelerator import raise_on_all_ranks
@@ -249,7 +249,7 @@ def _newest_valid(folders: list[Path]) -> Checkpoint | None:
 def _check_facts(
     checkpoint: Checkpoint, facts: dict[str, Any], config: Config, layout: Layout
 ) -> None:
-    old = with_current_names(checkpoint.manifest["facts"])
+    old = with_new_flags(with_current_names(checkpoint.manifest["facts"]), facts)
     if checkpoint.step > layout.total_steps:
         raise UserError(
             f"{checkpoint.folder}: found {checkpoint.step} steps done; expected at most the "

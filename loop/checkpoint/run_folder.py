@@ -17,7 +17,7 @@ from data.files.lock import LockHeld, locked
 from loop.checkpoint.full_model import save_non_lora
 from loop.checkpoint.storage import sync
 from loop.config.flags import ADAPTER_FILES, Config, names_of
-from loop.config.load import dump, with_current_names
+from loop.config.load import dump, with_current_names, with_new_flags
 from loop.config.parser import TRUE
 from loop.distributed.accelerator import raise_on_all_ranks
 from loop.distributed.layout import Layout, global_batch_size
@@ -29,6 +29,7 @@ from loop.utils import save_adapter, shapes, trained_parameters, write_json
 
 SETTINGS, STATE = "training_config.yaml", "trainer_state.json"
 LOCK = ".lock"
+GENERATION = "generation_config.json"  # in the format of transformers
 LOCK_TIMEOUT = 5.0  # seconds that a killed run may take to exit
 
 
@@ -49,7 +50,8 @@ def is_finished(config: Config) -> bool:
         return False
     if not any((folder / name).is_file() for name in ADAPTER_FILES):
         return False
-    settings, now = with_current_names(settings), yaml.safe_load(dump(config))
+    now = yaml.safe_load(dump(config))
+    settings = with_new_flags(with_current_names(settings), now)
     for values in (settings, now):
         for name in names_of(finished_check="no"):
             values.pop(name, None)
@@ -157,6 +159,7 @@ def save_run(
     if not main:
         return
     data.base.tokenizer.save_pretrained(folder)
+    write_json(folder / GENERATION, {"eos_token_id": data.end_ids})
     for name in ADAPTER_FILES:  # The adapter must be on disk before the run is marked finished.
         if (folder / name).is_file():
             sync(folder / name)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.dialogues.sources import Source, parse_source
+from data.encoding.templates import RenderSettings, template_arguments
+from loop.config.model_flags import ModelFlags, Precision
 from loop.config.parser import (
     Epochs,
     Examples,
     File,
     Folder,
     Minutes,
-    Model,
     Share,
     Steps,
     Tokens,
@@ -25,102 +26,10 @@ DUMMY_DATA = ROOT / "data" / "dummy_conversation.json"
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
-Precision = Literal["no", "bf16", "fp16"]
-AskedPrecision = Literal["no", "bf16", "fp16", "auto"]
-
 
 @dataclass(frozen=True)
-class Config:
-    """Settings of one run. Field names are flags and YAML keys; for `None` the loop chooses."""
-
-    model_name_or_path: Model | None = flag(
-        None,
-        "folder or hub name; none: the bundled SmolLM2-135M-Instruct",
-        "model",
-        is_path=True,
-        finished_check="path",
-    )
-    cache_dir: Folder | None = flag(
-        None,
-        "cache of files from the hub; none: the hub's default",
-        "model",
-        is_path=True,
-        finished_check="path",
-    )
-    trust_remote_code: bool = flag(
-        False, "run Python code that comes with the model", "model", flag_only=True
-    )
-    flash_attn: bool = flag(
-        False, "FlashAttention-2 instead of PyTorch's SDPA", "model", affects="layout"
-    )
-    packing: bool = flag(
-        True, "pack a micro-batch into one row; False: pad its dialogues", "model", affects="layout"
-    )
-    torch_compile: bool = flag(
-        False, "compile the layers: half a minute, then slightly faster", "model", affects="layout"
-    )
-    loss_chunk_tokens: Tokens = flag(
-        1024,
-        "supervised tokens per block of logits, to save memory; 0: the model computes all logits",
-        "model",
-        at_least=0,
-        affects="layout",
-    )
-    gradient_checkpointing: bool = flag(
-        False, "recompute activations: less memory, slower", "model", affects="layout"
-    )
-    mixed_precision: AskedPrecision | None = flag(
-        None,
-        "precision of the base model's weights and matrix products; auto: bf16 where it is faster, "
-        "else fp32; none: that of the accelerate config",
-        "model",
-        affects="precision",
-    )
-    bf16: bool = flag(False, "short for --mixed_precision bf16", "model", affects="precision")
-    fp16: bool = flag(False, "short for --mixed_precision fp16", "model", affects="precision")
-    tf32: bool = flag(
-        False, "TensorFloat-32 for fp32 matrix products on a GPU", "model", affects="layout"
-    )
-    q_lora: bool = flag(
-        False,
-        "store the base model's linear layers in 4 bits: NF4, double quantisation",
-        "model",
-        affects="result",
-    )
-
-    lora_r: int = flag(
-        8, "rank of the adapter", "LoRA", at_least=1, at_most=65536, affects="result"
-    )
-    lora_alpha: int = flag(
-        16,
-        "scale: the update is multiplied by alpha / r",
-        "LoRA",
-        at_least=1,
-        at_most=10**9,
-        affects="result",
-    )
-    lora_dropout: float = flag(
-        0.05, "dropout on the adapter's inputs", "LoRA", at_least=0, below=1, affects="result"
-    )
-    lora_target_modules: tuple[str, ...] | None = flag(
-        None, "modules, or all-linear; none: q_proj v_proj; T5: q v", "LoRA", affects="result"
-    )
-    lora_bias: Literal["none", "all", "lora_only"] = flag(
-        "none", "which biases are trained", "LoRA", affects="result"
-    )
-    lora_weight_path: Folder | None = flag(
-        None,
-        "train this adapter further; rank, alpha, targets and bias are read from it",
-        "LoRA",
-        is_path=True,
-        finished_check="path",
-    )
-    train_new_tokens: bool = flag(
-        True,
-        "train the rows of tokens added to T5's vocabulary; False: keep their initial values",
-        "LoRA",
-        affects="result",
-    )
+class Config(ModelFlags):
+    """One run; field names are flag names and YAML keys. `None`: the loop chooses the value."""
 
     data_path: tuple[File, ...] | None = flag(
         None,
@@ -142,6 +51,25 @@ class Config:
         "data",
         is_path=True,
         finished_check="no",
+    )
+    chat_template_name: str | None = flag(
+        None,
+        "which of a tokenizer's chat templates; none: default, or tool_use with tools",
+        "data",
+        affects="encoding",
+    )
+    chat_template_kwargs: str | None = flag(
+        None,
+        "arguments of the chat template, as JSON or YAML, such as '{\"enable_thinking\": false}'",
+        "data",
+        affects="encoding",
+    )
+    multi_turn: Literal["whole", "each"] | None = flag(
+        None,
+        "whole: render a dialogue once; each: once for each answer, as it is generated; none: each "
+        "where the template rewrites earlier turns",
+        "data",
+        affects="encoding",
     )
     t5_compat: bool = flag(
         False, "for T5: the same token ids and pairs as FastChat", "data", affects="encoding"
@@ -168,6 +96,18 @@ class Config:
     )
     train_on: Literal["all", "last"] = flag(
         "all", "supervise every answer of a dialogue, or its last one", "data", affects="encoding"
+    )
+    train_on_reasoning: bool = flag(
+        True,
+        "supervise the reasoning of an answer; False: it is context",
+        "data",
+        affects="encoding",
+    )
+    train_on_tool_calls: bool = flag(
+        True,
+        "supervise tool calls; False: an answer is trained up to them",
+        "data",
+        affects="encoding",
     )
     max_dropped: Share = flag(
         0.05,
@@ -408,6 +348,17 @@ class Config:
     def sources(self) -> list[Source]:
         """The sources of the training data; raises UserError for an invalid weight."""
         return [parse_source(word) for word in self.data_path or [str(DUMMY_DATA)]]
+
+    @property
+    def rendering(self) -> RenderSettings:
+        """How dialogues are rendered; raises UserError for invalid template arguments."""
+        return RenderSettings(
+            template_arguments(self.chat_template_kwargs),
+            self.chat_template_name,
+            self.multi_turn,
+            self.train_on_reasoning,
+            self.train_on_tool_calls,
+        )
 
     @property
     def precision(self) -> Precision:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +44,18 @@ def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     old = {f"{dashes}{a}": f"{dashes}{b}" for dashes in ("", "--") for a, b in ALIASES.items()}
     return {old.get(name, name): value for name, value in settings.items()}
+
+
+def with_new_flags(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return settings of an older version, with the defaults of the named flags that it lacks.
+
+    >>> with_new_flags({"--seed": 1}, ["--train_on_reasoning", "data"])
+    {'--train_on_reasoning': True, '--seed': 1}
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    lacking = (name for name in names if name not in settings)
+    new = {name: defaults.get(name.removeprefix("--")) for name in lacking}
+    return {name: value for name, value in new.items() if value is not None} | {**settings}
 
 
 def without_ignored_flags(argv: Sequence[str], errors: list[str] | None = None) -> list[str]:

@@ -137,7 +137,8 @@ def main(argv: Sequence[str]) -> None:
         for _, group in groupby(examples, key=lambda example: example.record):
             dialogue = [*group]
             if config.jsonl:
-                print(as_json(dialogue))
+                parts = [dialogue] if dialogue[0].turn is None else [[one] for one in dialogue]
+                print("\n".join(map(as_json, parts)))
                 continue
             for example in dialogue:
                 print(as_text(example, data.base.tokenizer, colour))
@@ -169,7 +170,8 @@ def as_json(dialogue: Sequence[Example]) -> str:
     """Return a dialogue, or its pairs, as one line of JSON; unsupervised labels are -100."""
     encoded = [{"input_ids": one.input_ids, "labels": one.labels} for one in dialogue]
     fields = {"pairs": encoded} if dialogue[0].is_pair else encoded[0]
-    return json.dumps({"id": dialogue[0].id, **fields}, ensure_ascii=False)
+    turn = {} if dialogue[0].turn is None else {"turn": dialogue[0].turn}
+    return json.dumps({"id": dialogue[0].id, **turn, **fields}, ensure_ascii=False)
 
 
 def as_text(example: Example, tokenizer: Any, colour: bool) -> str:
@@ -185,7 +187,8 @@ def as_text(example: Example, tokenizer: Any, colour: bool) -> str:
             for ids in (example.input_ids, example.labels)
         )
         return f"--- {example.id}\n{source}\n{before}{target}{after}"
-    text, end, decoded = f"--- {example.id}\n", 0, ""
+    turn = "" if example.turn is None else f" turn {example.turn}"
+    text, end, decoded = f"--- {example.id}{turn}\n", 0, ""
     for supervised, run in groupby(example.labels, key=lambda label: label != IGNORE_INDEX):
         end += len(list(run))
         longer = tokenizer.decode(example.input_ids[:end], clean_up_tokenization_spaces=False)

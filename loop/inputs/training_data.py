@@ -11,7 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from data.batching.collate import Collator
-from data.dialogues.sharegpt import Dialogue, Tally, read_dialogues
+from data.dialogues.conversation import Dialogue
+from data.dialogues.keys import is_meaningful
+from data.dialogues.sharegpt import Tally, read_dialogues
 from data.dialogues.sources import files_of, weighted
 from data.encoding.cache import (
     Encode,
@@ -29,7 +31,7 @@ from data.files.atomic_write import written_whole
 from data.files.hashes import file_sha256
 from loop.config.flags import DUMMY_DATA, Config, display_path, names_of
 from loop.distributed.rank_zero import is_rank0
-from loop.model.base import BaseModel, read_base_model, tokenizer_sha256
+from loop.model.base import BaseModel, model_end_ids, read_base_model, tokenizer_sha256
 from loop.model.packed_attention import row_inputs
 
 
@@ -87,7 +89,32 @@ class TrainingData:
         row = functools.partial(row_inputs, flash=base.flash) if base.packed else None
         return Collator(base.tokenizer.pad_token_id, start, row, sharing=not base.flash)
 
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids of the tokens that close answers in the data, and of the tokenizer's EOS."""
+        tokenizer = self.base.tokenizer
+        closers = map(tokenizer.convert_tokens_to_ids, self.examples.tally.closers)
+        return sorted({*closers, tokenizer.eos_token_id})
+
+    @property
+    def end_note(self) -> str:
+        """A warning if generation with the base model's settings would not stop; else empty."""
+        ends = model_end_ids(self.base.config, self.base.name)
+        closers = self.examples.tally.closers
+        ids = {self.base.tokenizer.convert_tokens_to_ids(name) for name in closers}
+        if not ids or not ends or ids & ends:
+            return ""
+        expected = ", ".join(map(repr, self.base.tokenizer.convert_ids_to_tokens(sorted(ends))))
+        found = " or ".join(map(repr, sorted(closers)))
+        return (
+            f"\nnote: answers end with {found}, but the model's eos_token_id is {expected}. chat, "
+            "samples and merge of this project stop at both; set eos_token_id in other programs."
+        )
+
     def __str__(self) -> str:
+        return self._account() + self.end_note
+
+    def _account(self) -> str:
         text = f"{self.source}, template {self.base.template}: {self.examples.tally}"
         if self.held_out is None or self.held_out.tally is self.examples.tally:
             return text
@@ -171,14 +198,15 @@ def _encode_or_read_cache(config: Config, base: BaseModel, sha256: str) -> Examp
 
 def _encoder(config: Config, base: BaseModel) -> Encode:
     """Return the function that encodes dialogues for a decoder, or as pairs for a T5."""
+    how = config.rendering, config.on_bad_record
     if base.template != "t5":
         return lambda dialogues, tally: encode_dialogues(
-            dialogues, base.template, base.tokenizer, config.model_max_length, tally
+            dialogues, base.template, base.tokenizer, config.model_max_length, tally, *how
         )
     target = config.max_target_length or config.model_max_length
     limits = PairLimits(config.model_max_length, target, config.keep_header)
     return lambda dialogues, tally: encode_pairs(
-        dialogues, base.tokenizer, limits, config.t5_compat, tally
+        dialogues, base.tokenizer, limits, config.t5_compat, tally, *how
     )
 
 
@@ -234,6 +262,13 @@ def _check_dropped(tally: Tally, config: Config) -> None:
     """Raise UserError if too many dialogues were dropped without a supervised token."""
     if tally.read != tally.kept + tally.dropped.total():
         raise RuntimeError(f"the counts of read, kept and dropped records do not add up: {tally}")
+    lost = max((n for key, n in tally.unused.items() if is_meaningful(key)), default=0)
+    if lost > config.max_dropped * tally.read:
+        raise UserError(
+            f"{_data_names(config)}: found {lost} of {tally.read} records with a key that changes "
+            f"their meaning and is not used; expected at most {config.max_dropped:.1%}. {tally}. "
+            "Remove the key from the records, or allow more with --max_dropped."
+        )
     dropped = sum(n for cause, n in tally.dropped.items() if cause.startswith(UNSUPERVISED_CAUSES))
     share = dropped / max(1, tally.kept + dropped)
     if share > config.max_dropped or not tally.kept:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,6 +219,18 @@ def _read_template(name: str) -> str:
     if not text.strip():
         raise UserError(f"{what}: it is empty; expected a Jinja template.")
     return text
+
+
+def model_end_ids(base_config: Any, name: str) -> set[int]:
+    """Return the ids at which generation stops, by the model's config and generation config."""
+    from transformers import GenerationConfig
+
+    found = [getattr(base_config.get_text_config(), "eos_token_id", None)]
+    with suppress(OSError, ValueError):  # Not every model has the file.
+        if Path(name).is_dir():
+            found.append(GenerationConfig.from_pretrained(name).eos_token_id)
+    lists = (ends if isinstance(ends, list) else [ends] for ends in found)
+    return {end for ends in lists for end in ends if end is not None}
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

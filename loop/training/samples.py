@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor
 
-from data.dialogues.sharegpt import Turn
+from data.dialogues.conversation import Dialogue, Turn
 from data.encoding.encode import IGNORE_INDEX, Example
+from data.encoding.encoder import prompt_ids
 from data.encoding.templates import prompt
 from data.errors import UserError
 from loop.config.flags import Config
@@ -85,13 +86,9 @@ class Sampler:
 
     def _ids(self, text: str) -> list[int]:
         template = self.data.base.template
-        rendered = prompt((Turn("user", text),), template, self.data.base.tokenizer)
-        ids: list[int] = self.data.base.tokenizer(
-            rendered.text,
-            add_special_tokens=rendered.add_special_tokens,
-            split_special_tokens=template == "t5",  # as in training
-        )["input_ids"]
-        return ids
+        dialogue = Dialogue("", (Turn("user", text),))
+        rendered = prompt(dialogue, template, self.data.base.tokenizer, self.config.rendering)
+        return prompt_ids(rendered, template, self.data.base.tokenizer)
 
     def _answers(
         self, model: Any, prompts: list[list[int]], stop_asked: Callable[[], bool]
@@ -129,13 +126,10 @@ class Sampler:
         return [int(token) for token in tokens.tolist()]
 
     def _end_ids(self, model: Any) -> set[int]:
-        """Return the ids that end an answer."""
+        """Return the ids that end an answer: the model's, and what training closed with."""
         generation = getattr(self.accelerator.unwrap_model(model), "generation_config", None)
         ends = getattr(generation, "eos_token_id", None) or []
-        return {
-            *(ends if isinstance(ends, list) else [ends]),
-            self.data.base.tokenizer.eos_token_id,
-        }
+        return {*(ends if isinstance(ends, list) else [ends]), *self.data.end_ids}
 
 
 def write_samples(folder: Path, rows: list[Row], replace: bool = False) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.dialogues.sharegpt import Turn
+from data.dialogues.conversation import Turn
 from data.errors import UserError
 from loop.adapters import chat
 from loop.adapters.chat import BASE, ChatConfig, Speaker, load_speaker, read_prompts

@@ -153,7 +153,7 @@ def test_all_linear_targets_every_linear_layer_except_the_head(train: Train) -> 
 
 
 def test_an_unknown_target_is_refused_with_the_existing_names(train: Train) -> None:
-    with pytest.raises(UserError, match=r"named query.*k_proj, lm_head, o_proj, q_proj"):
+    with pytest.raises(UserError, match=r"found query.*k_proj, lm_head, o_proj, q_proj"):
         train("run", "--lora_target_modules", "q_proj", "query")
 
 

@@ -231,7 +231,7 @@ def test_chat_answers_with_the_reloaded_model(tiny_t5: Path, train: Train) -> No
     folder = train("run", "--max_steps", "60", "--learning_rate", "3e-2")
     assert log_of(folder)[-1]["loss"] < log_of(folder)[0]["loss"] - 1
     speaker = load_speaker(ChatConfig(adapter=(str(folder),), max_new_tokens=40))
-    from data.dialogues.sharegpt import Turn
+    from data.dialogues.conversation import Turn
 
     answer = speaker.answer((Turn("user", "Show me."),))
     assert answer

@@ -7,7 +7,8 @@ from typing import Any, get_args
 import yaml
 
 from data.errors import UserError
-from loop.config.flags import ROOT, Config, Precision
+from loop.config.flags import ROOT, Config
+from loop.config.model_flags import Precision
 from loop.model.base import meta_model, read_base_config
 from loop.model.lora_targets import ALL_LINEAR, target_names
 
