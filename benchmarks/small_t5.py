@@ -21,7 +21,7 @@ if not __package__:
 
 import torch
 
-from data.dialogues.sharegpt import Turn
+from data.dialogues.conversation import Turn
 from loop.config.flags import DUMMY_DATA, ROOT, Config
 from loop.inputs.training_data import TrainingData, read_training_data
 from loop.training.loss import supervised_loss_sum
