@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from data.dialogues.conversation import Dialogue, ToolCall, Turn
 from data.dialogues.sharegpt import Tally
@@ -256,6 +257,45 @@ def test_text_that_a_template_removes_is_counted(chat_tokenizer: Any) -> None:
     examples, tally = encoded(dialogue, tokenizer)
     assert next(iter(trained(examples, tokenizer)))[1] == "Kept. The token <|end|>"
     assert tally.noted["answers of which the template removes text"] == 1
+
+
+def test_an_answer_keeps_its_newlines_under_a_tokenizer_that_adds_a_space() -> None:
+    """A newline merges with the next one here, so it cannot stand before a piece of a text."""
+    letters = ["\u2581", "\n", *"acdeghinorstu:", "\n\n"]
+    vocabulary = {name: number for number, name in enumerate(["</s>", *letters])}
+    backend = Tokenizer(models.BPE(vocabulary, [("\n", "\n")]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    for answer in ("code", "\ncode", "\n\ncode", " code"):
+        dialogue = replace(DIALOGUES["plain"], turns=(user("hi"), gpt(answer)))
+        (example,), _ = encoded(dialogue, tokenizer)
+        tokens = tokenizer.convert_ids_to_tokens([n for n in example.labels if n != IGNORE_INDEX])
+        assert "".join(tokens).replace("\u2581", " ") == f"{answer}</s>"
+
+
+def test_an_answer_of_reasoning_alone_ends_as_others(tokenizers: dict[str, Any]) -> None:
+    turns = (user("Why?"), gpt("<think>\nLet me see.\n</think>"))
+    examples, _ = encoded(replace(DIALOGUES["plain"], turns=turns), tokenizers["rewrites"])
+    ((_, answer),) = trained(examples, tokenizers["rewrites"])
+    assert answer == "<think>\nLet me see.\n</think>\n\n<|im_end|>"
+
+
+def test_rendered_once_an_answer_ends_before_the_next_role(tokenizers: dict[str, Any]) -> None:
+    once = RenderSettings(multi_turn="whole")
+    examples, tally = encoded(DIALOGUES["three"], tokenizers["channels"], once)
+    answers = [text for _, text in trained(examples, tokenizers["channels"])]
+    assert [text[-len("<|return|>") :][-7:] for text in answers[:2]] == ["<|end|>"] * 2
+    assert {*tally.closers} == {"<|end|>", "<|return|>"}
+
+
+def test_what_ends_the_last_dialogue_alone_does_not_split_it(tokenizers: dict[str, Any]) -> None:
+    examples, _ = encoded(DIALOGUES["three"], tokenizers["trailing_eos"])
+    assert len(examples) == 1
 
 
 def test_generation_marks_that_differ_are_counted(chat_tokenizer: Any) -> None:

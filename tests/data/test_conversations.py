@@ -107,6 +107,9 @@ def test_arguments_that_arrow_filled_with_null_are_not_invented(tmp_path: Path) 
         ({"content": "a", "reasoning": ["b"]}, '"reasoning" is a list; expected a string'),
         ({"content": "a", "reasoning": "\ud800"}, "has half a surrogate pair"),
         ({"content": "a", "weight": 0.5}, 'found "weight" 0.5'),
+        ({"tool_calls": [{"name": "f", "args": {"a": 1}}]}, 'has args; expected "name" and'),
+        ({"tool_calls": [{"name": "f\ud800"}]}, "has half a surrogate pair"),
+        ({"tool_calls": [{"name": "f", "arguments": {"a": b"x"}}]}, "cannot be written as JSON"),
     ],
 )
 def test_what_cannot_be_used_is_a_bad_record(answer: dict[str, Any], message: str) -> None:
