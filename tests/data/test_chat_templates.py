@@ -312,12 +312,10 @@ def test_of_several_templates_the_one_for_tools_is_taken_or_the_one_that_is_name
 ) -> None:
     named = {"default": CASES["two_closers"].text, "tool_use": CASES["rewrites"].text}
     tokenizer = tokenizer_with(chat_tokenizer, named)
-    assert (
-        "<|stop|>" in next(iter(trained(encoded(DIALOGUES["plain"], tokenizer)[0], tokenizer)))[1]
-    )
-    assert (
-        "<|im_end|>" in next(iter(trained(encoded(DIALOGUES["call"], tokenizer)[0], tokenizer)))[1]
-    )
+    for kind, closes in (("plain", "<|stop|><|end_turn|>"), ("call", "<|im_end|>")):
+        examples, tally = encoded(DIALOGUES[kind], tokenizer)
+        assert all(text.endswith(closes) for _, text in trained(examples, tokenizer))
+        assert tally.ended == tally.answers
     settings = RenderSettings(chat_template_name="tool_use")
     examples, _ = encoded(DIALOGUES["plain"], tokenizer, settings)
     assert "<|im_end|>" in next(iter(trained(examples, tokenizer)))[1]
