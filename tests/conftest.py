@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +18,12 @@ sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # as loo
 import pytest
 
 from tests.support.helpers import write_dialogues
+
+# A background job of a shell ignores SIGINT, and one of nohup SIGHUP. Commands inherit that, and the
+# tests that send them these signals would wait for ever. A handler is not inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 collect_ignore = ["support"]  # --doctest-modules would import its scripts, which patch the loop
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
