@@ -45,7 +45,7 @@ from loop.monitor.metrics import Clock, work_of
 from loop.training.auto_micro_batch import fit_micro_batch
 from loop.training.evaluation import Evaluator
 from loop.training.loss import loss_scale, supervised_loss_sum
-from loop.training.loss_check import check_loss
+from loop.training.model_check import check_model
 from loop.training.optim import (
     accumulating,
     build_optimizer,
@@ -92,7 +92,7 @@ def train(config: Config, ranks: PartialState) -> None:
     # No scheduler is prepared: accelerate would step it once per process.
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config))
     start.put_optimizer(accelerator, model, optimizer)
-    check_loss(data, model, config, accelerator)
+    data, layout = check_model(data, layout, config, model, accelerator)
     layout = fit_micro_batch(layout, config, data, model, accelerator, start.progress)
     write_settings(accelerator, config)
 
@@ -110,7 +110,7 @@ def train(config: Config, ranks: PartialState) -> None:
             for batch, last in window.micro_batches_on(accelerator.device):
                 with accumulating(accelerator, model, last):
                     with clock("forward"):
-                        micro_loss_sum = supervised_loss_sum(model, batch, config.loss_chunk_tokens)
+                        micro_loss_sum = supervised_loss_sum(model, batch, layout.chunk_tokens)
                     loss_sum += micro_loss_sum.detach()
                     with clock("backward"):
                         accelerator.backward(micro_loss_sum * scale)

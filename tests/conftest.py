@@ -19,8 +19,8 @@ import pytest
 
 from tests.support.helpers import write_dialogues
 
-# A background job of a shell ignores SIGINT, and one of nohup SIGHUP. Commands inherit that, and the
-# tests that send them these signals would wait for ever. A handler is not inherited.
+# A background job of a shell ignores SIGINT, and one of nohup SIGHUP. Its commands inherit that,
+# and the tests that send them these signals would wait for ever. A handler is not inherited.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)

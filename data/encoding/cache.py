@@ -133,6 +133,18 @@ class Examples(Sequence[Example]):
         order = nlargest(count, range(len(self)), key=lambda i: lengths[self.places[i]])
         return [self[i] for i in order]
 
+    def largest_id(self) -> tuple[int, str]:
+        """Return the largest token id, and the id of an example that has it; (-1, "") if empty."""
+        largest, example = -1, ""
+        for columns in self.record_batches():
+            for name in SIDES:
+                ids = columns.column(name)
+                top = pc.max(ids.values).as_py()
+                if top is not None and top > largest:
+                    row = next(n for n, value in enumerate(ids) if top in value.values.to_numpy())
+                    largest, example = top, columns.column(0)[row].as_py()
+        return largest, example
+
     def record_batches(self) -> Iterator[Any]:
         """Yield the file's record batches; raises RunError for a damaged one."""
         return map(self._batch, range(len(self.parts)))

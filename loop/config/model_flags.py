@@ -46,6 +46,12 @@ class ModelFlags:
         at_least=0,
         affects="layout",
     )
+    check_model: bool = flag(
+        True,
+        "before step 1, compare the run's passes with the model's own; fall back if they differ",
+        "model",
+        affects="layout",
+    )
     gradient_checkpointing: bool = flag(
         False, "recompute activations: less memory, slower", "model", affects="layout"
     )

@@ -1,6 +1,6 @@
 """Plans the layout: how a window is split into ranks x micro-batches x examples."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Protocol
 
@@ -23,17 +23,17 @@ class Layout:
     steps_per_epoch: int
     total_steps: int
     limits: Limits = Limits(8)
+    chunk_tokens: int = 0  # of the loss: see supervised_loss_sum
 
     @property
     def divisor(self) -> int:
         """The gradient accumulation given to accelerate, which divides each loss by this number.
 
-        `loss_scale` undoes the division. If the micro-batches per window vary, the number is at
-        least 2: with 1, DeepSpeed's offload would not sum gradients over micro-batches (0.19.8,
-        zero/stage_1_and_2.py).
+        `loss_scale` undoes the division. The number is at least 2, because a window may have more
+        micro-batches than `accumulation` (a token limit, `check_model`): with 1, DeepSpeed's
+        offload would not sum gradients over micro-batches (0.19.8, zero/stage_1_and_2.py).
         """
-        varies = self.limits.tokens is not None or self.limits.finer
-        return max(self.accumulation, 2 if varies else 1)
+        return max(self.accumulation, 2)
 
     def interval(self, strategy: str, steps: int) -> int:
         """Return the steps between two logs, checkpoints or evaluations.
@@ -84,15 +84,25 @@ def plan_layout(config: Config, examples: int, ranks: Ranks, packed: bool = Fals
             f"found one step, which is warm-up with learning rate 0 (--warmup_ratio "
             f"{config.warmup_ratio:g}); expected more. Give --warmup_ratio 0, or train longer."
         )
-    # On a CPU only: the cost of an additional micro-batch on a GPU is not measured.
-    finer = not packed and not torch.cuda.is_available()
-    # FlashAttention-2 needs queries and keys at the same positions.
-    sharing = packed and not config.flash_attn
     # --auto_micro_batch starts with one example of the maximum length (auto_micro_batch.py).
     tokens = config.model_max_length if config.auto_micro_batch else config.tokens_per_micro_batch
-    limits = Limits(per_device, tokens, packed, finer, sharing)
     split = (ranks.process_index, world_size, per_device, accumulation)
-    return Layout(*split, batch, per_epoch, steps, limits)
+    limits, chunk = Limits(per_device, tokens), config.loss_chunk_tokens
+    layout = Layout(*split, batch, per_epoch, steps, limits, chunk)
+    # FlashAttention-2 needs queries and keys at the same positions.
+    return batched(layout, packed, sharing=packed and not config.flash_attn)
+
+
+def batched(layout: Layout, packed: bool, sharing: bool, alone: bool = False) -> Layout:
+    """Return the layout with micro-batches of this form; alone: one example in each."""
+    # On a CPU only: the cost of an additional micro-batch on a GPU is not measured.
+    finer = not packed and not torch.cuda.is_available()
+    size, accumulation = layout.micro_batch_size, layout.accumulation
+    if alone:
+        size, accumulation = 1, ceil(layout.global_batch_size / layout.world_size)
+    form = {"packed": packed, "finer": finer, "sharing": sharing}
+    limits = replace(layout.limits, examples=size, **form)
+    return replace(layout, micro_batch_size=size, accumulation=accumulation, limits=limits)
 
 
 def global_batch_size(config: Config, world_size: int) -> int:

@@ -87,7 +87,10 @@ class TrainingData:
         base = self.base
         start = base.config.decoder_start_token_id if base.config.is_encoder_decoder else None
         row = functools.partial(row_inputs, flash=base.flash) if base.packed else None
-        return Collator(base.tokenizer.pad_token_id, start, row, sharing=not base.flash)
+        # The loss does not depend on pads, so a model without a row for its pad gets another id.
+        pad = base.tokenizer.pad_token_id
+        rows = base.embedding_rows
+        return Collator(0 if rows and pad >= rows else pad, start, row, base.sharing)
 
     @property
     def end_ids(self) -> list[int]:
@@ -126,6 +129,7 @@ def read_training_data(config: Config) -> TrainingData:
     base = read_base_model(config)
     sha256 = data_sha256(config)
     examples = _encode_or_read_cache(config, base, sha256)
+    _check_ids(examples, base)
     trained, held_out, eval_sha256 = examples, None, ""
     if config.eval_fraction:
         trained, held_out = _split_held_out(examples, config.eval_fraction)
@@ -146,8 +150,23 @@ def _read_eval_data(config: Config, base: BaseModel) -> tuple[Examples, str]:
     config = replace(config, data_path=path, num_data=-1, preprocessed_path=cache)
     sha256 = data_sha256(config)
     examples = _encode_or_read_cache(config, base, sha256)
+    _check_ids(examples, base)
     _check_dropped(examples.tally, config)
     return examples, sha256
+
+
+def _check_ids(examples: Examples, base: BaseModel) -> None:
+    """Raise UserError for a token id that has no row in the model's embedding."""
+    largest, example = examples.largest_id()
+    rows = base.embedding_rows
+    if rows and largest >= rows:
+        token = base.tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"{base.name}: found token id {largest} ({token!r}) in the example {example}; expected "
+            f"ids below {rows}, the rows of the model's embedding. Give a tokenizer or a chat "
+            "template without this token, or add rows: model.resize_token_embeddings("
+            f"{largest + 1}), then model.save_pretrained."
+        )
 
 
 def _split_held_out(examples: Examples, fraction: float) -> tuple[Examples, Examples]:

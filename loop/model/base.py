@@ -22,7 +22,8 @@ from loop.model.bundled_model import embedded_model
 # Exceptions that transformers, peft and safetensors raise for files that they cannot load.
 LIBRARY_ERRORS = (
     *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, UserWarning),
-    *(ArithmeticError, AssertionError, IndexError, SafetensorError, StrictDataclassError),
+    *(ArithmeticError, AssertionError, IndexError, ImportError),
+    *(SafetensorError, StrictDataclassError),
 )
 
 
@@ -32,7 +33,8 @@ class BaseModel:
 
     name: a folder or a hub name. config: transformers' configuration. new_tokens: ids added to the
     tokenizer for characters that it lacked. packed: each micro-batch is one row without padding.
-    flash: attention is FlashAttention-2.
+    flash: attention is FlashAttention-2. sharing: a shared prefix in a row is computed once. alone:
+    each micro-batch is one example.
     """
 
     name: str
@@ -42,6 +44,14 @@ class BaseModel:
     template: TemplateName
     packed: bool
     flash: bool
+    sharing: bool
+    alone: bool = False
+
+    @property
+    def embedding_rows(self) -> int | None:
+        """The number of ids that the model takes; None if its configuration does not say."""
+        rows = getattr(self.config.get_text_config(), "vocab_size", None)
+        return max(rows, len(self.tokenizer)) if rows and self.new_tokens else rows
 
 
 def read_base_model(config: Config) -> BaseModel:
@@ -51,6 +61,7 @@ def read_base_model(config: Config) -> BaseModel:
 
     name = find_base_model(config)
     base_config = read_base_config(name, config)
+    check_architecture(name, base_config)
     tokenizer = load_tokenizer(name, config)
     check_fast(tokenizer)
     template = template_of(name, base_config, tokenizer, config)
@@ -61,7 +72,9 @@ def read_base_model(config: Config) -> BaseModel:
         tokenizer, new_tokens = added(tokenizer)
     packed = config.packing and can_pack(base_config)
     flash = config.flash_attn
-    return BaseModel(name, base_config, tokenizer, new_tokens, template, packed, flash)
+    # FlashAttention-2 needs queries and keys at the same positions.
+    sharing = packed and not flash
+    return BaseModel(name, base_config, tokenizer, new_tokens, template, packed, flash, sharing)
 
 
 def find_base_model(config: Config) -> str:
@@ -141,6 +154,21 @@ def read_base_config(base: str, config: Config) -> Any:
         return AutoConfig.from_pretrained(
             base, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
         )
+
+
+def check_architecture(base: str, base_config: Any) -> None:
+    """Raise UserError if transformers has no class of text models for the configuration."""
+    if type(base_config) in model_class(base_config)._model_mapping:
+        return
+    if getattr(base_config, "auto_map", None):  # Python code that comes with the model
+        return
+    parts = [name.removesuffix("_config") for name in base_config.sub_configs]
+    made_of = f", made of {', '.join(parts)}," if parts else ""
+    task = "an encoder-decoder" if base_config.is_encoder_decoder else "a causal LM"
+    raise UserError(
+        f"{base}: found the model type {base_config.model_type}{made_of} which transformers does "
+        f"not load as {task} of text; expected one that it does. Give a text model."
+    )
 
 
 def model_class(base_config: Any) -> Any:
@@ -286,7 +314,7 @@ def template_of(base: str, base_config: Any, tokenizer: Any, config: Config) -> 
             f"--template: found {template} with {base}, {kind} ({base_config.model_type}); "
             f"expected {fitting}. Give --template {fitting}, or leave the flag out."
         )
-    if pairs and base_config.decoder_start_token_id is None:
+    if pairs and getattr(base_config, "decoder_start_token_id", None) is None:
         raise UserError(
             f"{base}: its config.json has no decoder_start_token_id; expected one, since every "
             "answer starts with it. Add it to the file (T5's is the pad token's id, 0)."

@@ -25,13 +25,10 @@ MIN_BF16_TOKENS = 512
 # too. So a longer example is faster only if the prefix is at least half of it. The second limit
 # bounds the mask, whose size is the square of the length.
 MAX_MASKED_TOKENS, MAX_MASKED_TOKENS_LONG_PREFIX = 400, 1024
-# Models that do not pass keyword arguments to the attention function, or call it differently
-# (transformers 5.23).
-UNSUPPORTED_MODELS = {"nemotron", "afmoe", "doge"}
 
 
 def can_pack(base_config: Any) -> bool:
-    """Return whether the model can run on packed rows.
+    """Return whether the model may run on packed rows; `check_model` proves it before step 1.
 
     It must mix positions in attention only, and call transformers' registered attention function.
     Other models, such as Mamba and remote code, run on padded rows.
@@ -47,14 +44,23 @@ def can_pack(base_config: Any) -> bool:
         # Set if the model passes keyword arguments to the attention function (transformers 5.23).
         kind._supports_attention_backend
         and kind._supports_sdpa
-        and base_config.model_type not in UNSUPPORTED_MODELS
         and {*layers} <= ATTENTION_LAYERS
         and not getattr(base_config, "attn_logit_softcapping", None)
     )
 
 
-def implementation(packed: bool, flash: bool, compiled: bool = False) -> str:
-    """Return transformers' name of the run's attention function; registers the packed one."""
+def plain_attention(model: Any) -> str | None:
+    """Return transformers' name of the attention that defines the model; None: it has one only."""
+    if not getattr(model, "_supports_attention_backend", False):
+        return None
+    return "sdpa" if model._supports_sdpa else "eager"
+
+
+def implementation(packed: bool, flash: bool, compiled: bool = False) -> str | None:
+    """Return transformers' name of the run's attention function; registers the packed one.
+
+    None: transformers selects SDPA if the model has it, else its own.
+    """
     if flash:
         return "flash_attention_2"
     if packed:
@@ -64,7 +70,7 @@ def implementation(packed: bool, flash: bool, compiled: bool = False) -> str:
         uncompiled: Any = torch.compiler.disable  # untyped
         attention = uncompiled(per_example) if compiled else per_example
         ALL_ATTENTION_FUNCTIONS.register(PER_EXAMPLE, attention)
-    return PER_EXAMPLE if packed else "sdpa"
+    return PER_EXAMPLE if packed else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,13 +42,13 @@ def fit_micro_batch(
     then can ZeRO-3 run a pass. A resumed run keeps the token count of its checkpoint.
     Raises UserError if the longest example alone does not fit.
     """
-    if not config.auto_micro_batch:
+    if not config.auto_micro_batch or data.base.alone:
         return layout
     each = -(-layout.global_batch_size // layout.world_size)
     saved = progress.get("auto_micro_batch") or {}
     tokens = saved.get("tokens", 0)
     if _any_rank(accelerator, saved != micro_batch_record(layout, config, accelerator, tokens)):
-        tokens = max_tokens(model, data, config, accelerator, each)
+        tokens = max_tokens(model, data, layout.chunk_tokens, accelerator, each)
     if tokens == 0:
         error = UserError(
             "--auto_micro_batch: the longest example alone does not fit in memory. Give a smaller "
@@ -63,7 +63,7 @@ def fit_micro_batch(
 
 
 def max_tokens(
-    model: Any, data: TrainingData, config: Config, accelerator: Accelerator, max_examples: int
+    model: Any, data: TrainingData, chunk_tokens: int, accelerator: Accelerator, max_examples: int
 ) -> int:
     """Return the number of tokens, with padding, that fit in a micro-batch; 0 if no example fits.
 
@@ -76,7 +76,7 @@ def max_tokens(
     if zero_stage(accelerator) == 3:
         # Allocate all that does not depend on the size before the free memory is read.
         shortest = collate(examples[-1:], 0).to(accelerator.device)
-        _peak_of(model, shortest, config, accelerator)
+        _peak_of(model, shortest, chunk_tokens, accelerator)
     room, before = memory_room(accelerator.device), memory_used(accelerator.device)
     tried, peaks, count = [0], [before], 1
     while True:
@@ -85,7 +85,7 @@ def max_tokens(
         expected_peak = peaks[-1] + (tokens - tried[-1]) * _slope(tried, peaks)
         if _any_rank(accelerator, count > 1 and expected_peak > room):
             break
-        peak = _peak_of(model, batch, config, accelerator)
+        peak = _peak_of(model, batch, chunk_tokens, accelerator)
         if _any_rank(accelerator, peak is None or peak > room):
             break
         tried, peaks = [*tried, tokens], [*peaks, peak or 0]
@@ -107,7 +107,7 @@ def _slope(tried: list[int], peaks: list[int]) -> float:
     return (peaks[-1] - peaks[-2]) / max(1, tried[-1] - tried[-2])
 
 
-def _peak_of(model: Any, batch: Any, config: Config, accelerator: Accelerator) -> int | None:
+def _peak_of(model: Any, batch: Any, chunk_tokens: int, accelerator: Accelerator) -> int | None:
     """Return the peak bytes of a forward and a backward pass; None if out of memory.
 
     Under ZeRO-3 it raises UserError instead of returning None: other ranks may wait in a collective
@@ -122,7 +122,7 @@ def _peak_of(model: Any, batch: Any, config: Config, accelerator: Accelerator) -
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     try:
         for _ in range(ZERO3_PASSES if zero_stage(accelerator) == 3 else 1):
-            _forward_backward(model, batch, config, accelerator)
+            _forward_backward(model, batch, chunk_tokens, accelerator)
     except (torch.OutOfMemoryError, MemoryError) as error:
         if zero_stage(accelerator) < 3:
             return None
@@ -137,7 +137,7 @@ def _peak_of(model: Any, batch: Any, config: Config, accelerator: Accelerator) -
     return proc_bytes("/proc/self/status", "VmHWM")
 
 
-def _forward_backward(model: Any, batch: Any, config: Config, accelerator: Accelerator) -> None:
+def _forward_backward(model: Any, batch: Any, chunk_tokens: int, accelerator: Accelerator) -> None:
     """Run a forward and a backward pass that leaves no gradients.
 
     Training's random numbers do not change, since each micro-batch sets its own seed.
@@ -147,13 +147,13 @@ def _forward_backward(model: Any, batch: Any, config: Config, accelerator: Accel
         # As in training, but without an optimizer step. Checkpointing is reentrant under ZeRO-3
         # (loop/model/load.py), which does not work with torch.autograd.grad.
         with accumulating(accelerator, model, last=False):
-            accelerator.backward(supervised_loss_sum(model, batch, config.loss_chunk_tokens))
+            accelerator.backward(supervised_loss_sum(model, batch, chunk_tokens))
         forget_gradients(model)
         return
     # torch.autograd.grad accumulates no gradients, so the reduction hooks of DDP and DeepSpeed do
     # not run. Otherwise, ranks would wait for a rank that is out of memory.
     inner = getattr(model, "module", model)  # DistributedDataParallel, DeepSpeedEngine
-    loss = supervised_loss_sum(inner, batch, config.loss_chunk_tokens)
+    loss = supervised_loss_sum(inner, batch, chunk_tokens)
     trained = [parameter for parameter in inner.parameters() if parameter.requires_grad]
     torch.autograd.grad(loss, trained, allow_unused=True)
 

@@ -57,13 +57,13 @@ class Evaluator:
         self.config, self.layout, self.accelerator = config, layout, accelerator
         self.data, self.model, self.tracker, self.saver = data, model, tracker, saver
         self.folder, self.known = Path(config.output_dir), saver.evaluation
-        size = config.per_device_eval_batch_size or layout.limits.examples
+        size = 1 if data.base.alone else config.per_device_eval_batch_size or layout.limits.examples
         self.limits = replace(layout.limits, examples=size, finer=False)
         # Cumulative number of dialogues after each source.
         held_out = data.held_out
         self.sources = [*accumulate(held_out.tally.sources)] if held_out else []
         prompts = read_prompts(config, accelerator)
-        self.sampler = Sampler(data, config, accelerator, prompts, size)
+        self.sampler = Sampler(data, config, accelerator, prompts, size, layout.chunk_tokens)
         self.evaluates = config.eval_strategy != "no" and bool(data.held_out or prompts)
 
     def begin(self) -> None:
@@ -183,7 +183,7 @@ class Evaluator:
             if self.saver.is_asked():
                 return None
             batch = self.data.collator(part.examples, 0, part.groups).to(device)
-            losses, predicted = token_losses(self.model, batch, self.config.loss_chunk_tokens)
+            losses, predicted = token_losses(self.model, batch, self.layout.chunk_tokens)
             correct = predicted == batch.targets
             values = torch.stack([losses, correct, torch.ones_like(losses)], 1).double()
             sums.index_add_(0, torch.tensor(groups, dtype=torch.int64, device=device), values)

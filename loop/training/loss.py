@@ -18,6 +18,8 @@ AFTERWARDS = (
 )
 # Sub-configurations of composite models that may hold these keys (Gemma 3, T5Gemma).
 PARTS = ("text_config", "decoder")
+# Instead of a number of tokens: for models whose head cannot run on some positions only.
+ALL_LOGITS = -1
 
 
 def supervised_loss_sum(
@@ -27,9 +29,11 @@ def supervised_loss_sum(
 
     The LM head runs on supervised positions only, `chunk_tokens` at a time, so logits are [C, V]
     instead of [B, T, V]. It runs on all supervised positions at once if `chunk_tokens` is 0, or if
-    the model does not allow chunks (see `_in_chunks`).
+    the model does not allow chunks (see `_in_chunks`). With ALL_LOGITS it runs on all positions.
     """
     torch.manual_seed(micro_batch.seed)
+    if chunk_tokens == ALL_LOGITS:
+        return _cross_entropy(logits_at_positions(model, micro_batch), micro_batch.targets)
     wrapped: Any = getattr(model, "module", model)  # DistributedDataParallel, DeepSpeedEngine
     head = wrapped.get_output_embeddings()
     if chunk_tokens and _in_chunks(head, wrapped):
@@ -45,6 +49,36 @@ def supervised_loss_sum(
     return _cross_entropy(logits, micro_batch.targets)
 
 
+def hidden_states(model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+    """Return the LM head's inputs at the supervised positions, [S, H] fp32.
+
+    Raises LookupError if the model does not call its output embeddings once.
+    """
+    wrapped: Any = getattr(model, "module", model)
+    head, kept = wrapped.get_output_embeddings(), list[Tensor]()
+
+    def keep(_head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        kept.append(inputs[0].float())
+
+    if head is None:
+        raise LookupError("the model has no output embeddings")
+    with _head_at_positions(head, micro_batch.positions):
+        handle = head.register_forward_pre_hook(keep)
+        try:
+            model(**micro_batch.model_inputs, use_cache=False)
+        finally:
+            handle.remove()
+    if len(kept) != 1:
+        raise LookupError(f"the model calls its output embeddings {len(kept)} times")
+    return kept[0]
+
+
+def logits_at_positions(model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+    """Return the model's logits at the supervised positions, [S, V]; all logits are computed."""
+    logits: Tensor = model(**micro_batch.model_inputs, use_cache=False).logits
+    return _selected(logits, micro_batch.positions)
+
+
 def token_losses(
     model: nn.Module, micro_batch: MicroBatch, chunk_tokens: int = 1024
 ) -> tuple[Tensor, Tensor]:
@@ -55,6 +89,8 @@ def token_losses(
     wrapped: Any = getattr(model, "module", model)
     head = wrapped.get_output_embeddings()
     found: list[tuple[Tensor, Tensor]] = []
+    if chunk_tokens == ALL_LOGITS:
+        return _compared(logits_at_positions(model, micro_batch), micro_batch.targets)
     if not chunk_tokens or not _in_chunks(head, wrapped):
         with _head_at_positions(head, micro_batch.positions):
             logits = model(**micro_batch.model_inputs, use_cache=False).logits

@@ -68,6 +68,7 @@ class Sampler:
     accelerator: Accelerator
     prompts: Sequence[str]
     size: int
+    chunk_tokens: int
 
     def rows(self, model: Any, step: int, stop_asked: Callable[[], bool]) -> list[Row] | None:
         """Return an answer to each prompt; None after a stop request. Every rank must call this."""
@@ -119,7 +120,7 @@ class Sampler:
     def _next_tokens(self, model: Any, examples: list[Example]) -> list[int]:
         """Return the likeliest next token of each example, as computed on rank 0."""
         batch = self.data.collator(examples, 0).to(self.accelerator.device)
-        _, predicted = token_losses(model, batch, self.config.loss_chunk_tokens)
+        _, predicted = token_losses(model, batch, self.chunk_tokens)
         counts = torch.tensor([example.supervised_tokens for example in examples])
         last = (counts.cumsum(0) - 1).to(predicted.device)
         tokens: Tensor = broadcast(predicted[last].contiguous())

@@ -53,7 +53,7 @@ def most(lengths: list[int]) -> int:
         examples=SimpleNamespace(longest=lambda count: examples[:count]),
         collator=Collator(0, None, lambda groups: {"groups": groups}),
     )
-    return auto_micro_batch.max_tokens(None, prepared, Config(), alone(), len(lengths))
+    return auto_micro_batch.max_tokens(None, prepared, 1024, alone(), len(lengths))
 
 
 def test_the_result_fits_and_no_trial_exceeds_the_room(
@@ -101,7 +101,7 @@ def test_what_is_found_keeps_a_real_pass_within_the_room(
     monkeypatch.setattr(auto_micro_batch, "memory_room", lambda _: room)
     monkeypatch.setattr(auto_micro_batch, "memory_used", lambda _: 0)
     monkeypatch.setattr(auto_micro_batch, "_peak_of", peak_of)
-    tokens = auto_micro_batch.max_tokens(model, prepared, Config(), accelerator, len(examples))
+    tokens = auto_micro_batch.max_tokens(model, prepared, 1024, accelerator, len(examples))
     assert 200 <= tokens < 200 * 512
 
     def peak(tokens: int) -> int:
@@ -125,7 +125,7 @@ def test_the_peak_of_a_pass_counts_memory_that_is_given_back_before_it_ends(
     monkeypatch.setattr(auto_micro_batch, "_forward_backward", touch)
     before = auto_micro_batch.memory_used(torch.device("cpu"))
     # Only half, because a system short of memory may meanwhile take other pages of this process.
-    assert (auto_micro_batch._peak_of(None, None, Config(), alone()) or 0) > before + size // 2
+    assert (auto_micro_batch._peak_of(None, None, 1024, alone()) or 0) > before + size // 2
 
 
 def test_losses_are_the_same_with_and_without_auto_micro_batch(train: Train) -> None:

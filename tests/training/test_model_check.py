@@ -1,4 +1,4 @@
-"""Before step 1, a run is refused if its loss differs from the model's plain forward pass."""
+"""Before step 1, a run takes a layout that agrees with the model's plain forward pass."""
 
 import json
 import shutil
@@ -21,7 +21,6 @@ from transformers import (
 
 from data.batching.collate import Collator
 from data.encoding.encode import Example
-from data.errors import UserError
 from loop import train as training
 from loop.training.loss import changes_logits, supervised_loss_sum, token_losses
 from tests.conftest import trainer
@@ -53,9 +52,12 @@ class OddConfig(LlamaConfig):
 class OddForCausalLM(LlamaForCausalLM):
     config_class = OddConfig
 
-    def forward(self, *args, **options):
-        made = super().forward(*args, **options)
-        made.logits = made.logits * 0.5
+    def forward(self, input_ids, **options):
+        embeddings = self.get_input_embeddings()(input_ids)
+        CHANGE_INPUT
+        options["inputs_embeds"] = embeddings
+        made = super().forward(**options)
+        CHANGE_LOGITS
         return made
 """
 
@@ -75,30 +77,34 @@ def halved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("packing", ["True", "False"])
-def test_a_model_that_changes_its_logits_is_refused_before_step_1_and_the_remedy_works(
+def test_a_model_that_changes_its_logits_computes_them_itself(
     precision: str,
     packing: str,
     halved: None,
     train: Callable[..., Path],
-    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     flags = ["--mixed_precision", precision, "--packing", packing]
-    message = r"found a training loss of .*expected .*llama model.*Give --loss_chunk_tokens 0"
-    with pytest.raises(UserError, match=message) as refused:
-        train("run", *flags)
-    assert refused.value.exit_code == 2
-    assert refused.value.known_to_all
-    assert "step 1" not in capsys.readouterr().out
-    assert not (tmp_path / "run" / "training_config.yaml").exists()
-    assert log_of(train("run", *flags, "--loss_chunk_tokens", "0"))[-1]["step"] == 4
+    found = log_of(train("run", *flags))
+    assert "the model computes the logits of supervised positions" in capsys.readouterr().out
+    given = log_of(train("given", *flags, "--loss_chunk_tokens", "0"))
+    assert "check_model" not in capsys.readouterr().out
+    assert [entry["loss"] for entry in found] == [entry["loss"] for entry in given]
+    # Without the check, the loss is another one.
+    unchecked = log_of(train("unchecked", *flags, "--check_model", "False"))
+    assert "check_model: left out" in capsys.readouterr().out
+    assert unchecked[0]["loss"] != pytest.approx(found[0]["loss"], rel=1e-3)
 
 
-def test_a_row_whose_examples_are_not_run_as_alone_is_refused(
-    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+def test_a_row_whose_examples_are_not_run_as_alone_is_padded(
+    train: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from loop.model import packed_attention
 
+    flags = ["--lora_dropout", "0"]
+    expected = train("padded", *flags, "--packing", "False")
     per_example = packed_attention.per_example
 
     def wrong(*args: Any, **options: Any) -> Any:
@@ -107,10 +113,11 @@ def test_a_row_whose_examples_are_not_run_as_alone_is_refused(
         return (made if row is None else made * 0.5), weights
 
     monkeypatch.setattr(packed_attention, "per_example", wrong)
-    flags = ["--lora_dropout", "0"]
-    with pytest.raises(UserError, match="Give --packing False --loss_chunk_tokens 0"):
-        train("run", *flags)
-    train("run", *flags, "--packing", "False", "--loss_chunk_tokens", "0")
+    capsys.readouterr()
+    found = train("run", *flags)
+    assert "using padded micro-batches" in capsys.readouterr().out
+    assert losses_of(found) == losses_of(expected)
+    assert losses_of(train("again", *flags)) == losses_of(expected)
 
 
 @pytest.mark.parametrize(
@@ -167,20 +174,22 @@ def test_the_comparison_changes_no_bit_of_a_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = trainer(request.getfixturevalue(kind), tmp_path)
-    compared, check = [], training.check_loss
+    compared, check = [], training.check_model
 
-    def watched(*given: Any) -> None:
-        state, modes = torch.get_rng_state(), [m.training for m in given[1].modules()]
-        check(*given)
+    def watched(*given: Any) -> Any:
+        model = given[3]
+        state, modes = torch.get_rng_state(), [m.training for m in model.modules()]
+        result = check(*given)
         compared.append(torch.equal(state, torch.get_rng_state()))
-        assert modes == [m.training for m in given[1].modules()]
+        assert modes == [m.training for m in model.modules()]
+        return result
 
-    monkeypatch.setattr(training, "check_loss", watched)
+    monkeypatch.setattr(training, "check_model", watched)
     data = write_dialogues(tmp_path / "d.json", *DIALOGUES)
     flags = ["--data_path", str(data), "--lora_dropout", "0.2", "--logging_steps", "1", *flags]
     checked = run("checked", *flags)
     assert compared == [True]
-    monkeypatch.setattr(training, "check_loss", lambda *_: None)
+    monkeypatch.setattr(training, "check_model", lambda *given: given[:2])
     assert_same(checked, run("unchecked", *flags))
 
 
@@ -200,20 +209,31 @@ def test_under_zero3_it_changes_no_bit_of_a_run(
         "--logging_steps",
         "1",
     ]
-    scripts = {"checked": "loop/train.py", "unchecked": "tests/support/unchecked_train.py"}
-    for name, script in scripts.items():
-        launch("zero3", tmp_path / name, *flags, processes=2, script=script)
-    assert_same(*(tmp_path / name for name in scripts))
+    checks = {"checked": "True", "unchecked": "False"}
+    for name, check in checks.items():
+        launch("zero3", tmp_path / name, *flags, "--check_model", check, processes=2)
+    assert_same(*(tmp_path / name for name in checks))
 
 
-def test_ranks_under_zero3_are_refused_together(tiny_model: Path, tmp_path: Path) -> None:
+HALVED = "made.logits = made.logits * 0.5"
+LATER = "embeddings = embeddings + embeddings.mean(1, keepdim=True)"
+
+
+@pytest.mark.parametrize("change", [HALVED, LATER], ids=["halved logits", "later tokens"])
+def test_ranks_under_zero3_fall_back_or_are_refused_together(
+    change: str, tiny_model: Path, tmp_path: Path
+) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_model, base)
     auto_map = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddForCausalLM"}
     values = json.loads((base / "config.json").read_text())
     values |= {"model_type": "odd", "auto_map": auto_map}
     (base / "config.json").write_text(json.dumps(values))
-    (base / "odd.py").write_text(CODE)
+    (base / "odd.py").write_text(
+        CODE.replace("CHANGE_INPUT", change * (change == LATER) or "pass").replace(
+            "CHANGE_LOGITS", change * (change == HALVED) or "pass"
+        )
+    )
     data = write_dialogues(tmp_path / "d.json", ["Hi", "Hello."], ["And?", "So."])
     words = ["./launch.sh", "accelerate_configs/zero3.yaml", "--model_name_or_path", base]
     words += ["--data_path", data, "--max_steps", "3", "--output_dir", tmp_path / "run"]
@@ -221,8 +241,10 @@ def test_ranks_under_zero3_are_refused_together(tiny_model: Path, tmp_path: Path
     how = {"NUM_PROCESSES": "2", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = command(*words, **how)
     said = done.stdout + done.stderr
-    assert done.returncode == 2, said
-    assert said.count("Give --loss_chunk_tokens 0") == 1
     assert "Traceback" not in said
-    done = command(*words, "--loss_chunk_tokens", "0", **how)
-    assert done.returncode == 0, done.stdout + done.stderr
+    if change == HALVED:
+        assert done.returncode == 0, said
+        assert said.count("the model computes the logits of supervised positions") == 1
+    else:
+        assert done.returncode == 2, said
+        assert said.count("tokens that attend to later ones") == 1
