@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from data.batching.collate import Collator
 from data.encoding.encode import Example
 from data.errors import UserError
-from loop.config.flags import Config
 from loop.model.packed_attention import implementation, row_inputs
 from loop.monitor.logger import Tracker
 from loop.training import auto_micro_batch
@@ -106,7 +105,7 @@ def test_what_is_found_keeps_a_real_pass_within_the_room(
 
     def peak(tokens: int) -> int:
         batch = prepared.collator(examples[: tokens // 200], 0)
-        return peak_of(model, batch, Config(), accelerator)
+        return peak_of(model, batch, 1024, accelerator)
 
     assert peak(tokens) < 1.05 * room
     assert peak(2 * tokens) > room

@@ -144,9 +144,7 @@ def test_models_of_many_kinds_have_the_same_loss_packed_and_padded(
     assert_equal(losses["packed"][1], losses["padded"][1])
 
 
-@pytest.mark.parametrize(
-    "kind", ["mamba", "gemma2", "bloom", "t5", "falcon_h1", "llama4_text", "nemotron"]
-)
+@pytest.mark.parametrize("kind", ["mamba", "gemma2", "bloom", "t5", "falcon_h1", "llama4_text"])
 def test_models_that_mix_positions_outside_attention_are_padded(kind: str) -> None:
     assert not can_pack(AutoConfig.for_model(kind))
 
