@@ -43,10 +43,8 @@ SIZES: tuple[tuple[str, int], ...] = (
         r"(\w+_)?hidden_size|hidden_size_global|d_model|n_embd|(\w+_)?emb(ed|edding)?_(dim|size)",
         WIDTH,
     ),
-    (
-        r"dim|emb_dim|word_embed_proj_dim|lru_width|output_dim|out_hidden_size|input_embedding_size",
-        WIDTH,
-    ),
+    (r"dim|emb_dim|word_embed_proj_dim|lru_width|output_dim|out_hidden_size", WIDTH),
+    (r"input_embedding_size", WIDTH),
     (r"(\w+_)?output_dim|projector_(in|out)put_dim|hidden_dim|prompt_mid_dim", WIDTH),
     (r"vocab_size_per_layer_input|split_ngram_parts", VOCABULARY),
     (r"image_size|crop_size|num_position_embeddings|image_seq_length", WIDTH),
