@@ -112,15 +112,15 @@ def owners(skeleton: nn.Module, source: Source) -> dict[str, str]:
     Flan-T5's LM head has its own values, although its configuration declares it as tied.
     """
     groups: dict[int, list[str]] = defaultdict(list)
-    values = skeleton.state_dict(keep_vars=True)
-    for name, tensor in values.items():
+    parameters = skeleton.state_dict(keep_vars=True)
+    for name, tensor in parameters.items():
         groups[id(tensor)].append(name)
     head_names = vocabulary_names(skeleton)[1:]
     owner: dict[str, str] = {}
     for names in groups.values():
         stored = [name for name in names if name in source.shapes]
         if not stored:  # renamed when transformers loads the files
-            renamed = {name: stored_name(skeleton, name, values[name].data) for name in names}
+            renamed = {name: stored_name(skeleton, name, parameters[name].data) for name in names}
             owner |= {name: key for name, key in renamed.items() if key in source.shapes}
             continue
         stored.sort(key=lambda name: name in head_names)  # the embedding first

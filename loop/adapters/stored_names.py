@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
@@ -41,9 +41,9 @@ def adapted_parameters(folder: Path, model: nn.Module) -> dict[str, AdaptedParam
         return {}
     config.inference_mode = True
     with torch.device("meta"):
-        adapted: Any = get_peft_model(copy.deepcopy(model), config)  # type: ignore[arg-type]
+        adapted = inject_adapter_in_model(config, copy.deepcopy(model))
     found: dict[str, AdaptedParameter] = {}
-    for name, module in adapted.get_base_model().named_modules():
+    for name, module in adapted.named_modules():
         if isinstance(module, ParamWrapper):
             owner = name.replace(".base_layer", "")
             found[name] = AdaptedParameter(
