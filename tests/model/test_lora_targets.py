@@ -14,6 +14,7 @@ from loop.model.base import check_experts, read_base_config
 from loop.model.lora_targets import ALL_BUT_EXPERTS, ALL_LINEAR, Targets, find_targets, kind_of
 from loop.model.quantization import describe_parameters
 from tests.conftest import small_tokenizer
+from tests.support.target_table import PAGE, target_table
 from tests.support.tiny_models import architectures, save_tiny, tiny_model
 
 MIXTURES = [
@@ -177,3 +178,8 @@ def test_every_architecture_has_default_targets_or_is_refused_by_name() -> None:
     print(f"default targets: {len(found)}; refused: {refused}; not built: {unbuilt}")
     assert refused == ["moshi", "xlnet"]
     assert len(found) >= 205
+
+
+@pytest.mark.slow
+def test_the_table_of_default_targets_is_that_of_the_installed_transformers() -> None:
+    assert target_table() in PAGE.read_text(encoding="utf-8")
