@@ -234,7 +234,7 @@ def _set_dropout(with_adapter: Any, dropout: float) -> None:
             for name in module.lora_dropout:
                 module.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
     if dropout:
-        print_rank0(f"note: expert parameters get no LoRA dropout; all others {dropout}")
+        print_rank0(f"note: experts get LoRA dropout 0; all other modules {dropout}")
 
 
 def leave_inputs(with_adapter: Any) -> None:

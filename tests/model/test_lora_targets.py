@@ -1,5 +1,6 @@
 """LoRA's targets are right on every architecture of transformers, experts included."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from peft import LoraConfig, get_peft_model
 from data.errors import UserError
 from loop.adapters import merge
 from loop.config.flags import Config
+from loop.config.load import read_config
 from loop.model.base import check_experts, read_base_config
 from loop.model.lora_targets import ALL_BUT_EXPERTS, ALL_LINEAR, Targets, find_targets, kind_of
 from loop.model.quantization import describe_parameters
 from tests.conftest import small_tokenizer
+from tests.support.helpers import command
 from tests.support.target_table import PAGE, target_table
 from tests.support.tiny_models import architectures, save_tiny, tiny_model
 
@@ -122,6 +125,29 @@ def test_a_dense_layers_name_does_not_adapt_the_experts() -> None:
         "model.layers.1.mlp.shared_experts.up_proj.weight",
     }
     assert len(trained(adapted(model, targets))) == 2
+
+
+def test_experts_get_no_dropout_and_all_other_modules_get_theirs(
+    tmp_path: Path, chat_tokenizer: Any
+) -> None:
+    folder = save_tiny("mixtral", tmp_path / "base", small_tokenizer(chat_tokenizer))
+    output = tmp_path / "run"
+    done = command(
+        *("python", "loop/train.py", "--model_name_or_path", folder, "--output_dir", output),
+        *("--max_steps", "2", "--num_data", "8", "--learning_rate", "1e-2"),
+        *("--lora_target_modules", "all-linear", "--lora_dropout", "0.25"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "adapted: 8 attention, 16 experts" in done.stdout
+    assert "note: experts get LoRA dropout 0; all other modules 0.25" in done.stdout
+    saved = json.loads((output / "adapter_config.json").read_text())
+    assert saved["lora_dropout"] == 0
+    # The names with which doctor and a continued training find the same targets.
+    config = read_config(["--lora_weight_path", str(output)], Config)
+    model = tiny_model("mixtral")
+    again, first = (find_targets(model, n) for n in (config.lora_target_modules, ALL_LINEAR))
+    assert again.modules.keys() == first.modules.keys()
+    assert again.parameters.keys() == first.parameters.keys()
 
 
 def test_4_bits_are_refused_where_most_of_the_model_would_stay_in_16(
