@@ -143,7 +143,8 @@ def test_experts_get_no_dropout_and_all_other_modules_get_theirs(
     saved = json.loads((output / "adapter_config.json").read_text())
     assert saved["lora_dropout"] == 0
     # The names with which doctor and a continued training find the same targets.
-    config = read_config(["--lora_weight_path", str(output)], Config)
+    flags = ["--lora_weight_path", str(output), "--model_name_or_path", str(folder)]
+    config = read_config(flags, Config)
     model = tiny_model("mixtral")
     again, first = (find_targets(model, n) for n in (config.lora_target_modules, ALL_LINEAR))
     assert again.modules.keys() == first.modules.keys()
