@@ -73,6 +73,8 @@ def test_all_linear_adapts_each_expert_and_dense_layer_but_no_router_and_no_head
     parts = {part for name in left_out for part in name.split(".")[-2:-1]}
     known = {"embed_tokens", "lm_head", "gate", "router", "shared_expert_gate", "moe_statics"}
     assert parts <= known, left_out
+    routers = {"gate", "router", "shared_expert_gate", "lm_head"}
+    assert [name for name in names if routers & {*name.split(".")}] == []
     assert sum(kind_of(name) == "expert" for name in names) >= 2
     without = find_targets(model, ALL_BUT_EXPERTS)
     assert {*names} - {*without.modules, *without.parameters} == {
