@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 from loop.adapters.adapter import Adapter
+from loop.adapters.stored_names import stored_name
 from loop.model.base import as_user_error, meta_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -111,12 +112,17 @@ def owners(skeleton: nn.Module, source: Source) -> dict[str, str]:
     Flan-T5's LM head has its own values, although its configuration declares it as tied.
     """
     groups: dict[int, list[str]] = defaultdict(list)
-    for name, tensor in skeleton.state_dict(keep_vars=True).items():
+    parameters = skeleton.state_dict(keep_vars=True)
+    for name, tensor in parameters.items():
         groups[id(tensor)].append(name)
     head_names = vocabulary_names(skeleton)[1:]
     owner: dict[str, str] = {}
     for names in groups.values():
         stored = [name for name in names if name in source.shapes]
+        if not stored:  # renamed when transformers loads the files
+            renamed = {name: stored_name(skeleton, name, parameters[name].data) for name in names}
+            owner |= {name: key for name, key in renamed.items() if key in source.shapes}
+            continue
         stored.sort(key=lambda name: name in head_names)  # the embedding first
         distinct = stored[:1]
         for name in stored[1:]:

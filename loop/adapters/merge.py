@@ -41,6 +41,7 @@ from loop.adapters.compare_logits import (
 from loop.adapters.gguf import check, write_gguf
 from loop.adapters.merge_rules import Change, read_changes, restore_fp32_values
 from loop.adapters.rounding import changed_layers, inputs_of, rounded
+from loop.adapters.stored_names import stored_factors
 from loop.checkpoint.full_model import cut_shards, shard_index, shard_name
 from loop.config.parser import File, Folder, Model, flag, parse
 from loop.model.dtypes import torch_dtype
@@ -243,7 +244,7 @@ class Merge:
     def _write(self, source: Source, folder: Path, dtype: torch.dtype) -> None:
         """Write the weights; one file's tensors are in memory at a time."""
         places = owners(self.skeleton, source)
-        changes = self._by_place(places)
+        changes = self._by_place(places, source)
         inputs = {places[f"{name}.weight"]: parts for name, parts in self.inputs.items()}
         kept = [key for key in source.shapes if places.get(key, key) == key]
         matrices = {places[name] for name in vocabulary_names(self.skeleton)}
@@ -281,7 +282,7 @@ class Merge:
             (folder / INDEX).write_text(shard_index(file_of, size), encoding="utf-8")
         self._write_settings(folder, dtype, rows)
 
-    def _by_place(self, places: dict[str, str]) -> dict[str, Change]:
+    def _by_place(self, places: dict[str, str], source: Source) -> dict[str, Change]:
         """Return the changes by the stored name of the changed tensor.
 
         Raises UserError if the adapter changes a shared matrix for one of its modules only.
@@ -291,10 +292,8 @@ class Merge:
         for name, change in self.changes.items():
             place = places.get(name)
             if place is None:
-                raise UserError(
-                    f"{self.adapter.base}: its files hold no {name}; expected the names of the "
-                    "model's tensors. Load it with transformers and save it with save_pretrained."
-                )
+                changes |= self._split(name, change, source)
+                continue
             other = changes.setdefault(place, change)
             same_rows = change.same_rows(other)
             if readers[place] > 1 and not same_rows:
@@ -303,6 +302,19 @@ class Merge:
                     "share; a merge would change them too. Use the adapter unmerged."
                 )
         return changes
+
+    def _split(self, name: str, change: Change, source: Source) -> dict[str, Change]:
+        """Return a change of a parameter that the files hold in parts, by the parts' names."""
+        factors = {}
+        if change.product and change.magnitude is None:
+            b, a, scale = change.product
+            factors = stored_factors(self.skeleton, name, b, a, not change.transposed)
+        if not factors or not factors.keys() <= source.shapes.keys():
+            raise UserError(
+                f"{self.adapter.base}: its files hold no {name}; expected the names of the "
+                "model's tensors. Load it with transformers and save it with save_pretrained."
+            )
+        return {key: Change(product=(b, a, scale)) for key, (b, a) in factors.items()}
 
     def _write_settings(self, folder: Path, dtype: torch.dtype, rows: int) -> None:
         """Write configuration, tokenizer, generation settings, and the base's trusted code."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from data.errors import UserError
+from loop.adapters.stored_names import AdaptedParameter, adapted_parameters
 from loop.config.flags import ADAPTER_FILES
 
 PREFIX = "base_model.model."
@@ -34,6 +35,7 @@ SUPPORTED_FIELDS = {
     *("lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "use_dora", "modules_to_save"),
     *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
     *("alpha_pattern", "trainable_token_indices", "runtime_config", "ensure_weight_tying"),
+    "target_parameters",
     *("megatron_core", "loftq_config", "eva_config"),
 }
 # Other values, such as "pissa", subtract the adapter's initial product from the base.
@@ -44,7 +46,8 @@ SUPPORTED_INITS = (True, False, "gaussian", "eva", "orthogonal")
 class Change:
     """The change of one tensor: a LoRA product to add, or rows or a full tensor to replace.
 
-    product: lora_B [out, r], lora_A [r, in] and their scale. transposed: the tensor is [in, out].
+    product: lora_B [out, r], lora_A [r, in] and their scale, of an expert parameter with the
+    experts as first dimension. transposed: the tensor is [in, out].
     magnitude: DoRA's, [out]. rows: [n, d] for the n `tokens`. replacement: the new tensor.
     """
 
@@ -61,7 +64,7 @@ class Change:
         if self.product:
             b, a, scale = self.product
             delta = (b.float() @ a.float()) * scale
-            changed = changed + (delta.T if self.transposed else delta)
+            changed = changed + (delta.transpose(-1, -2) if self.transposed else delta)
         if self.magnitude is not None:
             # https://arxiv.org/abs/2402.09353, equation 5, with a norm for each output.
             changed = changed * (self.magnitude.float() / changed.norm(dim=1))[:, None]
@@ -102,7 +105,11 @@ def read_changes(folder: Path, model: nn.Module) -> dict[str, Change]:
         if name not in names:
             raise _unknown(folder, key)
         changes[name] = Change(replacement=tensor)
+    parameters = adapted_parameters(folder, model) if config.get("target_parameters") else {}
     for module, found in parts.items():
+        if place := parameters.get(module):
+            changes[place.name] = _parameter_change(place, found, folder)
+            continue
         if module not in modules:
             raise _unknown(folder, f"{PREFIX}{module}")
         changes[f"{module}.weight"] = _change(modules[module], module, found, config, folder)
@@ -144,6 +151,16 @@ def _change(
     rank = len(a)
     scale = alpha / (sqrt(rank) if config.get("use_rslora") else rank)
     return Change(product=(b, a, scale), transposed=transposed, magnitude=found.get(MAGNITUDE))
+
+
+def _parameter_change(place: AdaptedParameter, found: dict[str, Tensor], folder: Path) -> Change:
+    if {*found} != {A, B}:
+        raise _unknown(folder, f"{place.name}'s {', '.join(sorted(found))}")
+    b, a = found[B], found[A]
+    if place.experts > 1:  # peft 0.21, `ParamWrapper.get_delta_weight`
+        a = a.reshape(place.experts, -1, a.shape[-1])
+        b = b.reshape(len(b), -1, place.experts).permute(2, 0, 1)
+    return Change(product=(b, a, place.scale), transposed=not place.out_first)
 
 
 def _tokens(module: str, config: dict[str, Any], folder: Path) -> tuple[int, ...]:

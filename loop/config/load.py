@@ -235,11 +235,16 @@ def _adapter_settings(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"--lora_weight_path: {file}: r or target_modules has a type that peft never writes."
         )
+    # Experts, and matrices that are adapted as parameters (loop/model/lora_targets.py).
+    parameters = [
+        str(name).removesuffix(".weight") for name in saved.get("target_parameters") or ()
+    ]
+    names = [targets] if isinstance(targets, str) else sorted({*targets, *parameters})
     settings = {
         "lora_r": saved["r"],
         "lora_alpha": saved["lora_alpha"],
         "lora_bias": saved["bias"],
-        "lora_target_modules": (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+        "lora_target_modules": tuple(names),
     }
     for name, value in settings.items():
         same = name not in given or (

@@ -89,7 +89,10 @@ class ModelFlags:
         0.05, "dropout before the adapter", "LoRA", at_least=0, below=1, affects="result"
     )
     lora_target_modules: tuple[str, ...] | None = flag(
-        None, "names, or all-linear; none: q_proj v_proj, or T5's q v", "LoRA", affects="result"
+        None,
+        "names, all-linear or all-linear-but-experts; none: attention's query and value",
+        "LoRA",
+        affects="result",
     )
     lora_bias: Literal["none", "all", "lora_only"] = flag(
         "none", "which biases are trained", "LoRA", affects="result"

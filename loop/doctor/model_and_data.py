@@ -19,6 +19,7 @@ from loop.doctor.memory.shape import bare_model, check_shape, lora_targets, pair
 from loop.doctor.show import as_text
 from loop.inputs.training_data import TrainingData, read_training_data
 from loop.model.base import (
+    check_experts,
     check_pairs,
     check_ties,
     find_base_model,
@@ -82,6 +83,8 @@ def examine_model(config: Config, zero: dict[str, Any], errors: list[str]) -> Mo
     with collect_errors(errors):
         check_quantization(base, base_config, config, zero)
     with collect_errors(errors):
+        check_experts(base, base_config, config)
+    with collect_errors(errors):
         check_ties(base, base_config, zero.get("stage") == 3)
     with collect_errors(errors):
         model.bare = bare_model(base, base_config, config)
@@ -127,7 +130,7 @@ def model_rows(
     total, trained = sum(p.numel() for p in model.bare.parameters()), model.trained(config)
     share = 100 * trained / (total + trained)  # as in the training log
     rows.append(("parameters", f"{total:,}; trained {trained:,} ({share:.3f} %)"))
-    names = {name.rpartition(".")[2] for name in model.targets}
+    names = {name.removesuffix(".weight").rpartition(".")[2] for name in model.targets}
     scale = f"r {config.lora_r}, alpha {config.lora_alpha}, dropout {config.lora_dropout:g}"
     rows.append(("LoRA", f"{scale} on {' '.join(sorted(names))}: {len(model.targets)} modules"))
     longest = getattr(model.base_config, "max_position_embeddings", None)

@@ -26,6 +26,9 @@ LIBRARY_ERRORS = (
     *(SafetensorError, StrictDataclassError),
 )
 
+# The largest part of a model's parameters that --q_lora may leave in 16 bits as experts.
+MAX_EXPERTS_IN_16_BITS = 0.1
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -185,6 +188,27 @@ def meta_model(base: str, base_config: Any, trust_remote_code: bool) -> Any:
     with as_user_error(base), torch.device("meta"):
         return model_class(base_config).from_config(
             base_config, trust_remote_code=trust_remote_code
+        )
+
+
+def check_experts(base: str, base_config: Any, config: Config) -> None:
+    """Raise UserError if --q_lora would leave most of a mixture of experts in 16 bits.
+
+    bitsandbytes quantises linear layers; experts that are one parameter per layer stay as they are.
+    """
+    from loop.model.lora_targets import experts_of
+
+    if not config.q_lora:
+        return
+    model = meta_model(base, base_config, config.trust_remote_code)
+    experts = sum(parameter.numel() for parameter in experts_of(model).values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if experts > MAX_EXPERTS_IN_16_BITS * total:
+        raise UserError(
+            f"--q_lora True: found {base}, whose experts are {100 * experts / total:.0f} % of its "
+            f"{total:,} parameters and would stay in 16 bits ({2 * experts / 2**30:,.1f} GiB); "
+            f"expected at most {100 * MAX_EXPERTS_IN_16_BITS:.0f} %. Leave --q_lora out, and "
+            "launch with accelerate_configs/zero3.yaml to partition the weights."
         )
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import modeling_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -17,10 +19,17 @@ from loop.config.flags import Config
 from loop.distributed.accelerator import raise_on_all_ranks, zero_stage
 from loop.distributed.rank_zero import print_rank0
 from loop.model import new_tokens
-from loop.model.base import BaseModel, as_user_error, check_ties, compares_ties, model_class
+from loop.model.base import (
+    BaseModel,
+    as_user_error,
+    check_experts,
+    check_ties,
+    compares_ties,
+    model_class,
+)
 from loop.model.dtypes import torch_dtype
 from loop.model.kernels import keep_memory, replace_dropout, use_kernels
-from loop.model.lora_targets import ALL_LINEAR, target_names
+from loop.model.lora_targets import find_targets
 from loop.model.packed_attention import implementation
 from loop.model.quantization import (
     about_zero3,
@@ -117,6 +126,7 @@ def _load_base_for_training(base_model: BaseModel, config: Config, accelerator: 
     plugin = accelerator.state.deepspeed_plugin
     zero = plugin.deepspeed_config["zero_optimization"] if plugin else {}
     check_quantization(base, base_config, config, zero)
+    check_experts(base, base_config, config)
     check_ties(base, base_config, zero3)
     if zero3 and config.q_lora:
         print_rank0(f"note: {about_zero3(config)}")
@@ -175,7 +185,8 @@ def _ties_of_gathered_weights() -> Iterator[None]:
 def _add_adapter(model: Any, base_model: BaseModel, config: Config, autocast: bool) -> PeftModel:
     if config.lora_weight_path:
         saved = PeftConfig.from_pretrained(config.lora_weight_path)
-        saved.lora_dropout = config.lora_dropout
+        # peft refuses dropout with parameters; see `_set_dropout`.
+        saved.lora_dropout = 0.0 if saved.target_parameters else config.lora_dropout
         with as_user_error(f"--lora_weight_path {config.lora_weight_path}"):
             # peft only warns of missing weights. Training would start from random values.
             warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -187,22 +198,43 @@ def _add_adapter(model: Any, base_model: BaseModel, config: Config, autocast: bo
                 autocast_adapter_dtype=autocast,
             )
         new_tokens.check_rows(loaded, base_model.new_tokens, config.lora_weight_path)
+        if saved.target_parameters:
+            _set_dropout(loaded, config.lora_dropout)
         return loaded
     pairs, tokens = model.config.is_encoder_decoder, base_model.new_tokens
-    targets = target_names(model, config.lora_target_modules)
+    modules, parameters = find_targets(model, config.lora_target_modules).for_peft(model)
     rows = new_tokens.places(model, tokens) if tokens else None
-    new_tokens.check_targets(rows or {}, targets)
+    new_tokens.check_targets(rows or {}, (*modules, *parameters))
     adapter = LoraConfig(
         task_type=TaskType.SEQ_2_SEQ_LM if pairs else TaskType.CAUSAL_LM,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=targets[0] if targets == ALL_LINEAR else list(targets),
+        lora_dropout=0.0 if parameters else config.lora_dropout,
+        target_modules=modules,
+        target_parameters=parameters or None,
         bias=config.lora_bias,
         trainable_token_indices=rows,
         base_model_name_or_path=base_model.name,
     )
-    return get_peft_model(model, adapter, autocast_adapter_dtype=autocast)
+    with as_user_error(f"{base_model.name}: LoRA"):
+        with_adapter = get_peft_model(model, adapter, autocast_adapter_dtype=autocast)
+    if parameters:
+        _set_dropout(with_adapter, config.lora_dropout)
+    return with_adapter
+
+
+def _set_dropout(with_adapter: Any, dropout: float) -> None:
+    """Give all adapted modules, but no adapted parameters, their dropout.
+
+    A parameter's LoRA is added to the weight, so that its input cannot be dropped. peft (0.21,
+    `ParamWrapper`) therefore refuses a configuration with dropout, also when it loads one.
+    """
+    for module in with_adapter.modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+            for name in module.lora_dropout:
+                module.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
+    if dropout:
+        print_rank0(f"note: experts get LoRA dropout 0; all other modules {dropout}")
 
 
 def leave_inputs(with_adapter: Any) -> None:

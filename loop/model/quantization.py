@@ -10,12 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from data.errors import UserError
 from loop.config.flags import Config
 from loop.model.dtypes import DTYPE_NAMES
+from loop.model.lora_targets import kind_of
 
 
 @contextmanager
@@ -231,8 +233,21 @@ def describe_parameters(model: nn.Module) -> str:
     by_dtype = ", ".join(f"{kind} {n / 2**20:,.1f} MiB" for kind, n in size.most_common())
     return (
         f"base {total - trainable:,} parameters, trainable {trainable:,} "
-        f"({100 * trainable / total:.3f} %); {by_dtype}"
+        f"({100 * trainable / total:.3f} %); adapted: {_adapted(model)}; {by_dtype}"
     )
+
+
+def _adapted(model: nn.Module) -> str:
+    """Return the number of adapted matrices by kind; each expert of a parameter counts."""
+    kinds: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, ParamWrapper):
+            owner = name.replace(".base_layer", "")
+            kinds[kind_of(f"{owner}.{module.parameter_name}")] += module.num_experts
+        elif isinstance(module, LoraLayer):
+            kinds[kind_of(name)] += 1
+    names = {"expert": "experts"}
+    return ", ".join(f"{n:,} {names.get(kind, kind)}" for kind, n in kinds.items()) or "nothing"
 
 
 def scale_bytes(state: Any) -> int:

@@ -1,6 +1,7 @@
 """Builds tiny random configurations of all causal and seq2seq architectures of transformers."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 VOCABULARY, WIDTH, HEADS, HEAD, LAYERS, EXPERTS = 1000, 64, 4, 16, 2, 4
@@ -115,6 +116,21 @@ def tiny_model(model_type: str, task: str | None = None) -> Any:
     task = task or architectures()[model_type][-1]
     loader = AutoModelForSeq2SeqLM if task == "seq2seq" else AutoModelForCausalLM
     return loader.from_config(tiny_config(model_type)).eval()
+
+
+def save_tiny(model_type: str, folder: Path, tokenizer: Any) -> Path:
+    """Write a tiny random model with a tokenizer of at most 1,000 tokens; return the folder."""
+    import torch
+    from transformers import GenerationConfig
+
+    torch.manual_seed(0)
+    model = tiny_model(model_type)
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        setattr(model.config, name, getattr(tokenizer, name))
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def _tiny_fields(config: Any) -> dict[str, Any]:

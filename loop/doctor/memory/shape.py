@@ -1,6 +1,7 @@
 """Reads the inputs of the estimate: a model's shape from config.json, and accelerate configs."""
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,7 +11,7 @@ from data.errors import UserError
 from loop.config.flags import ROOT, Config
 from loop.config.model_flags import Precision
 from loop.model.base import meta_model, read_base_config
-from loop.model.lora_targets import ALL_LINEAR, target_names
+from loop.model.lora_targets import find_targets
 
 # Model types with T5's blocks (transformers 5.23, models/mt5/modeling_mt5.py). Flan-T5 and ByT5
 # have the type t5. UMT5 and LongT5 have another attention. Switch has experts.
@@ -225,42 +226,38 @@ def _weights(model: Any, layers: int, targets: dict[str, Any], config: Config) -
     for name, module in targets.items():
         parent, _, own = name.rpartition(".")
         if own != INPUT_KEPT_BY_ATTENTION:
-            inputs[parent, SAME_INPUT.get(own, own)] = module.weight.shape[1]
+            inputs[parent, SAME_INPUT.get(own, own)] = _weight(module).shape[-1]
         trained += pair_of(module, config)
     return {
         "head_trained": any(module is head for module in targets.values()),
         "model": count(model),
         "layer": count(stacks[0][0]),
         "trained": tuple(trained),
-        "targets": tuple(module.weight.shape[1] for module in targets.values()),
+        "targets": tuple(_weight(module).shape[-1] for module in targets.values()),
         "inputs": tuple(inputs.values()),
     }
 
 
 def pair_of(module: Any, config: Config) -> list[int]:
-    """Return the elements of lora_A [r, in] and lora_B [out, r]."""
-    return [config.lora_r * width for width in module.weight.shape]
+    """Return the elements of lora_A [r, in] and lora_B [out, r], of all experts of a parameter."""
+    shape = _weight(module).shape
+    return [config.lora_r * prod(shape[:-2]) * width for width in shape[-2:]]
+
+
+def _weight(target: Any) -> Any:
+    """Return an adapted module's weight; an adapted parameter is its own."""
+    from torch import nn
+
+    return target if isinstance(target, nn.Parameter) else target.weight
 
 
 def lora_targets(model: Any, config: Config) -> dict[str, Any]:
-    """Return the modules that get a LoRA pair, by name, as in peft 0.21 (tuners_utils.py).
+    """Return the modules and parameters that get a LoRA pair, by name.
 
     Raises UserError for a target that the model does not have.
     """
-    from torch import nn
-
-    head = model.get_output_embeddings()
-    names = target_names(model, config.lora_target_modules)
-    if names == ALL_LINEAR:
-        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        return {name: m for name, m in linears.items() if m is not head}
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
-    return {
-        name: module
-        for target in names
-        for name, module in modules.items()
-        if name == target or name.endswith(f".{target}")
-    }
+    targets = find_targets(model, config.lora_target_modules)
+    return targets.modules | targets.parameters
 
 
 def trained_biases(model: Any, targets: dict[str, Any], config: Config) -> dict[int, int]:
