@@ -7,7 +7,7 @@ from typing import Any
 
 from data.errors import UserError
 
-# The default where no attention is found, and what the estimate prints: LLaMA's and T5's names.
+# LLaMA's and T5's default targets, which the estimate prints.
 USUAL = (("q_proj", "v_proj"), ("q", "v"))
 ALL_LINEAR, ALL_BUT_EXPERTS = ("all-linear",), ("all-linear-but-experts",)
 
@@ -135,7 +135,7 @@ def _left_out(model: Any, name: str, module: Any) -> bool:
     parts = name.lower().split(".")
     head = model.get_output_embeddings()
     tied = head is not None and (module is head or module.weight is head.weight)
-    # In a gated MLP, "gate" is a projection of its own size; a router is the module itself.
+    # "gate" is a router; a gated MLP has a "gate_proj".
     routes = any(ROUTER.fullmatch(part) for part in parts)
     return tied or routes or any(NO_GRADIENT.fullmatch(part) for part in parts)
 
