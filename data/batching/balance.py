@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import ceil
 
-from data.batching.shared_prefix import PrefixGroup, prefix_groups, sort_by_prefix, tokens_saved
+from data.batching.shared_prefix import shared_prefixes, sort_by_prefix, tokens_saved
 from data.encoding.encode import Example
 
 # The cost of one more micro-batch in padded tokens, because it reads the weights from memory again.
@@ -21,12 +21,12 @@ class ExampleBatch:
     """The examples of one micro-batch before collation; it may be empty.
 
     tokens: computed tokens, with padding; a shared prefix counts once.
-    groups: the prefix groups of the examples, in order; None if prefixes are not shared.
+    shared: tokens that each example shares with the one before it; None if nothing is shared.
     """
 
     examples: list[Example]
     tokens: int
-    groups: list[PrefixGroup] | None = None
+    shared: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Limits:
     sharing: bool = False
 
     def batch(self, examples: list[Example]) -> ExampleBatch:
-        """Return the micro-batch of these examples, with its cost and its prefix groups."""
+        """Return the micro-batch of these examples, with its cost and its shared prefixes."""
         if not self.packed:
             return ExampleBatch(examples, padded_tokens(examples))
         if not self.sharing:
             return ExampleBatch(examples, packed_tokens(examples))
-        groups = prefix_groups(examples)
-        saved, _ = tokens_saved(groups)
-        return ExampleBatch(examples, packed_tokens(examples) - saved, groups)
+        shared = shared_prefixes(examples)
+        saved, _ = tokens_saved(shared)
+        return ExampleBatch(examples, packed_tokens(examples) - saved, shared)
 
     def allows(self, examples: list[Example]) -> bool:
         """Return whether the examples are within the limit of tokens, or only one."""
@@ -79,7 +79,7 @@ class Assignment:
         """The sum of the squared lengths; the work of attention is proportional to it."""
         batches = [batch for rank in self.ranks for batch in rank]
         squares = sum(e.run_tokens**2 for batch in batches for e in batch.examples)
-        return squares - sum(tokens_saved(batch.groups or [])[1] for batch in batches)
+        return squares - sum(tokens_saved(batch.shared or [])[1] for batch in batches)
 
 
 def assign_micro_batches(chosen: list[Example], world_size: int, limits: Limits) -> Assignment:

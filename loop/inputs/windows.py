@@ -10,12 +10,11 @@ import torch
 
 from data.batching.balance import assign_micro_batches
 from data.batching.collate import MicroBatch
-from data.batching.shared_prefix import PrefixGroup
 from data.encoding.encode import Example
 from loop.distributed.layout import Layout
 
-# Collates examples into a micro-batch. Arguments: examples, random seed, prefix groups.
-Collate = Callable[[Sequence[Example], int, Sequence[PrefixGroup] | None], MicroBatch]
+# Collates examples into a micro-batch. Arguments: examples, random seed, shared prefixes.
+Collate = Callable[[Sequence[Example], int, Sequence[int] | None], MicroBatch]
 T = TypeVar("T")
 
 
@@ -51,7 +50,7 @@ def windows(
             step=step,
             epoch=epoch + min(1.0, (index + 1) * layout.global_batch_size / len(examples)),
             micro_batches=[
-                collate(batch.examples, _random_seed(seed, step, layout.rank, slot), batch.groups)
+                collate(batch.examples, _random_seed(seed, step, layout.rank, slot), batch.shared)
                 for slot, batch in enumerate(assignment.ranks[layout.rank])
             ],
             examples=len(chosen),

@@ -95,7 +95,7 @@ def test_no_dialogue_of_a_row_sees_another(models: dict[str, Any], window: list[
     length, _ = one.lengths
     alone = model(**ROW([one], 0).model_inputs).logits
     rows = [ROW(part, 0).model_inputs for part in ([*window[1:3], one], [one, *window[1:3]])]
-    own = length - rows[0]["row"].groups[0][0]  # tokens after the shared prefix
+    _, own = rows[0]["row"].segments[-1]  # tokens after the shared prefix
     after = model(**rows[0]).logits[:, -own:]
     before = model(**rows[1]).logits[:, :length]
     assert torch.allclose(after, alone[:, -own:], atol=1e-5)
