@@ -2,7 +2,7 @@
 
 from bisect import bisect
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from math import ceil
 
 from data.batching.shared_prefix import shared_prefixes, sort_by_prefix, tokens_saved
@@ -125,17 +125,38 @@ def _parts(chosen: list[Example], count: int, limits: Limits) -> list[list[Examp
 def _even_parts(chosen: list[Example], count: int, limits: Limits) -> list[list[Example]]:
     """Split examples into parts with about equal tokens.
 
-    Examples are assigned from the longest to the shortest, each to the part with the fewest tokens.
-    Within a part, examples with a common prefix are neighbours.
+    Dialogues are assigned from the longest to the shortest, each to the part with the fewest
+    tokens. The examples of one dialogue's answers share their history, so they stay together; those
+    beyond the limits of the part are assigned next. Within a part, examples with a common prefix
+    are neighbours.
     """
     parts: list[list[Example]] = [[] for _ in range(count)]
     open_parts = [(0, number) for number in range(count)]
-    for example in sorted(chosen, key=lambda e: -e.run_tokens):
+    waiting = [(-limits.batch(d).tokens, n, d) for n, d in enumerate(_dialogues(chosen, limits))]
+    heapify(waiting)
+    while waiting:
+        _, order, dialogue = heappop(waiting)
         tokens, number = heappop(open_parts)
-        parts[number].append(example)
-        if len(parts[number]) < limits.examples:
-            heappush(open_parts, (tokens + example.run_tokens, number))
+        part = parts[number]
+        fitting = min(limits.examples - len(part), len(dialogue))
+        while fitting > 1 and not limits.allows(part + dialogue[:fitting]):
+            fitting -= 1
+        now, later = dialogue[:fitting], dialogue[fitting:]
+        part += now
+        if later:
+            heappush(waiting, (-limits.batch(later).tokens, order, later))
+        if len(part) < limits.examples:
+            heappush(open_parts, (tokens + limits.batch(now).tokens, number))
     return [sort_by_prefix(part) for part in parts]
+
+
+def _dialogues(chosen: list[Example], limits: Limits) -> list[list[Example]]:
+    """Return the examples by dialogue; only examples of one dialogue's answers are together."""
+    found: dict[tuple[int, int], list[Example]] = {}
+    for n, example in enumerate(chosen):
+        together = limits.sharing and example.turn is not None
+        found.setdefault((example.record, -1) if together else (0, n), []).append(example)
+    return [*found.values()]
 
 
 def _similar_parts(chosen: list[Example], count: int) -> list[list[Example]]:
