@@ -102,7 +102,8 @@ def _order(firsts: NDArray[np.int64], count: int, seed: int, epoch: int) -> NDAr
     begins, lengths = firsts[permutation], np.diff(firsts, append=count)[permutation]
     # Where a dialogue begins in the order is the sum of the lengths before it.
     shifts = begins - (np.cumsum(lengths) - lengths)
-    return np.arange(count, dtype=np.int64) + np.repeat(shifts, lengths)
+    order: NDArray[np.int64] = np.arange(count) + np.repeat(shifts, lengths)
+    return order
 
 
 def prefetched(items: Iterator[T]) -> Iterator[T]:
