@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.batching.shared_prefix import shared_prefixes
+from data.batching.shared_prefix import Segments, row_segments, shared_prefixes
 from data.encoding.encode import IGNORE_INDEX, Example
 
 
@@ -48,9 +48,6 @@ class MicroBatch:
         return MicroBatch(inputs, positions, targets, self.seed)
 
 
-# The segments of a row: the number of tokens that a segment shares with the one before it, and the
-# number of its own tokens, which follow them. Only the own tokens are in the row.
-Segments = Sequence[tuple[int, int]]
 # Returns the model inputs that separate the segments of a row.
 RowInputs = Callable[[Segments], dict[str, Any]]
 
@@ -117,10 +114,6 @@ def collate_row(
 ) -> MicroBatch:
     """Concatenate examples in one row [1, T], shared prefixes once; without examples, one pad.
 
-    An example that shares all tokens of the segment before it continues this segment. So the
-    examples of the answers of one dialogue form one segment, which attention computes at once, if
-    the template does not rewrite earlier turns.
-
     >>> a, b = Example("a", [5, 6, 9], [-100, 6, -100], 1), Example("b", [7, 8, 2], [7, 8, 2], 1)
     >>> batch = collate_row([a, b], [0, 0], 0, 1, lambda segments: {"segments": segments})
     >>> batch.model_inputs["input_ids"].tolist(), batch.model_inputs["segments"]
@@ -129,27 +122,19 @@ def collate_row(
     ([0, 1, 2], [6, 8, 2])
     """
     ids: list[int] = []
-    segments: list[tuple[int, int]] = []
     places = torch.empty(0, dtype=torch.int64)  # in the row, of the last segment's tokens
     positions, targets = [places], [places]
     for example, common in zip(examples, shared, strict=True):
         row, next_labels = _computed(example)
-        own = len(row) - common
-        if segments and common == len(places):
-            before, length = segments.pop()
-            segments.append((before, length + own))
-        elif own:
-            segments.append((common, own))
-        if own:
+        if own := len(row) - common:
             places = torch.cat([places[:common], torch.arange(len(ids), len(ids) + own)])
             ids += row[common:]
         labels = torch.tensor(next_labels)
         supervised = labels != IGNORE_INDEX
         positions.append(places[: len(row)][supervised])
         targets.append(labels[supervised])
-    if not segments:
-        ids, segments = [pad_id], [(0, 1)]
-    inputs = {"input_ids": torch.tensor([ids]), **row_inputs(segments)}
+    segments = row_segments(examples, shared) or [(0, 1)]
+    inputs = {"input_ids": torch.tensor([ids or [pad_id]]), **row_inputs(segments)}
     return MicroBatch(inputs, torch.cat(positions), torch.cat(targets), seed)
 
 

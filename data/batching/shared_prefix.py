@@ -43,6 +43,33 @@ def shared_prefixes(examples: Sequence[Example]) -> list[int]:
     return [0, *(n if n >= MIN_PREFIX_TOKENS else 0 for n in links)][: len(rows)]
 
 
+# The segments of a row: the number of tokens that a segment shares with the one before it, and the
+# number of its own tokens, which follow them. Only the own tokens are in the row.
+Segments = Sequence[tuple[int, int]]
+
+
+def row_segments(examples: Sequence[Example], shared: Sequence[int]) -> Segments:
+    """Return the segments of a row; attention is computed once for each segment.
+
+    An example that shares all tokens of the segment before it continues this segment. So the
+    examples of one dialogue's answers are one segment if the template does not rewrite earlier
+    turns.
+
+    >>> a, b, c = (Example("", ids, ids, 2) for ids in ([1, 2, 3], [1, 2, 4, 5], [1, 6, 7]))
+    >>> row_segments([a, b, c], [0, 2, 1])
+    [(0, 3), (1, 1)]
+    """
+    segments: list[tuple[int, int]] = []
+    for example, common in zip(examples, shared, strict=True):
+        own = example.run_tokens - common
+        if segments and common == sum(segments[-1]):
+            before, length = segments.pop()
+            segments.append((before, length + own))
+        elif own:
+            segments.append((common, own))
+    return segments
+
+
 def tokens_saved(shared: Iterable[int]) -> tuple[int, int]:
     """Return the tokens that sharing saves, and the sum of the squared lengths that it saves."""
     lengths = [*shared]

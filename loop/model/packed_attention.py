@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from data.batching.collate import Segments
+from data.batching.shared_prefix import Segments
 from data.errors import UserError
 
 PER_EXAMPLE = "sdpa_per_example"
