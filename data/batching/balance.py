@@ -2,10 +2,10 @@
 
 from bisect import bisect
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from math import ceil
 
-from data.batching.shared_prefix import PrefixGroup, prefix_groups, sort_by_prefix, tokens_saved
+from data.batching.shared_prefix import shared_prefixes, sort_by_prefix, tokens_saved
 from data.encoding.encode import Example
 
 # The cost of one more micro-batch in padded tokens, because it reads the weights from memory again.
@@ -21,12 +21,12 @@ class ExampleBatch:
     """The examples of one micro-batch before collation; it may be empty.
 
     tokens: computed tokens, with padding; a shared prefix counts once.
-    groups: the prefix groups of the examples, in order; None if prefixes are not shared.
+    shared: tokens that each example shares with the one before it; None if nothing is shared.
     """
 
     examples: list[Example]
     tokens: int
-    groups: list[PrefixGroup] | None = None
+    shared: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Limits:
     sharing: bool = False
 
     def batch(self, examples: list[Example]) -> ExampleBatch:
-        """Return the micro-batch of these examples, with its cost and its prefix groups."""
+        """Return the micro-batch of these examples, with its cost and its shared prefixes."""
         if not self.packed:
             return ExampleBatch(examples, padded_tokens(examples))
         if not self.sharing:
             return ExampleBatch(examples, packed_tokens(examples))
-        groups = prefix_groups(examples)
-        saved, _ = tokens_saved(groups)
-        return ExampleBatch(examples, packed_tokens(examples) - saved, groups)
+        shared = shared_prefixes(examples)
+        saved, _ = tokens_saved(shared)
+        return ExampleBatch(examples, packed_tokens(examples) - saved, shared)
 
     def allows(self, examples: list[Example]) -> bool:
         """Return whether the examples are within the limit of tokens, or only one."""
@@ -79,7 +79,7 @@ class Assignment:
         """The sum of the squared lengths; the work of attention is proportional to it."""
         batches = [batch for rank in self.ranks for batch in rank]
         squares = sum(e.run_tokens**2 for batch in batches for e in batch.examples)
-        return squares - sum(tokens_saved(batch.groups or [])[1] for batch in batches)
+        return squares - sum(tokens_saved(batch.shared or [])[1] for batch in batches)
 
 
 def assign_micro_batches(chosen: list[Example], world_size: int, limits: Limits) -> Assignment:
@@ -125,17 +125,38 @@ def _parts(chosen: list[Example], count: int, limits: Limits) -> list[list[Examp
 def _even_parts(chosen: list[Example], count: int, limits: Limits) -> list[list[Example]]:
     """Split examples into parts with about equal tokens.
 
-    Examples are assigned from the longest to the shortest, each to the part with the fewest tokens.
-    Within a part, examples with a common prefix are neighbours.
+    Dialogues are assigned from the longest to the shortest, each to the part with the fewest
+    tokens. The examples of one dialogue's answers share their history, so they stay together; those
+    beyond the limits of the part are assigned next. Within a part, examples with a common prefix
+    are neighbours.
     """
     parts: list[list[Example]] = [[] for _ in range(count)]
     open_parts = [(0, number) for number in range(count)]
-    for example in sorted(chosen, key=lambda e: -e.run_tokens):
+    waiting = [(-limits.batch(d).tokens, n, d) for n, d in enumerate(_dialogues(chosen, limits))]
+    heapify(waiting)
+    while waiting:
+        _, order, dialogue = heappop(waiting)
         tokens, number = heappop(open_parts)
-        parts[number].append(example)
-        if len(parts[number]) < limits.examples:
-            heappush(open_parts, (tokens + example.run_tokens, number))
+        part = parts[number]
+        fitting = min(limits.examples - len(part), len(dialogue))
+        while fitting > 1 and not limits.allows(part + dialogue[:fitting]):
+            fitting -= 1
+        now, later = dialogue[:fitting], dialogue[fitting:]
+        part += now
+        if later:
+            heappush(waiting, (-limits.batch(later).tokens, order, later))
+        if len(part) < limits.examples:
+            heappush(open_parts, (tokens + limits.batch(now).tokens, number))
     return [sort_by_prefix(part) for part in parts]
+
+
+def _dialogues(chosen: list[Example], limits: Limits) -> list[list[Example]]:
+    """Return the examples by dialogue; only examples of one dialogue's answers are together."""
+    found: dict[tuple[int, int], list[Example]] = {}
+    for n, example in enumerate(chosen):
+        together = limits.sharing and example.turn is not None
+        found.setdefault((example.record, -1) if together else (0, n), []).append(example)
+    return [*found.values()]
 
 
 def _similar_parts(chosen: list[Example], count: int) -> list[list[Example]]:

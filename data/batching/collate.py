@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.batching.shared_prefix import PrefixGroup, prefix_groups
+from data.batching.shared_prefix import Segments, row_segments, shared_prefixes
 from data.encoding.encode import IGNORE_INDEX, Example
 
 
@@ -20,7 +20,9 @@ class MicroBatch:
         One row: input_ids [1, T], and the inputs that separate the examples.
         Pairs: input_ids and attention_mask [B, T], decoder_input_ids [B, U].
     positions: [S] int64, flat indices into [B, T] (pairs: [B, U]) whose next token is supervised.
-    targets: [S] int64, these next tokens.
+        In a row, an index occurs once for each example that shares the token and supervises the
+        next one.
+    targets: [S] int64, these next tokens, in the order of the examples.
     seed: for all randomness of this forward pass (dropout).
     """
 
@@ -46,11 +48,8 @@ class MicroBatch:
         return MicroBatch(inputs, positions, targets, self.seed)
 
 
-# Lengths of the prefix groups of a row. A group has the length of its shared prefix, then the
-# length of the rest of each example.
-Groups = Sequence[Sequence[int]]
-# Returns the model inputs that separate the examples of a row.
-RowInputs = Callable[[Groups], dict[str, Any]]
+# Returns the model inputs that separate the segments of a row.
+RowInputs = Callable[[Segments], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -69,18 +68,18 @@ class Collator:
     sharing: bool = False
 
     def __call__(
-        self, examples: Sequence[Example], seed: int, groups: Sequence[PrefixGroup] | None = None
+        self, examples: Sequence[Example], seed: int, shared: Sequence[int] | None = None
     ) -> MicroBatch:
         """Return a micro-batch; without examples, it has no targets.
 
-        groups: the prefix groups of the examples, if known; only read with `sharing`.
+        shared: the result of `shared_prefixes`, if known; only read with `sharing`.
         """
         if self.row_inputs is not None:
             if not self.sharing:
-                groups = [PrefixGroup(0, [example]) for example in examples]
-            elif groups is None:
-                groups = prefix_groups(examples)
-            return collate_row(groups, self.pad_id, seed, self.row_inputs)
+                shared = [0] * len(examples)
+            elif shared is None:
+                shared = shared_prefixes(examples)
+            return collate_row(examples, shared, self.pad_id, seed, self.row_inputs)
         if self.decoder_start_id is None:
             return collate(examples, self.pad_id, seed)
         return collate_pairs(examples, self.pad_id, self.decoder_start_id, seed)
@@ -107,31 +106,36 @@ def collate(examples: Sequence[Example], pad_id: int, seed: int) -> MicroBatch:
 
 
 def collate_row(
-    groups: Sequence[PrefixGroup], pad_id: int, seed: int, row_inputs: RowInputs
+    examples: Sequence[Example],
+    shared: Sequence[int],
+    pad_id: int,
+    seed: int,
+    row_inputs: RowInputs,
 ) -> MicroBatch:
-    """Concatenate examples in one row [1, T], a shared prefix once; without groups, one pad token.
+    """Concatenate examples in one row [1, T], shared prefixes once; without examples, one pad.
 
     >>> a, b = Example("a", [5, 6, 9], [-100, 6, -100], 1), Example("b", [7, 8, 2], [7, 8, 2], 1)
-    >>> groups = [PrefixGroup(0, [a]), PrefixGroup(0, [b])]
-    >>> batch = collate_row(groups, 0, 1, lambda lengths: {"lengths": lengths})
-    >>> batch.model_inputs["input_ids"].tolist(), batch.model_inputs["lengths"]
-    ([[5, 7, 8]], [[0, 1], [0, 2]])
+    >>> batch = collate_row([a, b], [0, 0], 0, 1, lambda segments: {"segments": segments})
+    >>> batch.model_inputs["input_ids"].tolist(), batch.model_inputs["segments"]
+    ([[5, 7, 8]], [(0, 1), (0, 2)])
     >>> batch.positions.tolist(), batch.targets.tolist()  # 7 is the first token of b
     ([0, 1, 2], [6, 8, 2])
     """
-    ids, labels, lengths = [], [], []
-    for shared, examples in groups:
-        rows = [_computed(example) for example in examples]
-        ids += rows[0][0][:shared] + [token for row, _ in rows for token in row[shared:]]
-        labels += [IGNORE_INDEX] * shared
-        labels += [label for _, next_labels in rows for label in next_labels[shared:]]
-        lengths.append([shared, *(len(row) - shared for row, _ in rows)])
-    if not groups:
-        ids, labels, lengths = [pad_id], [IGNORE_INDEX], [[0, 1]]
-    flat = torch.tensor(labels)
-    positions = torch.nonzero(flat != IGNORE_INDEX).flatten()
-    inputs = {"input_ids": torch.tensor([ids]), **row_inputs(lengths)}
-    return MicroBatch(inputs, positions, flat[positions], seed)
+    ids: list[int] = []
+    places = torch.empty(0, dtype=torch.int64)  # in the row, of the last segment's tokens
+    positions, targets = [places], [places]
+    for example, common in zip(examples, shared, strict=True):
+        row, next_labels = _computed(example)
+        if own := len(row) - common:
+            places = torch.cat([places[:common], torch.arange(len(ids), len(ids) + own)])
+            ids += row[common:]
+        labels = torch.tensor(next_labels)
+        supervised = labels != IGNORE_INDEX
+        positions.append(places[: len(row)][supervised])
+        targets.append(labels[supervised])
+    segments = row_segments(examples, shared) or [(0, 1)]
+    inputs = {"input_ids": torch.tensor([ids or [pad_id]]), **row_inputs(segments)}
+    return MicroBatch(inputs, torch.cat(positions), torch.cat(targets), seed)
 
 
 def collate_pairs(examples: Sequence[Example], pad_id: int, start_id: int, seed: int) -> MicroBatch:

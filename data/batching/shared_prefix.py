@@ -1,91 +1,83 @@
-"""Groups the dialogues of a row by their shared prefixes, such as a system prompt."""
+"""Finds the prefixes that neighbours of a row share, such as a system prompt or earlier turns."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 from data.encoding.encode import Example
 
 MIN_PREFIX_TOKENS = 16  # sharing a shorter prefix saves less than it costs
 
 
-class PrefixGroup(NamedTuple):
-    """Examples whose first `shared` tokens are equal and computed once; one example shares 0."""
-
-    shared: int
-    examples: list[Example]
-
-
-class _Span(NamedTuple):
-    """The examples `begin` to `end` (exclusive) of a row, with `shared` tokens in common."""
-
-    begin: int
-    end: int
-    shared: int
-
-    @property
-    def saved(self) -> int:
-        """Tokens that sharing saves: only the first example computes the prefix."""
-        return self.shared * (self.end - self.begin - 1)
-
-
 def sort_by_prefix(examples: Sequence[Example]) -> list[Example]:
-    """Return the examples sorted by token ids, so that common prefixes become neighbours."""
-    return sorted(examples, key=lambda example: example.input_ids)
+    """Return the examples sorted by computed tokens.
+
+    Neighbours then share the longest prefixes, and an example that continues another follows it.
+    """
+    return sorted(examples, key=_computed)
 
 
-def prefix_groups(examples: Sequence[Example]) -> list[PrefixGroup]:
-    """Partition a row into groups of neighbours that share a prefix, in the row's order.
+def shared_prefixes(examples: Sequence[Example]) -> list[int]:
+    """Return for each example how many tokens it shares with the example before it in the row.
 
-    There is a link between neighbours. Its length is the number of tokens that both may share. The
-    links are visited from the longest to the shortest. Each link merges the groups on its two
-    sides, unless the merged group saves fewer tokens than the two groups:
+    The row contains only the other tokens. The shared tokens are those of the example before it,
+    which may share them, too:
 
-        examples    a    b    c    d    e
-        links         90   90   20   80
-        groups      [a    b    c]  [d    e]     c-d: merged 4 * 20 saved, separate 2 * 90 + 80
+        examples            row                      shared
+        P P P a a           P P P a a                0
+        P P P a a b b                 b b            5
+        P P P c c                         c c        3
 
-    Invariant: a group shares the length of its shortest link, which was merged last.
-
-    A shared token predicts no supervised token. A token that predicts one is computed for each
-    dialogue, because the loss reads its state.
+    Invariant: in a sorted row, each prefix is computed once, however deeply prefixes are nested.
+    A shared token may predict a supervised token of several examples, because its hidden state
+    depends on the prefix alone.
 
     >>> a, b, c = [
-    ...     Example(name, [*range(20), token, 0], [-100] * 20 + [token, 0], 2)
-    ...     for name, token in (("a", 20), ("b", 30), ("c", 40))
+    ...     Example(name, [*range(20), *own, 0], [-100] * (20 + len(own)) + [0], 1)
+    ...     for name, own in (("a", [30]), ("b", [30, 31]), ("c", [40]))
     ... ]
-    >>> c.input_ids[0] = 7
-    >>> [(group.shared, len(group.examples)) for group in prefix_groups([a, b, c])]
-    [(19, 2), (0, 1)]
+    >>> shared_prefixes([a, b, c])
+    [0, 21, 20]
     """
-    links = [
-        min(
-            _common_prefix(one.input_ids, other.input_ids),
-            one.unsupervised_prefix,
-            other.unsupervised_prefix,
-        )
-        for one, other in pairwise(examples)
-    ]
-    # The span of each example. Only the entries of the first and the last example of a span are
-    # updated, and only these are read.
-    spans = [_Span(n, n + 1, 0) for n in range(len(examples))]
-    for n in sorted(range(len(links)), key=lambda n: -links[n]):
-        left, right = spans[n], spans[n + 1]
-        merged = _Span(left.begin, right.end, links[n])
-        if merged.shared >= MIN_PREFIX_TOKENS and merged.saved >= left.saved + right.saved:
-            spans[merged.begin] = spans[merged.end - 1] = merged
-    groups, begin = [], 0
-    while begin < len(examples):
-        _, end, shared = spans[begin]
-        groups.append(PrefixGroup(shared, [*examples[begin:end]]))
-        begin = end
-    return groups
+    rows = [_computed(example) for example in examples]
+    links = [_common_prefix(one, other) for one, other in pairwise(rows)]
+    return [0, *(n if n >= MIN_PREFIX_TOKENS else 0 for n in links)][: len(rows)]
 
 
-def tokens_saved(groups: Iterable[PrefixGroup]) -> tuple[int, int]:
+# The segments of a row: the number of tokens that a segment shares with the one before it, and the
+# number of its own tokens, which follow them. Only the own tokens are in the row.
+Segments = Sequence[tuple[int, int]]
+
+
+def row_segments(examples: Sequence[Example], shared: Sequence[int]) -> Segments:
+    """Return the segments of a row; attention is computed once for each segment.
+
+    An example that shares all tokens of the segment before it continues this segment. So the
+    examples of one dialogue's answers are one segment if the template does not rewrite earlier
+    turns.
+
+    >>> a, b, c = (Example("", ids, ids, 2) for ids in ([1, 2, 3], [1, 2, 4, 5], [1, 6, 7]))
+    >>> row_segments([a, b, c], [0, 2, 1])
+    [(0, 3), (1, 1)]
+    """
+    segments: list[tuple[int, int]] = []
+    for example, common in zip(examples, shared, strict=True):
+        own = example.run_tokens - common
+        if segments and common == sum(segments[-1]):
+            before, length = segments.pop()
+            segments.append((before, length + own))
+        elif own:
+            segments.append((common, own))
+    return segments
+
+
+def tokens_saved(shared: Iterable[int]) -> tuple[int, int]:
     """Return the tokens that sharing saves, and the sum of the squared lengths that it saves."""
-    repeats = [(shared, len(examples) - 1) for shared, examples in groups]
-    return sum(n * count for n, count in repeats), sum(n * n * count for n, count in repeats)
+    lengths = [*shared]
+    return sum(lengths), sum(n * n for n in lengths)
+
+
+def _computed(example: Example) -> list[int]:
+    return example.input_ids[: example.lengths[0]]
 
 
 def _common_prefix(one: list[int], other: list[int]) -> int:

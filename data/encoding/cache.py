@@ -21,8 +21,10 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, overload
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from data.dialogues.conversation import Dialogue
 from data.dialogues.sharegpt import Tally
@@ -117,6 +119,17 @@ class Examples(Sequence[Example]):
         for held_out, part in enumerate(both):
             part.places = [i for i in self.places if (shares[i] < fraction) == held_out]
         return both
+
+    def records(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return each example's record, and whether it is an example of one answer: [N] each.
+
+        Only these two columns are read.
+        """
+        batches = [*map(self.reader.get_batch, range(len(self.parts)))]
+        records = [batch.column("record").to_numpy() for batch in batches]
+        turns = [batch.column("turn").is_valid().to_numpy(False) for batch in batches]
+        places = np.asarray(self.places, np.int64)
+        return np.concatenate(records)[places], np.concatenate(turns)[places]
 
     def longest(self, count: int) -> list[Example]:
         """Return the longest examples; the length of a pair is the sum of its sides.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import compress, count, islice
+from itertools import islice
 from typing import Any, TypeVar
 
 from data.dialogues.conversation import Dialogue
@@ -56,12 +56,6 @@ class Example:
         while last > 1 and self.labels[last] == IGNORE_INDEX:
             last -= 1
         return max(1, last), 0
-
-    @cached_property
-    def unsupervised_prefix(self) -> int:
-        """Number of computed tokens at the start that predict no supervised token."""
-        supervised = map(IGNORE_INDEX.__ne__, islice(self.labels, 1, None))
-        return min(next(compress(count(), supervised), len(self.labels)), self.run_tokens - 1)
 
     @property
     def run_tokens(self) -> int:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 
-from data.batching.balance import assign_micro_batches, packed_tokens
-from data.encoding.encode import Example
+from data.batching.balance import ExampleBatch, assign_micro_batches
+from data.batching.shared_prefix import row_segments
 from data.errors import UserError
 from loop.checkpoint import storage
 from loop.checkpoint.resume import find_checkpoint, run_facts
@@ -53,18 +53,20 @@ def forecast_tokens(data: TrainingData, layout: Layout, config: Config) -> Token
         tokens += sum(example.run_tokens for example in examples)
         supervised += sum(example.supervised_tokens for example in examples)
         batches = [batch for rank in assignment.ranks for batch in rank]
-        sizes |= {_size(batch.examples, layout.limits.packed) for batch in batches}
+        sizes |= {_size(batch, layout.limits.packed) for batch in batches}
         steps += 1
     return TokenForecast(tokens / steps * layout.total_steps, frozenset(sizes), supervised / tokens)
 
 
-def _size(part: list[Example], packed: bool) -> Size:
+def _size(batch: ExampleBatch, packed: bool) -> Size:
     """Return the size of a micro-batch.
 
-    A shared prefix counts once per dialogue, since its keys and values are kept for each of them.
+    A shared prefix counts once per segment, since its keys and values are kept for each of them.
     """
+    part = batch.examples
     if packed:
-        return Size(1, packed_tokens(part))
+        segments = row_segments(part, batch.shared or [0] * len(part))
+        return Size(1, sum(shared + own for shared, own in segments))
     source, target = (max((e.lengths[side] for e in part), default=0) for side in range(2))
     return Size(len(part), source, target)
 

@@ -7,15 +7,16 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data.batching.balance import assign_micro_batches
 from data.batching.collate import MicroBatch
-from data.batching.shared_prefix import PrefixGroup
+from data.encoding.cache import Examples
 from data.encoding.encode import Example
 from loop.distributed.layout import Layout
 
-# Collates examples into a micro-batch. Arguments: examples, random seed, prefix groups.
-Collate = Callable[[Sequence[Example], int, Sequence[PrefixGroup] | None], MicroBatch]
+# Collates examples into a micro-batch. Arguments: examples, random seed, shared prefixes.
+Collate = Callable[[Sequence[Example], int, Sequence[int] | None], MicroBatch]
 T = TypeVar("T")
 
 
@@ -51,7 +52,7 @@ def windows(
             step=step,
             epoch=epoch + min(1.0, (index + 1) * layout.global_batch_size / len(examples)),
             micro_batches=[
-                collate(batch.examples, _random_seed(seed, step, layout.rank, slot), batch.groups)
+                collate(batch.examples, _random_seed(seed, step, layout.rank, slot), batch.shared)
                 for slot, batch in enumerate(assignment.ranks[layout.rank])
             ],
             examples=len(chosen),
@@ -69,11 +70,40 @@ def drawn(
 ) -> Iterator[tuple[int, list[Example]]]:
     """Yield each step, counted from 0, with the examples of its window."""
     size = layout.global_batch_size
+    firsts = _firsts(examples)
     for step in range(start, layout.total_steps):
         epoch, index = divmod(step, layout.steps_per_epoch)
         if index == 0 or step == start:
-            order = np.random.default_rng([seed, epoch]).permutation(len(examples))
+            order = _order(firsts, len(examples), seed, epoch)
         yield step, [examples[i] for i in order[index * size : (index + 1) * size]]
+
+
+def _firsts(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Return the index of each dialogue's first example.
+
+    Consecutive examples of the answers of one record are one dialogue (`Example.turn`). Any other
+    example is a dialogue of its own.
+    """
+    if isinstance(examples, Examples):
+        records, of_answers = examples.records()
+    else:
+        records = np.array([example.record for example in examples], np.int64)
+        of_answers = np.array([example.turn is not None for example in examples], np.bool_)
+    continues = (np.diff(records) == 0) & of_answers[1:] & of_answers[:-1]
+    return np.flatnonzero(np.concatenate([[True], ~continues]))
+
+
+def _order(firsts: NDArray[np.int64], count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return the epoch's order: dialogues are permuted, and the examples of one are neighbours.
+
+    So they share their history in a window. A dialogue may straddle two windows.
+    """
+    permutation = np.random.default_rng([seed, epoch]).permutation(len(firsts))
+    begins, lengths = firsts[permutation], np.diff(firsts, append=count)[permutation]
+    # Where a dialogue begins in the order is the sum of the lengths before it.
+    shifts = begins - (np.cumsum(lengths) - lengths)
+    order: NDArray[np.int64] = np.arange(count) + np.repeat(shifts, lengths)
+    return order
 
 
 def prefetched(items: Iterator[T]) -> Iterator[T]:

@@ -4,14 +4,15 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from data.batching.collate import Groups
+from data.batching.shared_prefix import Segments
 from data.errors import UserError
 
 PER_EXAMPLE = "sdpa_per_example"
@@ -75,27 +76,60 @@ def implementation(packed: bool, flash: bool, compiled: bool = False) -> str | N
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A row's prefix groups; as a class, since torch.compile recompiles for new plain integers."""
+    """A row's segments; as a class, since torch.compile recompiles for new plain integers."""
 
-    groups: Groups
+    segments: Segments
+
+    @cached_property
+    def pieces(self) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+        """The lengths of the row's pieces; the numbers of each segment's shared and own pieces.
+
+        The row is cut where a segment begins and where its shared prefix ends. With segments
+        [(0, 5), (3, 4), (5, 2)]:
+
+            row         P P P a a b b b b c c     shared   own
+            pieces      0     1   2   3   4
+            segment 1   P P P a a                          0 1
+            segment 2   P P P     b b b b         0        2 3
+            segment 3   P P P     b b     c c     0 2      4
+        """
+        spans: list[tuple[int, int]] = []  # in the row, of one segment's tokens
+        segments, cuts, begin = [], {0}, 0
+        for shared, own in self.segments:
+            spans = [*_first(shared, spans), (begin, begin + own)]
+            segments.append(spans)
+            cuts.update(end for _, end in spans)
+            begin += own
+        ordered = sorted(cuts)
+        number = {cut: n for n, cut in enumerate(ordered)}
+        numbers = [[range(number[a], number[b]) for a, b in spans] for spans in segments]
+        return [end - start for start, end in pairwise(ordered)], [
+            ([n for span in before for n in span], [*own]) for *before, own in numbers
+        ]
 
 
-def row_inputs(groups: Groups, flash: bool) -> dict[str, Any]:
+def _first(count: int, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the spans of the first `count` tokens."""
+    kept = []
+    for begin, end in spans:
+        if count > 0:
+            kept.append((begin, min(end, begin + count)))
+        count -= end - begin
+    return kept
+
+
+def row_inputs(segments: Segments, flash: bool) -> dict[str, Any]:
     """Return a packed row's model inputs: `position_ids` [1, T] and the `row`.
 
     For FlashAttention-2, the `row` is replaced by the examples' boundaries, int32 [B + 1]
     (transformers 5.23, modeling_flash_attention_utils.py). Otherwise every layer would compute
     them. FlashAttention-2 does not share prefixes.
     """
-    spans = [
-        span
-        for shared, *own in groups
-        for span in [(0, shared), *((shared, shared + length) for length in own)]
-    ]
-    positions = torch.cat([torch.arange(*span) for span in spans])[None]
+    spans = [torch.arange(shared, shared + own) for shared, own in segments]
+    positions = torch.cat(spans)[None]
     if not flash:
-        return {"position_ids": positions, "row": Row(groups)}
-    lengths = [length for _, *own in groups for length in own]
+        return {"position_ids": positions, "row": Row(segments)}
+    lengths = [own for _, own in segments]
     boundaries = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
     ends = {f"cu_seq_lens_{side}": boundaries for side in "qk"}
     return {"position_ids": positions, **ends, **{f"max_length_{s}": max(lengths) for s in "qk"}}
@@ -111,10 +145,10 @@ def per_example(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Return attention's output [1, T, heads, d] for a packed row, computed example by example.
+    """Return attention's output [1, T, heads, d] for a packed row, computed segment by segment.
 
-    query: [1, heads, T, d]; key and value: [1, key heads, T, d]. Each example attends to its
-    group's shared prefix and to itself. Without a `row`, this is transformers' attention for rows
+    query: [1, heads, T, d]; key and value: [1, key heads, T, d]. Each segment attends to its
+    shared prefix and to itself. Without a `row`, this is transformers' attention for rows
     without padding. Raises UserError for a model that is not causal.
     """
     # Imported here: it is slow, and commands without a model do not need it.
@@ -136,7 +170,7 @@ def per_example(
     outputs = []
     # Autocast would cast the fp32 tensors back to bf16.
     with torch.autocast("cpu", enabled=False) if upcast else nullcontext():
-        for q, k, v, new in _examples(row.groups, on_cpu, query, key, value):
+        for q, k, v, new in _segments(row, on_cpu, query, key, value):
             if upcast and q.shape[2] >= MIN_BF16_TOKENS:
                 q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
             own_mask = _mask(q, k.shape[2], sliding_window)
@@ -146,41 +180,38 @@ def per_example(
     return torch.cat(outputs, 1).to(dtype), None
 
 
-def _examples(
-    groups: Groups, on_cpu: bool, *row: Tensor
+def _segments(
+    row: Row, on_cpu: bool, *tensors: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-    """Yield each example's queries, keys and values, and how many of its last outputs are new.
+    """Yield each segment's queries, keys and values, and how many of its last outputs are new.
 
-    A row holds each group's shared prefix once, then the rest of each example of the group. With
-    groups [[3, 2, 4], [0, 2]]:
+    A row holds each shared prefix once. With segments [(0, 5), (3, 4), (0, 2)]:
 
         row                 P P P a a b b b b c c
-        example 1  queries  P P P a a                 5 new outputs
+        segment 1  queries  P P P a a                 5 new outputs
                    keys     P P P a a
-        example 2  queries            b b b b         4 new outputs
+        segment 2  queries            b b b b         4 new outputs
                    keys     P P P     b b b b
-        example 3  queries                    c c     2 new outputs
+        segment 3  queries                    c c     2 new outputs
                    keys                       c c
 
     Invariant: the new outputs, concatenated, are one output per token of the row, in order. On a
-    GPU, and where `_skips_prefix_queries` is false, example 2 has the queries P, too. Their outputs
+    GPU, and where `_skips_prefix_queries` is false, segment 2 has the queries P, too. Their outputs
     are not new.
     """
-    lengths = [length for group in groups for length in group]
-    parts = zip(*(torch.split(x, lengths, 2) for x in row), strict=True)
-    # Each part is a view of the row. If the backward pass keeps one view, the complete row stays in
-    # memory. Shared prefixes require copies of some parts, so all parts are copied then.
-    sharing = any(shared for shared, *_ in groups)
-    for shared, *rest in groups:
-        prefix = next(parts)  # empty tensors where nothing is shared
-        for number, length in enumerate(rest):
-            own = next(parts)
-            q, k, v = own
-            if sharing:
-                k, v = torch.cat([prefix[1], k], 2), torch.cat([prefix[2], v], 2)
-                skips = number > 0 and on_cpu and _skips_prefix_queries(shared, length)
-                q = q.clone() if skips else torch.cat([prefix[0], q], 2)
-            yield q, k, v, length if number else shared + length
+    lengths, numbers = row.pieces
+    queries, keys, values = (torch.split(x, lengths, 2) for x in tensors)
+    # Each piece is a view of the row. If the backward pass keeps one view, the complete row stays
+    # in memory. Shared prefixes require copies of some pieces, so all pieces are copied then.
+    sharing = any(shared for shared, _ in row.segments)
+    for (shared, own), (before, after) in zip(row.segments, numbers, strict=True):
+        if not sharing:
+            (n,) = after
+            yield queries[n], keys[n], values[n], own
+            continue
+        k, v = (torch.cat([x[n] for n in before + after], 2) for x in (keys, values))
+        skips = shared > 0 and on_cpu and _skips_prefix_queries(shared, own)
+        yield torch.cat([queries[n] for n in (after if skips else before + after)], 2), k, v, own
 
 
 def _skips_prefix_queries(shared: int, length: int) -> bool:

@@ -182,7 +182,7 @@ class Evaluator:
         for part, groups in self._micro_batches():
             if self.saver.is_asked():
                 return None
-            batch = self.data.collator(part.examples, 0, part.groups).to(device)
+            batch = self.data.collator(part.examples, 0, part.shared).to(device)
             losses, predicted = token_losses(self.model, batch, self.layout.chunk_tokens)
             correct = predicted == batch.targets
             values = torch.stack([losses, correct, torch.ones_like(losses)], 1).double()

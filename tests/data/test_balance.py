@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +113,39 @@ def test_pairs_are_split_further_where_that_saves_padding() -> None:
 def test_a_short_last_window_runs_fewer_micro_batches() -> None:
     assert len(parts_of(examples_of([5, 6, 7]), 1, Limits(4, packed=True))) == 1
     assert len(parts_of(examples_of([5]), 4, Limits(4, packed=True))) == 4  # three are empty
+
+
+def answers_of(record: int, turns: int) -> list[Example]:
+    """Return the examples of a dialogue's answers, each with its history of 30 tokens a turn."""
+    ids = [record] * 30 * turns
+    return [
+        Example(f"{record} {n}", ids[: 30 * n], [-100] * (30 * n - 5) + ids[:5], 5, record, turn=n)
+        for n in range(1, turns + 1)
+    ]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("tokens", [None, 600])
+def test_the_examples_of_a_dialogue_stay_together(ranks: int, tokens: int | None) -> None:
+    """Four examples of a dialogue have 296 tokens, and compute 119 of them."""
+    chosen = [example for record in range(1, 9) for example in answers_of(record, 4)]
+    random.Random(0).shuffle(chosen)
+    limits = Limits(8, tokens, packed=True, sharing=True)
+    parts = parts_of(chosen, ranks, limits)
+    assert [len({e.record for e in part}) for part in parts] == [2] * 4
+    assert [limits.batch(part).tokens for part in parts] == [2 * 119] * 4
+
+
+def test_a_dialogue_beyond_the_limits_is_divided() -> None:
+    chosen = answers_of(1, 7)
+    limits = Limits(4, packed=True, sharing=True)
+    assert sorted(len(part) for part in parts_of(chosen, 1, limits)) == [3, 4]
+    limits = Limits(8, 300, packed=True, sharing=True)
+    for part in parts_of(chosen, 2, limits):
+        assert packed_tokens(part) <= 300
+
+
+def test_examples_without_turns_are_assigned_one_by_one() -> None:
+    chosen = [replace(example, turn=None) for example in answers_of(1, 4)]
+    parts = parts_of(chosen, 2, Limits(4, packed=True, sharing=True))
+    assert sorted(len(part) for part in parts) == [2, 2]

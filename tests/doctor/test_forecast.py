@@ -1,7 +1,6 @@
 """The doctor's forecast of steps, tokens, memory, disk and time agrees with training."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,14 +70,15 @@ def test_forecast_tokens_and_micro_batches_are_those_of_the_windows(
         config, 23, SimpleNamespace(process_index=0, num_processes=2), prepared.base.packed
     )
     found = forecast.forecast_tokens(prepared, layout, config)
-    collate = replace(prepared.collator, sharing=False)
+    collate = prepared.collator
     everything = [*windows(prepared.examples, layout, config.seed, collate)]
     other = plan_layout(
         config, 23, SimpleNamespace(process_index=1, num_processes=2), prepared.base.packed
     )
     theirs = [*windows(prepared.examples, other, config.seed, collate)]
     sizes = [
-        batch.model_inputs["input_ids"].numel()
+        # Keys and values of a shared prefix are kept for each segment.
+        sum(map(sum, batch.model_inputs["row"].segments)) if packed else batch.tokens
         for window in everything + theirs
         for batch in window.micro_batches
     ]

@@ -23,7 +23,7 @@ def test_short_examples_are_computed_in_fp32_with_and_without_autocast(autocast:
     for part in row:
         part.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found, _ = per_example(Layer(), row[0], row[1], row[2], None, Row([[0, SHORT, LONG]]))
+        found, _ = per_example(Layer(), row[0], row[1], row[2], None, Row([(0, SHORT), (0, LONG)]))
     assert found.dtype == torch.bfloat16
     short, long = found.split([SHORT, LONG], 1)
     for part, place, dtype in (

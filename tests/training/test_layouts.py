@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from data.batching.balance import Limits, assign_micro_batches
 from data.batching.collate import Collator, MicroBatch
 from data.encoding.encode import Example, encode_dialogues
+from data.encoding.templates import RenderSettings
 from loop.config.flags import DUMMY_DATA
 from loop.model.load import _compile_layers
 from loop.model.packed_attention import can_pack, implementation, row_inputs
 from loop.training.loss import supervised_loss_sum
-from tests.support.helpers import dialogues_in
+from tests.support.helpers import dialogues_in, write_dialogues
 from tests.training.test_loss import assert_equal, gradients, plain_loss_sum
 
 ROW = Collator(2, None, functools.partial(row_inputs, flash=False), sharing=True)
@@ -95,13 +96,41 @@ def test_no_dialogue_of_a_row_sees_another(models: dict[str, Any], window: list[
     length, _ = one.lengths
     alone = model(**ROW([one], 0).model_inputs).logits
     rows = [ROW(part, 0).model_inputs for part in ([*window[1:3], one], [one, *window[1:3]])]
-    own = length - rows[0]["row"].groups[0][0]  # tokens after the shared prefix
+    _, own = rows[0]["row"].segments[-1]  # tokens after the shared prefix
     after = model(**rows[0]).logits[:, -own:]
     before = model(**rows[1]).logits[:, :length]
     assert torch.allclose(after, alone[:, -own:], atol=1e-5)
     assert torch.allclose(before, alone, atol=1e-5)
     as_one = model(**{**rows[0], "row": None}).logits
     assert not torch.allclose(as_one[:, -own:], alone[:, -own:], atol=1e-2)
+
+
+def test_one_example_per_answer_computes_the_tokens_and_the_loss_of_whole_dialogues(
+    models: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    """The template does not rewrite earlier turns."""
+    texts = [
+        [f"{n} Why {turn}?" if turn % 2 else f"As {turn}." for turn in range(10)] for n in "ab"
+    ]
+    file, tokenizer = (
+        write_dialogues(tmp_path / "d.json", *texts),
+        AutoTokenizer.from_pretrained(tiny_model),
+    )
+    found = {}
+    for multi_turn in ("whole", "each"):
+        dialogues, tally = dialogues_in(file)
+        settings = RenderSettings(multi_turn=multi_turn)
+        part = [*encode_dialogues(dialogues, "chat", tokenizer, 512, tally, settings)]
+        limits = Limits(16, packed=True, sharing=True)
+        ((batch,),) = assign_micro_batches(part, 1, limits).ranks
+        row = ROW(batch.examples, 0, batch.shared)
+        loss = supervised_loss_sum(models["packed"], row)
+        found[len(part)] = row.tokens, loss.item(), gradients(models["packed"], loss)
+    (tokens, loss, gradient), (each_tokens, each_loss, each_gradient) = found.values()
+    assert list(found) == [2, 10]
+    assert each_tokens == tokens
+    assert each_loss == pytest.approx(loss, rel=1e-6)
+    assert_equal(each_gradient, gradient)
 
 
 SMALL = {

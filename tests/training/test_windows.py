@@ -1,6 +1,8 @@
 """Windows do not depend on the layout; every example is seen once per epoch."""
 
 from collections import Counter
+from collections.abc import Sequence
+from itertools import chain, groupby
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +13,12 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 
 from data.batching.balance import _similar_parts
 from data.batching.collate import Collator
+from data.dialogues.sharegpt import Tally
+from data.encoding.cache import Examples, in_memory
 from data.encoding.encode import Example
 from loop.config.flags import Config
 from loop.distributed.layout import plan_layout
-from loop.inputs.windows import Window, windows
+from loop.inputs.windows import Window, _firsts, drawn, windows
 from loop.training.optim import lr_at
 
 EXAMPLES = [
@@ -81,6 +85,54 @@ def test_every_example_is_seen_once_an_epoch_in_a_new_order() -> None:
         1 + 8 / 11,
         2,
     ]
+
+
+def answers(lengths: list[int]) -> list[Example]:
+    """Return dialogues with an example per answer: that many examples of each record."""
+    return [
+        Example(f"{record} {turn}", [7, record, turn], [-100, 7, 7], 2, record, turn=turn)
+        for record, length in enumerate(lengths)
+        for turn in range(length)
+    ]
+
+
+def chosen_ids(examples: Sequence[Example], seed: int, start: int = 0) -> list[list[str]]:
+    """Return the ids of each window of two epochs, from step `start`."""
+    layout = plan_layout(config(num_train_epochs=2, global_batch_size=4), 18, ranks(0, 1))
+    return [[example.id for example in part] for _, part in drawn(examples, layout, seed, start)]
+
+
+def test_the_examples_of_one_dialogue_are_neighbours_in_every_epoch() -> None:
+    lengths = [5, 1, 4, 2, 6]
+    found = chosen_ids(answers(lengths), seed=3)
+    assert [len(part) for part in found] == 2 * [4, 4, 4, 4, 2]
+    epochs = [[name.split() for part in found[n : n + 5] for name in part] for n in (0, 5)]
+    for epoch in epochs:
+        runs = {record: [*run] for record, run in groupby(epoch, key=lambda name: name[0])}
+        assert {int(record): len(run) for record, run in runs.items()} == dict(enumerate(lengths))
+        assert all(
+            [turn for _, turn in run] == [*map(str, range(len(run)))] for run in runs.values()
+        )
+    assert epochs[0] != epochs[1]
+    assert chosen_ids(answers(lengths), seed=3, start=7) == found[7:]
+    assert chosen_ids(answers(lengths), seed=4) != found
+
+
+@pytest.mark.parametrize("records", [[0] * 18, [*range(18)]], ids=["one record", "one each"])
+def test_other_examples_are_permuted_one_by_one(records: list[int]) -> None:
+    """Pairs of one dialogue have one record, too; only `turn` makes examples neighbours."""
+    examples = [Example(str(n), [7, 8], [7, 8], 1, record) for n, record in enumerate(records)]
+    expected = [*map(str, np.random.default_rng([3, 0]).permutation(18))]
+    assert [*chain(*chosen_ids(examples, seed=3)[:5])] == expected
+
+
+def test_the_order_is_found_without_reading_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = answers([5, 1, 4, 2, 6])
+    stored = in_memory(examples, Tally())
+    for part in (stored, stored.held_out(0.0)[0]):
+        assert chosen_ids(part, seed=3) == chosen_ids(examples, seed=3)
+    monkeypatch.setattr(Examples, "_batch", None)  # reads a batch with its ids
+    assert _firsts(stored).tolist() == _firsts(examples).tolist() == [0, 5, 6, 10, 12]
 
 
 def test_each_rank_and_slot_has_its_own_seed() -> None:
