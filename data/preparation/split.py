@@ -36,6 +36,7 @@ class Settings:
     chat_template: str | None = None
     rendering: RenderSettings = DEFAULT
     tools: str = "[]"  # of the dialogue, as JSON text
+    own_arguments: str = "{}"  # of the dialogue for the chat template, as JSON text
 
     @property
     def kind(self) -> tuple[str, TemplateName, str | None]:
@@ -128,7 +129,11 @@ def split(settings: Settings, record: Any, place: str) -> Result:
     noted = ["dialogues", *["turn before the first question left out"] * left_out]
     pieces, dropped = [], 0
     # Rounds with the definitions of the tools, which go with every piece.
-    settings = replace(settings, tools=json.dumps(record.get("tools") or []))
+    settings = replace(
+        settings,
+        tools=json.dumps(record.get("tools") or []),
+        own_arguments=json.dumps(record.get("chat_template_kwargs") or {}),
+    )
     for first, end in _pieces(settings, system, [turns for _, turns in rounds]):
         start, turns = rounds[first][0], [turn for _, some in rounds[first:end] for turn in some]
         if first == end and settings.long_round == "truncate":
@@ -231,7 +236,8 @@ def _encoded(settings: Settings, turns: Turns) -> _Encoded:
     parsed = [parse_turn(turn, ROLES[turn["from"]], n, True) for n, turn in enumerate(turns)]
     system = parsed.pop(0).text if parsed[0].role == "system" else None
     tools = tuple(json.loads(settings.tools))
-    dialogue = Dialogue("", with_tool_names(parsed), system, tools)
+    own = json.loads(settings.own_arguments)
+    dialogue = Dialogue("", with_tool_names(parsed), system, tools, own)
     rendered = render_text(dialogue, settings.template, tokenizer, settings.rendering)
     text, special = rendered.text, rendered.add_special_tokens
     if settings.template == "t5":

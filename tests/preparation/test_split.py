@@ -153,6 +153,9 @@ def test_the_arguments_of_the_chat_template_are_counted(tmp_path: Path, tiny_mod
     (tmp_path / "out.json").unlink()
     long = pieces("--chat_template_kwargs", "long: true")
     assert len(long) > len(plain)
+    how = Settings(str(tiny_model), "chat", 160, "drop", 0.0, template.read_text())
+    own_arguments = record(texts, chat_template_kwargs={"long": True})
+    assert len(split(how, own_arguments, "f: record 1").records) == len(long)
     rendering = RenderSettings('{"long": true}')
     tokenizer = load_tokenizer(str(tiny_model), "chat", template.read_text())
     for piece in long:
