@@ -9,7 +9,12 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 
 from data.encoding.encode import check_fast
-from data.encoding.templates import TemplateName, default_template
+from data.encoding.templates import (
+    RenderSettings,
+    TemplateName,
+    default_template,
+    template_arguments,
+)
 from data.errors import UserError
 
 # Characters that T5's SentencePiece vocabulary lacks, or turns into a space.
@@ -109,7 +114,7 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cl
 
 
 def add_flags(flags: argparse._ArgumentGroup) -> None:
-    """Add --template and --chat_template."""
+    """Add --template and the flags of the chat template."""
     flags.add_argument(
         "--template", choices=("vicuna", "chat", "t5"), help="default: as in training"
     )
@@ -118,6 +123,16 @@ def add_flags(flags: argparse._ArgumentGroup) -> None:
         type=Path,
         metavar="FILE",
         help="a Jinja file that replaces the model's chat template",
+    )
+    flags.add_argument(
+        "--chat_template_name",
+        metavar="NAME",
+        help="which of a tokenizer's chat templates, as in training",
+    )
+    flags.add_argument(
+        "--chat_template_kwargs",
+        metavar="OBJECT",
+        help="arguments of the chat template, as in training",
     )
 
 
@@ -161,6 +176,15 @@ def template_of(given: argparse.Namespace) -> tuple[TemplateName, str | None]:
     if text and template != "chat":
         raise UserError(f"--chat_template: --template {template} does not use it. Leave one out.")
     return template, text
+
+
+def rendering_of(given: argparse.Namespace, template: TemplateName) -> RenderSettings:
+    """Return the arguments and the name of the chat template; raises UserError."""
+    for flag in ("chat_template_kwargs", "chat_template_name"):
+        if getattr(given, flag) and template != "chat":
+            raise UserError(f"--{flag}: --template {template} does not use it. Leave one out.")
+    arguments = template_arguments(given.chat_template_kwargs)
+    return RenderSettings(arguments, given.chat_template_name)
 
 
 def _default(name: str) -> TemplateName:

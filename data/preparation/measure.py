@@ -11,7 +11,7 @@ from data.dialogues.conversation import Dialogue
 from data.dialogues.sharegpt import Tally, dialogues_of
 from data.encoding.encode import IGNORE_INDEX, Example, encode_dialogues
 from data.encoding.seq2seq import LONGEST, NO_LIMIT, encode_pairs
-from data.encoding.templates import TemplateName
+from data.encoding.templates import DEFAULT, RenderSettings, TemplateName
 from data.encoding.tokenizer import load_tokenizer
 from data.preparation.duplicates import digest
 from data.preparation.languages import language_of
@@ -33,6 +33,7 @@ class Settings:
     chat_template: str | None
     on_bad_record: Literal["fail", "skip"]
     limits: tuple[int, ...]
+    rendering: RenderSettings = DEFAULT
 
 
 @dataclass
@@ -99,7 +100,9 @@ def measure(settings: Settings, chunk: Chunk) -> Counts:
     if pairs:
         examples = encode_pairs(dialogues, tokenizer, NO_LIMIT, False, counts.tally)
     else:
-        examples = encode_dialogues(dialogues, settings.template, tokenizer, LONGEST, counts.tally)
+        examples = encode_dialogues(
+            dialogues, settings.template, tokenizer, LONGEST, counts.tally, settings.rendering
+        )
     for example in examples:
         _count_tokens(example, counts)
     return counts

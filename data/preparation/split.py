@@ -16,8 +16,8 @@ from data.dialogues.formats import ROLES, as_sharegpt, turn_roles
 from data.dialogues.sharegpt import Tally, parse_turn, with_tool_names
 from data.encoding.encoder import Encoder
 from data.encoding.seq2seq import NO_LIMIT, encode_pairs
-from data.encoding.templates import TemplateName, render, render_text
-from data.encoding.tokenizer import add_flags, load_tokenizer, template_of
+from data.encoding.templates import DEFAULT, RenderSettings, TemplateName, render, render_text
+from data.encoding.tokenizer import add_flags, load_tokenizer, rendering_of, template_of
 from data.errors import BadRecord, UserError
 from data.preparation.job import Job, Result, parser, run, summary
 
@@ -34,7 +34,9 @@ class Settings:
     long_round: Literal["truncate", "drop"]
     held_out: float
     chat_template: str | None = None
+    rendering: RenderSettings = DEFAULT
     tools: str = "[]"  # of the dialogue, as JSON text
+    own_arguments: str = "{}"  # of the dialogue for the chat template, as JSON text
 
     @property
     def kind(self) -> tuple[str, TemplateName, str | None]:
@@ -80,7 +82,8 @@ def main(argv: list[str]) -> None:
     _check(given)
     (template, chat), name = template_of(given), given.model_name_or_path
     limit, share = given.model_max_length, given.eval or 0.0
-    settings = Settings(name, template, limit, given.long_round, share, chat)
+    rendering = rendering_of(given, template)
+    settings = Settings(name, template, limit, given.long_round, share, chat, rendering)
     held_out = given.eval_out or given.out.with_suffix(f".eval{given.out.suffix}")
     job = Job(
         name="split",
@@ -126,7 +129,11 @@ def split(settings: Settings, record: Any, place: str) -> Result:
     noted = ["dialogues", *["turn before the first question left out"] * left_out]
     pieces, dropped = [], 0
     # Rounds with the definitions of the tools, which go with every piece.
-    settings = replace(settings, tools=json.dumps(record.get("tools") or []))
+    settings = replace(
+        settings,
+        tools=json.dumps(record.get("tools") or []),
+        own_arguments=json.dumps(record.get("chat_template_kwargs") or {}),
+    )
     for first, end in _pieces(settings, system, [turns for _, turns in rounds]):
         start, turns = rounds[first][0], [turn for _, some in rounds[first:end] for turn in some]
         if first == end and settings.long_round == "truncate":
@@ -229,8 +236,9 @@ def _encoded(settings: Settings, turns: Turns) -> _Encoded:
     parsed = [parse_turn(turn, ROLES[turn["from"]], n, True) for n, turn in enumerate(turns)]
     system = parsed.pop(0).text if parsed[0].role == "system" else None
     tools = tuple(json.loads(settings.tools))
-    dialogue = Dialogue("", with_tool_names(parsed), system, tools)
-    rendered = render_text(dialogue, settings.template, tokenizer)
+    own = json.loads(settings.own_arguments)
+    dialogue = Dialogue("", with_tool_names(parsed), system, tools, own)
+    rendered = render_text(dialogue, settings.template, tokenizer, settings.rendering)
     text, special = rendered.text, rendered.add_special_tokens
     if settings.template == "t5":
         tokens = tokenizer(text, add_special_tokens=False, verbose=False)
@@ -253,7 +261,8 @@ def _encoded(settings: Settings, turns: Turns) -> _Encoded:
     ):
         # Text that looks like a control token is several tokens (data/encoding/encoder.py).
         try:
-            length = len(encoder([render(dialogue, settings.template, tokenizer)])[0][0])
+            rendered = render(dialogue, settings.template, tokenizer, settings.rendering)
+            length = len(encoder([rendered])[0][0])
         except UserError as error:
             raise BadRecord("refused by the template", str(error).rstrip(".")) from None
     return _Encoded(text, encoded_characters, tokens, length)

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.encoding.tokenizer import add_flags, template_of
+from data.encoding.tokenizer import add_flags, rendering_of, template_of
 from data.errors import UserError
 from data.files.atomic_write import check_output, place_of, written_whole
 from data.files.read import find_files
@@ -92,13 +92,14 @@ def _settings(given: argparse.Namespace) -> Settings:
             raise UserError(f"--{name} {value:g}: expected a number above 0.")
     name, bad = given.model_name_or_path, given.on_bad_record
     if name is None:
-        unused = [f for f in ("template", "chat_template") if getattr(given, f)]
+        names = ("template", "chat_template", "chat_template_name", "chat_template_kwargs")
+        unused = [f for f in names if getattr(given, f)]
         if unused:
             raise UserError(f"--{unused[0]}: needs a tokenizer. Give --model_name_or_path.")
         return Settings(None, "vicuna", None, bad, ())
     template, text = template_of(given)
     limits = tuple(sorted({*LIMITS, given.model_max_length}))
-    return Settings(name, template, text, bad, limits)
+    return Settings(name, template, text, bad, limits, rendering_of(given, template))
 
 
 def _rate(given: argparse.Namespace) -> tuple[float | None, str]:

@@ -18,10 +18,11 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(together(errors))
     if config.model_name_or_path:
         find_base_model(config)
-    for source in [*config.sources, *map(parse_source, config.eval_data_path or ())]:
+    named = [("--data_path", source) for source in config.sources]
+    named += [("--eval_data_path", parse_source(word)) for word in config.eval_data_path or ()]
+    for flag, source in named:
         for file in files_of(source, config.cache_dir):
             if not file.is_file():
                 raise UserError(
-                    f"--data_path {file}: no such file. Give JSON, JSONL, CSV or Parquet, or a "
-                    "folder."
+                    f"{flag} {file}: no such file. Give JSON, JSONL, CSV or Parquet, or a folder."
                 )

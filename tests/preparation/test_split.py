@@ -12,6 +12,7 @@ from data.dialogues.conversation import Dialogue, Turn
 from data.dialogues.sharegpt import Tally
 from data.encoding.encode import encode_dialogues
 from data.encoding.seq2seq import NO_LIMIT, encode_pairs
+from data.encoding.templates import RenderSettings
 from data.encoding.tokenizer import load_tokenizer
 from data.errors import UserError
 from data.preparation.split import Settings, bytewise, main, split
@@ -135,6 +136,33 @@ def test_the_tokens_of_an_own_chat_template_are_counted(tmp_path: Path, tiny_mod
     assert all(length(piece, own) <= 160 for piece in pieces)
     plain = settings_of(tiny_model, "chat", 160)
     assert len(pieces) > len(split(plain, record(texts), "f: record 3").records)
+
+
+def test_the_arguments_of_the_chat_template_are_counted(tmp_path: Path, tiny_model: Path) -> None:
+    template, texts = tmp_path / "own.jinja", [("Why?", "Because.")] * 12
+    own = load_tokenizer(str(tiny_model)).chat_template
+    template.write_text(f"{{% if long %}}{'x ' * 40}{{% endif %}}{own}")
+    flags = ["--model_max_length", "160", "--chat_template", str(template)]
+
+    def pieces(*more: str) -> list[Any]:
+        run(tmp_path, tiny_model, [record(texts)], *flags, *more)
+        found: list[Any] = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+        return found
+
+    plain = pieces()
+    (tmp_path / "out.json").unlink()
+    long = pieces("--chat_template_kwargs", "long: true")
+    assert len(long) > len(plain)
+    how = Settings(str(tiny_model), "chat", 160, "drop", 0.0, template.read_text())
+    own_arguments = record(texts, chat_template_kwargs={"long": True})
+    assert len(split(how, own_arguments, "f: record 1").records) == len(long)
+    rendering = RenderSettings('{"long": true}')
+    tokenizer = load_tokenizer(str(tiny_model), "chat", template.read_text())
+    for piece in long:
+        turns = tuple(Turn(NAMES[t["from"]], t["value"]) for t in piece["conversations"])
+        dialogue = Dialogue("", turns, None)
+        (example,) = encode_dialogues([dialogue], "chat", tokenizer, HUGE, Tally(), rendering)
+        assert len(example.input_ids) <= 160
 
 
 def test_every_token_of_a_bytewise_vocabulary_is_at_least_one_byte(

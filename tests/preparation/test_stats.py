@@ -10,7 +10,7 @@ from accelerate import PartialState
 from data.dialogues.sharegpt import Tally
 from data.encoding.encode import encode_dialogues
 from data.encoding.seq2seq import PairLimits, encode_pairs
-from data.encoding.templates import default_template
+from data.encoding.templates import RenderSettings, default_template
 from data.encoding.tokenizer import load_tokenizer, with_missing_characters
 from data.errors import UserError
 from data.preparation.stats import LIMITS, main
@@ -68,6 +68,20 @@ def test_tokens_and_cuts_equal_those_of_training(
         assert cut["examples"] == sum(one.tokens > int(limit) for one in whole)
     assert facts["cut_at"]["512"]["nothing_left"] == 1
     assert facts["cut_at"]["8192"]["examples"] == 0
+
+
+def test_the_arguments_of_the_chat_template_are_counted_as_in_training(
+    data: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    own, tokenizer = tmp_path / "own.jinja", load_tokenizer(str(tiny_model))
+    own.write_text("{% if short %}Be short. {% endif %}" + tokenizer.chat_template)
+    words = ("--in", data, "--model_name_or_path", tiny_model, "--chat_template", own)
+    plain = stats(tmp_path, *words)
+    facts = stats(tmp_path, *words, "--chat_template_kwargs", '{"short": true}')
+    trained = load_tokenizer(str(tiny_model), "chat", own.read_text())
+    how = ("chat", trained, 1 << 30, Tally(), RenderSettings('{"short": true}'))
+    examples = [*encode_dialogues(dialogues_in(data)[0], *how)]
+    assert facts["length"] == sum(one.tokens for one in examples) > plain["length"]
 
 
 def test_the_examples_of_a_t5_are_pairs(tiny_t5: Path, data: Path, tmp_path: Path) -> None:
@@ -157,6 +171,7 @@ def test_without_a_model_only_counts_without_a_tokenizer_are_printed(tmp_path: P
     ("flags", "message"),
     [
         ("--template vicuna", "needs a tokenizer"),
+        ("--chat_template_name tool_use", "--chat_template_name: needs a tokenizer"),
         ("--model_name_or_path /nowhere", "no such folder"),
         ("--like /nowhere", "metrics.jsonl: No such file"),
         ("--like /nowhere --tokens_per_second 3", "found both"),

@@ -123,7 +123,7 @@ def _distance_of_window(model: Any, data: TrainingData, layout: Any) -> float:
     assignment = assign_micro_batches(examples, 1, layout.limits)
     total = torch.zeros(())
     for batch in assignment.ranks[0]:
-        micro_batch = data.collator(batch.examples, 0, batch.groups)
+        micro_batch = data.collator(batch.examples, 0, batch.shared)
         loss = supervised_loss_sum(model, micro_batch, layout.chunk_tokens)
         loss.backward()
         total = total + loss.detach()
