@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from loop.inputs.training_data import TrainingData, data_sources
 from loop.model.base import tokenizer_sha256
 
 SAMPLE_BYTES = 1 << 16  # of a weights file, hashed at three places
+MAX_HEADER_BYTES = 100 * 10**6  # safetensors' own limit
 TENSOR_BYTES = 256  # of each tensor, hashed at its middle
 
 
@@ -67,27 +70,38 @@ def _weights(base: str, settings: str, config: Config) -> str:
 def _tensors(base: str) -> str:
     """Return a hash of each tensor's name, type, shape and bytes at its middle; "" on the hub.
 
-    Single tensors of a model may have been replaced, which the samples of its files can miss.
+    Single tensors of a model may have been replaced, which the samples of its files can miss. A
+    damaged file is skipped here: loading the model names it.
     """
     folder, digest = Path(base), hashlib.sha256()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
         digest.update(file.name.encode())
-        if file.suffix == ".bin":
-            if zipfile.is_zipfile(file):  # torch.save's format; it has a checksum of each tensor
-                with zipfile.ZipFile(file) as archive:
-                    parts = sorted((p.filename, p.file_size, p.CRC) for p in archive.infolist())
-                digest.update(json.dumps(parts).encode())
-            continue
-        with open(file, "rb") as opened:
-            size = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(size))
-            header.pop("__metadata__", None)
-            for name, tensor in sorted(header.items()):
-                begin, end = tensor["data_offsets"]
-                digest.update(f"{name} {tensor['dtype']} {tensor['shape']}".encode())
-                opened.seek(8 + size + max(begin, (begin + end - TENSOR_BYTES) // 2))
-                digest.update(opened.read(min(TENSOR_BYTES, end - begin)))
+        with suppress(ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
+            for part in _parts(file) if file.suffix == ".bin" else _samples(file):
+                digest.update(part)
     return digest.hexdigest() if folder.is_dir() else ""
+
+
+def _parts(file: Path) -> Iterator[bytes]:
+    """Yield name, size and checksum of each tensor in a file of torch.save, which is a ZIP file."""
+    with zipfile.ZipFile(file) as archive:
+        for part in archive.infolist():
+            yield f"{part.filename} {part.file_size} {part.CRC}".encode()
+
+
+def _samples(file: Path) -> Iterator[bytes]:
+    """Yield name, type, shape and a sample of each tensor in a safetensors file."""
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        if size > MAX_HEADER_BYTES:
+            return
+        header = json.loads(opened.read(size))
+        header.pop("__metadata__", None)
+        for name, tensor in sorted(header.items()):
+            begin, end = tensor["data_offsets"]
+            yield f"{name} {tensor['dtype']} {tensor['shape']}".encode()
+            opened.seek(8 + size + max(begin, (begin + end - TENSOR_BYTES) // 2))
+            yield opened.read(min(TENSOR_BYTES, end - begin))
 
 
 def _sha256(text: str) -> str:
