@@ -241,7 +241,7 @@ def with_tool_names(turns: list[Turn]) -> tuple[Turn, ...]:
 
 def parse_turn(turn: dict[str, Any], role: Role, number: int, empty_answers: bool) -> Turn:
     """Return a turn of a ShareGPT record; raises BadRecord."""
-    text, reasoning = turn["value"], reasoning_of(turn)
+    text, reasoning = turn["value"], reasoning_of(turn, number)
     given = calls_of(turn, number)
     calls = tuple(ToolCall(call["name"], call["arguments"], call.get("id")) for call in given)
     may_be_empty = role == "assistant" and (empty_answers or calls)
