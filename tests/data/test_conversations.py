@@ -11,8 +11,10 @@ from pyarrow import parquet
 from data.dialogues.conversation import Dialogue, ToolCall, Turn
 from data.dialogues.formats import to_messages
 from data.dialogues.sharegpt import Tally, dialogues_of, read_dialogues
-from data.errors import UserError
+from data.encoding.templates import template_arguments
+from data.errors import BadRecord, UserError
 from data.preparation import clean, convert, split
+from loop.config import preflight
 from loop.config.flags import Config
 from loop.inputs.training_data import read_training_data
 from tests.support.chat_templates import CASES, LOOKUP
@@ -186,6 +188,38 @@ def test_the_text_of_a_function_call_turn_and_its_keys_do_not_differ() -> None:
             continue
         with pytest.raises(UserError, match=differ):
             read(record)
+
+
+RESERVED = [
+    *("tokenize", "add_generation_prompt", "messages", "conversation", "tools", "return_dict"),
+    *("chat_template", "continue_final_message", "padding", "truncation", "max_length"),
+    *("return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs", "eos_token"),
+]
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_a_reserved_template_argument_is_refused_in_the_flag_and_in_a_record(name: str) -> None:
+    given = {name: True, "enable_thinking": False}
+    remedy = f"found {name}, which the trainer itself gives.* Leave {name} out"
+    with pytest.raises(UserError, match=remedy):
+        template_arguments(json.dumps(given))
+    (problem,) = preflight.problems(Config("model", chat_template_kwargs=json.dumps(given)))
+    assert problem.startswith(f"--chat_template_kwargs: found {name}, ")
+    record = messages({"role": "assistant", "content": "So."}, chat_template_kwargs=given)
+    with pytest.raises(UserError, match=f'"chat_template_kwargs" has {name}, which'):
+        read(record)
+    tally = Tally()
+    assert not [*dialogues_of([(record, "f.json: record 0")], tally, "skip")]
+    assert tally.dropped == {"reserved template arguments": 1}
+    with pytest.raises(BadRecord, match=f'"chat_template_kwargs" has {name}, which'):
+        split.split(split.Settings("model", "chat", 99, "drop", 0.0), record, "f.json: record 0")
+
+
+def test_documents_and_a_templates_own_variables_are_arguments() -> None:
+    given = {"documents": [{"title": "A", "text": "B"}], "enable_thinking": False}
+    assert json.loads(template_arguments(json.dumps(given))) == given
+    record = messages({"role": "assistant", "content": "So."}, chat_template_kwargs=given)
+    assert read(record).template_arguments == given
 
 
 def test_keys_that_are_not_used_stand_in_the_account_and_lost_meaning_ends_the_run(
