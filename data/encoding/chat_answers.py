@@ -38,6 +38,7 @@ MIN_HEADER = 8  # characters by which the header of an answer is found
 REMOVED = "answers whose reasoning the template removes"
 OTHERWISE = "answers that the template's {% generation %} marks otherwise"
 ALTERED = "answers of which the template removes text"
+OWN_ARGUMENTS = "dialogues whose chat_template_kwargs replace the flag's"
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,11 @@ def answers_of(
     multi_turn: None renders the dialogue once if that gives each answer the context in which it is
     generated, and otherwise once for each answer.
     """
-    template = with_arguments(template, dialogue.template_arguments)
-    return _Rendering(template, dialogue).examples(multi_turn)
+    own = dialogue.template_arguments
+    rendering = _Rendering(with_arguments(template, own), dialogue)
+    if any(own[name] != value for name, value in template.arguments.items() if name in own):
+        rendering.notes.append(OWN_ARGUMENTS)
+    return rendering.examples(multi_turn)
 
 
 def prompt_of(dialogue: Dialogue, template: ChatTemplate) -> Shown:
@@ -156,11 +160,13 @@ class _Rendering:
         """Raise BadRecord: generation would not start where the template's answer starts."""
         same, remedy = len(common_prefix(prompt, shown)), REMEDY
         for arguments in SWITCHES:
-            other = with_arguments(self.template, arguments, override=True)
+            other = with_arguments(self.template, arguments)
             with suppress(BadRecord):
                 start = other.render(self.messages[:number], self.tools, generation=True)
                 if other.render(self.messages[: number + 1], self.tools).startswith(start):
-                    remedy = f"Give --chat_template_kwargs '{json.dumps(arguments)}'"
+                    own = self.dialogue.template_arguments.keys() & arguments.keys()
+                    where = 'the record "chat_template_kwargs"' if own else "--chat_template_kwargs"
+                    remedy = f"Give {where} '{json.dumps(arguments)}'"
                     break
         bad(
             "opened otherwise than generated",

@@ -304,20 +304,18 @@ def contains(text: str, part: str) -> bool:
     )
 
 
-def with_arguments(
-    template: ChatTemplate, arguments: dict[str, Any], override: bool = False
-) -> ChatTemplate:
-    """Return the template with more arguments; its own beat them unless `override`."""
+def with_arguments(template: ChatTemplate, arguments: dict[str, Any]) -> ChatTemplate:
+    """Return the template with more arguments, which replace its own of the same names."""
     if not arguments:
         return template
 
     def find() -> ChatTemplate:
         other = ChatTemplate.__new__(ChatTemplate)
         other.__dict__ |= {**vars(template), "known": {"parts": template.known["parts"]}}
-        other.arguments = {**arguments, **template.arguments, **(arguments if override else {})}
+        other.arguments = {**template.arguments, **arguments}
         return other
 
-    key = "arguments", json.dumps(arguments, sort_keys=True), override
+    key = "arguments", json.dumps(arguments, sort_keys=True)
     found: ChatTemplate = template.remembered(key, find)
     return found
 

@@ -210,6 +210,34 @@ def test_thinking_switched_off_is_off_in_prompt_and_text(tokenizers: dict[str, A
     assert """Give --chat_template_kwargs '{"enable_thinking": true}'""" in str(refused.value)
 
 
+def test_a_records_own_template_arguments_replace_the_flags_and_are_counted(
+    tokenizers: dict[str, Any],
+) -> None:
+    note = "dialogues whose chat_template_kwargs replace the flag's"
+    tokenizer, thought = tokenizers["rewrites"], "<think>\n\n</think>\n\n"
+    for flag, own, is_off, count in (
+        (True, False, True, 1),
+        (False, True, False, 1),
+        (False, False, True, 0),
+        (False, None, True, 0),
+    ):
+        settings = RenderSettings(json.dumps({"enable_thinking": flag, "other": 1}))
+        arguments = {} if own is None else {"enable_thinking": own}
+        dialogue = replace(DIALOGUES["plain"], template_arguments=arguments)
+        examples, tally = encoded(dialogue, tokenizer, settings)
+        ((start, _),) = trained(examples, tokenizer)
+        assert start.endswith(thought) == is_off
+        assert prompt(replace(dialogue, turns=dialogue.turns[:1]), "chat", tokenizer,
+                      settings).text == start  # fmt: skip
+        assert tally.noted[note] == count
+    off = replace(DIALOGUES["reasoning"], template_arguments={"enable_thinking": False})
+    with pytest.raises(UserError, match="opens the answer of turn 1") as refused:
+        encoded(off, tokenizer, RenderSettings('{"enable_thinking": true}'))
+    assert """Give the record "chat_template_kwargs" '{"enable_thinking": true}'""" in str(
+        refused.value
+    )
+
+
 @pytest.mark.parametrize("name", ["rewrites", "opens", "channels", "next_role"])
 def test_reasoning_and_tool_calls_can_be_context(name: str, tokenizers: dict[str, Any]) -> None:
     tokenizer = tokenizers[name]
