@@ -20,12 +20,14 @@ from data.encoding.chat_template import (
     SWITCHES,
     TOOL,
     ChatTemplate,
+    Message,
     bad,
     common_prefix,
     contains,
     marked_message,
     messages_of,
     signature_of,
+    tools_named,
     with_arguments,
 )
 from data.encoding.control_tokens import unused_characters
@@ -244,13 +246,26 @@ class _Rendering:
                 marked.append(changed)
                 turn = f"turn {number} ({message['role']})"
                 wanted += [(mark, f"{what}{turn}") for mark, what in marks.items()]
-            text = self.template.render(marked, [TOOL] if self.tools else [])
+            text = self._marked_text(marked)
         except (BadRecord, StopIteration):
             return None
         missing = [what for mark, what in wanted if not contains(text, mark)]
         if self.tools and TOOL["function"]["name"] not in text:
             missing.append("the tool definitions")
         return missing
+
+    def _marked_text(self, marked: list[Message]) -> str:
+        """Return the text of messages of marks; raises BadRecord.
+
+        If the template refuses calls of tools that are not among the given ones, these are.
+        """
+        tools = [TOOL] if self.tools else []
+        named = tools_named(marked)
+        if tools and named:
+            with suppress(BadRecord):
+                return self.template.render(marked, tools)
+            tools = [*tools, *named]
+        return self.template.render(marked, tools)
 
     def literal(self, text: str, stop: int | None, generation: bool = False) -> tuple[Span, ...]:
         """Return the spans of the text that are messages' own and look like control tokens.

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.dialogues.conversation import Dialogue, ToolCall, Turn
 from data.dialogues.sharegpt import Tally
+from data.encoding.chat_template import ChatTemplate
 from data.encoding.encode import IGNORE_INDEX, Example, encode_dialogues
 from data.encoding.encoder import prompt_ids
 from data.encoding.templates import DEFAULT, RenderSettings, prompt
@@ -208,6 +209,39 @@ def test_thinking_switched_off_is_off_in_prompt_and_text(tokenizers: dict[str, A
     with pytest.raises(UserError, match="opens the answer of turn 1") as refused:
         encoded(DIALOGUES["reasoning"], tokenizer, off)
     assert """Give --chat_template_kwargs '{"enable_thinking": true}'""" in str(refused.value)
+
+
+CHECKS_NAMES = """
+{%- set ns = namespace(names=[]) -%}
+{%- for tool in tools or [] %}{% set ns.names = ns.names + [tool.function.name] %}{% endfor -%}
+{%- for message in messages %}
+{%- for call in message.tool_calls or [] %}{% if call.function.name not in ns.names -%}
+{{ raise_exception('unknown tool ' + call.function.name) }}{% endif %}{% endfor -%}
+{%- if message.role == 'tool' and message.name not in ns.names -%}
+{{ raise_exception('unknown tool ' + message.name) }}{% endif -%}
+{%- endfor -%}
+"""
+
+
+@pytest.mark.parametrize("name", ["rewrites", "channels", "text_calls", "tools_last"])
+def test_a_template_that_refuses_calls_of_unknown_tools_is_known_as_one_that_does_not(
+    name: str, chat_tokenizer: Any, tokenizers: dict[str, Any]
+) -> None:
+    checks = tokenizer_with(chat_tokenizer, CHECKS_NAMES + CASES[name].text)
+    shows_reasoning = name in ("rewrites", "channels")
+    for kind in ("call", "call_with_text", *["call_with_reasoning"] * shows_reasoning):
+        examples, tally = encoded(DIALOGUES[kind], checks)
+        plain, plain_tally = encoded(DIALOGUES[kind], tokenizers[name])
+        assert [one.input_ids for one in examples] == [one.input_ids for one in plain]
+        assert [one.labels for one in examples] == [one.labels for one in plain]
+        assert vars(tally) == vars(plain_tally)
+    own, without = (ChatTemplate(one) for one in (checks, tokenizers[name]))
+    assert own.takes_objects() == without.takes_objects()
+    for calls in (True, False):
+        assert own.shows_reasoning(calls) == without.shows_reasoning(calls)
+    unknown = replace(DIALOGUES["call"], tools=({**LOOKUP, "function": {"name": "search"}},))
+    with pytest.raises(UserError, match="unknown tool lookup"):
+        encoded(unknown, checks)
 
 
 def test_a_records_own_template_arguments_replace_the_flags_and_are_counted(
