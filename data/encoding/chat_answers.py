@@ -40,6 +40,7 @@ MIN_HEADER = 8  # characters by which the header of an answer is found
 REMOVED = "answers whose reasoning the template removes"
 OTHERWISE = "answers that the template's {% generation %} marks otherwise"
 ALTERED = "answers of which the template removes text"
+UNDESCRIBED = "dialogues of which the template leaves out tool descriptions"
 OWN_ARGUMENTS = "dialogues whose chat_template_kwargs replace the flag's"
 
 
@@ -216,7 +217,10 @@ class _Rendering:
             self.notes.append(ALTERED)
 
     def check_shown(self, full: str) -> None:
-        """Raise BadRecord for a turn, tool call or tool definition that the template leaves out."""
+        """Raise BadRecord for a turn, tool call or tool definition that the template leaves out.
+
+        A tool that is shown without its description is counted.
+        """
         signature = tuple(map(signature_of, self.messages)), bool(self.tools)
         missing = self.template.remembered(("shown", signature), self._missing)
         if missing is None:  # The template refuses marks: look for the texts themselves.
@@ -233,6 +237,8 @@ class _Rendering:
         names = [str(tool.get("function", tool).get("name")) for tool in self.tools]
         if not missing and not all(contains(full, name) for name in names):
             missing = ["the tool definitions"]
+        if not all(_is_described(tool, full) for tool in self.tools):
+            self.notes.append(UNDESCRIBED)
         if missing:
             what = f"the chat template does not show {missing[0]}"
             bad("not shown by the chat template", f"{what}. {REMEDY}")
@@ -332,6 +338,14 @@ class _Rendering:
         if reasoning and not contains(full[start:end], reasoning):
             self.notes.append(REMOVED)
         return Answer(number, start, end + closers.end(), (start, content), (end, end))
+
+
+def _is_described(tool: dict[str, Any], text: str) -> bool:
+    """Return whether the text holds the tool's description; templates may indent its lines."""
+    function = tool.get("function", tool)
+    description = function.get("description") if isinstance(function, dict) else None
+    lines = description.splitlines() if isinstance(description, str) else []
+    return all(contains(text, line) for line in lines)
 
 
 def _may_merge(text: str, place: int) -> bool:

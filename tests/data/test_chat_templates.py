@@ -211,6 +211,32 @@ def test_thinking_switched_off_is_off_in_prompt_and_text(tokenizers: dict[str, A
     assert """Give --chat_template_kwargs '{"enable_thinking": true}'""" in str(refused.value)
 
 
+def test_tool_descriptions_that_a_template_leaves_out_are_counted(
+    chat_tokenizer: Any, tokenizers: dict[str, Any]
+) -> None:
+    note = "dialogues of which the template leaves out tool descriptions"
+    names = CASES["rewrites"].text.replace("{{ tool | tojson }}", "{{ tool.function.name }}")
+    assert names != CASES["rewrites"].text
+    only_names = tokenizer_with(chat_tokenizer, names)
+    lines = 'Look up "the" weather.\n    Of a city: Zürich.'
+    function = {**LOOKUP["function"], "description": lines}
+    second = {**LOOKUP, "function": {**function, "name": "search", "description": "Search."}}
+    for description, tools, left_out in (
+        ("one line", (LOOKUP,), 1),
+        ("lines, and another tool", ({**LOOKUP, "function": function}, second), 1),
+        ("none", ({**LOOKUP, "function": {"name": "lookup"}},), 0),
+        ("no tools", (), 0),
+    ):
+        dialogue = replace(DIALOGUES["three"], tools=tools)
+        for name in ("rewrites", "tools_last"):
+            _, tally = encoded(dialogue, tokenizers[name])
+            assert tally.noted[note] == 0, (name, description)
+        for multi_turn in ("whole", "each"):
+            settings = RenderSettings(multi_turn=multi_turn)
+            _, tally = encoded(dialogue, only_names, settings)
+            assert tally.noted[note] == left_out, description
+
+
 CHECKS_NAMES = """
 {%- set ns = namespace(names=[]) -%}
 {%- for tool in tools or [] %}{% set ns.names = ns.names + [tool.function.name] %}{% endfor -%}
