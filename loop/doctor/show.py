@@ -16,7 +16,9 @@ from data.files.atomic_write import check_output, place_of, written_whole
 from loop.config.flags import Config
 from loop.config.load import read_config
 from loop.config.parser import File, flag
-from loop.inputs.training_data import TrainingData, read_training_data
+from loop.doctor.show_turn import examples_of_turn
+from loop.inputs.training_data import read_training_data
+from loop.model.base import read_base_model
 from loop.monitor.formatting import GREEN, PLAIN, in_colour
 
 CONTEXT_TOKENS = 4  # decoded before a token, whose leading space depends on them
@@ -113,6 +115,12 @@ class ShowConfig(Config):
     """The settings of training, and the format of the output."""
 
     jsonl: bool = flag(False, "print a JSON object per example: id, input_ids, labels", "show")
+    turn: int | None = flag(
+        None,
+        "show one answer after its generation prompt, as --multi_turn each makes it: the index of "
+        "its message; none: show all",
+        "show",
+    )
     html: File | None = flag(None, "write an HTML page with all tokens and ids", "show")
 
 
@@ -120,15 +128,22 @@ def main(argv: Sequence[str]) -> None:
     """Print every example to stdout, and the counts of the records to stderr."""
     config = read_config(argv, ShowConfig, __doc__ or "")
     _check_page(config)
-    data = read_training_data(config)
-    examples = data.examples
+    if config.turn is None:
+        data = read_training_data(config)
+        examples: Sequence[Example] = data.examples
+        base, source = data.base, data.source
+        account = _account(str(data), examples)
+    else:
+        base, source = read_base_model(config), f"turn {config.turn}"
+        examples = [*examples_of_turn(config, base, config.turn)]
+        account = _account(f"turn {config.turn}: {len(examples):,} answers", examples)
     if config.html:
-        account, place = _account(data), Path(config.html).expanduser()
+        place = Path(config.html).expanduser()
         with (
             written_whole(place, "--html") as partial,
             open(partial, "w", encoding="utf-8") as page,
         ):
-            page.writelines(as_page(examples, data.base.tokenizer, data.source))
+            page.writelines(as_page(examples, base.tokenizer, source))
             page.write(page_end(account))
         print(account, file=sys.stderr)
         return
@@ -141,12 +156,12 @@ def main(argv: Sequence[str]) -> None:
                 print("\n".join(map(as_json, parts)))
                 continue
             for example in dialogue:
-                print(as_text(example, data.base.tokenizer, colour))
+                print(as_text(example, base.tokenizer, colour))
         sys.stdout.flush()
     except BrokenPipeError:  # `show | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    print(_account(data), file=sys.stderr)
+    print(account, file=sys.stderr)
 
 
 def _check_page(config: ShowConfig) -> None:
@@ -159,11 +174,11 @@ def _check_page(config: ShowConfig) -> None:
     check_output("--html", Path(config.html).expanduser(), dict.fromkeys(data, "the data"))
 
 
-def _account(data: TrainingData) -> str:
-    tokens = sum(example.tokens for example in data.examples)
-    supervised = sum(example.supervised_tokens for example in data.examples)
+def _account(counts: str, examples: Sequence[Example]) -> str:
+    tokens = sum(example.tokens for example in examples)
+    supervised = sum(example.supervised_tokens for example in examples)
     share = f"{supervised:,} of {tokens:,} tokens supervised ({100 * supervised / tokens:.1f} %)"
-    return f"{data}; {share}"
+    return f"{counts}; {share}"
 
 
 def as_json(dialogue: Sequence[Example]) -> str:
