@@ -46,7 +46,8 @@ class Rendered:
     text like a control token is only text. header: length of the t5 template's header in
     characters. cuts: places at which the text is tokenised apart, the ends of prompts. turn: index
     of the answer's message in a text for one answer. answers: supervised answers; ends: of each
-    that is trained to its end, the place of the end. notes: what the account counts.
+    that is trained to its end, the place of the end. notes: what the account counts. located: the
+    answers of a chat template with their parts.
     """
 
     text: str
@@ -59,6 +60,7 @@ class Rendered:
     answers: int = 0
     ends: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    located: tuple[Answer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ def _supervise(shown: Shown, settings: RenderSettings, each: bool) -> Rendered:
         answers=len(spans),
         ends=tuple(ends),
         notes=shown.notes,
+        located=shown.answers,
     )
 
 

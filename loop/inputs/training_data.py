@@ -241,11 +241,11 @@ def _encoder(config: Config, base: BaseModel) -> Encode:
 
 def _with_progress_bar(config: Config, template: TemplateName, tally: Tally) -> Iterator[Dialogue]:
     """Yield the selected dialogues, with a progress bar on rank 0."""
-    selected = _select_dialogues(config, template == "t5", tally)
+    selected = select_dialogues(config, template == "t5", tally)
     return iter(tqdm(selected, "encoding", unit=" dialogues", disable=None if is_rank0() else True))
 
 
-def _select_dialogues(config: Config, empty_answers: bool, tally: Tally) -> Iterator[Dialogue]:
+def select_dialogues(config: Config, empty_answers: bool, tally: Tally) -> Iterator[Dialogue]:
     """Yield the dialogues of all sources, or a random selection of --num_data dialogues."""
     selected = None
     if config.num_data >= 0:
