@@ -33,7 +33,7 @@ from loop.training.loss import (
 )
 
 SAMPLED = 256  # the texts are cut from the shortest of so many examples
-TEXT_TOKENS, PREFIX_TOKENS, COMPARED_TOKENS = 44, 24, 64
+TEXT_TOKENS, PREFIX_TOKENS, COMPARED_TOKENS = 34, 18, 64
 BEYOND_TOKENS = 65  # by so many tokens is a text longer than a limit; the last is only a target
 CUT_TOKENS = 20
 # Tolerance of a hidden state's distance, relative to its norm. fp32: of the largest distance, from
