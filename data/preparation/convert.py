@@ -1,10 +1,12 @@
 """`python -m data convert`: converts dialogues of a known format to ShareGPT or messages."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from data.dialogues.formats import (
@@ -17,21 +19,37 @@ from data.dialogues.formats import (
     turn_roles,
 )
 from data.errors import BadRecord, UserError
+from data.files.read import find_files
+from data.preparation.assistants import EXPORTS
+from data.preparation.channels import CHANNELS, Archive, channel_format, from_channel
 from data.preparation.job import Job, Result, parser, run, summary
+from data.preparation.oasst import from_tree, is_tree
+from data.preparation.parallel import Read, placed_records
 
-FORMATS = ("auto", "sharegpt", "messages", "alpaca", "oasst", "columns")
+FORMATS = ("auto", "sharegpt", "messages", "alpaca", "oasst", "columns", *EXPORTS, *CHANNELS)
+# Files beside conversations.json in the exports of ChatGPT and Claude.
+COMPANIONS = {
+    *("user", "users", "user_settings", "message_feedback", "model_comparisons", "memories"),
+    *("shared_conversations", "group_chats", "projects", "shopping", "sora", "export_manifest"),
+}
 PARTS = ("user", "assistant", "system", "id")
 READERS = {"sharegpt": from_sharegpt, "messages": from_messages, "alpaca": from_alpaca}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings on which a conversion depends; columns: (part, column name) pairs."""
+    """The settings on which a conversion depends.
+
+    columns: (part, column name) pairs. assistant: ids of the assistant in a channel's export.
+    pause: seconds between two dialogues of a channel.
+    """
 
     format: str
     columns: tuple[tuple[str, str], ...]
     oasst_paths: Literal["best", "all"]
     to: Literal["sharegpt", "messages"] = "sharegpt"
+    assistant: tuple[str, ...] = ()
+    pause: float = 3600.0
 
 
 def flags() -> argparse.ArgumentParser:
@@ -51,25 +69,73 @@ def flags() -> argparse.ArgumentParser:
         "--to", choices=("sharegpt", "messages"), default="sharegpt",
         help="messages: in the format of OpenAI's chat completions",
     )  # fmt: skip
+    own.add_argument(
+        "--assistant", nargs="+", default=[], metavar="NAME",
+        help="name or id of the assistant in a Slack or Discord export; default: its only bot",
+    )  # fmt: skip
+    own.add_argument(
+        "--pause", type=_minutes, default=60.0, metavar="MINUTES",
+        help="a longer pause in a channel of Slack or Discord begins another dialogue",
+    )  # fmt: skip
     return command
 
 
 def main(argv: list[str]) -> None:
     """Convert the files; raises UserError."""
     given = flags().parse_args(argv)
-    format_ = "columns" if given.columns and given.format == "auto" else given.format
+    skip_bad, format_ = given.on_bad_record == "skip", given.format
+    format_ = "columns" if given.columns and format_ == "auto" else format_
+    files = _without_companions(find_files(given.inputs)) if format_ == "auto" else given.inputs
+    if format_ == "auto":
+        format_ = channel_format(files) or format_
     settings = Settings(format_, _columns(given.columns, format_), given.oasst_paths, given.to)
+    read: Read = placed_records
+    if format_ in CHANNELS:
+        archive = Archive(format_, find_files(files), skip_bad)
+        command = f"python -m data convert --in {shlex.join(map(str, given.inputs))}"
+        command += f" --out {shlex.quote(str(given.out))}"
+        assistant = archive.assistant(given.assistant, command)
+        names = ", ".join(map(archive.speakers.name, assistant))
+        print(f"convert: {format_} export; the assistant is {names}", file=sys.stderr)
+        settings = replace(settings, assistant=assistant, pause=60 * given.pause)
+
+        def read(files: list[Path]) -> Iterator[tuple[Any, str]]:
+            return archive.dialogues(settings.pause)
+
+    elif given.assistant:
+        raise UserError(f"--assistant: only Slack and Discord exports need it, not {format_}.")
     job = Job(
         name="convert",
-        inputs=given.inputs,
+        inputs=files,
         out=given.out,
         report=given.report,
         settings=asdict(settings),
         transform=partial(convert, settings),
-        skip_bad=given.on_bad_record == "skip",
+        skip_bad=skip_bad,
         processes=given.processes,
+        read=read,
     )
     print(summary(run(job)), file=sys.stderr)
+
+
+def _minutes(word: str) -> float:
+    try:
+        minutes = float(word)
+    except ValueError:
+        minutes = -1.0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {word}; expected a number of minutes above 0")
+    return minutes
+
+
+def _without_companions(files: list[Path]) -> list[Path]:
+    """Return the files without those that ChatGPT and Claude export beside conversations.json."""
+    folders = {file.parent for file in files if file.name == "conversations.json"}
+    left_out = [f for f in files if f.parent in folders and f.name.partition(".")[0] in COMPANIONS]
+    if left_out:
+        names = ", ".join(file.name for file in left_out)
+        print(f"convert: left out files without conversations: {names}", file=sys.stderr)
+    return [file for file in files if file not in left_out]
 
 
 def _columns(words: list[str], format_: str) -> tuple[tuple[str, str], ...]:
@@ -99,19 +165,27 @@ def convert(settings: Settings, record: Any, place: str) -> Result:
 
 def _as_sharegpt(settings: Settings, record: Any, place: str) -> Result:
     number = place.rpartition(" ")[2]
-    tree = isinstance(record, dict) and isinstance(record.get("prompt"), dict)
-    if settings.format == "oasst" or (settings.format == "auto" and tree):
-        return _from_tree(record, number, settings.oasst_paths)
+    if settings.format in CHANNELS:
+        return from_channel(record, settings.assistant)
+    if settings.format == "oasst" or (settings.format == "auto" and is_tree(record)):
+        return from_tree(record, number, settings.oasst_paths)
+    for name, (recognised, read) in EXPORTS.items():
+        if settings.format == name or (settings.format == "auto" and recognised(record)):
+            return read(_object(record), number)
     if settings.format == "auto":
         converted = as_sharegpt(record)
-    elif not isinstance(record, dict):
-        raise BadRecord("record is not an object", f"found {kind(record)}; expected an object")
     elif settings.format == "columns":
-        converted = _from_columns(record, dict(settings.columns))
+        converted = _from_columns(_object(record), dict(settings.columns))
     else:
-        converted = READERS[settings.format](record)
+        converted = READERS[settings.format](_object(record))
     turn_roles(converted)
     return Result(str(converted.get("id", number)), (converted,))
+
+
+def _object(record: Any) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise BadRecord("record is not an object", f"found {kind(record)}; expected an object")
+    return record
 
 
 def _from_columns(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
@@ -132,73 +206,3 @@ def _from_columns(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any
     identity = {} if given in (None, "") else {"id": str(given)}
     others = {key: row[key] for key in row if key not in (*columns.values(), "id")}
     return {**identity, **others, "conversations": turns}
-
-
-def _from_tree(tree: Any, number: str, paths: str) -> Result:
-    """Return the dialogues of an OpenAssistant tree; deleted messages are left out."""
-    prompt = tree.get("prompt") if isinstance(tree, dict) else None
-    if not isinstance(prompt, dict):
-        raise BadRecord("not a tree", 'expected an object with "message_tree_id" and "prompt"')
-    name = str(tree.get("message_tree_id") or number)
-    if _role(prompt) != "human":
-        raise BadRecord("unknown role", 'the prompt has the role assistant; expected "prompter"')
-    language = {"lang": prompt["lang"]} if "lang" in prompt else {}
-    found = _all_paths(prompt) if paths == "all" else _best_path(prompt)
-    records = []
-    for index, path in enumerate(found):
-        turns = [{"from": _role(message), "value": message["text"]} for message in path]
-        records.append({"id": f"{name}_{index}", "conversations": turns, **language})
-        turn_roles(records[-1])
-    return Result(name, tuple(records), dropped=() if records else ("no answer",))
-
-
-def _role(message: dict[str, Any]) -> str:
-    names = {"prompter": "human", "assistant": "gpt"}
-    role, text = message.get("role"), message.get("text")
-    if not isinstance(role, str) or role not in names:
-        raise BadRecord("unknown role", f"found {str(role)[:40]}; expected prompter or assistant")
-    if not isinstance(text, str):
-        raise BadRecord("value is not text", f'"text" is {kind(text)}; expected a string')
-    return names[role]
-
-
-def _replies(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the replies that are not deleted, sorted by rank; replies without a rank are last."""
-    replies = message.get("replies") or []
-    if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
-        raise BadRecord("invalid replies", '"replies" has another type; expected a list of objects')
-    if any(_role(reply) == _role(message) for reply in replies):
-        raise BadRecord("turns do not alternate", "a reply has the same role as its parent")
-    standing = [reply for reply in replies if not reply.get("deleted")]
-    return sorted(standing, key=_rank)
-
-
-def _rank(message: dict[str, Any]) -> float:
-    rank = message.get("rank")
-    return rank if isinstance(rank, (int, float)) else float("inf")
-
-
-Messages = tuple[dict[str, Any], ...]
-
-
-def _best_path(prompt: dict[str, Any]) -> Iterator[Messages]:
-    path = [] if prompt.get("deleted") else [prompt]
-    while path and (replies := _replies(path[-1])):
-        path.append(replies[0])
-    if len(path) % 2:
-        path = path[:-1]  # a question without an answer
-    if path:
-        yield tuple(path)
-
-
-def _all_paths(prompt: dict[str, Any]) -> Iterator[Messages]:
-    """Yield the path to each final answer: no reply to it has an answer."""
-    waiting: list[Messages] = [] if prompt.get("deleted") else [(prompt,)]
-    while waiting:
-        path = waiting.pop()
-        replies = _replies(path[-1])
-        if _role(path[-1]) == "gpt":
-            replies = [question for question in replies if _replies(question)]
-            if not replies:
-                yield path
-        waiting += [(*path, reply) for reply in reversed(replies)]

@@ -22,7 +22,7 @@ from data.files.atomic_write import place_of, written_whole
 from data.files.lock import LockHeld, locked
 from data.files.read import find_files, plain
 from data.preparation.duplicates import Seen
-from data.preparation.parallel import Chunk, chunks, in_order, refused
+from data.preparation.parallel import Chunk, Read, chunks, in_order, placed_records, refused
 
 MAX_IDS_PER_CAUSE = 1000  # if a cause has more ids, the report has their number
 MAX_ID_CHARACTERS = 100
@@ -218,7 +218,7 @@ Transform = Callable[[Any, str], Result]
 class Job:
     """A preparation; its result depends only on the data and on `settings`.
 
-    held_out: the output file for results with `held_out`.
+    held_out: the output file for results with `held_out`. read: yields the records.
     """
 
     name: str
@@ -231,6 +231,7 @@ class Job:
     processes: int = 0
     near_threshold: float = 0.9
     held_out: Path | None = None
+    read: Read = placed_records
 
     @property
     def outputs(self) -> dict[str, Path]:
@@ -345,7 +346,7 @@ def _write(job: Job, files: list[Path], journal: Journal) -> None:
     last = time.monotonic()
     with tqdm(desc=job.name, unit=" records", initial=done, disable=None) as progress:
         work = partial(_transformed, job.transform, job.skip_bad)
-        for results in in_order(work, chunks(files, done), job.processes):
+        for results in in_order(work, chunks(files, done, job.read), job.processes):
             for result in results:
                 journal.add(result)
             progress.update(len(results))

@@ -21,12 +21,23 @@ LARGE = 1 << 20  # characters; a chunk with more ends
 IN_FLIGHT = 32 << 20  # characters of all chunks in memory, except the last chunk
 # Parsed records, each with its place ("file: record 7").
 Chunk = list[tuple[Any, str]]
+# Yields the records of files with their places.
+Read = Callable[[list[Path]], Iterator[tuple[Any, str]]]
 R = TypeVar("R")
 
 
-def chunks(files: list[Path], done: int = 0) -> Iterator[tuple[Chunk, int]]:
+def placed_records(files: list[Path]) -> Iterator[tuple[Any, str]]:
+    """Yield each record of the files with its place ("file: record 7")."""
+    for file in files:
+        for index, record in read_records(file):
+            yield record, f"{file}: record {index}"
+
+
+def chunks(
+    files: list[Path], done: int = 0, read: Read = placed_records
+) -> Iterator[tuple[Chunk, int]]:
     """Yield chunks of the records after the first `done`, each with its size in characters."""
-    records = ((record, f"{f}: record {index}") for f in files for index, record in read_records(f))
+    records = read(files)
     chunk: Chunk = []
     size = 0
     for record, place in islice(records, done, None):

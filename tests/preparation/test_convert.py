@@ -208,13 +208,13 @@ def test_a_tree_without_an_answer_is_counted_and_an_invalid_one_named(tmp_path: 
 
 
 def test_a_tree_deeper_than_the_interpreters_stack_is_read(tmp_path: Path) -> None:
-    from data.preparation.convert import _from_tree
+    from data.preparation.oasst import from_tree
 
     tree = message("assistant", "end")
     for number in range(4001):
         tree = message("assistant" if number % 2 else "prompter", "x", tree)
     for paths in ("best", "all"):
-        (record,) = _from_tree({"prompt": tree}, "0", paths).records
+        (record,) = from_tree({"prompt": tree}, "0", paths).records
         assert len(record["conversations"]) == 4002
 
 
