@@ -2,9 +2,10 @@
 
 import sys
 
-from data.errors import UserError
+from data.errors import UserError, printable
 
 COMMANDS = {
+    "look": "show what a file of dialogues holds, in ten lines",
     "convert": "convert dialogues of a known format to ShareGPT",
     "clean": "clean raw dialogues and remove duplicates",
     "split": "cut dialogues into pieces that fit the model",
@@ -28,7 +29,8 @@ def main() -> None:
     try:
         import_module(f"data.preparation.{name}").main(sys.argv[2:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        message = "\n".join(map(printable, str(error).split("\n")))
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

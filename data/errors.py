@@ -62,3 +62,14 @@ class BadRecord(Exception):
 
     def __str__(self) -> str:
         return str(self.args[1])
+
+
+def printable(text: str) -> str:
+    """Return the text with line breaks, and other characters that a terminal obeys, escaped.
+
+    >>> printable("a\\x1b[2J")
+    'a\\\\x1b[2J'
+    """
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )

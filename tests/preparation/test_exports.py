@@ -1,6 +1,7 @@
 """Exports of ChatGPT, Claude, Slack and Discord become dialogues; what is left out is counted."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 from data.errors import UserError
 from data.preparation.convert import main
-from tests.support.helpers import dialogues_in
+from tests.support.helpers import ROOT, dialogues_in
 
 Records = list[dict[str, Any]]
 
@@ -348,3 +349,14 @@ def test_assistant_needs_an_export_of_channels(tmp_path: Path) -> None:
     file = saved(tmp_path / "a.json", [claude(said("1", "human", "Hi"))])
     with pytest.raises(UserError, match="--assistant: only Slack and Discord exports need it"):
         converted(tmp_path, file, "--assistant", "ann")
+
+
+def test_the_documented_command_converts_a_slack_export(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs/preparation.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if re.match("python -m data .*--assistant", line)]
+    monkeypatch.chdir(tmp_path)
+    workspace.rename("slack_export")
+    main([*shlex.split(line)[4:], "--processes", "1"])
+    assert len((tmp_path / "dialogues.jsonl").read_text().splitlines()) == 2
