@@ -24,7 +24,7 @@ from data.preparation.assistants import EXPORTS
 from data.preparation.channels import CHANNELS, Archive, channel_format, from_channel
 from data.preparation.job import Job, Result, parser, run, summary
 from data.preparation.oasst import from_tree, is_tree
-from data.preparation.parallel import Read, placed_records
+from data.preparation.parallel import Read, records_of
 
 FORMATS = ("auto", "sharegpt", "messages", "alpaca", "oasst", "columns", *EXPORTS, *CHANNELS)
 # Files beside conversations.json in the exports of ChatGPT and Claude.
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
     if format_ == "auto":
         format_ = channel_format(files) or format_
     settings = Settings(format_, _columns(given.columns, format_), given.oasst_paths, given.to)
-    read: Read = placed_records
+    read: Read = records_of
     if format_ in CHANNELS:
         archive = Archive(format_, find_files(files), skip_bad)
         command = f"python -m data convert --in {shlex.join(map(str, given.inputs))}"

@@ -22,7 +22,7 @@ from data.files.atomic_write import place_of, written_whole
 from data.files.lock import LockHeld, locked
 from data.files.read import find_files, plain
 from data.preparation.duplicates import Seen
-from data.preparation.parallel import Chunk, Read, chunks, in_order, placed_records, refused
+from data.preparation.parallel import Chunk, Read, chunks, in_order, records_of, refused
 
 MAX_IDS_PER_CAUSE = 1000  # if a cause has more ids, the report has their number
 MAX_ID_CHARACTERS = 100
@@ -231,7 +231,7 @@ class Job:
     processes: int = 0
     near_threshold: float = 0.9
     held_out: Path | None = None
-    read: Read = placed_records
+    read: Read = records_of
 
     @property
     def outputs(self) -> dict[str, Path]:

@@ -26,7 +26,7 @@ Read = Callable[[list[Path]], Iterator[tuple[Any, str]]]
 R = TypeVar("R")
 
 
-def placed_records(files: list[Path]) -> Iterator[tuple[Any, str]]:
+def records_of(files: list[Path]) -> Iterator[tuple[Any, str]]:
     """Yield each record of the files with its place ("file: record 7")."""
     for file in files:
         for index, record in read_records(file):
@@ -34,7 +34,7 @@ def placed_records(files: list[Path]) -> Iterator[tuple[Any, str]]:
 
 
 def chunks(
-    files: list[Path], done: int = 0, read: Read = placed_records
+    files: list[Path], done: int = 0, read: Read = records_of
 ) -> Iterator[tuple[Chunk, int]]:
     """Yield chunks of the records after the first `done`, each with its size in characters."""
     records = read(files)

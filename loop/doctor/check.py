@@ -7,11 +7,12 @@ from data.errors import UserError
 from loop.config.flags import Config
 from loop.config.load import read_config
 from loop.config.preflight import CORE, conflicts, problems, together
+from loop.inputs.first_records import check_first_records
 from loop.model.base import find_base_model
 
 
 def main(argv: Sequence[str]) -> None:
-    """Report a wrong flag or path within a second, before the ranks start."""
+    """Report a wrong flag, path or first record within a second, before the ranks start."""
     config = read_config(argv, Config, "The flags of training; without flags: the main job.")
     errors = [*conflicts(CORE), *problems(config)]
     if errors:
@@ -26,3 +27,4 @@ def main(argv: Sequence[str]) -> None:
                 raise UserError(
                     f"{flag} {file}: no such file. Give JSON, JSONL, CSV or Parquet, or a folder."
                 )
+    check_first_records(config)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.encoding.encode import IGNORE_INDEX, Example
 from data.errors import UserError
@@ -16,13 +16,14 @@ from data.files.atomic_write import check_output, place_of, written_whole
 from loop.config.flags import Config
 from loop.config.load import read_config
 from loop.config.parser import File, flag
-from loop.doctor.answer_parts import Part, with_parts
-from loop.doctor.show_turn import examples_of_turn
-from loop.inputs.training_data import read_training_data
+from loop.inputs.first_records import check_first_records
 from loop.model.base import BaseModel, read_base_model
 from loop.monitor.formatting import CYAN, GREEN, PLAIN, YELLOW, in_colour
 
-COLOURS: dict[Part, str] = {"reasoning": YELLOW, "tool calls": CYAN, "answer": GREEN}
+if TYPE_CHECKING:
+    from loop.doctor.answer_parts import Part
+
+COLOURS: dict["Part", str] = {"reasoning": YELLOW, "tool calls": CYAN, "answer": GREEN}
 CONTEXT_TOKENS = 4  # decoded before a token, whose leading space depends on them
 MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has at most 4 bytes; each may be a token
 REPLACEMENT_CHARACTER = "\ufffd"
@@ -130,6 +131,11 @@ def main(argv: Sequence[str]) -> None:
     """Print every example to stdout, and the counts of the records to stderr."""
     config = read_config(argv, ShowConfig, __doc__ or "")
     _check_page(config)
+    check_first_records(config)
+    # Imported here: they import torch and transformers, which takes seconds.
+    from loop.doctor.show_turn import examples_of_turn
+    from loop.inputs.training_data import read_training_data
+
     turn = config.turn
     if turn is None:
         data = read_training_data(config)
@@ -169,6 +175,8 @@ def _printed(config: ShowConfig, base: BaseModel, examples: Sequence[Example]) -
             parts = [dialogue] if dialogue[0].turn is None else [[one] for one in dialogue]
             yield from map(as_json, parts)
     elif in_colour() and base.template == "chat":
+        from loop.doctor.answer_parts import with_parts
+
         legend = ", ".join(f"{colour}{part}{PLAIN}" for part, colour in COLOURS.items())
         yield f"supervised: {legend}"
         for example, parts_of_tokens in with_parts(config, base, examples):
@@ -204,7 +212,7 @@ def as_json(dialogue: Sequence[Example]) -> str:
 
 
 def as_text(
-    example: Example, tokenizer: Any, colour: bool, parts: Sequence[Part] | None = None
+    example: Example, tokenizer: Any, colour: bool, parts: "Sequence[Part] | None" = None
 ) -> str:
     """Return the decoded example; supervised tokens are green, or in brackets without colour.
 
