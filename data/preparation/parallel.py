@@ -14,7 +14,7 @@ from threading import Thread, current_thread, main_thread
 from typing import Any, TypeVar
 
 from data.errors import BadRecord, RunError, UserError
-from data.files.read import read_records
+from data.files.read import placed_records
 
 CHUNK = 256  # records per chunk, unless they are large
 LARGE = 1 << 20  # characters; a chunk with more ends
@@ -26,7 +26,7 @@ R = TypeVar("R")
 
 def chunks(files: list[Path], done: int = 0) -> Iterator[tuple[Chunk, int]]:
     """Yield chunks of the records after the first `done`, each with its size in characters."""
-    records = ((record, f"{f}: record {index}") for f in files for index, record in read_records(f))
+    records = (placed for file in files for placed in placed_records(file))
     chunk: Chunk = []
     size = 0
     for record, place in islice(records, done, None):
