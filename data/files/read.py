@@ -40,6 +40,7 @@ def find_files(paths: Sequence[Path], encoding: str | None = None) -> list[Path]
     found: list[Path] = []
     for given in paths:
         path, part = without_split(given)
+        of_file = encoding or getattr(given, "encoding", None)
         try:
             inside = sorted(path.rglob("*"))
             names = [str(file.relative_to(path)) for file in inside]
@@ -48,7 +49,7 @@ def find_files(paths: Sequence[Path], encoding: str | None = None) -> list[Path]
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
         if not folder:
-            found.append(DataFile.of(path, part or None, encoding))
+            found.append(DataFile.of(path, part, of_file))
             continue
         data = without_metadata(names)
         if not data:
@@ -56,7 +57,7 @@ def find_files(paths: Sequence[Path], encoding: str | None = None) -> list[Path]
             expected = f"expected files {', '.join(KINDS)}. Give such a file, or its folder."
             raise UserError(f"{path}: a folder without data{has}; {expected}")
         chosen, note = select_split(data, part, str(path))
-        found += [DataFile.of(path / name, None, encoding, note) for name in chosen]
+        found += [DataFile.of(path / name, None, of_file, note) for name in chosen]
     return found
 
 

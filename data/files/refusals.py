@@ -55,8 +55,8 @@ def check_head(head: bytes, name: str, path: str) -> str | None:
         return (
             f"{name}: found {kind} in place of the data, such as a login or an error page; "
             "expected JSON, JSONL, CSV, Parquet or Arrow. Download the file itself: a file of the "
-            "Hugging Face hub has /resolve/ in its address, not /blob/, and GitHub's has /raw/. Or give "
-            "the data set: --data_path owner/name"
+            "Hugging Face hub has /resolve/ in its address, not /blob/, and GitHub's has /raw/. "
+            "Or give the data set of the hub: --data_path owner/name"
         )
     if FAILED.match(head):
         text = " ".join(head[:60].decode("utf-8", "replace").split())
