@@ -22,7 +22,7 @@ from data.dialogues.formats import (
 )
 from data.dialogues.keys import is_meaningful, reserved_names, unused_keys
 from data.errors import BadRecord, UserError
-from data.files.read import find_files, read_records
+from data.files.read import find_files, placed_records
 
 IDS_PER_CAUSE = 5  # ids that are kept and printed for each cause
 
@@ -123,7 +123,7 @@ def read_file(
     train_on: Literal["all", "last"] = "all",
 ) -> Iterator[Dialogue]:
     """Yield the dialogues of one file, like `read_dialogues`; a file without any is valid."""
-    records = ((record, f"{path}: record {index}") for index, record in read_records(path))
+    records = placed_records(path, tally.noted)
     return dialogues_of(records, tally, on_bad_record, empty_answers, train_on)
 
 

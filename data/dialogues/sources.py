@@ -15,6 +15,7 @@ from data.dialogues.conversation import Dialogue
 from data.dialogues.sharegpt import Tally
 from data.errors import UserError
 from data.files.read import find_files, kind_of
+from data.files.splits import DataFile, listed, without_split
 
 MAX_WEIGHT = 1000.0  # copies of a dialogue
 BLOCK_DIALOGUES = 1024  # dialogues in a block; a fraction is drawn from each block
@@ -33,8 +34,9 @@ class Source:
     @property
     def is_on_hub(self) -> bool:
         """Whether the source is a hub data set: the name has its form, and no such path exists."""
-        path = Path(self.name).expanduser()
-        return not path.exists() and not kind_of(path) and bool(HUB.fullmatch(self.name))
+        path, _ = without_split(Path(self.name).expanduser())
+        named = kind_of(path) or kind_of(Path(self.name.rpartition("@")[0]))
+        return not path.exists() and not named and bool(HUB.fullmatch(self.name))
 
 
 def parse_source(word: str) -> Source:
@@ -54,10 +56,15 @@ def parse_source(word: str) -> Source:
     return Source(name, weight)
 
 
-def files_of(source: Source, cache_dir: str | None = None) -> list[Path]:
-    """Return the files of the source; a hub data set is downloaded. Raises UserError."""
+def files_of(
+    source: Source, cache_dir: str | None = None, encoding: str | None = None
+) -> list[Path]:
+    """Return the files of the source; a hub data set is downloaded. Raises UserError.
+
+    encoding: of text files; None: UTF-8.
+    """
     if not source.is_on_hub:
-        return find_files([Path(source.name).expanduser()])
+        return find_files([Path(source.name).expanduser()], encoding)
     return _downloaded(source.name, cache_dir)
 
 
@@ -115,4 +122,7 @@ def _downloaded(name: str, cache_dir: str | None) -> list[Path]:
             f"--data_path {name}: no such file or folder, and it cannot be loaded from the "
             f"hub{reason}: {detail}. Give a path, or owner/name[/configuration][@split]."
         ) from None
-    return [Path(file["filename"]) for file in loaded.cache_files]
+    split = str(loaded.split)
+    left = [name for name in loaded.info.splits or () if name != split]
+    note = f"files of {name}, split {split}" + (f" without {listed(left)}" if left else "")
+    return [DataFile.of(Path(file["filename"]), note=note) for file in loaded.cache_files]

@@ -19,8 +19,10 @@ from tqdm import tqdm
 from data.dialogues.sharegpt import Tally
 from data.errors import BadRecord, UserError
 from data.files.atomic_write import place_of, written_whole
+from data.files.containers import check_encoding
 from data.files.lock import LockHeld, locked
 from data.files.read import find_files, plain
+from data.files.splits import DataFile
 from data.preparation.duplicates import Seen
 from data.preparation.parallel import Chunk, Read, chunks, in_order, records_of, refused
 
@@ -239,6 +241,16 @@ class Job:
         return {"--out": self.out} | ({"--eval_out": self.held_out} if self.held_out else {})
 
 
+class _Parser(argparse.ArgumentParser):
+    """Gives the input files the encoding of --encoding."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = super().parse_args(args, namespace)
+        given.inputs = [DataFile.of(path, encoding=given.encoding) for path in given.inputs]
+        check_encoding(given.encoding)
+        return given
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Appends the default to the help of a flag, unless the help mentions it."""
 
@@ -251,7 +263,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 def parser(name: str, description: str, out: bool = True) -> argparse.ArgumentParser:
     """Return a parser with the flags that all preparations have; out: whether --out is one."""
-    command = argparse.ArgumentParser(
+    command = _Parser(
         f"python -m data {name}",
         usage=f"python -m data {name} --in FILE ... {'--out FILE ' * out}[--flag value ...]",
         description=description,
@@ -261,13 +273,16 @@ def parser(name: str, description: str, out: bool = True) -> argparse.ArgumentPa
     files = command.add_argument_group("files")
     files.add_argument(
         "--in", dest="inputs", type=Path, nargs="+", required=True, metavar="FILE",
-        help="files or folders: JSON, JSONL, CSV, Parquet, also .gz and .zst",
+        help="files or folders: JSON, JSONL, CSV, Parquet, also compressed or in a zip archive; "
+        "folder@test selects a split",
     )  # fmt: skip
     if out:
         text = "x.jsonl for one record per line, or x.json for an array"
         files.add_argument("--out", type=Path, required=True, metavar="FILE", help=text)
     text = "write a JSON file with the counts: read = kept + dropped, by cause"
     files.add_argument("--report", type=Path, metavar="FILE", help=text)
+    text = "of text files, such as utf-16, cp1252 or gb18030 (default: UTF-8)"
+    files.add_argument("--encoding", metavar="NAME", help=text)
     how = command.add_argument_group("execution")
     how.add_argument(
         "--on_bad_record", choices=("fail", "skip"), default="fail",
@@ -294,6 +309,7 @@ def run(job: Job) -> dict[str, Any]:
         "job": job.name,
         "settings": job.settings,
         "files": [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()],
+        "how": [(getattr(f, "part", None), getattr(f, "encoding", None)) for f in files],
     }
     outputs = [*job.outputs.values()]
     try:

@@ -14,7 +14,7 @@ from threading import Thread, current_thread, main_thread
 from typing import Any, TypeVar
 
 from data.errors import BadRecord, RunError, UserError
-from data.files.read import read_records
+from data.files.read import placed_records
 
 CHUNK = 256  # records per chunk, unless they are large
 LARGE = 1 << 20  # characters; a chunk with more ends
@@ -29,8 +29,7 @@ R = TypeVar("R")
 def records_of(files: list[Path]) -> Iterator[tuple[Any, str]]:
     """Yield each record of the files with its place ("file: record 7")."""
     for file in files:
-        for index, record in read_records(file):
-            yield record, f"{file}: record {index}"
+        yield from placed_records(file)
 
 
 def chunks(

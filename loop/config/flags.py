@@ -33,11 +33,18 @@ class Config(ModelFlags):
 
     data_path: tuple[File, ...] | None = flag(
         None,
-        "dialogues: JSON, JSONL, CSV, Parquet or Arrow files (also .gz, .zst), folders, or the "
-        "hub's owner/name[/configuration][@split]; path:0.3 takes 30 %; none: bundled dialogues",
+        "dialogues: JSON, JSONL, CSV, Parquet or Arrow files (also .gz, .zst, .xz, .zip), folders, "
+        "or the hub's owner/name[/configuration]; name@test selects a split; path:0.3 takes 30 %; "
+        "none: bundled dialogues",
         "data",
         is_path=True,
         finished_check="no",
+    )
+    encoding: str | None = flag(
+        None,
+        "of text files, such as utf-16, cp1252 or gb18030; none: UTF-8",
+        "data",
+        affects="encoding",
     )
     template: Literal["vicuna", "chat", "t5"] | None = flag(
         None,

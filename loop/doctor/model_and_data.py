@@ -189,7 +189,7 @@ def _files_by_source(config: Config, errors: list[str]) -> tuple[list[list[Path]
     sources = []
     for flag, word in named:
         with collect_errors(errors):
-            files = files_of(parse_source(word), config.cache_dir)
+            files = files_of(parse_source(word), config.cache_dir, config.encoding)
             for file in files:
                 if not file.is_file():
                     raise UserError(f"{flag} {file}: no such file. Give an existing path.")

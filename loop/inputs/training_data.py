@@ -45,7 +45,10 @@ def data_sha256(config: Config) -> str:
         cache = Path(config.preprocessed_path).expanduser()
         hash_cache = cache.with_name(f".{cache.name}.hashes")
     for source in config.sources:
-        hashes += [file_sha256(file, hash_cache) for file in files_of(source, config.cache_dir)]
+        for file in files_of(source, config.cache_dir):
+            hashes.append(file_sha256(file, hash_cache))
+            part = getattr(file, "part", None)  # two splits of one file are different data
+            hashes += [f"split {part}"] if part else []
         hashes += [f"x {source.weight}"] if source.weight != 1.0 else []
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(str(hashes).encode()).hexdigest()
 
@@ -269,7 +272,8 @@ def _read_sources(
     """Yield each dialogue with its source's number, as often as the source's weight requires."""
     settings = (config.on_bad_record, empty_answers, config.train_on)
     for number, source in enumerate(config.sources):
-        dialogues = read_dialogues(files_of(source, config.cache_dir), tally, *settings)
+        files = files_of(source, config.cache_dir, config.encoding)
+        dialogues = read_dialogues(files, tally, *settings)
         if source.weight != 1.0:
             dialogues = weighted(dialogues, source.weight, [config.seed, number], tally)
         for dialogue in dialogues:
