@@ -71,6 +71,8 @@ def select_split(names: Iterable[str], wanted: str | None, owner: str) -> tuple[
     left out if there are others. Raises UserError for an unknown split.
     """
     names = [*names]
+    if {"users.json", "channels.json"} <= {PurePosixPath(name).name for name in names}:
+        return names, f"files of {owner} ({listed(names)})"  # a Slack export: folders are channels
     if wanted is not None:
         chosen = [name for name in names if wanted in split_names(name)]
         if not chosen:

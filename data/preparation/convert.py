@@ -21,7 +21,7 @@ from data.dialogues.formats import (
 from data.errors import BadRecord, UserError
 from data.files.read import find_files
 from data.preparation.assistants import EXPORTS
-from data.preparation.channels import CHANNELS, Archive, channel_format, from_channel
+from data.preparation.channels import CHANNELS, Archive, all_files, channel_format, from_channel
 from data.preparation.job import Job, Result, parser, run, summary
 from data.preparation.oasst import from_tree, is_tree
 from data.preparation.parallel import Read, records_of
@@ -91,7 +91,8 @@ def main(argv: list[str]) -> None:
     settings = Settings(format_, _columns(given.columns, format_), given.oasst_paths, given.to)
     read: Read = records_of
     if format_ in CHANNELS:
-        archive = Archive(format_, find_files(files), skip_bad)
+        files = all_files(given.inputs)
+        archive = Archive(format_, files, skip_bad)
         command = f"python -m data convert --in {shlex.join(map(str, given.inputs))}"
         command += f" --out {shlex.quote(str(given.out))}"
         assistant = archive.assistant(given.assistant, command)

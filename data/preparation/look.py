@@ -14,7 +14,9 @@ from data.dialogues.formats import ROLES
 from data.dialogues.keys import is_meaningful, unused_keys
 from data.dialogues.sharegpt import Tally, dialogues_of
 from data.errors import BadRecord, UserError, printable
-from data.files.read import COMPRESSIONS, find_files, kind_of, read_records
+from data.files.containers import check_encoding
+from data.files.names import COMPRESSIONS
+from data.files.read import find_files, kind_of, placed_records
 from data.preparation.parallel import characters
 
 RECORDS = 5_000  # that are read by default
@@ -29,6 +31,7 @@ TURN_ROLES = ("from", "role")
 class Look:
     """Counts of the records of a file.
 
+    container: notes on the files by the number of files.
     used, unused: records with this field. roles: turns by the role's name in the file. lengths:
     dialogues by their number of turns. systems: dialogues by the digest of their system text.
     tools: dialogues by the name of a tool. reasoned: answers with reasoning. all_read: whether
@@ -36,6 +39,7 @@ class Look:
     """
 
     tally: Tally = field(default_factory=Tally)
+    container: Counter[str] = field(default_factory=Counter)
     forms: Counter[str] = field(default_factory=Counter)
     used: Counter[str] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
@@ -80,20 +84,20 @@ class Look:
             self.supervised += turn.role == "assistant" and turn.supervised
 
 
-def look(path: Path, most: int) -> Look:
-    """Read at most `most` records of a file or a folder; raises UserError if it cannot be read."""
+def look(files: list[Path], most: int) -> Look:
+    """Read at most `most` records of files; raises UserError if they cannot be read."""
     found = Look()
 
     def given() -> Iterator[tuple[Any, str]]:
         size = 0
-        for file in find_files([path]):
-            for index, record in read_records(file):
+        for file in files:
+            for record, place in placed_records(file, found.container):
                 if found.tally.read >= most or size > MOST_CHARACTERS:
                     found.all_read = False
                     return
                 size += characters(record)
                 found.add_record(record)
-                yield record, f"{file}: record {index}"
+                yield record, place
 
     for dialogue in dialogues_of(given(), found.tally, "skip"):
         found.add(dialogue)
@@ -145,12 +149,12 @@ def _tool_name(tool: dict[str, Any]) -> Any:
     return (function if isinstance(function, dict) else tool).get("name")
 
 
-def lines(path: Path, found: Look) -> list[str]:
+def lines(path: Path, files: list[Path], found: Look) -> list[str]:
     """Return the ten lines that describe a file."""
     read, kept = found.tally.read, found.tally.kept
     amount = "all" if found.all_read else "the first"
     rows = {
-        "container": container(path),
+        "container": container(path, files, found.container),
         "form": _counted(found.forms, read),
         "records": f"{read:,} ({amount}), {kept:,} dialogues",
         "fields": f"used: {_counted(found.used, read) or 'none'}; unused: {_unused(found, read)}",
@@ -164,16 +168,18 @@ def lines(path: Path, found: Look) -> list[str]:
     return [f"{name:10} {printable(text) or 'none'}" for name, text in rows.items()]
 
 
-def container(path: Path) -> str:
-    """Return a path with its kind of file and its size."""
-    files = find_files([path])
+def container(path: Path, files: list[Path], notes: Counter[str]) -> str:
+    """Return a path with its kind of file, its size, and how it was read."""
     size = sum(file.stat().st_size for file in files)
-    kinds = ", ".join(sorted({_kind(file) for file in files}))
-    return f"{path}: {f'{len(files):,} files, ' * path.is_dir()}{kinds}, {_size(size)}"
+    kinds = ", ".join(dict.fromkeys(map(_kind, files)))
+    said = "".join(f"; {note}" for note in notes if note)
+    several = f"{len(files):,} files, " if files != [path] else ""
+    return f"{path}: {several}{kinds}, {_size(size)}{said}"
 
 
 def _kind(file: Path) -> str:
-    names = {".csv": "CSV", ".parquet": "Parquet", ".arrow": "Arrow", ".json": "JSON"}
+    names = {".csv": "CSV", ".tsv": "TSV", ".parquet": "Parquet", ".arrow": "Arrow"}
+    names |= {".feather": "Arrow", ".json": "JSON", ".zip": "zip"}
     packed = file.suffix.lower() if file.suffix.lower() in COMPRESSIONS else ""
     return names.get(kind_of(file) or ".json", "JSON Lines") + f" in {packed}" * bool(packed)
 
@@ -259,13 +265,15 @@ def flags() -> argparse.ArgumentParser:
     """Return the command's parser."""
     command = argparse.ArgumentParser(
         "python -m data look",
-        usage="python -m data look FILE ... [--records N]",
+        usage="python -m data look FILE ... [--flag value ...]",
         description="Print in ten lines what each file of dialogues holds.",
         allow_abbrev=False,
     )
     command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="files or folders")
     text = "read at most N records of each, and 8 million characters (default: %(default)s)"
     command.add_argument("--records", type=_count, default=RECORDS, metavar="N", help=text)
+    text = "of text files, such as utf-16, cp1252 or gb18030 (default: UTF-8)"
+    command.add_argument("--encoding", metavar="NAME", help=text)
     return command
 
 
@@ -273,12 +281,14 @@ def main(argv: list[str]) -> None:
     """Print the lines of each file; raises UserError for one without any dialogue."""
     given = flags().parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    check_encoding(given.encoding)
     for number, path in enumerate(given.files):
         print("\n" * bool(number), end="")
-        found = look(path, given.records)
-        print("\n".join(lines(path, found)), flush=True)
+        files = find_files([path], given.encoding)
+        found = look(files, given.records)
+        print("\n".join(lines(path, files, found)), flush=True)
         if not found.tally.kept:
-            raise _unreadable(path)
+            raise _unreadable(path, files)
 
 
 def _count(word: str) -> int:
@@ -287,13 +297,12 @@ def _count(word: str) -> int:
     return int(word)
 
 
-def _unreadable(path: Path) -> UserError:
-    """Return the error of the first record of a file without a dialogue."""
-    for file in find_files([path]):
-        records = ((record, f"{file}: record {index}") for index, record in read_records(file))
+def _unreadable(path: Path, files: list[Path]) -> UserError:
+    """Return the error of the first record of files without a dialogue."""
+    for file in files:
         try:
-            for _ in dialogues_of(records, Tally()):
+            for _ in dialogues_of(placed_records(file), Tally()):
                 break
         except UserError as error:
             return error
-    return UserError(f"{path}: found no records; expected dialogues.")
+    return UserError(f"{path}: found no records; expected dialogues. Give another file.")

@@ -4,7 +4,7 @@ from itertools import islice
 
 from data.dialogues.sharegpt import Tally, dialogues_of
 from data.dialogues.sources import files_of
-from data.files.read import read_records
+from data.files.read import placed_records
 from loop.config.flags import Config
 
 RECORDS = 20  # of each file
@@ -20,9 +20,9 @@ def check_first_records(config: Config) -> None:
     if config.on_bad_record == "skip":
         return
     for source in config.sources:
-        for file in [] if source.is_on_hub else files_of(source)[:FILES]:
-            records = islice(read_records(file), RECORDS)
-            placed = ((record, f"{file}: record {index}") for index, record in records)
+        files = [] if source.is_on_hub else files_of(source, encoding=config.encoding)
+        for file in files[:FILES]:
+            placed = islice(placed_records(file), RECORDS)
             # Whether empty answers are valid depends on the model.
             for _ in dialogues_of(placed, Tally(), empty_answers=True):
                 pass

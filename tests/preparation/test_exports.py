@@ -3,12 +3,16 @@
 import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data.errors import UserError
+from data.files.json_loose import LARGEST
 from data.preparation.convert import main
 from tests.support.helpers import ROOT, dialogues_in
 
@@ -300,6 +304,19 @@ def test_without_one_bot_the_error_lists_the_speakers_and_a_command_that_works(
         converted(tmp_path, workspace, "--assistant", "zoe")
 
 
+def test_a_zip_of_slack_is_read_with_channels_of_any_name(workspace: Path, tmp_path: Path) -> None:
+    """Elsewhere, folders named dev or test are the parts of a data set."""
+    (workspace / "general").rename(workspace / "dev")
+    (workspace / "train").mkdir()
+    saved(workspace / "train" / "2024-01-01.json", [slack("U1", 1, "Which train?")])
+    file = Path(shutil.make_archive(str(tmp_path / "export"), "zip", workspace))
+    for source in (file, workspace):
+        records, account = converted(tmp_path, source)
+        assert [record["id"] for record in records] == ["dev/100", "dev/300.000000"]
+        assert texts(records[0])[0][1].startswith("@helper is the ferry")
+        assert account["read"] == 4
+
+
 def discord(**keys: Any) -> dict[str, Any]:
     return {"guild": {"id": "1", "name": "G"}, "channel": {"id": "2", "name": "help"}, **keys}
 
@@ -319,7 +336,7 @@ def test_a_discord_channel_is_its_users_and_its_bot(tmp_path: Path) -> None:
         posted("bot", 4, "", embeds=[{"title": "t"}]),
         posted("ben", 5, "Thanks"),
     ]
-    file = saved(tmp_path / "a.json", [discord(messages=messages, messageCount=6)])
+    file = saved(tmp_path / "a.json", discord(messages=messages, messageCount=6))
     (record,), account = converted(tmp_path, file)
     assert texts(record) == [("human", "Is the ferry running?"), ("gpt", "Yes,\nhourly.")]
     assert account["noted"] == {
@@ -335,9 +352,34 @@ def test_a_discord_channel_is_its_users_and_its_bot(tmp_path: Path) -> None:
     assert texts(by_name)[-1] == ("gpt", "Thanks")
 
 
+def test_a_discord_file_larger_than_a_record_may_be_is_read_in_constant_memory(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "a.json"
+    head, tail = json.dumps(discord(messages=[0]), indent=2).split("0\n")
+    with file.open("w") as opened:
+        opened.write(head)
+        for number in range(20_000):
+            name, text = (("ann", "question "), ("bot", "answer "))[number % 2]
+            time = f"2024-01-{1 + number // 1440:02}T{number // 60 % 24:02}:{number % 60:02}:00Z"
+            message = posted(name, 0, text * 100, timestamp=time)
+            opened.write(",\n" * bool(number) + json.dumps(message, indent=1))
+        opened.write(tail)
+    assert file.stat().st_size > 2 * LARGEST
+    code = (
+        "import re, sys; from data.preparation.convert import main; main(sys.argv[1:]); "
+        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+    )
+    words = ["--in", file, "--out", tmp_path / "out.jsonl", "--processes", "1"]
+    command = [sys.executable, "-c", code, *map(str, words)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert "read 10 = kept 10" in ended.stderr  # a dialogue has at most 2,000 messages
+    assert int(ended.stdout) < 100_000  # KiB, of which the imports take 30,000
+
+
 def test_an_invalid_message_of_a_channel_is_named_or_counted(tmp_path: Path) -> None:
     messages = [posted("ann", 1, "Hi"), {"content": "?"}, posted("bot", 2, "Hello")]
-    file = saved(tmp_path / "a.json", [discord(messages=messages)])
+    file = saved(tmp_path / "a.json", discord(messages=messages))
     with pytest.raises(UserError, match=r'a\.json: message 1: a message has no "author"'):
         converted(tmp_path, file)
     (record,), account = converted(tmp_path, file, "--on_bad_record", "skip")
