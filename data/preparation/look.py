@@ -2,8 +2,9 @@
 
 import argparse
 import hashlib
+import shlex
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,12 @@ from data.errors import BadRecord, UserError, printable
 from data.files.containers import check_encoding
 from data.files.names import COMPRESSIONS
 from data.files.read import find_files, kind_of, placed_records
+from data.preparation.assistants import is_chatgpt, is_claude
+from data.preparation.channels import channel_format
+from data.preparation.discord import is_discord
+from data.preparation.oasst import is_tree
 from data.preparation.parallel import characters
+from data.preparation.slack import is_slack
 
 RECORDS = 5_000  # that are read by default
 MOST_CHARACTERS = 8 << 20  # of all records that are read
@@ -107,11 +113,23 @@ def look(files: list[Path], most: int) -> Look:
 def form_of(record: dict[str, Any]) -> str:
     """Return the form of a record and the field that decided it."""
     for key, name in (("conversations", "ShareGPT"), ("messages", "OpenAI messages")):
-        if key in record:
+        if isinstance(record.get(key), list) and not is_discord(record):
             return f'{name}, by "{key}"'
     if "instruction" in record and "output" in record:
         return 'alpaca, by "instruction" and "output"'
-    return "unknown"
+    return export_of(record) or "unknown"
+
+
+def export_of(record: Any) -> str | None:
+    """Return the form of a record that only `convert` reads, and the field that decided it."""
+    exports = (
+        (is_chatgpt, 'ChatGPT export, by "mapping"'),
+        (is_claude, 'Claude export, by "chat_messages"'),
+        (is_tree, 'OASST tree, by "prompt"'),
+        (is_slack, 'Slack export, by "type" and "ts"'),
+        (is_discord, 'Discord export, by "guild" and "channel"'),
+    )
+    return next((name for recognised, name in exports if recognised(record)), None)
 
 
 def _fields(record: dict[str, Any]) -> Iterator[str]:
@@ -298,11 +316,23 @@ def _count(word: str) -> int:
 
 
 def _unreadable(path: Path, files: list[Path]) -> UserError:
-    """Return the error of the first record of files without a dialogue."""
+    """Return the error of the first record of files without a dialogue.
+
+    Of an export, it is the command that converts it.
+    """
+    format_ = channel_format(files)
     for file in files:
-        try:
-            for _ in dialogues_of(placed_records(file), Tally()):
-                break
-        except UserError as error:
-            return error
+        for record, place in placed_records(file):
+            name = f"{format_.title()} export" if format_ else export_of(record)
+            if name:
+                command = f"python -m data convert --in {shlex.quote(str(path))}"
+                who = "; --assistant NAME names who answers, if it is not its only bot"
+                return UserError(
+                    f"{place}: found a {name}; training reads what convert makes of it"
+                    f"{who * bool(format_)}:\n{command} --out dialogues.jsonl"
+                )
+            try:
+                deque(dialogues_of([(record, place)], Tally()), maxlen=0)
+            except UserError as error:
+                return error
     return UserError(f"{path}: found no records; expected dialogues. Give another file.")

@@ -1,6 +1,7 @@
 """`python -m data look` prints in ten lines what a file holds, and refuses what cannot be read."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,75 @@ def test_a_file_without_a_dialogue_is_refused_as_training_refuses_it(
     with pytest.raises(UserError) as training:
         [*read_dialogues([file], Tally())]
     assert str(refused.value) == str(training.value)
+
+
+EXPORTS = {
+    "ChatGPT": {
+        "mapping": {
+            "a": {"id": "a", "parent": None, "message": None, "children": ["b"]},
+            "b": {
+                "parent": "a",
+                "message": {"author": {"role": "user"}, "content": {"parts": ["Hi"]}},
+            },
+            "c": {
+                "parent": "b",
+                "message": {"author": {"role": "assistant"}, "content": {"parts": ["Yo"]}},
+            },
+        },
+        "current_node": "c",
+    },
+    "Claude": {
+        "chat_messages": [
+            {"sender": "human", "text": "Hi"},
+            {"sender": "assistant", "text": "Yo"},
+        ]
+    },
+    "OASST": {
+        "prompt": {
+            "role": "prompter",
+            "text": "Hi",
+            "replies": [{"role": "assistant", "text": "Yo"}],
+        }
+    },
+    "Slack": {"type": "message", "user": "U1", "ts": "1.0", "text": "Hi"},
+    "Discord": {
+        "guild": {},
+        "channel": {"id": "1"},
+        "messages": [
+            {"content": "Hi", "author": {"name": "ann"}},
+            {"content": "Yo", "author": {"name": "bot", "isBot": True}},
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_the_command_named_for_an_export_makes_what_training_reads(
+    name: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from data.preparation.convert import main as convert
+    from tests.support.helpers import dialogues_in
+
+    records = [EXPORTS[name]]
+    if name == "Slack":
+        records.append({**records[0], "user": "U2", "ts": "2.0", "text": "Yo", "bot_id": "B"})
+    file = tmp_path / "it's.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(UserError) as refused:
+        main([str(file)])
+    form = capsys.readouterr().out.splitlines()[1]
+    assert form.startswith(f"form       {name} ")
+    monkeypatch.chdir(tmp_path)
+    command = (
+        str(refused.value).splitlines()[-1].replace("NAME", "NAME" if name == "Slack" else "bot")
+    )
+    assert command.startswith("python -m data convert --in ")
+    convert([*shlex.split(command)[4:], "--processes", "1"])
+    (dialogue,), _ = dialogues_in(tmp_path / "dialogues.jsonl")
+    assert [turn.text for turn in dialogue.turns] == ["Hi", "Yo"]
 
 
 def test_of_a_long_file_the_first_records_are_counted_and_this_is_shown(
