@@ -178,7 +178,7 @@ def _account(
         wanted = part or "train"
         raise UserError(unknown_split(name, wanted, left))
     if left:
-        selects = f"which {name}@{left[0]} selects"
+        selects = f"which {name}@{split_of(left[0]) or left[0]} selects"
         notes[f"files without their {listed(left)}, {selects}"] += 1
     if other:
         notes[f"files with keys beside the records, not read ({listed(other)})"] += 1

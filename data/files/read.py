@@ -27,6 +27,7 @@ __all__ = ["find_files", "kind_of", "placed_records", "plain", "read_records"]
 
 JSON_HEAD = re.compile(rb"\s*(\{\s*[\"}]|\[\s*[\[{\"\]])")
 PYTHON_HEAD = re.compile(rb"\s*(\[\s*)?\{\s*'")
+NO_JSON = re.compile(r"\s*[^\W\d_]")
 BRACKET_LINE = re.compile(rb"(\A|[\r\n])[ \t]*[\[{]")
 
 
@@ -137,10 +138,20 @@ def _check_json(head: bytes, name: str, path: Path) -> None:
     text = head.decode("utf-8-sig", "replace")
     if BRACKET_LINE.search(head.removeprefix(b"\xef\xbb\xbf")) or not text.strip():
         return
+    expected = "expected JSON, JSONL, CSV, Parquet or Arrow"
+    if "\0" in text:
+        raise UserError(f"{name}: found binary data; {expected}. Give the file with the records.")
     names = field_names(text, name)
-    if len(names) > 1 and "\0" not in text:
+    if len(names) > 1:
         copy = shlex.quote(f"{path}.csv")
         raise UserError(
             f"{name}: found a table with the columns {listed(names)[:80]}; expected JSON. Give it "
             f"the suffix .csv: cp {file} {copy}"
+        )
+    if NO_JSON.match(text):
+        begin = " ".join(text[:40].split())
+        raise UserError(
+            f"{name}: found text that begins with {begin!r}; {expected}. Write each dialogue on a "
+            'line of its own: {"messages": [{"role": "user", "content": "…"}, {"role": '
+            '"assistant", "content": "…"}]}'
         )

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import signal
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -24,9 +24,14 @@ Chunk = list[tuple[Any, str]]
 R = TypeVar("R")
 
 
-def chunks(files: list[Path], done: int = 0) -> Iterator[tuple[Chunk, int]]:
-    """Yield chunks of the records after the first `done`, each with its size in characters."""
-    records = (placed for file in files for placed in placed_records(file))
+def chunks(
+    files: list[Path], done: int = 0, notes: Counter[str] | None = None
+) -> Iterator[tuple[Chunk, int]]:
+    """Yield chunks of the records after the first `done`, each with its size in characters.
+
+    notes: what the account says of the files.
+    """
+    records = (placed for file in files for placed in placed_records(file, notes))
     chunk: Chunk = []
     size = 0
     for record, place in islice(records, done, None):
