@@ -28,7 +28,7 @@ CUT_CHARACTERS = 12
 GUESSED_BYTES = 64 << 10
 ENCODINGS = [
     *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r"),
-    *("shift_jis", "euc_jp", "gb18030", "big5", "euc_kr", "cp949"),
+    *("shift_jis", "euc_jp", "gb18030", "big5", "euc_kr"),
 ]
 LOOSE = "records with comments or trailing commas"
 COMMENTS = "comments between records"
@@ -168,7 +168,7 @@ def line_values(window: Window) -> Iterator[Any]:
                 return
             value = _line_error(window, line, error)
         yield checked(value, line, window)
-        window.at = end
+        window.at += len(line)  # `end` is not valid after an attempt that has read on
     if window.damage:
         yield BadRecord("breaks off", f"{window.place()}: the file breaks off{window.damage}")
 
@@ -355,8 +355,11 @@ def parse_value(window: Window) -> tuple[Any, int | None]:
         size = len(window.text) - window.at
         try:
             value, end = decode(window.text, window.at)
-            if end < len(window.text) or window.ended or not window.more():
+            begin = window.at
+            if end < len(window.text) or window.ended:
                 return value, end
+            if not window.more():
+                return value, end - begin
             continue  # The value may be a number whose last digits have not been read yet.
         except json.JSONDecodeError as error:
             offset = error.pos - window.at
