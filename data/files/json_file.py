@@ -48,12 +48,16 @@ def json_records(
     first = next_mark(window)
     if not first and not window.damage:
         raise UserError(f"{name}: the file is empty; expected ShareGPT dialogues, JSON or JSONL.")
+    whole = first == "{" and not _has_second_line(window)
+    if whole and _holds_records(window):
+        yield from _wrapped(window, name, part)
+        return
+    if part:
+        raise UserError(f"{name}@{part}: the file has no splits. Give {name}.")
     if first == "[":
         yield from array_values(window)
-    elif first != "{" or _has_second_line(window):
+    elif not whole:
         yield from line_values(window)
-    elif _holds_records(window):
-        yield from _wrapped(window, name, part)
     else:
         for value in line_values(window):
             yield from _rows_of_columns(value, notes)
@@ -178,7 +182,7 @@ def _account(
         wanted = part or "train"
         raise UserError(unknown_split(name, wanted, left))
     if left:
-        selects = f"which {name}@{left[0]} selects"
+        selects = f"which {name}@{split_of(left[0]) or left[0]} selects"
         notes[f"files without their {listed(left)}, {selects}"] += 1
     if other:
         notes[f"files with keys beside the records, not read ({listed(other)})"] += 1

@@ -28,7 +28,7 @@ CUT_CHARACTERS = 12
 GUESSED_BYTES = 64 << 10
 ENCODINGS = [
     *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r"),
-    *("shift_jis", "euc_jp", "gb18030", "big5", "euc_kr", "cp949"),
+    *("shift_jis", "euc_jp", "gb18030", "big5", "euc_kr"),
 ]
 LOOSE = "records with comments or trailing commas"
 COMMENTS = "comments between records"
@@ -142,8 +142,9 @@ def line_values(window: Window) -> Iterator[Any]:
             end = window.text.find("\n", size)
             size = len(window.text)
         if end < 0 and size > LARGEST:
-            if mark in "[{" and not isinstance(_attempt(window), BadRecord):
-                yield from _values(window)
+            value = _attempt(window) if mark in "[{" else None
+            if mark in "[{" and not isinstance(value, BadRecord):
+                yield from _values(window, value)
                 return
             yield _too_large(window)
             if not _skip_line(window):
@@ -156,16 +157,18 @@ def line_values(window: Window) -> Iterator[Any]:
             rest = cast(re.Match[str], SPACE.match(line, parsed)).end()
             if rest < len(line):
                 if mark in "[{" and AFTER_VALUE.match(line, rest):
-                    yield from _values(window)
+                    window.end = window.at + parsed
+                    yield from _values(window, value)
                     return
                 value = invalid(window, "extra data", rest)
         except (ValueError, RecursionError) as error:
-            if mark in "[{" and not isinstance(_attempt(window), BadRecord):
-                yield from _values(window)
+            value = _attempt(window) if mark in "[{" else None
+            if mark in "[{" and not isinstance(value, BadRecord):
+                yield from _values(window, value)
                 return
             value = _line_error(window, line, error)
         yield checked(value, line, window)
-        window.at = end
+        window.at += len(line)  # `end` is not valid after an attempt that has read on
     if window.damage:
         yield BadRecord("breaks off", f"{window.place()}: the file breaks off{window.damage}")
 
@@ -177,11 +180,14 @@ def _line_error(window: Window, line: str, error: Exception) -> BadRecord:
     return invalid(window, error.msg + hint, error.pos)
 
 
-def _values(window: Window) -> Iterator[Any]:
+def _values(window: Window, first: Any) -> Iterator[Any]:
     """Yield values with any space, comments or commas between them, as `jq` and editors write.
 
-    After an invalid value, the next one begins on a line that begins with a bracket.
+    first: the value that begins here and ends at `window.end`. After an invalid value, the next one
+    begins on a line that begins with a bracket.
     """
+    yield checked(first, window.text[window.at : window.end], window)
+    window.at = window.end
     while mark := next_mark(window):
         if mark == ",":
             window.notes[TRAILING_COMMAS] += 1
@@ -269,9 +275,7 @@ def _skip_to_bracket(window: Window) -> bool:
 
 def array_values(window: Window) -> Iterator[Any]:
     if (value := _one_dialogue(window)) is not None:
-        yield checked(value, window.text[window.at : window.end], window)
-        window.at = window.end
-        yield from _values(window)
+        yield from _values(window, value)
         return
     while next_mark(window) == "[":  # concatenated files have several arrays
         window.at += 1
@@ -280,7 +284,7 @@ def array_values(window: Window) -> Iterator[Any]:
         window.at += 1
     if window.text[window.at :].strip() or window.damage:
         if window.text[window.at] == "{":
-            yield from _values(window)
+            yield from line_values(window)
             return
         found = "text after the array's end; the rest of the file was not read"
         yield invalid(window, found + window.damage, 0)
@@ -351,8 +355,11 @@ def parse_value(window: Window) -> tuple[Any, int | None]:
         size = len(window.text) - window.at
         try:
             value, end = decode(window.text, window.at)
-            if end < len(window.text) or window.ended or not window.more():
+            begin = window.at
+            if end < len(window.text) or window.ended:
                 return value, end
+            if not window.more():
+                return value, end - begin
             continue  # The value may be a number whose last digits have not been read yet.
         except json.JSONDecodeError as error:
             offset = error.pos - window.at
@@ -392,7 +399,7 @@ def _end_of_record(window: Window) -> int | None:
 
 
 def checked(value: Any, text: str, window: Window) -> Any:
-    found = ESCAPED_BYTE.search(text)
+    found = None if text.isascii() else ESCAPED_BYTE.search(text)
     if found is None:
         deep = _deeper(value, text, DEEPEST)
         return BadRecord("nested too deep", f"{window.place()}: {DEEP}") if deep else value

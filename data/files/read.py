@@ -19,6 +19,7 @@ from data.files.containers import (
     unpacked,
 )
 from data.files.json_file import json_records
+from data.files.json_stream import check_utf8
 from data.files.names import KINDS, kind_of, without_metadata
 from data.files.splits import DataFile, listed, select_split, without_split
 from data.files.tables import arrow_rows, csv_rows, field_names, parquet_rows, plain
@@ -27,6 +28,7 @@ __all__ = ["find_files", "kind_of", "placed_records", "plain", "read_records"]
 
 JSON_HEAD = re.compile(rb"\s*(\{\s*[\"}]|\[\s*[\[{\"\]])")
 PYTHON_HEAD = re.compile(rb"\s*(\[\s*)?\{\s*'")
+NO_JSON = re.compile(r"\s*[^\W\d_]")
 BRACKET_LINE = re.compile(rb"(\A|[\r\n])[ \t]*[\[{]")
 
 
@@ -103,16 +105,21 @@ def _rows(
 ) -> Iterator[Any]:
     """Return the records of a stream whose compression is removed."""
     kind = kind_of(Path(name))
+    # The split of an archive has been selected by the names of its members.
+    part = getattr(path, "part", None) if name == str(path) else None
+    if part and not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+        raise UserError(f"{name}@{part}: the file has no splits. Give {name}.")
     by_bytes = {PARQUET: ".parquet", ARROW: ".arrow", ARROW_STREAM: ".arrow"}
     found = next((kind for start, kind in by_bytes.items() if head.startswith(start)), None)
     if found and kind != found and (kind, found) != (".feather", ".arrow"):
         notes[f"files read as {'Parquet' if found == '.parquet' else 'Arrow'}, by their bytes"] += 1
     is_json = JSON_HEAD.match(head)
-    if found == ".parquet" or (kind == ".parquet" and not is_json):
+    by_name = kind if not is_json else None
+    if (found or by_name) == ".parquet":
         return parquet_rows(on_disk(stream, path, name), name)
-    if found == ".arrow" or (kind in (".arrow", ".feather") and not is_json):
+    if (found or by_name) in (".arrow", ".feather"):
         return arrow_rows(on_disk(stream, path, name), name)
-    encoding, part = getattr(path, "encoding", None), getattr(path, "part", None)
+    encoding = getattr(path, "encoding", None)
     if encoding:
         stream = recoded(stream, encoding, name)
         notes[f"files read with --encoding {encoding}"] += 1
@@ -128,6 +135,7 @@ def _rows(
 def _check_json(head: bytes, name: str, path: Path) -> None:
     """Raise UserError for a text without JSON whose form is known."""
     file = shlex.quote(str(path))
+    check_utf8(head[:4], name)
     if PYTHON_HEAD.match(head):
         raise UserError(
             f"{name}: found Python literals, with 'single quotes'; expected JSON. Write them as "
@@ -137,10 +145,20 @@ def _check_json(head: bytes, name: str, path: Path) -> None:
     text = head.decode("utf-8-sig", "replace")
     if BRACKET_LINE.search(head.removeprefix(b"\xef\xbb\xbf")) or not text.strip():
         return
+    expected = "expected JSON, JSONL, CSV, Parquet or Arrow"
+    if "\0" in text:
+        raise UserError(f"{name}: found binary data; {expected}. Give the file with the records.")
     names = field_names(text, name)
-    if len(names) > 1 and "\0" not in text:
+    if len(names) > 1:
         copy = shlex.quote(f"{path}.csv")
         raise UserError(
             f"{name}: found a table with the columns {listed(names)[:80]}; expected JSON. Give it "
             f"the suffix .csv: cp {file} {copy}"
+        )
+    if NO_JSON.match(text):
+        begin = " ".join(text[:40].split())
+        raise UserError(
+            f"{name}: found text that begins with {begin!r}; {expected}. Write each dialogue on a "
+            'line of its own: {"messages": [{"role": "user", "content": "…"}, {"role": '
+            '"assistant", "content": "…"}]}'
         )

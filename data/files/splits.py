@@ -71,13 +71,14 @@ def select_split(names: Iterable[str], wanted: str | None, owner: str) -> tuple[
     left out if there are others. Raises UserError for an unknown split.
     """
     names = [*names]
+    shown = PurePosixPath(owner).name
     if {"users.json", "channels.json"} <= {PurePosixPath(name).name for name in names}:
-        return names, f"files of {owner} ({listed(names)})"  # a Slack export: folders are channels
+        return names, f"files of {shown} ({listed(names)})"  # a Slack export: folders are channels
     if wanted is not None:
         chosen = [name for name in names if wanted in split_names(name)]
         if not chosen:
             raise UserError(unknown_split(owner, wanted, names))
-        return chosen, f"split {wanted} of {owner} ({listed(chosen)})"
+        return chosen, f"files of {shown}, split {wanted} ({listed(chosen)})"
     kinds = {name: split_of(name) for name in names}
     if "train" in kinds.values():
         chosen = [name for name in names if kinds[name] == "train"]
@@ -87,9 +88,9 @@ def select_split(names: Iterable[str], wanted: str | None, owner: str) -> tuple[
     chosen = chosen or names
     left = [name for name in names if name not in {*chosen}]
     if not left:
-        return chosen, f"files of {owner} ({listed(chosen)})"
+        return chosen, f"files of {shown} ({listed(chosen)})"
     other = split_of(left[0]) or PurePosixPath(left[0]).name.partition(".")[0]
-    read = f"files of {owner} ({listed(chosen)})"
+    read = f"files of {shown} ({listed(chosen)})"
     return chosen, f"{read} without {listed(left)}, which {owner}@{other} selects"
 
 

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -100,7 +101,7 @@ def main(argv: list[str]) -> None:
         print(f"convert: {format_} export; the assistant is {names}", file=sys.stderr)
         settings = replace(settings, assistant=assistant, pause=60 * given.pause)
 
-        def read(files: list[Path]) -> Iterator[tuple[Any, str]]:
+        def read(files: list[Path], notes: Counter[str] | None) -> Iterator[tuple[Any, str]]:
             return archive.dialogues(settings.pause)
 
     elif given.assistant:

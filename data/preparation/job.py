@@ -359,16 +359,17 @@ def _write(job: Job, files: list[Path], journal: Journal) -> None:
     done = journal.done
     if done:
         print(f"{job.name}: resumed after record {done:,}", file=sys.stderr)
-    last = time.monotonic()
+    last, notes = time.monotonic(), Counter[str]()
     with tqdm(desc=job.name, unit=" records", initial=done, disable=None) as progress:
         work = partial(_transformed, job.transform, job.skip_bad)
-        for results in in_order(work, chunks(files, done, job.read), job.processes):
+        for results in in_order(work, chunks(files, done, notes, job.read), job.processes):
             for result in results:
                 journal.add(result)
             progress.update(len(results))
             if time.monotonic() - last > 1.0:
                 journal.commit()
                 last = time.monotonic()
+        journal.noted |= notes  # a resumed run reads the files from their start
         journal.commit()
 
 

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import signal
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,22 +21,25 @@ LARGE = 1 << 20  # characters; a chunk with more ends
 IN_FLIGHT = 32 << 20  # characters of all chunks in memory, except the last chunk
 # Parsed records, each with its place ("file: record 7").
 Chunk = list[tuple[Any, str]]
-# Yields the records of files with their places.
-Read = Callable[[list[Path]], Iterator[tuple[Any, str]]]
+# Yields the records of files with their places, and adds notes on the files.
+Read = Callable[[list[Path], Counter[str] | None], Iterator[tuple[Any, str]]]
 R = TypeVar("R")
 
 
-def records_of(files: list[Path]) -> Iterator[tuple[Any, str]]:
+def records_of(files: list[Path], notes: Counter[str] | None) -> Iterator[tuple[Any, str]]:
     """Yield each record of the files with its place ("file: record 7")."""
     for file in files:
-        yield from placed_records(file)
+        yield from placed_records(file, notes)
 
 
 def chunks(
-    files: list[Path], done: int = 0, read: Read = records_of
+    files: list[Path], done: int = 0, notes: Counter[str] | None = None, read: Read = records_of
 ) -> Iterator[tuple[Chunk, int]]:
-    """Yield chunks of the records after the first `done`, each with its size in characters."""
-    records = read(files)
+    """Yield chunks of the records after the first `done`, each with its size in characters.
+
+    notes: what the account says of the files. read: yields the records.
+    """
+    records = read(files, notes)
     chunk: Chunk = []
     size = 0
     for record, place in islice(records, done, None):
