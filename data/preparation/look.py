@@ -174,7 +174,7 @@ def lines(path: Path, files: list[Path], found: Look) -> list[str]:
     rows = {
         "container": container(path, files, found.container),
         "form": _counted(found.forms, read),
-        "records": f"{read:,} ({amount}), {kept:,} dialogues",
+        "records": f"{read:,} ({amount}), {_number(kept, 'dialogue')}",
         "fields": f"used: {_counted(found.used, read) or 'none'}; unused: {_unused(found, read)}",
         "turns": _turns(found),
         "systems": _systems(found),
@@ -191,7 +191,7 @@ def container(path: Path, files: list[Path], notes: Counter[str]) -> str:
     size = sum(file.stat().st_size for file in files)
     kinds = ", ".join(dict.fromkeys(map(_kind, files)))
     said = "".join(f"; {note}" for note in notes if note)
-    several = f"{len(files):,} files, " if files != [path] else ""
+    several = f"{_number(len(files), 'file')}, " if files != [path] else ""
     return f"{path}: {several}{kinds}, {_size(size)}{said}"
 
 
@@ -200,6 +200,10 @@ def _kind(file: Path) -> str:
     names |= {".feather": "Arrow", ".json": "JSON", ".zip": "zip"}
     packed = file.suffix.lower() if file.suffix.lower() in COMPRESSIONS else ""
     return names.get(kind_of(file) or ".json", "JSON Lines") + f" in {packed}" * bool(packed)
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def _size(size: int) -> str:
@@ -240,15 +244,16 @@ def _systems(found: Look) -> str:
     if not found.systems:
         return ""
     count = found.systems.total()
-    return f"in {count:,} of {found.tally.kept:,} dialogues, {len(found.systems):,} different"
+    kept = _number(found.tally.kept, "dialogue")
+    return f"in {count:,} of {kept}, {len(found.systems):,} different"
 
 
 def _tools(found: Look) -> str:
     if not (found.with_tools or found.calls or found.results):
         return ""
     names = f" ({_counted(found.tools, -1)})" if found.tools else ""
-    text = f"defined in {found.with_tools:,} of {found.tally.kept:,} dialogues{names}"
-    return f"{text}; {found.calls:,} calls, {found.results:,} results"
+    text = f"defined in {found.with_tools:,} of {_number(found.tally.kept, 'dialogue')}{names}"
+    return f"{text}; {_number(found.calls, 'call')}, {_number(found.results, 'result')}"
 
 
 def _rendered(dialogue: Dialogue) -> str:

@@ -74,7 +74,7 @@ def test_the_counts_are_those_of_the_file(rows: Any, tmp_path: Path) -> None:
         f"10, 2 to 4 in each dialogue; roles: {roles}; 4 of 5 answers supervised"
     )
     assert found["systems"] == "in 1 of 3 dialogues, 1 different"
-    assert found["tools"] == "defined in 1 of 3 dialogues (tide (1)); 1 calls, 1 results"
+    assert found["tools"] == "defined in 1 of 3 dialogues (tide (1)); 1 call, 1 result"
     assert found["reasoning"] == "in 1 of 5 answers"
     assert found["first"] == "user: Hi | assistant: Yo | … 2 more"
     assert found["dropped"] == "none"
@@ -85,7 +85,7 @@ def test_what_would_be_dropped_is_counted_by_cause(rows: Any, tmp_path: Path) ->
     found = rows(file)
     expected = "3 with --on_bad_record skip: empty value 2 [0, c], record is not an object 1 [3]"
     assert found["dropped"] == expected
-    assert found["records"] == "4 (all), 1 dialogues"
+    assert found["records"] == "4 (all), 1 dialogue"
 
 
 def test_a_field_that_changes_what_is_learnt_is_marked(rows: Any, tmp_path: Path) -> None:
