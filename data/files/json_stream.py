@@ -25,6 +25,9 @@ STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 # An error this close to the end may come from an incomplete value ("tru", "\\u00"). More is read.
 CUT_CHARACTERS = 12
+# Failed attempts to read on after a cut record; each may scan CHUNK characters.
+MAX_FAILURES = 1000
+MAX_LOOSE_FAILURES = 20
 GUESSED_BYTES = 64 << 10
 ENCODINGS = [
     *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r"),
@@ -80,11 +83,12 @@ class Window:
 
     at: position of the parser; end: of the last value's end. line: line number at the start of
     `text`. damage: an error of the decompression. notes: what was accepted, for the account.
+    failures: records that could not be completed by the lines after them.
     """
 
     def __init__(self, stream: IO[bytes], name: str, notes: Counter[str]) -> None:
         self.stream, self.text, self.at, self.line = stream, "", 0, 1
-        self.end, self.notes = 0, notes
+        self.end, self.notes, self.failures = 0, notes, 0
         self.ended = False
         self.damage = ""
         self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
@@ -162,10 +166,12 @@ def line_values(window: Window) -> Iterator[Any]:
                     return
                 value = invalid(window, "extra data", rest)
         except (ValueError, RecursionError) as error:
-            value = _attempt(window) if mark in "[{" else None
-            if mark in "[{" and not isinstance(value, BadRecord):
-                yield from _values(window, value)
-                return
+            if mark in "[{" and window.failures < MAX_FAILURES:
+                value = _attempt(window)
+                if not isinstance(value, BadRecord):
+                    yield from _values(window, value)
+                    return
+                window.failures += 1
             value = _line_error(window, line, error)
         yield checked(value, line, window)
         window.at += len(line)  # `end` is not valid after an attempt that has read on
@@ -222,8 +228,11 @@ def _loose(window: Window, offset: int) -> tuple[Any, int] | None:
     if found not in tuple("/#}]"):
         return None
     # The text is limited, because many records of a file may be cut.
+    if window.failures > MAX_LOOSE_FAILURES:
+        return None
     while (end := loose_end(window.text, window.at)) is None:
         if len(window.text) - window.at > CHUNK or not window.more():
+            window.failures += 1
             return None
     record = window.text[window.at : end]
     try:
@@ -274,6 +283,7 @@ def _skip_to_bracket(window: Window) -> bool:
 
 
 def array_values(window: Window) -> Iterator[Any]:
+    """Yield the elements of one or several arrays; an array of messages is one value."""
     if (value := _one_dialogue(window)) is not None:
         yield from _values(window, value)
         return
@@ -337,6 +347,7 @@ def is_turn(value: Any) -> bool:
 
 
 def broken_off(window: Window) -> BadRecord:
+    """Return the BadRecord for a file that ends within a value."""
     where = window.place(len(window.text) - window.at)
     return BadRecord("breaks off", f"{where}: the file breaks off here{window.damage}")
 
@@ -399,6 +410,7 @@ def _end_of_record(window: Window) -> int | None:
 
 
 def checked(value: Any, text: str, window: Window) -> Any:
+    """Return the value, or BadRecord if its text is not UTF-8 or too deeply nested."""
     found = None if text.isascii() else ESCAPED_BYTE.search(text)
     if found is None:
         deep = _deeper(value, text, DEEPEST)
@@ -422,6 +434,7 @@ def _inside(value: Any) -> Iterable[Any]:
 
 
 def invalid(window: Window, message: str, offset: int) -> BadRecord:
+    """Return the BadRecord for text that is not JSON, with its line and column."""
     return BadRecord("not valid JSON", f"{window.place(offset)}: not valid JSON: {message}")
 
 

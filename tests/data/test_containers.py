@@ -9,6 +9,7 @@ import pickle
 import shlex
 import subprocess
 import sys
+import time
 import tracemalloc
 import zipfile
 from collections import Counter
@@ -353,3 +354,12 @@ def test_a_wrong_encoding_is_named(tmp_path: Path) -> None:
         (found,) = find_files([file], encoding)
         with pytest.raises(UserError, match=rf"is not {encoding}; give another --encoding"):
             [*read_records(found)]
+
+
+@pytest.mark.parametrize("line", ['{"a": [1,]', '{"messages": [{"role": ', "[" * 20])
+def test_many_cut_lines_are_read_in_linear_time(line: str, tmp_path: Path) -> None:
+    began = time.process_time()
+    found, _ = read(tmp_path / "a.jsonl", "\n".join([line] * 20_000))
+    assert len(found) == 20_000
+    assert all(isinstance(record, BadRecord) for record in found)
+    assert time.process_time() - began < 30
