@@ -53,12 +53,13 @@ class BadRecord(Exception):
     """A record that cannot be used.
 
     cause: short, to count records by it. explanation: what was found and what is expected.
+    remedy: the flag or command that reads the record, in which {file} is the name of the file.
     """
 
-    def __init__(self, cause: str, explanation: str) -> None:
-        # `args` must be both arguments: unpickling in another process calls __init__ with `args`.
-        super().__init__(cause, explanation)
-        self.cause = cause
+    def __init__(self, cause: str, explanation: str, remedy: str = "") -> None:
+        # `args` must be all arguments: unpickling in another process calls __init__ with `args`.
+        super().__init__(cause, explanation, remedy)
+        self.cause, self.remedy = cause, remedy
 
     def __str__(self) -> str:
         return str(self.args[1])

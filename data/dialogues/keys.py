@@ -1,33 +1,35 @@
 """Which keys of a record are used, carry no meaning for training, or are lost."""
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from functools import cache
 from typing import Any
 
-# Read by formats.py and sharegpt.py.
-USED = {
-    *("id", "conversations", "messages", "system", "tools", "functions", "chat_template_kwargs"),
-    *("instruction", "input", "output", "history"),
-}
+from data.dialogues.tools import TOOL_KEYS
+from data.dialogues.turns import ALL_MARKS, REASONING_KEYS, ROLE_KEYS, SYSTEM_KEYS, TEXT_KEYS
+
+# Read in every form.
+USED = {"id", "chat_template_kwargs", *SYSTEM_KEYS, *TOOL_KEYS, *ALL_MARKS}
 USED_IN_TURNS = {
-    *("from", "value", "role", "content", "train", "weight", "name", "tool_call_id"),
-    *("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
+    *("name", "tool_call_id", "tool_calls", "function_call"),
+    *(*ROLE_KEYS, *TEXT_KEYS, *REASONING_KEYS, *ALL_MARKS),
 }
 # What these hold changes what the model should learn, and is not used.
 MEANINGFUL = {
     *("image", "images", "audio", "audios", "video", "videos", "documents"),
     *("chosen", "rejected", "label", "labels", "preference", "margin"),
-    *("loss", "loss_mask", "loss_scale", "loss_weight", "mask", "training"),
-    *("system_prompt", "prefix", "refusal", "suffix"),
+    *("prefix", "refusal", "suffix"),
 }
 
 
-def unused_keys(record: Any) -> Iterator[str]:
-    """Yield the keys of a record and of its turns that hold something and are not used."""
+def unused_keys(record: Any, used: Set[str]) -> Iterator[str]:
+    """Yield the keys of a record and of its turns that hold something and are not used.
+
+    used: the keys that the record's form reads.
+    """
     if not isinstance(record, dict):
         return
-    yield from _filled(record, USED)
+    yield from _filled(record, USED | used)
     for name in ("conversations", "messages"):
         turns = record.get(name)
         if isinstance(turns, list):
@@ -61,7 +63,7 @@ def _reserved() -> frozenset[str]:
     return frozenset(taken - {"kwargs", "documents"})
 
 
-def _filled(holder: Any, used: set[str]) -> Iterator[str]:
+def _filled(holder: Any, used: Set[str]) -> Iterator[str]:
     if isinstance(holder, dict) and not holder.keys() <= used:
         for key, value in holder.items():
             if key not in used and value not in (None, "", [], {}):

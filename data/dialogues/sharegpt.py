@@ -1,26 +1,29 @@
 """Reads and validates ShareGPT dialogues; an error message names file, record and remedy."""
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from data.dialogues.conversation import Dialogue, Role, ToolCall, Turn
-from data.dialogues.formats import (
+from data.dialogues.forms import DEFAULT_READING, ORIGINAL, Form, Reading, read_form
+from data.dialogues.keys import is_meaningful, reserved_names, unused_keys
+from data.dialogues.preference import REJECTED
+from data.dialogues.tools import calls_of, tools_of
+from data.dialogues.turns import (
     AFTER,
+    ALL_MARKS,
     SHAREGPT,
-    as_sharegpt,
-    calls_of,
-    check_json,
-    kind,
+    is_supervised,
     reasoning_of,
-    tools_of,
     turn_roles,
 )
-from data.dialogues.keys import is_meaningful, reserved_names, unused_keys
+from data.dialogues.values import bad as _bad
+from data.dialogues.values import check_json, kind
 from data.errors import BadRecord, UserError
 from data.files.read import find_files, placed_records
 
@@ -95,6 +98,7 @@ def read_dialogues(
     on_bad_record: Literal["fail", "skip"] = "fail",
     empty_answers: bool = False,
     train_on: Literal["all", "last"] = "all",
+    how: Reading = DEFAULT_READING,
 ) -> Iterator[Dialogue]:
     """Yield the dialogues of files and folders one at a time, and count each record.
 
@@ -106,7 +110,7 @@ def read_dialogues(
     """
     count = 0
     for path in find_files(paths):
-        for dialogue in read_file(path, tally, on_bad_record, empty_answers, train_on):
+        for dialogue in read_file(path, tally, on_bad_record, empty_answers, train_on, how):
             count += 1
             yield dialogue
     if not count:
@@ -121,10 +125,11 @@ def read_file(
     on_bad_record: Literal["fail", "skip"] = "fail",
     empty_answers: bool = False,
     train_on: Literal["all", "last"] = "all",
+    how: Reading = DEFAULT_READING,
 ) -> Iterator[Dialogue]:
     """Yield the dialogues of one file, like `read_dialogues`; a file without any is valid."""
     records = placed_records(path, tally.noted)
-    return dialogues_of(records, tally, on_bad_record, empty_answers, train_on)
+    return dialogues_of(records, tally, on_bad_record, empty_answers, train_on, how)
 
 
 def dialogues_of(
@@ -133,6 +138,7 @@ def dialogues_of(
     on_bad_record: Literal["fail", "skip"] = "fail",
     empty_answers: bool = False,
     train_on: Literal["all", "last"] = "all",
+    how: Reading = DEFAULT_READING,
 ) -> Iterator[Dialogue]:
     """Yield the dialogues of parsed values, and count each value.
 
@@ -144,24 +150,34 @@ def dialogues_of(
         tally.read += 1
         number = place.rpartition(" ")[2]
         try:
-            dialogue, skipped_first = _parse_record(record, place, empty_answers)
+            dialogue, skipped_first, form = _parse_record(record, place, empty_answers, how)
         except BadRecord as bad:
-            if on_bad_record == "fail":
+            if on_bad_record == "fail" and bad.cause != REJECTED:
                 raise bad_record_error(f"{place}{_identity(record)}", None, bad) from None
             tally.drop(bad.cause, _id(record, number))
             continue
         tally.noted.update(["first turn not human, skipped"] if skipped_first else [])
-        tally.unused.update(unused_keys(record))
+        if form.name not in ORIGINAL:
+            tally.noted[f'form {form.name}, by "{form.field}"'] += 1
+        tally.unused.update(unused_keys(record, form.keys))
         yield _last_only(dialogue) if train_on == "last" else dialogue
 
 
 def bad_record_error(place: str, identity: str | None, bad: BadRecord) -> UserError:
     """Return the error for a bad record that is not skipped."""
     named = f' (id "{identity}")' if identity is not None else ""
-    return UserError(
-        f"{place}{named}: {str(bad).rstrip('.')}. "
-        "Correct the record, or drop all such records with --on_bad_record skip."
+    return UserError(f"{place}{named}: {str(bad).rstrip('.')}. {remedy_of(place, bad)}")
+
+
+def remedy_of(place: str, bad: BadRecord) -> str:
+    """Return how to read a bad record at a place ("file: record 7"), or how to drop it."""
+    file = Path(place.rpartition(": record ")[0] or "FILE")
+    while not file.exists() and file.parent.is_file():  # a member of an archive
+        file = file.parent
+    remedy = (
+        bad.remedy.replace("{file}", shlex.quote(str(file))).rstrip(".") or "Correct the record"
     )
+    return f"{remedy}, or drop all such records with --on_bad_record skip."
 
 
 def _last_only(dialogue: Dialogue) -> Dialogue:
@@ -187,11 +203,13 @@ def _identity(record: Any) -> str:
     )
 
 
-def _parse_record(record: Any, place: str, empty_answers: bool) -> tuple[Dialogue, bool]:
-    """Return the dialogue, and whether a leading assistant turn was skipped."""
+def _parse_record(
+    record: Any, place: str, empty_answers: bool, how: Reading
+) -> tuple[Dialogue, bool, Form]:
+    """Return the dialogue, whether a leading assistant turn was skipped, and the form."""
     if isinstance(record, BadRecord):
         raise record
-    record = as_sharegpt(record)
+    record, form = read_form(record, how)
     roles, turns = turn_roles(record), record["conversations"]
     if not turns:
         _bad("no turns", '"conversations" is empty; expected a human turn and a gpt turn')
@@ -217,7 +235,10 @@ def _parse_record(record: Any, place: str, empty_answers: bool) -> tuple[Dialogu
     arguments = arguments_of(record)
     tools = tuple(tools_of(record).get("tools", ()))
     identity = _id(record, place.rpartition(" ")[2])
-    return Dialogue(identity, with_tool_names(parsed), system, tools, arguments, place), skip
+    if not ALL_MARKS.isdisjoint(record) and not is_supervised(record, ""):
+        parsed = [replace(turn, supervised=False) for turn in parsed]
+    dialogue = Dialogue(identity, with_tool_names(parsed), system, tools, arguments, place)
+    return dialogue, skip, form
 
 
 def arguments_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -264,17 +285,6 @@ def parse_turn(turn: dict[str, Any], role: Role, number: int, empty_answers: boo
     more = [turn.get("name"), turn.get("tool_call_id")]
     check_json([reasoning, *more], f"turn {number}")
     name, call_id = (None if one is None else str(one) for one in more)
-    return Turn(role, text, _is_supervised(turn, number), reasoning, calls, name, call_id)
-
-
-def _is_supervised(turn: dict[str, Any], number: int) -> bool:
-    """Return whether a turn is supervised, by its keys "train" and "weight"; the default is yes."""
-    train, weight = turn.get("train"), turn.get("weight")
-    if train not in (None, True, False) or weight not in (None, 0, 1):
-        found = f'"train" {train!r}' if train not in (None, True, False) else f'"weight" {weight!r}'
-        _bad("unknown weight", f"turn {number}: found {found}; expected true or false, 0 or 1")
-    return train not in (False, 0) and weight != 0
-
-
-def _bad(cause: str, explanation: str) -> NoReturn:
-    raise BadRecord(cause, explanation)
+    return Turn(
+        role, text, is_supervised(turn, f"turn {number}: "), reasoning, calls, name, call_id
+    )

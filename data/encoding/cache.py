@@ -38,7 +38,9 @@ OURS = FORMAT[:22].encode()
 ROOT = Path(__file__).parents[1]  # the package `data`
 CODE = (
     *("errors", "files/read", "files/json_stream"),
-    *("dialogues/conversation", "dialogues/formats", "dialogues/keys", "dialogues/sharegpt"),
+    *("dialogues/conversation", "dialogues/sharegpt", "dialogues/keys"),
+    *("dialogues/forms", "dialogues/formats", "dialogues/pairs", "dialogues/preference"),
+    *("dialogues/turns", "dialogues/tools", "dialogues/blocks", "dialogues/values"),
     "dialogues/sources",
     *("encoding/chat_answers", "encoding/chat_template", "encoding/control_tokens"),
     *("encoding/encode", "encoding/encoder", "encoding/seq2seq", "encoding/templates"),

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from data.dialogues.conversation import Role
-from data.dialogues.formats import kind
+from data.dialogues.exports import is_chatgpt, is_claude
+from data.dialogues.values import kind
 from data.errors import BadRecord
 from data.preparation.job import Result
 from data.preparation.messages import Message, dialogue
@@ -19,16 +20,6 @@ CHATGPT_ROLES: dict[str, Role] = {"user": "user", "assistant": "assistant", "sys
 CLAUDE_ROLES: dict[str, Role] = {"human": "user", "assistant": "assistant"}
 # Claude's texts for blocks that its older exports leave out.
 PLACEHOLDER = re.compile(r"\s*```\s*This block is not supported on your current device yet\.\s*```")
-
-
-def is_chatgpt(record: Any) -> bool:
-    """Return whether a record is a conversation of ChatGPT's export."""
-    return isinstance(record, dict) and isinstance(record.get("mapping"), dict)
-
-
-def is_claude(record: Any) -> bool:
-    """Return whether a record is a conversation of Claude's export."""
-    return isinstance(record, dict) and "chat_messages" in record
 
 
 def from_chatgpt(record: dict[str, Any], number: str) -> Result:

@@ -14,18 +14,17 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from data.dialogues.formats import (
+from data.dialogues.forms import as_sharegpt
+from data.dialogues.tools import calls_of
+from data.dialogues.trim import (
     Turns,
     alternate,
-    as_sharegpt,
-    calls_of,
     from_first_user,
-    reasoning_of,
     speaker,
     to_last_answer,
-    turn_roles,
     until_empty,
 )
+from data.dialogues.turns import reasoning_of, turn_roles
 from data.errors import UserError
 from data.preparation import html, text_rules
 from data.preparation.duplicates import digest

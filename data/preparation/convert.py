@@ -10,21 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from data.dialogues.formats import (
-    as_sharegpt,
-    from_alpaca,
-    from_messages,
-    from_sharegpt,
-    kind,
-    to_messages,
-    turn_roles,
-)
+from data.dialogues.exports import is_tree
+from data.dialogues.formats import from_alpaca, from_messages, from_sharegpt, to_messages
+from data.dialogues.forms import as_sharegpt
+from data.dialogues.pairs import history_turns
+from data.dialogues.turns import turn_roles
+from data.dialogues.values import kind
 from data.errors import BadRecord, UserError
 from data.files.read import find_files
 from data.preparation.assistants import EXPORTS
 from data.preparation.channels import CHANNELS, Archive, all_files, channel_format, from_channel
 from data.preparation.job import Job, Result, parser, run, summary
-from data.preparation.oasst import from_tree, is_tree
+from data.preparation.oasst import from_tree
 from data.preparation.parallel import Read, records_of
 
 FORMATS = ("auto", "sharegpt", "messages", "alpaca", "oasst", "columns", *EXPORTS, *CHANNELS)
@@ -203,8 +200,10 @@ def _from_columns(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any
         if not isinstance(value, str):
             explanation = f'"{columns[part]}" is {kind(value)}; expected a string'
             raise BadRecord("value is not text", explanation)
+        if part == "user" and "history" not in columns.values():
+            turns += history_turns(row.get("history"))
         turns.append({"from": speaker, "value": value})
     given = row[columns["id"]] if "id" in columns else None
     identity = {} if given in (None, "") else {"id": str(given)}
-    others = {key: row[key] for key in row if key not in (*columns.values(), "id")}
+    others = {key: row[key] for key in row if key not in (*columns.values(), "id", "history")}
     return {**identity, **others, "conversations": turns}

@@ -19,11 +19,6 @@ HEAD = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"guild"\s*:\s*\{')
 BROKEN = BadRecord("not a channel", 'found no object with "channel" and "messages"; expected both')
 
 
-def is_discord(record: Any) -> bool:
-    """Return whether a record is a channel of a Discord export."""
-    return isinstance(record, dict) and {"guild", "channel", "messages"} <= record.keys()
-
-
 def is_discord_file(file: Path) -> bool:
     """Return whether a file begins as a channel of a Discord export."""
     with suppress(OSError, UserError), open(file, "rb") as opened:

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import shlex
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -11,26 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from data.dialogues.conversation import Dialogue, Turn
-from data.dialogues.formats import ROLES
+from data.dialogues.exports import export_of
+from data.dialogues.forms import recognise
 from data.dialogues.keys import is_meaningful, unused_keys
 from data.dialogues.sharegpt import Tally, dialogues_of
+from data.dialogues.turns import ROLE_KEYS, ROLES
 from data.errors import BadRecord, UserError, printable
 from data.files.containers import check_encoding
 from data.files.names import COMPRESSIONS
 from data.files.read import find_files, kind_of, placed_records
-from data.preparation.assistants import is_chatgpt, is_claude
-from data.preparation.channels import channel_format
-from data.preparation.discord import is_discord
-from data.preparation.oasst import is_tree
 from data.preparation.parallel import characters
-from data.preparation.slack import is_slack
 
 RECORDS = 5_000  # that are read by default
 MOST_CHARACTERS = 8 << 20  # of all records that are read
 SHOWN_CHARACTERS = 60  # of each text of the first dialogue
 SHOWN_TURNS = 2
 SHOWN_NAMES = 12  # in a line
-TURN_ROLES = ("from", "role")
 
 
 @dataclass
@@ -64,11 +59,15 @@ class Look:
 
     def add_record(self, record: Any) -> None:
         """Count a parsed value's form and fields."""
-        if not isinstance(record, dict):
-            self.forms["damaged" if isinstance(record, BadRecord) else "no object"] += 1
+        if isinstance(record, BadRecord):
+            self.forms["damaged"] += 1
             return
-        self.forms[form_of(record)] += 1
-        unused = {*unused_keys(record)}
+        form, keys = form_of(record)
+        self.forms[form] += 1
+        record = {"messages": record} if isinstance(record, list) else record
+        if not isinstance(record, dict):
+            return
+        unused = {*unused_keys(record, keys | {"messages"})}
         for name in _fields(record):
             (self.unused if name in unused else self.used)[name] += 1
         self.roles.update(_role_names(record))
@@ -110,26 +109,15 @@ def look(files: list[Path], most: int) -> Look:
     return found
 
 
-def form_of(record: dict[str, Any]) -> str:
-    """Return the form of a record and the field that decided it."""
-    for key, name in (("conversations", "ShareGPT"), ("messages", "OpenAI messages")):
-        if isinstance(record.get(key), list) and not is_discord(record):
-            return f'{name}, by "{key}"'
-    if "instruction" in record and "output" in record:
-        return 'alpaca, by "instruction" and "output"'
-    return export_of(record) or "unknown"
-
-
-def export_of(record: Any) -> str | None:
-    """Return the form of a record that only `convert` reads, and the field that decided it."""
-    exports = (
-        (is_chatgpt, 'ChatGPT export, by "mapping"'),
-        (is_claude, 'Claude export, by "chat_messages"'),
-        (is_tree, 'OASST tree, by "prompt"'),
-        (is_slack, 'Slack export, by "type" and "ts"'),
-        (is_discord, 'Discord export, by "guild" and "channel"'),
-    )
-    return next((name for recognised, name in exports if recognised(record)), None)
+def form_of(record: Any) -> tuple[str, frozenset[str]]:
+    """Return the form of a record with the field that decided it, and the fields that it reads."""
+    if export := export_of(record):
+        return export, frozenset()
+    try:
+        form = recognise(record)
+    except BadRecord:
+        return "unknown", frozenset()
+    return f'{form.name}, by "{form.field}"', form.keys
 
 
 def _fields(record: dict[str, Any]) -> Iterator[str]:
@@ -151,14 +139,14 @@ def _fields(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _is_turns(value: list[Any]) -> bool:
-    return any(isinstance(one, dict) and one.keys() & {*TURN_ROLES} for one in value)
+    return any(isinstance(one, dict) and one.keys() & {*ROLE_KEYS} for one in value)
 
 
 def _role_names(record: dict[str, Any]) -> Iterator[str]:
     """Yield the role's name of each turn, as it stands in the record."""
     for value in record.values():
         for turn in value if isinstance(value, list) else ():
-            names = [turn.get(key) for key in TURN_ROLES] if isinstance(turn, dict) else []
+            names = [turn.get(key) for key in ROLE_KEYS] if isinstance(turn, dict) else []
             yield from (name for name in names if isinstance(name, str))
 
 
@@ -229,10 +217,10 @@ def _turns(found: Look) -> str:
     if not found.lengths:
         return ""
     total = sum(length * n for length, n in found.lengths.items())
-    names = [
-        f"{name} {n:,}" + f" ({ROLES[name]})" * (ROLES.get(name, name) != name)
-        for name, n in found.roles.most_common(SHOWN_NAMES)
-    ]
+    names = []
+    for name, n in found.roles.most_common(SHOWN_NAMES):
+        role = ROLES.get(name.lower(), "unknown")
+        names.append(f"{name} {n:,}" + f" ({role})" * (role != name))
     shortest, longest = min(found.lengths), max(found.lengths)
     span = f"{longest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
     text = f"{total:,}, {span} in each dialogue"
@@ -321,23 +309,10 @@ def _count(word: str) -> int:
 
 
 def _unreadable(path: Path, files: list[Path]) -> UserError:
-    """Return the error of the first record of files without a dialogue.
-
-    Of an export, it is the command that converts it.
-    """
-    format_ = channel_format(files)
+    """Return the error of the first record of files without a dialogue."""
     for file in files:
-        for record, place in placed_records(file):
-            name = f"{format_.title()} export" if format_ else export_of(record)
-            if name:
-                command = f"python -m data convert --in {shlex.quote(str(path))}"
-                who = "; --assistant NAME names who answers, if it is not its only bot"
-                return UserError(
-                    f"{place}: found a {name}; training reads what convert makes of it"
-                    f"{who * bool(format_)}:\n{command} --out dialogues.jsonl"
-                )
-            try:
-                deque(dialogues_of([(record, place)], Tally()), maxlen=0)
-            except UserError as error:
-                return error
+        try:
+            deque(dialogues_of(placed_records(file), Tally()), maxlen=0)
+        except UserError as error:
+            return error
     return UserError(f"{path}: found no records; expected dialogues. Give another file.")

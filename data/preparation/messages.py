@@ -7,7 +7,8 @@ from itertools import groupby
 from typing import Any
 
 from data.dialogues.conversation import Role
-from data.dialogues.formats import SHAREGPT, from_first_user, to_last_answer, turn_roles
+from data.dialogues.trim import from_first_user, to_last_answer
+from data.dialogues.turns import SHAREGPT, turn_roles
 from data.preparation.job import Result
 
 

@@ -3,16 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
-from data.dialogues.formats import kind, turn_roles
+from data.dialogues.turns import turn_roles
+from data.dialogues.values import kind
 from data.errors import BadRecord
 from data.preparation.job import Result
 
 Messages = tuple[dict[str, Any], ...]
-
-
-def is_tree(record: Any) -> bool:
-    """Return whether a record is a message tree."""
-    return isinstance(record, dict) and isinstance(record.get("prompt"), dict)
 
 
 def from_tree(tree: Any, number: str, paths: str) -> Result:

@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread, current_thread, main_thread
 from typing import Any, TypeVar
 
+from data.dialogues.sharegpt import bad_record_error
 from data.errors import BadRecord, RunError, UserError
 from data.files.read import placed_records
 
@@ -144,6 +145,4 @@ def _end_with_parent() -> None:
 
 def refused(place: str, bad: BadRecord) -> UserError:
     """Return the error for a bad record with --on_bad_record fail."""
-    return UserError(
-        f"{place}: {bad}. Correct the record, or drop all such records with --on_bad_record skip."
-    )
+    return bad_record_error(place, None, bad)

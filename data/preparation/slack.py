@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from data.dialogues.formats import kind
+from data.dialogues.exports import is_slack
+from data.dialogues.values import kind
 from data.errors import BadRecord
 from data.files.read import placed_records
 from data.preparation.posts import Post, Speakers, attached
@@ -30,11 +31,6 @@ WRITTEN += ("file_comment", "reply_broadcast", "assistant_app_thread")
 DAY = re.compile(r"\d{4}-\d\d-\d\d")
 # For example <@U1>, <@U1|ann>, <#C1|general>, <!here>, <https://x|label>
 LINK = re.compile(r"<([@#!]?)([^<>|\n]+)(?:\|([^<>\n]*))?>")
-
-
-def is_slack(record: Any) -> bool:
-    """Return whether a record is a message of a Slack export."""
-    return isinstance(record, dict) and record.get("type") == "message" and "ts" in record
 
 
 def is_slack_file(file: Path) -> bool:

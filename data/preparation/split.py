@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.dialogues.conversation import Dialogue, Role, share_of
-from data.dialogues.formats import ROLES, as_sharegpt, turn_roles
+from data.dialogues.forms import as_sharegpt
 from data.dialogues.sharegpt import Tally, arguments_of, parse_turn, with_tool_names
+from data.dialogues.turns import ROLES, turn_roles
 from data.encoding.encoder import Encoder
 from data.encoding.seq2seq import NO_LIMIT, encode_pairs
 from data.encoding.templates import DEFAULT, RenderSettings, TemplateName, render, render_text

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import TextStreamer
 
 from data.dialogues.conversation import Dialogue, Turn
-from data.dialogues.formats import tools_of
+from data.dialogues.tools import tools_of
 from data.encoding.encoder import prompt_ids
 from data.encoding.templates import prompt, template_arguments
 from data.errors import BadRecord, UserError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data.dialogues.formats import as_sharegpt
+from data.dialogues.forms import as_sharegpt
 from data.errors import BadRecord, RunError, UserError
 from data.files.json_stream import CHUNK as CHUNK_OF_A_FILE
 from data.files.json_stream import DEEPEST, LARGEST

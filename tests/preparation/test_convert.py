@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from data.dialogues.formats import ROLES, as_sharegpt, turn_roles
+from data.dialogues.forms import as_sharegpt
+from data.dialogues.turns import ROLES, turn_roles
 from data.errors import BadRecord, UserError
 from data.preparation.convert import main
 from tests.support.helpers import dialogues_in

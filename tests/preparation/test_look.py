@@ -1,6 +1,7 @@
 """`python -m data look` prints in ten lines what a file holds, and refuses what cannot be read."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -63,7 +64,7 @@ WITH_TOOLS = {
 def test_the_counts_are_those_of_the_file(rows: Any, tmp_path: Path) -> None:
     file = saved(tmp_path, chat("Hi", "Yo", "And?", "So."), WITH_TOOLS, chat("Hi", "Yo", topic="x"))
     found = rows(file)
-    assert found["form"] == 'OpenAI messages, by "messages"'
+    assert found["form"] == 'messages, by "messages"'
     assert found["records"] == "3 (all), 3 dialogues"
     assert found["container"].startswith(f"{file}: JSON Lines, ")
     assert "messages.role, messages.content" in found["fields"]
@@ -89,8 +90,8 @@ def test_what_would_be_dropped_is_counted_by_cause(rows: Any, tmp_path: Path) ->
 
 
 def test_a_field_that_changes_what_is_learnt_is_marked(rows: Any, tmp_path: Path) -> None:
-    found = rows(saved(tmp_path, chat("Hi", "Yo", images=["a.png"], topic="x")))
-    assert found["fields"].endswith("unused: images, topic; images may change what is learnt")
+    found = rows(saved(tmp_path, chat("Hi", "Yo", documents=["a"], topic="x")))
+    assert found["fields"].endswith("unused: documents, topic; documents may change what is learnt")
 
 
 def test_a_file_without_a_dialogue_is_refused_as_training_refuses_it(
@@ -167,12 +168,11 @@ def test_the_command_named_for_an_export_makes_what_training_reads(
     form = capsys.readouterr().out.splitlines()[1]
     assert form.startswith(f"form       {name} ")
     monkeypatch.chdir(tmp_path)
-    command = (
-        str(refused.value).splitlines()[-1].replace("NAME", "NAME" if name == "Slack" else "bot")
-    )
-    assert command.startswith("python -m data convert --in ")
+    found = re.search(r"python -m data convert --in .* --out data\.jsonl", str(refused.value))
+    assert found
+    command = found[0]
     convert([*shlex.split(command)[4:], "--processes", "1"])
-    (dialogue,), _ = dialogues_in(tmp_path / "dialogues.jsonl")
+    (dialogue,), _ = dialogues_in(tmp_path / "data.jsonl")
     assert [turn.text for turn in dialogue.turns] == ["Hi", "Yo"]
 
 
