@@ -95,7 +95,7 @@ def history_turns(given: Any, roles: Mapping[str, Role] | None = None) -> Turns:
 
 def list_turns(given: list[Any], roles: Mapping[str, Role] | None = None) -> Turns:
     """Return a list of turns, of pairs or of alternating strings as turns; raises BadRecord."""
-    if given and all(isinstance(one, str) for one in given):
+    if len(given) > 1 and all(isinstance(one, str) for one in given):
         return [
             {"from": "gpt" if number % 2 else "human", "value": text}
             for number, text in enumerate(given)

@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+from data.dialogues.columns import from_columns, parse_columns, parse_roles
 from data.dialogues.formats import from_alpaca, from_messages, from_sharegpt, to_messages
-from data.dialogues.forms import as_sharegpt
-from data.dialogues.pairs import history_turns
+from data.dialogues.forms import Reading, as_sharegpt
+from data.dialogues.preference import REJECTED
 from data.dialogues.turns import turn_roles
 from data.dialogues.values import kind
 from data.errors import BadRecord, UserError
 from data.preparation.job import Job, Result, parser, run, summary
 
 FORMATS = ("auto", "sharegpt", "messages", "alpaca", "oasst", "columns")
-PARTS = ("user", "assistant", "system", "id")
 READERS = {"sharegpt": from_sharegpt, "messages": from_messages, "alpaca": from_alpaca}
 
 
@@ -28,6 +28,8 @@ class Settings:
     columns: tuple[tuple[str, str], ...]
     oasst_paths: Literal["best", "all"]
     to: Literal["sharegpt", "messages"] = "sharegpt"
+    preference: Literal["refuse", "chosen"] = "refuse"
+    roles: tuple[str, ...] = ()
 
 
 def flags() -> argparse.ArgumentParser:
@@ -44,6 +46,14 @@ def flags() -> argparse.ArgumentParser:
         help="best: the best-ranked reply at each turn; all: one dialogue per final answer",
     )  # fmt: skip
     own.add_argument(
+        "--roles", nargs="+", default=[], metavar="ROLE=NAME",
+        help="role names of the data: user=human,Human assistant=bot",
+    )  # fmt: skip
+    own.add_argument(
+        "--preference", choices=("refuse", "chosen"), default="refuse",
+        help="chosen: take the chosen answers of preference data, and count the others",
+    )  # fmt: skip
+    own.add_argument(
         "--to", choices=("sharegpt", "messages"), default="sharegpt",
         help="messages: in the format of OpenAI's chat completions",
     )  # fmt: skip
@@ -54,7 +64,15 @@ def main(argv: list[str]) -> None:
     """Convert the files; raises UserError."""
     given = flags().parse_args(argv)
     format_ = "columns" if given.columns and given.format == "auto" else given.format
-    settings = Settings(format_, _columns(given.columns, format_), given.oasst_paths, given.to)
+    parse_roles(given.roles)
+    settings = Settings(
+        format_,
+        _columns(given.columns, format_),
+        given.oasst_paths,
+        given.to,
+        given.preference,
+        tuple(given.roles),
+    )
     job = Job(
         name="convert",
         inputs=given.inputs,
@@ -73,16 +91,7 @@ def _columns(words: list[str], format_: str) -> tuple[tuple[str, str], ...]:
         if words:
             raise UserError(f"--columns: --format {format_} has no columns. Leave out one of both.")
         return ()
-    pairs = tuple((part, name) for part, _, name in (word.partition("=") for word in words))
-    parts = [part for part, _ in pairs]
-    wrong = len({*parts}) < len(parts) or not {*parts} <= {*PARTS} or not all(n for _, n in pairs)
-    if wrong or not {"user", "assistant"} <= {*parts}:
-        found = " ".join(words) or "nothing"
-        raise UserError(
-            f"--columns: found {found}; expected user=NAME assistant=NAME, and optionally "
-            "system=NAME and id=NAME."
-        )
-    return pairs
+    return tuple(parse_columns(words).items())
 
 
 def convert(settings: Settings, record: Any, place: str) -> Result:
@@ -99,37 +108,21 @@ def _as_sharegpt(settings: Settings, record: Any, place: str) -> Result:
     if settings.format == "oasst" or (settings.format == "auto" and tree):
         return _from_tree(record, number, settings.oasst_paths)
     if settings.format == "auto":
-        converted = as_sharegpt(record)
+        how = Reading(settings.preference, parse_roles(settings.roles))
+        try:
+            converted = as_sharegpt(record, how)
+        except BadRecord as bad:
+            if bad.cause != REJECTED:
+                raise
+            return Result(number, dropped=(REJECTED,))
     elif not isinstance(record, dict):
         raise BadRecord("record is not an object", f"found {kind(record)}; expected an object")
     elif settings.format == "columns":
-        converted = _from_columns(record, dict(settings.columns))
+        converted = from_columns(record, dict(settings.columns), parse_roles(settings.roles))
     else:
         converted = READERS[settings.format](record)
     turn_roles(converted)
     return Result(str(converted.get("id", number)), (converted,))
-
-
-def _from_columns(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    missing = [name for name in columns.values() if name not in row]
-    if missing:
-        explanation = f"found the columns {', '.join(map(str, row))}"[:200]
-        raise BadRecord("no such column", f"{explanation}; expected {', '.join(missing)}")
-    turns = []
-    for part, speaker in (("system", "system"), ("user", "human"), ("assistant", "gpt")):
-        value = row[columns[part]] if part in columns else None
-        if part == "system" and not value:
-            continue
-        if not isinstance(value, str):
-            explanation = f'"{columns[part]}" is {kind(value)}; expected a string'
-            raise BadRecord("value is not text", explanation)
-        if part == "user" and "history" not in columns.values():
-            turns += history_turns(row.get("history"))
-        turns.append({"from": speaker, "value": value})
-    given = row[columns["id"]] if "id" in columns else None
-    identity = {} if given in (None, "") else {"id": str(given)}
-    others = {key: row[key] for key in row if key not in (*columns.values(), "id", "history")}
-    return {**identity, **others, "conversations": turns}
 
 
 def _from_tree(tree: Any, number: str, paths: str) -> Result:
