@@ -143,9 +143,8 @@ def _is_dialogue(value: Any) -> bool:
     value = parsed_json(value)
     if not isinstance(value, list) or not value:
         return False
-    pairs = all(isinstance(one, list) and len(one) == 2 for one in value)
     texts = len(value) > 1 and all(isinstance(one, str) for one in value)
-    return pairs or texts or is_turn(value[0]) or is_pair(value[0])
+    return texts or is_turn(value[0]) or is_pair(value[0])
 
 
 def _unknown(record: dict[str, Any]) -> BadRecord:

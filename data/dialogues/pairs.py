@@ -100,8 +100,6 @@ def list_turns(given: list[Any], roles: Mapping[str, Role] | None = None) -> Tur
             {"from": "gpt" if number % 2 else "human", "value": text}
             for number, text in enumerate(given)
         ]
-    if given and all(isinstance(one, list) and len(one) == 2 for one in given):
-        return history_turns(given)
     if not is_pair(given[0] if given else None):
         return as_turns(given, roles)
     turns: Turns = []

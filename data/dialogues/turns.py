@@ -80,6 +80,8 @@ def role_of(name: Any, roles: Mapping[str, Role] | None = None) -> Role | None:
         return None
     if roles and name in roles:
         return roles[name]
+    if name in ROLES:
+        return ROLES[name]
     small = name.strip().lower()
     return ROLES.get(small) or ROLES.get(small.replace(" ", "_").replace("-", "_"))
 

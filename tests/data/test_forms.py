@@ -310,3 +310,10 @@ def test_any_record_is_read_or_is_a_bad_record(record: dict[str, Any]) -> None:
 def test_a_plain_sharegpt_record_is_returned_itself() -> None:
     record = {"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]}
     assert read_form(record)[0] is record
+
+
+def test_turns_of_an_arrow_map_are_no_pairs_of_texts() -> None:
+    turns = [["('role', 'user')", f"('content', '{Q}')"], ["('role', 'x')", "('content', 'y')"]]
+    for key in ("messages", "conversations", "conversation"):
+        with pytest.raises(UserError):
+            read({key: turns})
