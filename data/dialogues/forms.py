@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+from data.dialogues.columns import from_columns
 from data.dialogues.conversation import Role
 from data.dialogues.exports import export_of
 from data.dialogues.formats import from_alpaca, from_messages, from_sharegpt, replaced
@@ -53,10 +54,12 @@ class Reading:
     """How records are read.
 
     preference: "chosen" takes the chosen answers of preference data. roles: further role names.
+    columns: the column of each part; empty: the record's keys decide.
     """
 
     preference: Literal["refuse", "chosen"] = "refuse"
     roles: Roles = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 DEFAULT_READING = Reading()
@@ -86,7 +89,11 @@ def read_form(record: Any, how: Reading = DEFAULT_READING) -> tuple[dict[str, An
                     f'found "{media[0]}"; expected text alone: the model sees no {media[0]}'
                 )
                 bad(f"{media[0]} with text", explanation)
-    form = recognise(record)
+    if how.columns and isinstance(record, dict):
+        keys = frozenset((*how.columns.values(), "history"))
+        form = Form("columns", "--columns", partial(_from_columns, how.columns), keys)
+    else:
+        form = recognise(record)
     return form.convert(record, how.roles), form
 
 
@@ -141,14 +148,13 @@ def _is_dialogue(value: Any) -> bool:
     value = parsed_json(value)
     if not isinstance(value, list) or not value:
         return False
-    pairs = all(isinstance(one, list) and len(one) == 2 for one in value)
     texts = len(value) > 1 and all(isinstance(one, str) for one in value)
-    return pairs or texts or is_turn(value[0]) or is_pair(value[0])
+    return texts or is_turn(value[0]) or is_pair(value[0])
 
 
 def _unknown(record: dict[str, Any]) -> BadRecord:
     """Return the error for a record of no known form, with the command that reads it."""
-    keys = ", ".join(f'"{key}"' for key in record)
+    keys = ", ".join(map(str, record))
     found = f"found the keys {keys}"[:160] if record else "found no keys"
     texts = [key for key, value in record.items() if isinstance(value, str) and key != "id"]
     if len(texts) > 1:
@@ -157,10 +163,16 @@ def _unknown(record: dict[str, Any]) -> BadRecord:
     else:
         remedy = ""
     if texts == ["text"]:
-        expected = "the text does not mark who speaks, as ChatML does"
+        expected = "expected a text that marks who speaks, as ChatML does"
         return BadRecord("text without roles", f"{found}; {expected}")
     expected = 'expected "conversations", "messages", "instruction" and "output", "prompt" and '
     return BadRecord("unknown format", f'{found}; {expected}"completion", or the like', remedy)
+
+
+def _from_columns(
+    columns: Mapping[str, str], record: dict[str, Any], roles: Roles
+) -> dict[str, Any]:
+    return from_columns(record, columns, roles)
 
 
 def _with_turns(

@@ -22,19 +22,24 @@ MEANINGFUL = {
 }
 
 
-def unused_keys(record: Any, used: Set[str]) -> Iterator[str]:
+def unused_keys(record: Any, used: frozenset[str]) -> Iterator[str]:
     """Yield the keys of a record and of its turns that hold something and are not used.
 
     used: the keys that the record's form reads.
     """
     if not isinstance(record, dict):
         return
-    yield from _filled(record, USED | used)
+    yield from _filled(record, _used(used))
     for name in ("conversations", "messages"):
         turns = record.get(name)
         if isinstance(turns, list):
             found = {key for turn in turns for key in _filled(turn, USED_IN_TURNS)}
             yield from (f"{name}.{key}" for key in found)
+
+
+@cache
+def _used(used: frozenset[str]) -> frozenset[str]:
+    return used | USED
 
 
 def is_meaningful(key: str) -> bool:

@@ -95,13 +95,11 @@ def history_turns(given: Any, roles: Mapping[str, Role] | None = None) -> Turns:
 
 def list_turns(given: list[Any], roles: Mapping[str, Role] | None = None) -> Turns:
     """Return a list of turns, of pairs or of alternating strings as turns; raises BadRecord."""
-    if given and all(isinstance(one, str) for one in given):
+    if len(given) > 1 and all(isinstance(one, str) for one in given):
         return [
             {"from": "gpt" if number % 2 else "human", "value": text}
             for number, text in enumerate(given)
         ]
-    if given and all(isinstance(one, list) and len(one) == 2 for one in given):
-        return history_turns(given)
     if not is_pair(given[0] if given else None):
         return as_turns(given, roles)
     turns: Turns = []

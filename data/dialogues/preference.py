@@ -10,7 +10,10 @@ CHOSEN_KEYS = ("chosen", "chosen_response")
 REJECTED_KEYS = ("rejected", "rejected_response", "rejected_messages", "rejected_answer")
 LABEL_KEYS = ("label", "kto_tag")
 PREFERENCE_KEYS = frozenset((*CHOSEN_KEYS, *REJECTED_KEYS, *LABEL_KEYS))
-REMEDY = "Take the chosen answers with --preference chosen"
+REMEDY = (
+    "Take the chosen answers with --preference chosen, in training and in "
+    "python -m data convert --in {file} --out data.jsonl --preference chosen"
+)
 REJECTED = "rejected answer"  # the cause; --preference chosen counts these
 
 

@@ -285,6 +285,5 @@ def parse_turn(turn: dict[str, Any], role: Role, number: int, empty_answers: boo
     more = [turn.get("name"), turn.get("tool_call_id")]
     check_json([reasoning, *more], f"turn {number}")
     name, call_id = (None if one is None else str(one) for one in more)
-    return Turn(
-        role, text, is_supervised(turn, f"turn {number}: "), reasoning, calls, name, call_id
-    )
+    supervised = ALL_MARKS.isdisjoint(turn) or is_supervised(turn, f"turn {number}: ")
+    return Turn(role, text, supervised, reasoning, calls, name, call_id)

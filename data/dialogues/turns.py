@@ -17,7 +17,7 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "claude"), "assistant"),
     **dict.fromkeys(("model", "bot", "ai", "chatbot", "chat_bot", "llm"), "assistant"),
     **dict.fromkeys(("function_call", "tool_call", "tool_calls"), "assistant"),
-    **dict.fromkeys(("system", "developer", "context"), "system"),
+    **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "function", "observation", "ipython", "environment"), "tool"),
     **dict.fromkeys(("tool_response", "tool_result", "tool_output", "tool_results"), "tool"),
     **dict.fromkeys(("function_response", "function_result", "tool_responses"), "tool"),
@@ -80,6 +80,8 @@ def role_of(name: Any, roles: Mapping[str, Role] | None = None) -> Role | None:
         return None
     if roles and name in roles:
         return roles[name]
+    if name in ROLES:
+        return ROLES[name]
     small = name.strip().lower()
     return ROLES.get(small) or ROLES.get(small.replace(" ", "_").replace("-", "_"))
 
@@ -126,7 +128,8 @@ def as_turns(messages: list[Any], roles: Mapping[str, Role] | None = None) -> li
             given = {**given, role_key: given[role_key].get("role")}
         role = role_at(given, role_key, number, roles)
         text_key = next((key for key in TEXT_KEYS if is_filled(given.get(key))), None)
-        text_key = text_key or next((key for key in TEXT_KEYS if key in given), "content")
+        text_key = text_key or next((key for key in TEXT_KEYS if key in given), None)
+        text_key = text_key or ("value" if role_key == "from" else "content")
         for message in as_openai(given, text_key, number):
             turn = _turn(message, role, text_key, number)
             is_call = str(given[role_key]).strip().lower() in CALL_ROLES

@@ -39,7 +39,13 @@ ROOT = Path(__file__).parents[1]  # the package `data`
 CODE = (
     *("errors", "files/read", "files/json_stream"),
     *("dialogues/conversation", "dialogues/sharegpt", "dialogues/keys"),
-    *("dialogues/forms", "dialogues/formats", "dialogues/pairs", "dialogues/preference"),
+    *(
+        "dialogues/forms",
+        "dialogues/columns",
+        "dialogues/formats",
+        "dialogues/pairs",
+        "dialogues/preference",
+    ),
     *("dialogues/turns", "dialogues/tools", "dialogues/blocks", "dialogues/values"),
     "dialogues/sources",
     *("encoding/chat_answers", "encoding/chat_template", "encoding/control_tokens"),

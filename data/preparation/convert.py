@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from data.dialogues.columns import from_columns, parse_columns, parse_roles
 from data.dialogues.exports import is_tree
 from data.dialogues.formats import from_alpaca, from_messages, from_sharegpt, to_messages
-from data.dialogues.forms import as_sharegpt
-from data.dialogues.pairs import history_turns
+from data.dialogues.forms import Reading, as_sharegpt
+from data.dialogues.preference import REJECTED
 from data.dialogues.turns import turn_roles
 from data.dialogues.values import kind
 from data.errors import BadRecord, UserError
@@ -30,7 +31,6 @@ COMPANIONS = {
     *("user", "users", "user_settings", "message_feedback", "model_comparisons", "memories"),
     *("shared_conversations", "group_chats", "projects", "shopping", "sora", "export_manifest"),
 }
-PARTS = ("user", "assistant", "system", "id")
 READERS = {"sharegpt": from_sharegpt, "messages": from_messages, "alpaca": from_alpaca}
 
 
@@ -48,6 +48,8 @@ class Settings:
     to: Literal["sharegpt", "messages"] = "sharegpt"
     assistant: tuple[str, ...] = ()
     pause: float = 3600.0
+    preference: Literal["refuse", "chosen"] = "refuse"
+    roles: tuple[str, ...] = ()
 
 
 def flags() -> argparse.ArgumentParser:
@@ -62,6 +64,14 @@ def flags() -> argparse.ArgumentParser:
     own.add_argument(
         "--oasst_paths", choices=("best", "all"), default="best",
         help="best: the best-ranked reply at each turn; all: one dialogue per final answer",
+    )  # fmt: skip
+    own.add_argument(
+        "--roles", nargs="+", default=[], metavar="ROLE=NAME",
+        help="role names of the data: user=human,Human assistant=bot",
+    )  # fmt: skip
+    own.add_argument(
+        "--preference", choices=("refuse", "chosen"), default="refuse",
+        help="chosen: take the chosen answers of preference data, and count the others",
     )  # fmt: skip
     own.add_argument(
         "--to", choices=("sharegpt", "messages"), default="sharegpt",
@@ -86,7 +96,15 @@ def main(argv: list[str]) -> None:
     files = _without_companions(find_files(given.inputs)) if format_ == "auto" else given.inputs
     if format_ == "auto":
         format_ = channel_format(files) or format_
-    settings = Settings(format_, _columns(given.columns, format_), given.oasst_paths, given.to)
+    parse_roles(given.roles)
+    settings = Settings(
+        format_,
+        _columns(given.columns, format_),
+        given.oasst_paths,
+        given.to,
+        preference=given.preference,
+        roles=tuple(given.roles),
+    )
     read: Read = records_of
     if format_ in CHANNELS:
         files = all_files(given.inputs)
@@ -142,16 +160,7 @@ def _columns(words: list[str], format_: str) -> tuple[tuple[str, str], ...]:
         if words:
             raise UserError(f"--columns: --format {format_} has no columns. Leave out one of both.")
         return ()
-    pairs = tuple((part, name) for part, _, name in (word.partition("=") for word in words))
-    parts = [part for part, _ in pairs]
-    wrong = len({*parts}) < len(parts) or not {*parts} <= {*PARTS} or not all(n for _, n in pairs)
-    if wrong or not {"user", "assistant"} <= {*parts}:
-        found = " ".join(words) or "nothing"
-        raise UserError(
-            f"--columns: found {found}; expected user=NAME assistant=NAME, and optionally "
-            "system=NAME and id=NAME."
-        )
-    return pairs
+    return tuple(parse_columns(words).items())
 
 
 def convert(settings: Settings, record: Any, place: str) -> Result:
@@ -172,9 +181,16 @@ def _as_sharegpt(settings: Settings, record: Any, place: str) -> Result:
         if settings.format == name or (settings.format == "auto" and recognised(record)):
             return read(_object(record), number)
     if settings.format == "auto":
-        converted = as_sharegpt(record)
+        how = Reading(settings.preference, parse_roles(settings.roles))
+        try:
+            converted = as_sharegpt(record, how)
+        except BadRecord as bad:
+            if bad.cause != REJECTED:
+                raise
+            return Result(number, dropped=(REJECTED,))
     elif settings.format == "columns":
-        converted = _from_columns(_object(record), dict(settings.columns))
+        roles = parse_roles(settings.roles)
+        converted = from_columns(_object(record), dict(settings.columns), roles)
     else:
         converted = READERS[settings.format](_object(record))
     turn_roles(converted)
@@ -185,25 +201,3 @@ def _object(record: Any) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise BadRecord("record is not an object", f"found {kind(record)}; expected an object")
     return record
-
-
-def _from_columns(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    missing = [name for name in columns.values() if name not in row]
-    if missing:
-        explanation = f"found the columns {', '.join(map(str, row))}"[:200]
-        raise BadRecord("no such column", f"{explanation}; expected {', '.join(missing)}")
-    turns = []
-    for part, speaker in (("system", "system"), ("user", "human"), ("assistant", "gpt")):
-        value = row[columns[part]] if part in columns else None
-        if part == "system" and not value:
-            continue
-        if not isinstance(value, str):
-            explanation = f'"{columns[part]}" is {kind(value)}; expected a string'
-            raise BadRecord("value is not text", explanation)
-        if part == "user" and "history" not in columns.values():
-            turns += history_turns(row.get("history"))
-        turns.append({"from": speaker, "value": value})
-    given = row[columns["id"]] if "id" in columns else None
-    identity = {} if given in (None, "") else {"id": str(given)}
-    others = {key: row[key] for key in row if key not in (*columns.values(), "id", "history")}
-    return {**identity, **others, "conversations": turns}

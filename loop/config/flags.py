@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data.dialogues.columns import parse_columns, parse_roles
+from data.dialogues.forms import Reading
 from data.dialogues.sources import Source, parse_source
 from data.encoding.templates import RenderSettings, template_arguments
 from loop.config.model_flags import ModelFlags, Precision
@@ -101,6 +103,16 @@ class Config(ModelFlags):
     on_bad_record: Literal["fail", "skip"] = flag(
         "fail", "at an invalid record: stop, or drop and count it", "data", affects="encoding"
     )
+    columns: tuple[str, ...] | None = flag(
+        None, "columns of a table: user=question assistant=answer", "data", affects="encoding"
+    )
+    roles: tuple[str, ...] | None = flag(
+        None, "role names of the data: user=human,Human assistant=bot", "data", affects="encoding"
+    )
+    preference: Literal["refuse", "chosen"] = flag(
+        "refuse", "preference data: refuse it, or take the chosen answers", "data",
+        affects="encoding",
+    )  # fmt: skip
     train_on: Literal["all", "last"] = flag(
         "all", "supervise every answer of a dialogue, or its last one", "data", affects="encoding"
     )
@@ -355,6 +367,15 @@ class Config(ModelFlags):
     def sources(self) -> list[Source]:
         """The sources of the training data; raises UserError for an invalid weight."""
         return [parse_source(word) for word in self.data_path or [str(DUMMY_DATA)]]
+
+    @property
+    def reading(self) -> Reading:
+        """How records are read; raises UserError for invalid columns or roles."""
+        return Reading(
+            self.preference,
+            parse_roles(self.roles or ()),
+            parse_columns(self.columns) if self.columns else {},
+        )
 
     @property
     def rendering(self) -> RenderSettings:

@@ -169,7 +169,7 @@ def examine_data(model: Model, config: Config, errors: list[str]) -> TrainingDat
         except UserError as error:
             add_errors([str(error)], errors)
     pairs = model.base_config is not None and model.base_config.is_encoder_decoder
-    how = (config.on_bad_record, pairs, config.train_on)
+    how = (config.on_bad_record, pairs, config.train_on, config.reading)
     for files in sources:
         source_errors: list[str] = []
         with collect_errors(source_errors):

@@ -270,7 +270,7 @@ def _read_sources(
     config: Config, empty_answers: bool, tally: Tally
 ) -> Iterator[tuple[int, Dialogue]]:
     """Yield each dialogue with its source's number, as often as the source's weight requires."""
-    settings = (config.on_bad_record, empty_answers, config.train_on)
+    settings = (config.on_bad_record, empty_answers, config.train_on, config.reading)
     for number, source in enumerate(config.sources):
         files = files_of(source, config.cache_dir, config.encoding)
         dialogues = read_dialogues(files, tally, *settings)

@@ -226,12 +226,12 @@ def test_keys_that_are_not_used_stand_in_the_account_and_lost_meaning_ends_the_r
     tmp_path: Path, tiny_model: Path
 ) -> None:
     plain = messages({"role": "assistant", "content": "So."}, source="web")
-    lost = messages({"role": "assistant", "content": "So."}, images=["a.png"], label=None)
+    lost = messages({"role": "assistant", "content": "So."}, documents=["a.txt"], label=None)
     file = tmp_path / "d.json"
     file.write_text(json.dumps([plain] * 9 + [lost]))
     config = Config(str(tiny_model), data_path=(str(file),), max_dropped=0.1)
     account = str(read_training_data(config))
-    assert '"images" not used: 1; other keys: source' in account
+    assert '"documents" not used: 1; other keys: source' in account
     with pytest.raises(UserError, match="found 1 of 10 records with a key that changes"):
         read_training_data(Config(str(tiny_model), data_path=(str(file),)))
 

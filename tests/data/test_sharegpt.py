@@ -24,7 +24,7 @@ BAD = {
     "no messages": ({"id": "bad", "messages": []}, '"messages" is empty'),
     "conversations is text": ({"id": "bad", "conversations": "Hi"}, "is a string"),
     "no turns": ({"id": "bad", "conversations": []}, "is empty"),
-    "unknown role": (turns(("human", "Hi"), ("bot", "Yo")), 'turn 1 has the role "bot"'),
+    "unknown role": (turns(("human", "Hi"), ("Zed", "Yo")), 'turn 1 has the role "Zed"'),
     "two questions": (turns(("human", "Hi"), ("human", "Hey")), 'turn 1 is "human"'),
     "empty value": (turns(("human", "Hi"), ("gpt", " \n")), 'turn 1: "value" is empty'),
     "number": (turns(("human", "Hi"), ("gpt", 42)), '"value" is a number'),

@@ -102,12 +102,12 @@ def test_an_alpaca_record_is_its_system_history_question_and_answer() -> None:
 
 BAD = {
     "a number": (7, "record is not an object", "found a number"),
-    "other keys": ({"text": "Hi"}, "unknown format", "found the keys text"),
+    "other keys": ({"text": "Hi"}, "text without roles", "found the keys text"),
     "no keys": ({}, "unknown format", "found no keys"),
     "no list": ({"messages": "Hi"}, "no messages", "is a string"),
     "no turns": ({"conversations": []}, "no turns", "is empty"),
     "no role": ({"messages": [{"content": "Hi"}]}, "unknown role", "turn 0 has no role"),
-    "a role": ({"messages": [{"role": "bot"}]}, "unknown role", 'turn 0 has the role "bot"'),
+    "a role": ({"messages": [{"role": "Zed"}]}, "unknown role", 'turn 0 has the role "Zed"'),
     "null": ({"messages": [{"role": "user", "content": None}]}, "value is not text", "is null"),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "u"}]}]},
@@ -153,7 +153,7 @@ def test_a_bad_record_stops_the_run_or_is_counted(tmp_path: Path) -> None:
         converted(tmp_path, "--in", file)
     records, account = converted(tmp_path, "--in", file, "--on_bad_record", "skip")
     assert len(records) == 2
-    assert account["dropped"] == {"unknown format": ["1"]}
+    assert account["dropped"] == {"text without roles": ["1"]}
 
 
 def message(role: str, text: str, *replies: Any, **keys: Any) -> dict[str, Any]:
