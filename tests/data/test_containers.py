@@ -356,10 +356,21 @@ def test_a_wrong_encoding_is_named(tmp_path: Path) -> None:
             [*read_records(found)]
 
 
-@pytest.mark.parametrize("line", ['{"a": [1,]', '{"messages": [{"role": ', "[" * 20])
+@pytest.mark.parametrize("line", ['{"a": [1,]', '{"messages": [{"role": ', '{"a": [[[[[[[['])
 def test_many_cut_lines_are_read_in_linear_time(line: str, tmp_path: Path) -> None:
     began = time.process_time()
     found, _ = read(tmp_path / "a.jsonl", "\n".join([line] * 20_000))
     assert len(found) == 20_000
     assert all(isinstance(record, BadRecord) for record in found)
     assert time.process_time() - began < 30
+
+
+def test_an_encrypted_archive_is_refused_with_the_command_that_unpacks_it(tmp_path: Path) -> None:
+    content = bytearray(zipped({"a.jsonl": JSONL}))
+    content[content.index(b"PK\x01\x02") + 8] |= 1  # the flag in the archive's directory
+    file = tmp_path / "of mine.zip"
+    with pytest.raises(
+        UserError, match=r"of mine\.zip/a\.jsonl: the archive is encrypted"
+    ) as raised:
+        read(file, bytes(content))
+    assert f"unzip {shlex.quote(str(file))} -d data" in str(raised.value)
