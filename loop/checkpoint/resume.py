@@ -24,7 +24,7 @@ from loop.distributed.layout import Layout
 from loop.distributed.signals import is_restart, record_launch
 from loop.inputs.training_data import TrainingData
 from loop.monitor.history import PriorRun
-from loop.utils import Tensors, shapes
+from loop.utils import Tensors, file_name, shapes
 
 FRESH: dict[str, Any] = {"step": 0}
 
@@ -102,6 +102,8 @@ class ResumePoint:
 
     def _broadcast(self, accelerator: Accelerator, name: str) -> Tensors:
         tensors = load_file(self.folder / name) if self.folder else {}
+        # Older checkpoints have other names for DoRA's magnitudes and modules trained whole.
+        tensors = {file_name(key): tensor for key, tensor in tensors.items()}
         return optimizer_state.broadcast_tensors(tensors, accelerator.device)
 
 

@@ -15,6 +15,7 @@ from data.errors import UserError
 from data.files.hashes import file_sha256
 from data.files.lock import LockHeld, locked
 from loop.checkpoint.full_model import save_non_lora
+from loop.checkpoint.saving_check import saved_shapes
 from loop.checkpoint.storage import sync
 from loop.config.flags import ADAPTER_FILES, Config, names_of
 from loop.config.load import dump, with_current_names, with_new_flags
@@ -25,7 +26,7 @@ from loop.distributed.signals import LAUNCH_FILE, is_restart
 from loop.inputs.training_data import TrainingData, data_sha256, data_sources
 from loop.model import new_tokens
 from loop.monitor.plots import draw_at_end
-from loop.utils import save_adapter, shapes, trained_parameters, write_json
+from loop.utils import save_adapter, trained_parameters, write_json
 
 SETTINGS, STATE = "training_config.yaml", "trainer_state.json"
 LOCK = ".lock"
@@ -155,7 +156,7 @@ def save_run(
     unwrapped = accelerator.unwrap_model(model)
     main = accelerator.is_main_process
     adapter = new_tokens.rows(unwrapped, trained_parameters(unwrapped, keep=main), keep=main)
-    expected = {**shapes(unwrapped), **new_tokens.row_shapes(unwrapped)}
+    expected = saved_shapes(unwrapped)
     save_adapter(accelerator, unwrapped, adapter, expected, folder, config.save_safetensors)
     save_non_lora(accelerator, unwrapped, folder, config)
     if not main:

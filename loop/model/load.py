@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    load_peft_weights,
+)
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -39,7 +46,7 @@ from loop.model.quantization import (
     kept_in_fp32,
     returned_memory,
 )
-from loop.utils import gathered
+from loop.utils import file_name, gathered
 
 
 def load_model(base_model: BaseModel, config: Config, accelerator: Accelerator) -> PeftModel:
@@ -81,6 +88,8 @@ def load_model(base_model: BaseModel, config: Config, accelerator: Accelerator) 
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         leave_inputs(with_adapter)
+    if config.lora_weight_path:
+        _restore_values(with_adapter, config.lora_weight_path)
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu:
         keep_memory()
@@ -221,6 +230,19 @@ def _add_adapter(model: Any, base_model: BaseModel, config: Config, autocast: bo
     if parameters:
         _set_dropout(with_adapter, config.lora_dropout)
     return with_adapter
+
+
+def _restore_values(with_adapter: PeftModel, folder: str) -> None:
+    """Copy an adapter's biases and modules that are trained whole from its file.
+
+    Every rank must call this. peft (0.21) loads these in the base's dtype, which rounds them.
+    """
+    saved = load_peft_weights(folder, device="cpu")
+    for name, parameter in with_adapter.named_parameters():
+        value = saved.get(file_name(name))
+        if parameter.requires_grad and "lora_" not in name and value is not None:
+            with gathered(parameter), torch.no_grad():
+                parameter.copy_(value)
 
 
 def _set_dropout(with_adapter: Any, dropout: float) -> None:
