@@ -20,7 +20,6 @@ from accelerate import PartialState
 from loop.checkpoint.resume import find_resume_point
 from loop.checkpoint.run_folder import is_finished, locked_output_dir, save_run, write_settings
 from loop.checkpoint.saver import Saver
-from loop.checkpoint.saving_check import check_saving
 from loop.checkpoint.storage import newest_checkpoint
 from loop.config.flags import Config, display_path
 from loop.config.load import ignored_flag_notes, read_config
@@ -89,7 +88,6 @@ def train(config: Config, ranks: PartialState) -> None:
     print_rank0(f"data: {data}\nplan: {layout}")
     model = load_model(data.base, config, accelerator)
     print_rank0(f"model: {display_path(data.base.name)}: {describe_parameters(model)}")
-    check_saving(model, data.base, config.trust_remote_code)
     start.put_weights(accelerator, model)
     # No scheduler is prepared: accelerate would step it once per process.
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config))

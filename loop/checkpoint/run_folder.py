@@ -15,7 +15,6 @@ from data.errors import UserError
 from data.files.hashes import file_sha256
 from data.files.lock import LockHeld, locked
 from loop.checkpoint.full_model import save_non_lora
-from loop.checkpoint.saving_check import saved_shapes
 from loop.checkpoint.storage import sync
 from loop.config.flags import ADAPTER_FILES, Config, names_of
 from loop.config.load import dump, with_current_names, with_new_flags
@@ -25,6 +24,7 @@ from loop.distributed.layout import Layout, global_batch_size
 from loop.distributed.signals import LAUNCH_FILE, is_restart
 from loop.inputs.training_data import TrainingData, data_sha256, data_sources
 from loop.model import new_tokens
+from loop.model.saving_check import saved_shapes
 from loop.monitor.plots import draw_at_end
 from loop.utils import save_adapter, trained_parameters, write_json
 

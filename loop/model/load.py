@@ -46,6 +46,7 @@ from loop.model.quantization import (
     kept_in_fp32,
     returned_memory,
 )
+from loop.model.saving_check import check_saving
 from loop.utils import file_name, gathered
 
 
@@ -97,6 +98,7 @@ def load_model(base_model: BaseModel, config: Config, accelerator: Accelerator) 
         _compile_layers(with_adapter)  # A compiled layer has its own dropout.
     elif on_cpu:
         replace_dropout(with_adapter)
+    check_saving(with_adapter, base_model, config.trust_remote_code)
     return with_adapter
 
 
