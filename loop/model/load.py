@@ -1,7 +1,7 @@
 """Loads the base model in the run's precision or in 4 bits, and injects the LoRA adapter."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -198,6 +198,7 @@ def _add_adapter(model: Any, base_model: BaseModel, config: Config, autocast: bo
         saved = PeftConfig.from_pretrained(config.lora_weight_path)
         # peft refuses dropout with parameters; see `_set_dropout`.
         saved.lora_dropout = 0.0 if saved.target_parameters else config.lora_dropout
+        _check_trains_whole(model, saved.modules_to_save or (), config.lora_weight_path)
         with as_user_error(f"--lora_weight_path {config.lora_weight_path}"):
             # peft only warns of missing weights. Training would start from random values.
             warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -232,6 +233,22 @@ def _add_adapter(model: Any, base_model: BaseModel, config: Config, autocast: bo
     if parameters:
         _set_dropout(with_adapter, config.lora_dropout)
     return with_adapter
+
+
+def _check_trains_whole(model: Any, modules: Iterable[str], folder: str) -> None:
+    """Raise UserError for a module in 4 bits that the adapter's `modules_to_save` trains."""
+    quantised = [
+        name
+        for name, module in model.named_modules()
+        if any(f".{name}".endswith(f".{end}") for end in modules)
+        and any(hasattr(parameter, "quant_state") for parameter in module.parameters())
+    ]
+    if quantised:
+        raise UserError(
+            f"--lora_weight_path {folder}: found modules_to_save {', '.join(modules)}, and "
+            f"{quantised[0]} in 4 bits; expected modules that are not quantised. Give --q_lora "
+            "False and a base model whose files are not quantised."
+        )
 
 
 def _restore_values(with_adapter: PeftModel, folder: str) -> None:

@@ -142,6 +142,16 @@ def test_whole_modules_start_from_the_adapters_fp32_values(
         assert torch.equal(found[name], tensor)
 
 
+def test_whole_modules_in_4_bits_are_refused_before_step_1(
+    train: Train, tiny_model: Path, tmp_path: Path
+) -> None:
+    first = made_by_peft(tiny_model, tmp_path / "first", modules_to_save=["o_proj"])
+    flags = ("--lora_weight_path", first, *EXACT)
+    with pytest.raises(UserError, match=r"o_proj in 4 bits.*Give --q_lora False"):
+        train("run", *flags, "--q_lora", "True")
+    assert adapter_of(train("plain", *flags, "--q_lora", "False"))
+
+
 def test_a_tensor_that_peft_would_not_save_is_found_before_step_1(
     train: Train, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
