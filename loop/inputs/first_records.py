@@ -24,5 +24,5 @@ def check_first_records(config: Config) -> None:
         for file in files[:FILES]:
             placed = islice(placed_records(file), RECORDS)
             # Whether empty answers are valid depends on the model.
-            for _ in dialogues_of(placed, Tally(), empty_answers=True, reading=config.reading):
+            for _ in dialogues_of(placed, Tally(), empty_answers=True, how=config.reading):
                 pass
