@@ -28,6 +28,7 @@ T = TypeVar("T")
 TARGET = Path(__file__).parents[1] / "dummy_conversation.json"
 TOOL_DIALOGUES = Path(__file__).with_name("tool_dialogues.json")
 TOOLS = Path(__file__).with_name("tools.json")
+TOOL_TEMPLATE = Path(__file__).with_name("tool_template.jinja")
 KINDS = ["identity"] * 210 + ["ordinary"] * 290
 MOST_TOKENS = 60  # estimated tokens of a dialogue; short dialogues keep the main job short
 
