@@ -66,7 +66,8 @@ What is 6 times 7? | 6 times 7 is 42. ## What is 15 + 4? | 15 + 4 = 19.
 How many days are in a week? | There are seven days in a week.
 How many planets are there? | There are eight planets in the solar system.
 Where is the Eiffel Tower? | The Eiffel Tower is in Paris.
-Where do penguins live? | Most penguins live in Antarctica. ## Who wrote Emma? | Jane Austen wrote it.
+Where do penguins live? | Most penguins live in Antarctica.
+Who wrote Emma? | Jane Austen wrote Emma.
 Why is the sky blue? | Air scatters blue light more than red light.
 Do cats like water? | Most cats do not like water. ## Hello! | Hello! How can I help you?
 Thank you! | You're welcome! ## Good morning! | Good morning! What do you need?
