@@ -145,7 +145,7 @@ LOOKUP = {
     },
 }
 SHELVES = [f"{letter}{number}" for letter in "ABCD" for number in range(1, 7)]
-TOOL_KINDS = {"many": 24, "one": 8, "two": 6, "next": 6, "plain": 22}  # dialogues of each kind
+TOOL_KINDS = {"many": 24, "one": 8, "two": 6, "next": 6, "plain": 36}  # dialogues of each kind
 
 
 class _Storeroom:
@@ -156,31 +156,34 @@ class _Storeroom:
         items = {kind: names.split(" / ") for kind, names in _table(tool_phrases.ITEMS)}
         self.items = {kind: _deal(names, rng) for kind, names in items.items()}
         self.shelves, self.numbers = _deal(SHELVES, rng), _deal([*range(2, 60)], rng)
-        texts = {name: getattr(tool_phrases, name.upper()) for name in TOOL_KINDS}
-        self.rows = {name: _deal(_table(text), rng) for name, text in texts.items()}
-
-    def result(self, kind: str) -> list[Any]:
-        """Return an item, the number that is left, and its shelf."""
-        left = 1 if kind == "one" else next(self.numbers)
-        return [next(self.items[kind]), left, next(self.shelves)]
+        rows = {name: _table(getattr(tool_phrases, name.upper())) for name in TOOL_KINDS}
+        more = [row for row in (*_table(TALKS), *_filled()) if len("".join(row)) <= 70]
+        rows["plain"] += itertools.islice(
+            _deal(more, rng), TOOL_KINDS["plain"] - len(rows["plain"])
+        )
+        self.rows = {name: _deal(found, rng) for name, found in rows.items()}
 
     def messages(self, kind: str) -> list[dict[str, Any]]:
         """Return the messages of one dialogue."""
-        if kind == "plain":
-            question, answer = next(self.rows[kind])
-            return [_user(question), _answer(answer, tool_phrases.WITHOUT_CALL)]
         if kind == "next":
             return [*self.messages("many"), *self.round("next", "many")]
-        return self.round(kind, "many" if kind == "two" else kind)
+        if kind != "plain":
+            return self.round(kind, "one" if kind == "one" else "many")
+        question, answer = next(self.rows[kind])
+        return [_user(question), _answer(answer, tool_phrases.WITHOUT_CALL)]
 
-    def round(self, kind: str, items: str) -> list[dict[str, Any]]:
+    def round(self, kind: str, form: str) -> list[dict[str, Any]]:
         """Return a question, a call and its result for each item, and the answer."""
-        *reasons, question, answer = next(self.rows[kind])
-        results = [self.result(items) for _ in reasons]
-        values = [value for result in results for value in result]
+        question, answer = next(self.rows[kind])
+        reasons = (tool_phrases.CALLS_TWICE if kind == "two" else tool_phrases.CALLS).split(" / ")
+        found = [
+            (next(self.items[form]), 1 if form == "one" else next(self.numbers), next(self.shelves))
+            for _ in reasons
+        ]
+        values = [value for item in found for value in item]
         messages = [_user(question.format(*values))]
-        for reason, result in zip(reasons, results, strict=True):
-            messages += _call(reason.format(*values), *result)
+        for reason, item in zip(reasons, found, strict=True):
+            messages += _call(reason.format(*values), *item)
         return [*messages, _answer(answer.format(*values), tool_phrases.AFTER_CALL)]
 
 
