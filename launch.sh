@@ -88,6 +88,8 @@ setup() {
   install requirements.txt
   exec 9>&-
   export PATH="$PWD/.venv/bin:$PATH"  # DeepSpeed looks for ninja in PATH.
+  # Two environments that share a folder of compiled operations would compile them in turns.
+  export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}
 }
 
 show() { printf '+'; printf ' %q' "$@"; echo; }

@@ -13,6 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 Tensors = dict[str, Tensor]
+# The keys of adapter_config.json that other programs read; they are written at their defaults, too.
+COMMON_KEYS = {
+    *("peft_type", "task_type", "base_model_name_or_path", "inference_mode"),
+    *("r", "lora_alpha", "lora_dropout", "bias", "target_modules"),
+}
 
 
 def trained_parameters(model: nn.Module, keep: bool = True) -> Tensors:
@@ -116,10 +121,24 @@ def save_adapter(
         partial.unlink()
         raise
     partial.replace(folder / name)
-    adapter_config = model.peft_config["default"]
-    adapter_config.inference_mode = True
-    adapter_config.save_pretrained(str(folder))
-    adapter_config.inference_mode = False
+    write_json(folder / "adapter_config.json", adapter_settings(model))
+
+
+def adapter_settings(model: PeftModel) -> dict[str, Any]:
+    """Return the content of adapter_config.json.
+
+    It has the common keys, and others that are not at their defaults: peft 0.11, which FastChat
+    uses, refuses keys that it does not know.
+    """
+    config = model.peft_config["default"]
+    default = type(config)().to_dict()
+    found = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name in COMMON_KEYS or value != default.get(name)
+    }
+    settings: dict[str, Any] = json.loads(json.dumps(found, default=sorted))
+    return {**settings, "inference_mode": True}
 
 
 def _check_saved(
@@ -133,9 +152,16 @@ def _check_saved(
     infinite = [name for name, tensor in saved.items() if not tensor.isfinite().all()]
     if infinite:
         raise RuntimeError(f"{file}: not finite: {', '.join(infinite[:5])}")
-    lora_b = [tensor for name, tensor in saved.items() if "lora_B" in name or "embedding_B" in name]
-    if not any(tensor.any() for tensor in lora_b):
+    lora_b = {n: tensor for n, tensor in saved.items() if "lora_B" in n or "embedding_B" in n}
+    zero = [name for name, tensor in lora_b.items() if not tensor.any()]
+    if len(zero) == len(lora_b):
         raise RuntimeError(f"{file}: every lora_B is zero: the adapter is not trained")
+    if zero:
+        names = ", ".join(name.partition(".lora_")[0] for name in zero[:5])
+        print(
+            f"note: {len(zero)} of {len(lora_b)} adapted modules got no gradient, so they are as "
+            f"in the base model: {names}{', ...' if len(zero) > 5 else ''}"
+        )
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 # Set before torch is imported. Test workers share few cores, so a waiting thread must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As launch.sh does: environments that share this folder would compile its operations in turns.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
 sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # as loop/train.py does
 
 import pytest

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -99,26 +101,47 @@ def from_messages(record: dict[str, Any]) -> dict[str, Any]:
 
 TOOL_KEYS = ("tools", "functions")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+# Types of parts that are text; the last two are of OpenAI's Responses format.
+TEXT_PARTS = ("text", "input_text", "output_text")
+OTHER_PARTS = {"image", "image_url", "audio", "input_audio", "video", "video_url", "file"}
 
 
 def tools_of(record: dict[str, Any]) -> dict[str, Any]:
     """Return the record's tool definitions under "tools"; without any no key. Raises BadRecord."""
-    given = next((record[key] for key in TOOL_KEYS if record.get(key)), None)
+    found = {key: tools for key in TOOL_KEYS if (tools := _tools(record.get(key), key))}
+    tools = _agreed(found)
+    return {"tools": tools} if tools else {}
+
+
+def _tools(given: Any, key: str) -> list[dict[str, Any]]:
+    """Return the tool definitions that a key holds; raises BadRecord."""
     if isinstance(given, str):
-        given = _json(given, '"tools"') if given.strip() else None
+        given = _json(given, f'"{key}"') if given.strip() else None
     if not given:
-        return {}
+        return []
     if isinstance(given, dict):
         given = [given]
     if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
-        found = f'"tools" is {kind(given)}'
+        found = f'"{key}" is {kind(given)}'
         _bad("invalid tools", f"{found}; expected a list of objects, or one as JSON text")
-    check_json(given, '"tools"')
+    check_json(given, f'"{key}"')
     # The older format is the function alone.
-    return {
-        "tools": [tool if "function" in tool else {"type": "function", "function": tool}
-                  for tool in given]
-    }  # fmt: skip
+    return [tool if "function" in tool else {"type": "function", "function": tool}
+            for tool in given]  # fmt: skip
+
+
+def _agreed(
+    found: dict[str, Any], place: str = "", same: Callable[[Any], Any] = lambda x: x
+) -> Any:
+    """Return the value of the first key, None without keys; raises BadRecord if values differ.
+
+    same: what is compared of a value.
+    """
+    for (one, value), (other, another) in pairwise(found.items()):
+        if same(value) != same(another):
+            explanation = f'{place}"{one}" and "{other}" differ; expected one of them'
+            _bad("two keys differ", f"{explanation}, or the same content in both")
+    return next(iter(found.values()), None)
 
 
 def _with_system(record: dict[str, Any], turns: list[Any]) -> list[Any]:
@@ -144,8 +167,14 @@ def _parsed_call(turn: Any, number: int) -> Any:
         calls = calls_of({"tool_calls": found if isinstance(found, list) else [found]}, number)
     except (ValueError, RecursionError, BadRecord):
         return turn  # A call in a form of its own, such as `f(1)`, stays text.
+    both = {"value": calls, "tool_calls": calls_of(turn, number)}
+    _agreed({key: one for key, one in both.items() if one}, f"turn {number}: ", _without_ids)
     kept = {key: turn[key] for key in ("train", "weight") if key in turn}
-    thought = thought.strip().removeprefix("<think>").strip() or reasoning_of(turn)
+    thoughts = {
+        "value": thought.strip().removeprefix("<think>").strip(),
+        "reasoning": reasoning_of(turn, number),
+    }
+    thought = _agreed({key: one for key, one in thoughts.items() if one}, f"turn {number}: ")
     reasoning = {"reasoning": thought} if thought else {}
     return {"from": "gpt", "value": "", **reasoning, "tool_calls": calls, **kept}
 
@@ -194,7 +223,7 @@ def to_messages(record: dict[str, Any]) -> dict[str, Any]:
     for number, turn in enumerate(turns):
         other = ("from", "value", "tool_calls", *REASONING_KEYS)
         message = {"role": ROLES[turn["from"]], "content": turn["value"]}
-        if reasoning := reasoning_of(turn):
+        if reasoning := reasoning_of(turn, number):
             message["reasoning_content"] = reasoning
         if calls := calls_of(turn, number):
             message["tool_calls"] = [
@@ -231,7 +260,7 @@ def _turns(messages: list[Any]) -> list[dict[str, Any]]:
             _bad("turn is not an object", f"turn {number} is {kind(message)}; {expected}")
         names = ("train", "weight", "name", "tool_call_id")
         kept = {key: message[key] for key in names if message.get(key) is not None}
-        reasoning = reasoning_of(message)
+        reasoning = reasoning_of(message, number)
         kept |= {"reasoning": reasoning} if reasoning else {}
         calls = calls_of(message, number)
         kept |= {"tool_calls": calls} if calls else {}
@@ -251,17 +280,32 @@ def _content(message: dict[str, Any], number: int, empty: bool) -> str:
         return _text(message, "content", f"turn {number}: ")
     parts = []
     for part in content:
-        found = part.get("type") if isinstance(part, dict) else kind(part)
-        if found != "text":
+        found = _part_type(part)
+        if found not in TEXT_PARTS:
             explanation = f"turn {number} has a part {str(found)[:40]!r}; expected text alone"
             _bad("part is not text", explanation)
         parts.append(_text(part, "text", f"turn {number}: a part's "))
     return "".join(parts)
 
 
-def reasoning_of(turn: dict[str, Any]) -> Any:
-    """Return the reasoning of a turn, under any of its names; None if there is none."""
-    return next((turn[key] for key in REASONING_KEYS if turn.get(key)), None)
+def _part_type(part: Any) -> Any:
+    """Return the type of a part of a message; without one, the key of its content."""
+    if not isinstance(part, dict):
+        return kind(part)
+    filled = [key for key, value in part.items() if value not in (None, "", [], {})]
+    # What stands beside the text, such as an image, would be lost.
+    other = [key for key in filled if key in OTHER_PARTS]
+    if part.get("type") in (None, *TEXT_PARTS) and other:
+        return other[0]
+    return part.get("type") or ("text" if "text" in part else next(iter(filled), "without content"))
+
+
+def reasoning_of(turn: dict[str, Any], number: int) -> Any:
+    """Return the reasoning of a turn, under any of its names; None if there is none.
+
+    Raises BadRecord for two names with different texts.
+    """
+    return _agreed({key: turn[key] for key in REASONING_KEYS if turn.get(key)}, f"turn {number}: ")
 
 
 def check_json(value: Any, place: str) -> None:
@@ -285,8 +329,29 @@ def calls_of(message: dict[str, Any], number: int) -> list[dict[str, Any]]:
     if not isinstance(calls, list):
         wrong = f'turn {number}: "tool_calls" is {kind(calls)}'
         _bad("invalid tool call", f"{wrong}; expected a list")
-    if message.get("function_call"):  # the older format: one call
-        calls = [*calls, {"function": message["function_call"]}]
+    old = message.get("function_call")  # the older format: one call
+    both = {
+        "tool_calls": _calls(calls, number),
+        "function_call": _calls([{"function": old}] if old else [], number),
+    }
+    filled = {key: found for key, found in both.items() if found}
+    return _agreed(filled, f"turn {number}: ", _without_ids) or []
+
+
+def _without_ids(calls: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+    """Return the names and arguments of calls; arguments as JSON text are parsed."""
+    found = []
+    for call in calls:
+        arguments = call["arguments"]
+        if isinstance(arguments, str):
+            with suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
+        found.append((call["name"], arguments))
+    return found
+
+
+def _calls(calls: list[Any], number: int) -> list[dict[str, Any]]:
+    """Return the calls of a list as objects; raises BadRecord."""
     found: list[dict[str, Any]] = []
     for call in calls:
         function = call.get("function", call) if isinstance(call, dict) else call

@@ -1,6 +1,8 @@
 """Which keys of a record are used, carry no meaning for training, or are lost."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 # Read by formats.py and sharegpt.py.
@@ -36,6 +38,27 @@ def unused_keys(record: Any) -> Iterator[str]:
 def is_meaningful(key: str) -> bool:
     """Return whether an unused key changes what the model should learn."""
     return key.rpartition(".")[2] in MEANINGFUL
+
+
+def reserved_names(arguments: Iterable[str]) -> list[str]:
+    """Return those of the names that cannot be arguments of a chat template, sorted."""
+    given = {*arguments}
+    return sorted(given & _reserved()) if given else []
+
+
+@cache
+def _reserved() -> frozenset[str]:
+    """Return what `apply_chat_template` takes itself, or passes to every template.
+
+    `documents` is allowed: templates for retrieval read it, and nothing else gives it.
+    """
+    from transformers import PreTrainedTokenizerBase  # slow, and most data has no arguments
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    taken = {"messages", *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES}
+    for function in (PreTrainedTokenizerBase.apply_chat_template, render_jinja_template):
+        taken |= {*inspect.signature(function).parameters}
+    return frozenset(taken - {"kwargs", "documents"})
 
 
 def _filled(holder: Any, used: set[str]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from data.dialogues.formats import (
     tools_of,
     turn_roles,
 )
-from data.dialogues.keys import is_meaningful, unused_keys
+from data.dialogues.keys import is_meaningful, reserved_names, unused_keys
 from data.errors import BadRecord, UserError
 from data.files.read import find_files, read_records
 
@@ -214,14 +214,23 @@ def _parse_record(record: Any, place: str, empty_answers: bool) -> tuple[Dialogu
             found = f'turn {number} is "{SHAREGPT[turn.role]}" after "{SHAREGPT[before.role]}"'
             expected = " or ".join(f'"{SHAREGPT[role]}"' for role in AFTER[before.role])
             _bad("turns do not alternate", f"{found}; expected {expected}")
+    arguments = arguments_of(record)
+    tools = tuple(tools_of(record).get("tools", ()))
+    identity = _id(record, place.rpartition(" ")[2])
+    return Dialogue(identity, with_tool_names(parsed), system, tools, arguments, place), skip
+
+
+def arguments_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record's own arguments of the chat template; raises BadRecord."""
     arguments = record.get("chat_template_kwargs") or {}
     if not isinstance(arguments, dict):
         found = f'"chat_template_kwargs" is {kind(arguments)}'
         _bad("template arguments are not an object", f"{found}; expected an object")
     check_json(arguments, '"chat_template_kwargs"')
-    tools = tuple(tools_of(record).get("tools", ()))
-    identity = _id(record, place.rpartition(" ")[2])
-    return Dialogue(identity, with_tool_names(parsed), system, tools, arguments, place), skip
+    if reserved := reserved_names(arguments):
+        found = f'"chat_template_kwargs" has {", ".join(reserved)}, which the trainer itself gives'
+        _bad("reserved template arguments", f"{found}; expected variables of the template's own")
+    return arguments
 
 
 def with_tool_names(turns: list[Turn]) -> tuple[Turn, ...]:
@@ -241,7 +250,7 @@ def with_tool_names(turns: list[Turn]) -> tuple[Turn, ...]:
 
 def parse_turn(turn: dict[str, Any], role: Role, number: int, empty_answers: bool) -> Turn:
     """Return a turn of a ShareGPT record; raises BadRecord."""
-    text, reasoning = turn["value"], reasoning_of(turn)
+    text, reasoning = turn["value"], reasoning_of(turn, number)
     given = calls_of(turn, number)
     calls = tuple(ToolCall(call["name"], call["arguments"], call.get("id")) for call in given)
     may_be_empty = role == "assistant" and (empty_answers or calls)

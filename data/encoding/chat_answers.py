@@ -20,12 +20,14 @@ from data.encoding.chat_template import (
     SWITCHES,
     TOOL,
     ChatTemplate,
+    Message,
     bad,
     common_prefix,
     contains,
     marked_message,
     messages_of,
     signature_of,
+    tools_named,
     with_arguments,
 )
 from data.encoding.control_tokens import unused_characters
@@ -38,6 +40,8 @@ MIN_HEADER = 8  # characters by which the header of an answer is found
 REMOVED = "answers whose reasoning the template removes"
 OTHERWISE = "answers that the template's {% generation %} marks otherwise"
 ALTERED = "answers of which the template removes text"
+UNDESCRIBED = "dialogues of which the template leaves out tool descriptions"
+OWN_ARGUMENTS = "dialogues whose chat_template_kwargs replace the flag's"
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,11 @@ def answers_of(
     multi_turn: None renders the dialogue once if that gives each answer the context in which it is
     generated, and otherwise once for each answer.
     """
-    template = with_arguments(template, dialogue.template_arguments)
-    return _Rendering(template, dialogue).examples(multi_turn)
+    own = dialogue.template_arguments
+    rendering = _Rendering(with_arguments(template, own), dialogue)
+    if any(own[name] != value for name, value in template.arguments.items() if name in own):
+        rendering.notes.append(OWN_ARGUMENTS)
+    return rendering.examples(multi_turn)
 
 
 def prompt_of(dialogue: Dialogue, template: ChatTemplate) -> Shown:
@@ -156,11 +163,13 @@ class _Rendering:
         """Raise BadRecord: generation would not start where the template's answer starts."""
         same, remedy = len(common_prefix(prompt, shown)), REMEDY
         for arguments in SWITCHES:
-            other = with_arguments(self.template, arguments, override=True)
+            other = with_arguments(self.template, arguments)
             with suppress(BadRecord):
                 start = other.render(self.messages[:number], self.tools, generation=True)
                 if other.render(self.messages[: number + 1], self.tools).startswith(start):
-                    remedy = f"Give --chat_template_kwargs '{json.dumps(arguments)}'"
+                    own = self.dialogue.template_arguments.keys() & arguments.keys()
+                    where = 'the record "chat_template_kwargs"' if own else "--chat_template_kwargs"
+                    remedy = f"Give {where} '{json.dumps(arguments)}'"
                     break
         bad(
             "opened otherwise than generated",
@@ -208,7 +217,10 @@ class _Rendering:
             self.notes.append(ALTERED)
 
     def check_shown(self, full: str) -> None:
-        """Raise BadRecord for a turn, tool call or tool definition that the template leaves out."""
+        """Raise BadRecord for a turn, tool call or tool definition that the template leaves out.
+
+        A tool that is shown without its description is counted.
+        """
         signature = tuple(map(signature_of, self.messages)), bool(self.tools)
         missing = self.template.remembered(("shown", signature), self._missing)
         if missing is None:  # The template refuses marks: look for the texts themselves.
@@ -225,6 +237,8 @@ class _Rendering:
         names = [str(tool.get("function", tool).get("name")) for tool in self.tools]
         if not missing and not all(contains(full, name) for name in names):
             missing = ["the tool definitions"]
+        if not all(_is_described(tool, full) for tool in self.tools):
+            self.notes.append(UNDESCRIBED)
         if missing:
             what = f"the chat template does not show {missing[0]}"
             bad("not shown by the chat template", f"{what}. {REMEDY}")
@@ -238,13 +252,26 @@ class _Rendering:
                 marked.append(changed)
                 turn = f"turn {number} ({message['role']})"
                 wanted += [(mark, f"{what}{turn}") for mark, what in marks.items()]
-            text = self.template.render(marked, [TOOL] if self.tools else [])
+            text = self._marked_text(marked)
         except (BadRecord, StopIteration):
             return None
         missing = [what for mark, what in wanted if not contains(text, mark)]
         if self.tools and TOOL["function"]["name"] not in text:
             missing.append("the tool definitions")
         return missing
+
+    def _marked_text(self, marked: list[Message]) -> str:
+        """Return the text of messages of marks; raises BadRecord.
+
+        If the template refuses calls of tools that are not among the given ones, these are.
+        """
+        tools = [TOOL] if self.tools else []
+        named = tools_named(marked)
+        if tools and named:
+            with suppress(BadRecord):
+                return self.template.render(marked, tools)
+            tools = [*tools, *named]
+        return self.template.render(marked, tools)
 
     def literal(self, text: str, stop: int | None, generation: bool = False) -> tuple[Span, ...]:
         """Return the spans of the text that are messages' own and look like control tokens.
@@ -311,6 +338,14 @@ class _Rendering:
         if reasoning and not contains(full[start:end], reasoning):
             self.notes.append(REMOVED)
         return Answer(number, start, end + closers.end(), (start, content), (end, end))
+
+
+def _is_described(tool: dict[str, Any], text: str) -> bool:
+    """Return whether the text holds the tool's description; templates may indent its lines."""
+    function = tool.get("function", tool)
+    description = function.get("description") if isinstance(function, dict) else None
+    lines = description.splitlines() if isinstance(description, str) else []
+    return all(contains(text, line) for line in lines)
 
 
 def _may_merge(text: str, place: int) -> bool:

@@ -133,11 +133,20 @@ class ChatTemplate:
         return bool(self.remembered(("reasoning", with_calls, with_tools), find))
 
     def _after_question(self, messages: Sequence[Message], tools: Any) -> str:
-        """Return the text of messages after a user's; with a system text if one is needed."""
+        """Return the text of messages after a user's; raises BadRecord.
+
+        With a system text if one is needed, and with definitions of the tools that the messages
+        name if the template refuses calls of others.
+        """
         asked = {"role": "user", "content": "\ue002"}
-        with suppress(BadRecord):
-            return self.render([asked, *messages], tools)
-        return self.render([{"role": "system", "content": "\ue007"}, asked, *messages], tools)
+        starts = [[asked], [{"role": "system", "content": "\ue007"}, asked]]
+        named = tools_named(messages)
+        given = [tools, [*tools, *named]] if tools and named else [tools]
+        *first, last = [(start, some) for some in given for start in starts]
+        for start, some in first:
+            with suppress(BadRecord):
+                return self.render([*start, *messages], some)
+        return self.render([*last[0], *messages], last[1])
 
     def takes_objects(self) -> bool:
         """Whether the template renders the arguments of a tool call from objects, not JSON text.
@@ -215,6 +224,14 @@ TOOL: dict[str, Any] = {
         },
     },
 }
+
+
+def tools_named(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return a tool definition for each name of a call or a result in the messages."""
+    calls = (call["function"]["name"] for one in messages for call in one.get("tool_calls", ()))
+    results = (one["name"] for one in messages if one["role"] == "tool" and one.get("name"))
+    names = dict.fromkeys((*calls, *results))
+    return [{**TOOL, "function": {**TOOL["function"], "name": name}} for name in names]
 
 
 def messages_of(dialogue: Dialogue, template: ChatTemplate) -> list[Message]:
@@ -304,20 +321,18 @@ def contains(text: str, part: str) -> bool:
     )
 
 
-def with_arguments(
-    template: ChatTemplate, arguments: dict[str, Any], override: bool = False
-) -> ChatTemplate:
-    """Return the template with more arguments; its own beat them unless `override`."""
+def with_arguments(template: ChatTemplate, arguments: dict[str, Any]) -> ChatTemplate:
+    """Return the template with more arguments, which replace its own of the same names."""
     if not arguments:
         return template
 
     def find() -> ChatTemplate:
         other = ChatTemplate.__new__(ChatTemplate)
         other.__dict__ |= {**vars(template), "known": {"parts": template.known["parts"]}}
-        other.arguments = {**arguments, **template.arguments, **(arguments if override else {})}
+        other.arguments = {**template.arguments, **arguments}
         return other
 
-    key = "arguments", json.dumps(arguments, sort_keys=True), override
+    key = "arguments", json.dumps(arguments, sort_keys=True)
     found: ChatTemplate = template.remembered(key, find)
     return found
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from data.dialogues.conversation import Dialogue, Turn
+from data.dialogues.keys import reserved_names
 from data.encoding.chat_answers import (
     Answer,
     MultiTurn,
@@ -45,7 +46,8 @@ class Rendered:
     text like a control token is only text. header: length of the t5 template's header in
     characters. cuts: places at which the text is tokenised apart, the ends of prompts. turn: index
     of the answer's message in a text for one answer. answers: supervised answers; ends: of each
-    that is trained to its end, the place of the end. notes: what the account counts.
+    that is trained to its end, the place of the end. notes: what the account counts. located: the
+    answers of a chat template with their parts.
     """
 
     text: str
@@ -58,6 +60,7 @@ class Rendered:
     answers: int = 0
     ends: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    located: tuple[Answer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,14 +153,21 @@ def template_arguments(given: str | None) -> str:
         return "{}"
     try:
         arguments = yaml.safe_load(given)
-        if isinstance(arguments, dict) and all(isinstance(key, str) for key in arguments):
-            return json.dumps(arguments, sort_keys=True)
+        text = json.dumps(arguments, sort_keys=True)
     except (yaml.YAMLError, TypeError, ValueError):
-        pass
-    raise UserError(
-        f"--chat_template_kwargs: found {given[:80]!r}; expected an object, such as "
-        "'{\"enable_thinking\": false}'."
-    )
+        arguments = None
+    if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
+        raise UserError(
+            f"--chat_template_kwargs: found {given[:80]!r}; expected an object, such as "
+            "'{\"enable_thinking\": false}'."
+        )
+    if reserved := reserved_names(arguments):
+        raise UserError(
+            f"--chat_template_kwargs: found {', '.join(reserved)}, which the trainer itself gives "
+            "to the chat template; expected variables of the template's own, such as "
+            f"enable_thinking. Leave {', '.join(reserved)} out."
+        )
+    return text
 
 
 def chat_template(tokenizer: Any, settings: RenderSettings = DEFAULT) -> ChatTemplate:
@@ -190,6 +200,7 @@ def _supervise(shown: Shown, settings: RenderSettings, each: bool) -> Rendered:
         answers=len(spans),
         ends=tuple(ends),
         notes=shown.notes,
+        located=shown.answers,
     )
 
 

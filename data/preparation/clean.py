@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,8 @@ def clean(settings: Settings, record: Any, place: str) -> Result:
         digests.append(("duplicate id", digest(["id", identity])))
     if "content" in settings.rules:
         content = [part for turn in turns for part in (speaker(turn), turn["value"])]
-        more = [record.get("tools"), *map(reasoning_of, turns), *map(calls_of, turns, count())]
+        parts = (map(of, turns, count()) for of in (reasoning_of, calls_of))
+        more = [record.get("tools"), *chain(*parts)]
         content += [json.dumps(more)] if any(more) else []
         digests.append(("duplicate content", digest(content)))
     return Result(

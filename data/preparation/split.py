@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from data.dialogues.conversation import Dialogue, Role, share_of
 from data.dialogues.formats import ROLES, as_sharegpt, turn_roles
-from data.dialogues.sharegpt import Tally, parse_turn, with_tool_names
+from data.dialogues.sharegpt import Tally, arguments_of, parse_turn, with_tool_names
 from data.encoding.encoder import Encoder
 from data.encoding.seq2seq import NO_LIMIT, encode_pairs
 from data.encoding.templates import DEFAULT, RenderSettings, TemplateName, render, render_text
@@ -132,7 +132,7 @@ def split(settings: Settings, record: Any, place: str) -> Result:
     settings = replace(
         settings,
         tools=json.dumps(record.get("tools") or []),
-        own_arguments=json.dumps(record.get("chat_template_kwargs") or {}),
+        own_arguments=json.dumps(arguments_of(record)),
     )
     for first, end in _pieces(settings, system, [turns for _, turns in rounds]):
         start, turns = rounds[first][0], [turn for _, some in rounds[first:end] for turn in some]

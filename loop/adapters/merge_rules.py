@@ -146,7 +146,7 @@ def _change(
             f"--adapter {folder}: {name}, a {type(module).__name__}, has {', '.join(sorted(kinds))}"
             "; expected LoRA's pair on a linear layer or an embedding. Use the adapter unmerged."
         )
-    alpha = config["alpha_pattern"] or {}
+    alpha = config.get("alpha_pattern") or {}
     alpha = alpha.get(get_pattern_key([*alpha], name), config["lora_alpha"])
     rank = len(a)
     scale = alpha / (sqrt(rank) if config.get("use_rslora") else rank)

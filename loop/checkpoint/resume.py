@@ -1,9 +1,6 @@
 """Finds the point where a run starts: step 0, or a checkpoint chosen by rank 0."""
 
-import dataclasses
 import datetime
-import hashlib
-import json
 import math
 import shutil
 from dataclasses import dataclass, field
@@ -13,12 +10,12 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
-from transformers.utils import cached_file
 
 from data.errors import UserError
 from loop.checkpoint import storage
+from loop.checkpoint.identity import run_facts
 from loop.checkpoint.storage import Checkpoint, CorruptCheckpoint
-from loop.config.flags import Config, names_of
+from loop.config.flags import Config
 from loop.config.load import with_current_names, with_new_flags
 from loop.config.parser import FALSE, TRUE
 from loop.distributed import optimizer_state
@@ -26,67 +23,8 @@ from loop.distributed.accelerator import raise_on_all_ranks
 from loop.distributed.layout import Layout
 from loop.distributed.signals import is_restart, record_launch
 from loop.inputs.training_data import TrainingData
-from loop.model.base import tokenizer_sha256
 from loop.monitor.history import PriorRun
 from loop.utils import Tensors, shapes
-
-SAMPLE_BYTES = 1 << 16  # of a weights file, hashed at three places
-
-
-def run_facts(config: Config, data: TrainingData, global_batch_size: int) -> dict[str, Any]:
-    """Return the facts that determine the result; their names are shown in error messages."""
-    template = data.base.tokenizer.chat_template if data.base.template == "chat" else ""
-    return {
-        "data (SHA-256)": data.sha256,
-        "base model (sampled SHA-256)": _weights(data.base.name, "config.json", config),
-        "--lora_weight_path (sampled SHA-256)": config.lora_weight_path
-        and _weights(config.lora_weight_path, "adapter_config.json", config),
-        "tokenizer (SHA-256)": tokenizer_sha256(data.base.tokenizer),
-        "template": f"{data.base.template} {_sha256(str(template))[:12]}",
-        "examples": len(data.examples),
-        "examples a step": global_batch_size,
-        **{f"--{name}": value for name, value in _plain(_result_settings(config)).items()},
-    }
-
-
-def _result_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that determine the result. Those that only split the work are omitted."""
-    names = {*names_of(affects="encoding"), *names_of(affects="result")}
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k in names}
-    return {"precision": config.precision, **settings}
-
-
-def _weights(base: str, settings: str, config: Config) -> str:
-    """Return a hash of the settings file, and of each weights file's size, start, middle and end.
-
-    A hash of everything would take minutes for a large model, and another model of the same shape
-    differs in every sample. For a model from the hub, return its name and commit instead.
-    """
-    folder, hub = Path(base), {"cache_dir": config.cache_dir}
-    if not folder.is_dir():
-        return f"{base} {Path(str(cached_file(base, settings, **hub))).parent.name}"
-    digest = hashlib.sha256((folder / settings).read_bytes())
-    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
-    weights = [file for pattern in patterns for file in folder.glob(pattern)]
-    for file in sorted(weights):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as opened:
-            for start in (0, size // 2, max(0, size - SAMPLE_BYTES)):
-                opened.seek(start)
-                digest.update(opened.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values as they are after a round trip through JSON."""
-    plain: dict[str, Any] = json.loads(json.dumps(values))
-    return plain
-
 
 FRESH: dict[str, Any] = {"step": 0}
 
@@ -255,10 +193,12 @@ def _check_facts(
             f"{checkpoint.folder}: found {checkpoint.step} steps done; expected at most the "
             f"{layout.total_steps} of this run. Give a larger --max_steps, or an older checkpoint."
         )
+    # A checkpoint that was saved before a fact was recorded says nothing about it.
+    known = {name: value for name, value in facts.items() if name in old or name[:2] == "--"}
     changed = [
-        f"{name} was {_short(old.get(name))}, is {_short(facts.get(name))}"
-        for name in {**old, **facts}
-        if old.get(name) != facts.get(name)
+        f"{name} was {_short(old.get(name))}, is {_short(known.get(name))}"
+        for name in {**old, **known}
+        if old.get(name) != known.get(name)
     ]
     if changed and config.allow_resume_mismatch:
         for line in changed:

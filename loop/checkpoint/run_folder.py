@@ -22,7 +22,7 @@ from loop.config.parser import TRUE
 from loop.distributed.accelerator import raise_on_all_ranks
 from loop.distributed.layout import Layout, global_batch_size
 from loop.distributed.signals import LAUNCH_FILE, is_restart
-from loop.inputs.training_data import TrainingData, data_sha256
+from loop.inputs.training_data import TrainingData, data_sha256, data_sources
 from loop.model import new_tokens
 from loop.monitor.plots import draw_at_end
 from loop.utils import save_adapter, shapes, trained_parameters, write_json
@@ -58,6 +58,8 @@ def is_finished(config: Config) -> bool:
         values |= {key: _resolved(values.get(key)) for key in names_of(finished_check="path")}
     settings |= {name: state.get(name) for name in ("data_sha256", "chat_template_sha256")}
     now |= {"data_sha256": data_sha256(config), "chat_template_sha256": _template(config)}
+    if "data_sources" in state:  # Earlier versions did not record them.
+        settings["data_sources"], now["data_sources"] = state["data_sources"], data_sources(config)
     settings["examples a step"] = state.get("global_batch_size")
     now["examples a step"] = global_batch_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     changed = [
@@ -167,6 +169,7 @@ def save_run(
         "finished": True,
         "max_steps": layout.total_steps,
         "data_sha256": data.sha256,
+        "data_sources": data_sources(config),
         "chat_template_sha256": _template(config),
         "global_batch_size": global_batch_size(config, accelerator.num_processes),
         **result,

@@ -1,7 +1,6 @@
 """Writes checkpoints in a background thread, and stops all ranks after the same step."""
 
 import datetime
-import json
 import platform
 import signal
 import threading
@@ -30,7 +29,7 @@ from loop.distributed.signals import STOP_SIGNALS, launcher_asks
 from loop.inputs.windows import Window
 from loop.monitor.logger import Tracker
 from loop.monitor.summary import how_to_resume
-from loop.utils import file_name, trained_parameters
+from loop.utils import adapter_settings, file_name, trained_parameters
 
 # Kinds of a rank's request; the greatest of all ranks is carried out. After ASKED (a STOP file, or
 # launch.sh itself was stopped), launch.sh --until-done does not launch again.
@@ -249,11 +248,7 @@ class Saver:
             "facts": self.start.facts,
         }
         adapter = {file_name(name): tensor for name, tensor in adapter.items()}
-        adapter_config = json.loads(
-            json.dumps(model.peft_config["default"].to_dict(), default=sorted)
-        )
-        adapter_config["inference_mode"] = True
-        snapshot = Snapshot(adapter, moments, adapter_config, progress, manifest)
+        snapshot = Snapshot(adapter, moments, adapter_settings(model), progress, manifest)
         self.writer = threading.Thread(target=self._write, args=(snapshot,))
         self.writer.start()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 
+from data.errors import UserError
 from loop.config.flags import ROOT, Config
 
 # Packages whose versions are checked and reported, from the bottom of the stack up.
@@ -120,6 +121,7 @@ def problems(config: Config, stage: int | None = None) -> Iterator[str]:
     """Yield every error. stage: the ZeRO stage; 0 without DeepSpeed; None before the launch."""
     yield from outdated(CORE)
     yield from missing(config, stage)
+    yield from invalid_template_arguments(config)
     yield from backend_conflicts(config, stage)
     # Only rank 0 reads prompts and writes.
     if os.environ.get("RANK", "0") == "0":
@@ -146,6 +148,14 @@ def missing(config: Config, stage: int | None) -> Iterator[str]:
                 f"{needed_by[name]}: the package {name} is not installed. Install it: pip install "
                 f"{package}{alternatives.get(name, '')}."
             )
+
+
+def invalid_template_arguments(config: Config) -> Iterator[str]:
+    """Yield the error of --chat_template_kwargs that are no object or have a reserved name."""
+    try:
+        _ = config.rendering
+    except UserError as error:
+        yield str(error)
 
 
 def backend_conflicts(config: Config, stage: int | None) -> Iterator[str]:

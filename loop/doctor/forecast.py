@@ -9,7 +9,8 @@ from data.batching.balance import ExampleBatch, assign_micro_batches
 from data.batching.shared_prefix import row_segments
 from data.errors import UserError
 from loop.checkpoint import storage
-from loop.checkpoint.resume import find_checkpoint, run_facts
+from loop.checkpoint.identity import run_facts
+from loop.checkpoint.resume import find_checkpoint
 from loop.checkpoint.saver import planned_saves
 from loop.config.flags import Config
 from loop.config.preflight import MIN_ADAPTER_BYTES, base_copy, free_room

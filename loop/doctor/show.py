@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,13 @@ from data.files.atomic_write import check_output, place_of, written_whole
 from loop.config.flags import Config
 from loop.config.load import read_config
 from loop.config.parser import File, flag
-from loop.inputs.training_data import TrainingData, read_training_data
-from loop.monitor.formatting import GREEN, PLAIN, in_colour
+from loop.doctor.answer_parts import Part, with_parts
+from loop.doctor.show_turn import examples_of_turn
+from loop.inputs.training_data import read_training_data
+from loop.model.base import BaseModel, read_base_model
+from loop.monitor.formatting import CYAN, GREEN, PLAIN, YELLOW, in_colour
 
+COLOURS: dict[Part, str] = {"reasoning": YELLOW, "tool calls": CYAN, "answer": GREEN}
 CONTEXT_TOKENS = 4  # decoded before a token, whose leading space depends on them
 MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has at most 4 bytes; each may be a token
 REPLACEMENT_CHARACTER = "\ufffd"
@@ -113,6 +117,12 @@ class ShowConfig(Config):
     """The settings of training, and the format of the output."""
 
     jsonl: bool = flag(False, "print a JSON object per example: id, input_ids, labels", "show")
+    turn: int | None = flag(
+        None,
+        "show one answer after its generation prompt, as --multi_turn each makes it: the index of "
+        "its message; none: show all",
+        "show",
+    )
     html: File | None = flag(None, "write an HTML page with all tokens and ids", "show")
 
 
@@ -120,33 +130,52 @@ def main(argv: Sequence[str]) -> None:
     """Print every example to stdout, and the counts of the records to stderr."""
     config = read_config(argv, ShowConfig, __doc__ or "")
     _check_page(config)
-    data = read_training_data(config)
-    examples = data.examples
+    turn = config.turn
+    if turn is None:
+        data = read_training_data(config)
+        examples: Sequence[Example] = data.examples
+        base, source = data.base, data.source
+        account = _account(str(data), examples)
+    else:
+        config = replace(config, multi_turn="each")
+        base, source = read_base_model(config), f"turn {turn}"
+        examples = [*examples_of_turn(config, base, turn)]
+        account = _account(f"turn {turn}: {len(examples):,} answers", examples)
     if config.html:
-        account, place = _account(data), Path(config.html).expanduser()
+        place = Path(config.html).expanduser()
         with (
             written_whole(place, "--html") as partial,
             open(partial, "w", encoding="utf-8") as page,
         ):
-            page.writelines(as_page(examples, data.base.tokenizer, data.source))
+            page.writelines(as_page(examples, base.tokenizer, source))
             page.write(page_end(account))
         print(account, file=sys.stderr)
         return
-    colour = in_colour()
     try:
-        for _, group in groupby(examples, key=lambda example: example.record):
-            dialogue = [*group]
-            if config.jsonl:
-                parts = [dialogue] if dialogue[0].turn is None else [[one] for one in dialogue]
-                print("\n".join(map(as_json, parts)))
-                continue
-            for example in dialogue:
-                print(as_text(example, data.base.tokenizer, colour))
+        for text in _printed(config, base, examples):
+            print(text)
         sys.stdout.flush()
     except BrokenPipeError:  # `show | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    print(_account(data), file=sys.stderr)
+    print(account, file=sys.stderr)
+
+
+def _printed(config: ShowConfig, base: BaseModel, examples: Sequence[Example]) -> Iterator[str]:
+    """Yield the texts to print: JSON, or decoded examples, in colour after a legend."""
+    if config.jsonl:
+        for _, group in groupby(examples, key=lambda example: example.record):
+            dialogue = [*group]
+            parts = [dialogue] if dialogue[0].turn is None else [[one] for one in dialogue]
+            yield from map(as_json, parts)
+    elif in_colour() and base.template == "chat":
+        legend = ", ".join(f"{colour}{part}{PLAIN}" for part, colour in COLOURS.items())
+        yield f"supervised: {legend}"
+        for example, parts_of_tokens in with_parts(config, base, examples):
+            yield as_text(example, base.tokenizer, True, parts_of_tokens)
+    else:
+        colour = in_colour()
+        yield from (as_text(example, base.tokenizer, colour) for example in examples)
 
 
 def _check_page(config: ShowConfig) -> None:
@@ -159,11 +188,11 @@ def _check_page(config: ShowConfig) -> None:
     check_output("--html", Path(config.html).expanduser(), dict.fromkeys(data, "the data"))
 
 
-def _account(data: TrainingData) -> str:
-    tokens = sum(example.tokens for example in data.examples)
-    supervised = sum(example.supervised_tokens for example in data.examples)
+def _account(counts: str, examples: Sequence[Example]) -> str:
+    tokens = sum(example.tokens for example in examples)
+    supervised = sum(example.supervised_tokens for example in examples)
     share = f"{supervised:,} of {tokens:,} tokens supervised ({100 * supervised / tokens:.1f} %)"
-    return f"{data}; {share}"
+    return f"{counts}; {share}"
 
 
 def as_json(dialogue: Sequence[Example]) -> str:
@@ -174,8 +203,12 @@ def as_json(dialogue: Sequence[Example]) -> str:
     return json.dumps({"id": dialogue[0].id, **turn, **fields}, ensure_ascii=False)
 
 
-def as_text(example: Example, tokenizer: Any, colour: bool) -> str:
+def as_text(
+    example: Example, tokenizer: Any, colour: bool, parts: Sequence[Part] | None = None
+) -> str:
     """Return the decoded example; supervised tokens are green, or in brackets without colour.
+
+    parts: of each token, whose colours then replace green.
 
     Each run of tokens is decoded together with the tokens before it, since a run decoded alone
     would lose its leading space. A pair has two lines: its source, and its supervised target.
@@ -189,10 +222,12 @@ def as_text(example: Example, tokenizer: Any, colour: bool) -> str:
         return f"--- {example.id}\n{source}\n{before}{target}{after}"
     turn = "" if example.turn is None else f" turn {example.turn}"
     text, end, decoded = f"--- {example.id}{turn}\n", 0, ""
-    for supervised, run in groupby(example.labels, key=lambda label: label != IGNORE_INDEX):
+    parts = parts or ["context" if one == IGNORE_INDEX else "answer" for one in example.labels]
+    for part, run in groupby(parts):
         end += len(list(run))
         longer = tokenizer.decode(example.input_ids[:end], clean_up_tokenization_spaces=False)
         piece = longer[len(decoded) :]
-        text += f"{before}{piece}{after}" if supervised else piece
+        start = COLOURS[part] if colour and part != "context" else before
+        text += piece if part == "context" else f"{start}{piece}{after}"
         decoded = longer
     return text

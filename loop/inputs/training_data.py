@@ -50,6 +50,15 @@ def data_sha256(config: Config) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(str(hashes).encode()).hexdigest()
 
 
+def data_sources(config: Config) -> list[list[float]]:
+    """Return [number of files, weight] of each data source.
+
+    Together with the hash they identify the data: `folder:0.5` takes half of each file, and
+    `folder/a.json folder/b.json:0.5` half of the last one.
+    """
+    return [[len(files_of(source, config.cache_dir)), source.weight] for source in config.sources]
+
+
 def _data_names(config: Config) -> str:
     """Return the names of the data sources for display."""
     return ", ".join(map(display_path, config.data_path or [DUMMY_DATA]))
@@ -190,6 +199,7 @@ def _encode_or_read_cache(config: Config, base: BaseModel, sha256: str) -> Examp
     template, tokenizer = base.template, base.tokenizer
     key = {
         "data": sha256,
+        "sources": data_sources(config),
         "tokenizer": tokenizer_sha256(tokenizer),
         "template": f"{template} {tokenizer.chat_template if template == 'chat' else ''}",
         **{f"--{name}": getattr(config, name) for name in names_of(affects="encoding")},
@@ -231,11 +241,11 @@ def _encoder(config: Config, base: BaseModel) -> Encode:
 
 def _with_progress_bar(config: Config, template: TemplateName, tally: Tally) -> Iterator[Dialogue]:
     """Yield the selected dialogues, with a progress bar on rank 0."""
-    selected = _select_dialogues(config, template == "t5", tally)
+    selected = select_dialogues(config, template == "t5", tally)
     return iter(tqdm(selected, "encoding", unit=" dialogues", disable=None if is_rank0() else True))
 
 
-def _select_dialogues(config: Config, empty_answers: bool, tally: Tally) -> Iterator[Dialogue]:
+def select_dialogues(config: Config, empty_answers: bool, tally: Tally) -> Iterator[Dialogue]:
     """Yield the dialogues of all sources, or a random selection of --num_data dialogues."""
     selected = None
     if config.num_data >= 0:

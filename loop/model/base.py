@@ -185,10 +185,24 @@ def meta_model(base: str, base_config: Any, trust_remote_code: bool) -> Any:
     """Return the base model on the meta device, which has no weights; raises UserError."""
     import torch
 
-    with as_user_error(base), torch.device("meta"):
+    with as_user_error(base), _without_zero3(), torch.device("meta"):
         return model_class(base_config).from_config(
             base_config, trust_remote_code=trust_remote_code
         )
+
+
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """Build a model as without ZeRO-3, whose partitions cannot be taken of the meta device."""
+    # transformers 5.23, integrations/deepspeed.py: the reference enables ZeRO-3 in from_config.
+    from transformers.integrations import deepspeed
+
+    enabled = getattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = enabled
 
 
 def check_experts(base: str, base_config: Any, config: Config) -> None:

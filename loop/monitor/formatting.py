@@ -9,6 +9,7 @@ from dataclasses import dataclass
 GIB = 2**30
 LINE_WIDTH, LABEL_WIDTH, WIDTH = 100, 16, 56  # columns of a line, its label, and a curve
 BOLD, GREEN, PLAIN = "\033[1m", "\033[32m", "\033[0m"
+YELLOW, CYAN = "\033[33m", "\033[36m"
 BARS = " ▁▂▃▄▅▆▇█"
 
 

@@ -10,18 +10,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from benchmarks.peers.environments import is_made, peer_python
 from data.errors import RunError, UserError
 from loop.checkpoint.run_folder import is_finished
 from loop.config.flags import Config
 from loop.config.load import read_config
 from loop.model.bundled_model import embedded_model
-from loop.utils import _check_saved
-from tests.support.helpers import adapter_of, log_of, write_dialogues
+from loop.utils import COMMON_KEYS, _check_saved
+from tests.support.helpers import adapter_of, command, log_of, write_dialogues
 
 Train = Callable[..., Path]
 
@@ -228,6 +229,65 @@ def test_an_incorrectly_saved_adapter_is_an_error(train: Train) -> None:
         save_file(wrong, file)
         with pytest.raises(RuntimeError, match=complaint):
             _check_saved(load_file(file), shapes, file)
+
+
+def test_modules_that_got_no_gradient_are_named(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = train("run") / "adapter_model.safetensors"
+    saved = load_file(file)
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    capsys.readouterr()
+    _check_saved(saved, shapes, file)
+    assert capsys.readouterr().out == ""
+    name = next(name for name in saved if "lora_B" in name)
+    _check_saved({**saved, name: torch.zeros_like(saved[name])}, shapes, file)
+    assert f"got no gradient, so they are as in the base model: {name[:40]}" in (
+        capsys.readouterr().out
+    )
+
+
+def test_adapter_config_has_common_keys_and_what_is_not_a_default(
+    train: Train, tiny_model: Path
+) -> None:
+    folder = train("run")
+    found = json.loads((folder / "adapter_config.json").read_text())
+    assert {*found} == COMMON_KEYS
+    checkpoint = next(folder.glob("checkpoint-*"))
+    assert json.loads((checkpoint / "adapter_config.json").read_text()) == found
+    loaded = LoraConfig.from_pretrained(str(folder))
+    assert (loaded.r, loaded.lora_alpha, loaded.inference_mode) == (8, 16, True)
+
+
+# The tiny model's tokenizer has no slow version, which FastChat asks for and only copies.
+FASTCHAT = """
+import sys
+from types import SimpleNamespace
+from fastchat.model import apply_lora
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base, adapter, target = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base)
+PeftModel.from_pretrained(model, adapter)
+tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
+apply_lora.AutoTokenizer = SimpleNamespace(from_pretrained=lambda *_, **__: tokenizer)
+apply_lora.apply_lora(base, target, adapter)
+AutoModelForCausalLM.from_pretrained(target)
+print("loaded")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not is_made("fastchat"), reason="benchmarks/peers/environments.py fastchat was never run"
+)
+def test_fastchats_environment_loads_and_applies_the_adapter(
+    train: Train, tiny_model: Path, tmp_path: Path
+) -> None:
+    words = ["-c", FASTCHAT, tiny_model, train("run"), tmp_path / "merged"]
+    done = command(peer_python("fastchat"), *words)
+    assert "loaded" in done.stdout, done.stderr[-2000:]
 
 
 def test_a_finished_run_is_recognised_and_other_settings_are_refused(train: Train) -> None:

@@ -11,8 +11,10 @@ from pyarrow import parquet
 from data.dialogues.conversation import Dialogue, ToolCall, Turn
 from data.dialogues.formats import to_messages
 from data.dialogues.sharegpt import Tally, dialogues_of, read_dialogues
-from data.errors import UserError
+from data.encoding.templates import template_arguments
+from data.errors import BadRecord, UserError
 from data.preparation import clean, convert, split
+from loop.config import preflight
 from loop.config.flags import Config
 from loop.inputs.training_data import read_training_data
 from tests.support.chat_templates import CASES, LOOKUP
@@ -104,6 +106,9 @@ def test_arguments_that_arrow_filled_with_null_are_not_invented(tmp_path: Path) 
         ({"tool_calls": 3}, '"tool_calls" is a number; expected a list'),
         ({"tool_calls": [{"x": 1}]}, "a tool call is an object; expected an object that names"),
         ({"content": [{"type": "image_url"}]}, "has a part 'image_url'; expected text alone"),
+        ({"content": [{"type": "input_audio", "text": ""}]}, "has a part 'input_audio'"),
+        ({"content": [{"type": "text", "text": "a", "image": "b"}]}, "has a part 'image'"),
+        ({"content": [{"file": "a.pdf"}]}, "has a part 'file'; expected text alone"),
         ({"content": "a", "reasoning": ["b"]}, '"reasoning" is a list; expected a string'),
         ({"content": "a", "reasoning": "\ud800"}, "has half a surrogate pair"),
         ({"content": "a", "weight": 0.5}, 'found "weight" 0.5'),
@@ -116,6 +121,105 @@ def test_what_cannot_be_used_is_a_bad_record(answer: dict[str, Any], message: st
     with pytest.raises(UserError, match=r"f\.json: record 0: ") as refused:
         read(messages({"role": "assistant", "content": None, **answer}))
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("part", [
+    {"type": "text", "text": "So."}, {"type": "input_text", "text": "So."},
+    {"type": "output_text", "text": "So.", "annotations": []}, {"text": "So."},
+    {"type": "text", "text": "So.", "image_url": None},
+])  # fmt: skip
+def test_parts_of_text_are_text_under_each_of_their_types(part: dict[str, Any]) -> None:
+    dialogue = read(messages({"role": "assistant", "content": [part, part]}))
+    assert dialogue.turns[1].text == "So.So."
+
+
+NAMED = {"name": "lookup", "arguments": '{"city": "Rome"}'}
+OTHER = {"name": "lookup", "arguments": {"city": "Bonn"}}
+BOTH = [
+    ({"reasoning_content": "A."}, {"thinking": "A."}, {"thinking": "B."}),
+    ({"reasoning_content": "A."}, {"reasoning": "A."}, {"reasoning": "B."}),
+    ({"reasoning": "A."}, {"thinking": "A."}, {"thinking": "B."}),
+    ({"tool_calls": [CALL]}, {"function_call": NAMED}, {"function_call": OTHER}),
+]
+
+
+@pytest.mark.parametrize(("first", "equal", "other"), BOTH)
+def test_two_keys_of_a_turn_for_one_thing_hold_the_same_or_are_a_bad_record(
+    first: dict[str, Any], equal: dict[str, Any], other: dict[str, Any]
+) -> None:
+    answer = {"role": "assistant", "content": "So.", **first}
+    alone = read(messages(answer)).turns
+    assert read(messages({**answer, **equal})).turns == alone
+    (one,), (two,) = first, other
+    differ = f'turn 1: "{one}" and "{two}" differ; expected one of them'
+    sharegpt = {"from": "gpt", "value": "So.", **first, **other}
+    turns = [{"from": "human", "value": "Weather?"}, sharegpt]
+    for record in (messages({**answer, **other}), {"conversations": turns}):
+        with pytest.raises(UserError, match=differ):
+            read(record)
+        tally = Tally()
+        assert not [*dialogues_of([(record, "f.json: record 0")], tally, "skip")]
+        assert tally.dropped == {"two keys differ": 1}
+
+
+def test_tools_and_functions_hold_the_same_or_are_a_bad_record() -> None:
+    answer, other = {"role": "assistant", "content": "So."}, {"name": "search"}
+    both = messages(answer, tools=json.dumps([LOOKUP]), functions=[LOOKUP["function"]])
+    assert read(both).tools == (LOOKUP,)
+    assert read(messages(answer, tools="[]", functions=[LOOKUP])).tools == (LOOKUP,)
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "So."}]
+    for record in ({"messages": [ASKED, answer]}, {"conversations": turns},
+                   {"instruction": "Hi", "output": "So."}):  # fmt: skip
+        with pytest.raises(UserError, match='"tools" and "functions" differ; expected one'):
+            read({**record, "tools": [LOOKUP], "functions": [other]})
+
+
+def test_the_text_of_a_function_call_turn_and_its_keys_do_not_differ() -> None:
+    value = f"<think>A.</think>{json.dumps(NAMED)}"
+    for more, differ in (
+        ({"tool_calls": [CALL], "reasoning": "A."}, ""),
+        ({"tool_calls": [OTHER]}, '"value" and "tool_calls" differ'),
+        ({"thinking": "B."}, '"value" and "reasoning" differ'),
+    ):
+        turn = {"from": "function_call", "value": value, **more}
+        record = {"conversations": [{"from": "human", "value": "Hi"}, turn]}
+        if not differ:
+            assert read(record).turns[1].reasoning == "A."
+            continue
+        with pytest.raises(UserError, match=differ):
+            read(record)
+
+
+RESERVED = [
+    *("tokenize", "add_generation_prompt", "messages", "conversation", "tools", "return_dict"),
+    *("chat_template", "continue_final_message", "padding", "truncation", "max_length"),
+    *("return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs", "eos_token"),
+]
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_a_reserved_template_argument_is_refused_in_the_flag_and_in_a_record(name: str) -> None:
+    given = {name: True, "enable_thinking": False}
+    remedy = f"found {name}, which the trainer itself gives.* Leave {name} out"
+    with pytest.raises(UserError, match=remedy):
+        template_arguments(json.dumps(given))
+    (problem,) = preflight.problems(Config("model", chat_template_kwargs=json.dumps(given)))
+    assert problem.startswith(f"--chat_template_kwargs: found {name}, ")
+    record = messages({"role": "assistant", "content": "So."}, chat_template_kwargs=given)
+    with pytest.raises(UserError, match=f'"chat_template_kwargs" has {name}, which'):
+        read(record)
+    tally = Tally()
+    assert not [*dialogues_of([(record, "f.json: record 0")], tally, "skip")]
+    assert tally.dropped == {"reserved template arguments": 1}
+    with pytest.raises(BadRecord, match=f'"chat_template_kwargs" has {name}, which'):
+        split.split(split.Settings("model", "chat", 99, "drop", 0.0), record, "f.json: record 0")
+
+
+def test_documents_and_a_templates_own_variables_are_arguments() -> None:
+    given = {"documents": [{"title": "A", "text": "B"}], "enable_thinking": False}
+    assert json.loads(template_arguments(json.dumps(given))) == given
+    record = messages({"role": "assistant", "content": "So."}, chat_template_kwargs=given)
+    assert read(record).template_arguments == given
 
 
 def test_keys_that_are_not_used_stand_in_the_account_and_lost_meaning_ends_the_run(

@@ -8,21 +8,10 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from tests.support.architectures import Outcome, outcome_of
-from tests.support.tiny_models import architectures, tiny_config
+from tests.support.architectures import REASONS, Outcome, outcome_of, outcomes, reason_of
+from tests.support.target_table import PAGE, layout_table
+from tests.support.tiny_models import tiny_config
 
-REASONS = {
-    "tokens attend to later ones": "attend to later ones",
-    "states depend on the length": "depend on the number of tokens",
-    "not a text model": "does not load as",
-    "its own forward pass fails": "cannot run",
-}
-# Models that cannot be built in a tiny shape here, with the reason.
-UNBUILT = {
-    "gemma3n": "needs timm",
-    "gemma4_assistant": "an assistant of another model",
-    "gemma4_unified_assistant": "an assistant of another model",
-}
 SIZES = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 ORIGINAL = {"rope_theta": 1e4, "original_max_position_embeddings": 64}
@@ -32,26 +21,14 @@ MINIMUM = 185  # of the entries in transformers 5.23's two mappings
 
 @pytest.mark.slow
 def test_every_architecture_trains_right_or_is_refused_with_the_reason() -> None:
-    outcomes: dict[str, Outcome] = {}
-    for model_type, tasks in architectures().items():
-        for task in tasks:
-            if model_type in UNBUILT:
-                continue
-            config = tiny_config(model_type)
-            if task == "causal" and len(tasks) == 2:
-                config.is_encoder_decoder, config.is_decoder = False, True
-            outcomes[f"{model_type} {task}"] = outcome_of(config)
-    wrong = {name: found for name, found in outcomes.items() if found.result == "wrong"}
-    assert not wrong
-    reasons = Counter(
-        next((reason for reason, text in REASONS.items() if text in found.reason), found.reason)
-        for found in outcomes.values()
-        if found.result == "refused"
-    )
-    right = sum(found.result == "right" for found in outcomes.values())
-    print(f"{right} right of {len(outcomes)}; refused: {dict(reasons)}")
+    found = outcomes()
+    assert not {name: one for name, one in found.items() if one.result == "wrong"}
+    reasons = Counter(reason_of(one) for one in found.values() if one.result == "refused")
+    right = sum(one.result == "right" for one in found.values())
+    print(f"{right} right of {len(found)}; refused: {dict(reasons)}")
     assert {*reasons} <= {*REASONS}
     assert right >= MINIMUM
+    assert layout_table(found) in PAGE.read_text(encoding="utf-8")
 
 
 def llama(rope: dict[str, Any], positions: int = 512) -> Any:

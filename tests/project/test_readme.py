@@ -13,11 +13,12 @@ from loop.adapters.chat import ChatConfig
 from loop.adapters.merge import MergeConfig
 from loop.config.flags import Config
 from loop.doctor.flags import DoctorConfig
+from loop.doctor.show import ShowConfig
 from tests.support.helpers import ROOT, command, launch, write_dialogues
 
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-CONFIGS = {"train": Config, "show": Config, "chat": ChatConfig, "merge": MergeConfig}
+CONFIGS = {"train": Config, "show": ShowConfig, "chat": ChatConfig, "merge": MergeConfig}
 CONFIGS |= {"doctor": DoctorConfig}
 OWN_FLAGS = {"--config", "--help"}
 
@@ -144,7 +145,8 @@ def test_the_commands_that_prepare_data_run_one_after_the_other(
 
 
 def test_the_show_command_runs(chat_model: Path) -> None:
-    show = command_of(ROOT / "docs/data.md", "python -m loop show")
+    data = "python -m loop show --data_path data/dummy_conversation.json"
+    show = command_of(ROOT / "docs/data.md", f"{data} |")
     done = command("bash", "-c", f"set -o pipefail; {show}")
     assert done.returncode == 0, done.stderr
     assert "⟦" in done.stdout

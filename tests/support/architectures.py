@@ -21,10 +21,22 @@ from loop.model.base import BaseModel, check_architecture, model_class
 from loop.model.packed_attention import can_pack, implementation
 from loop.training.loss import supervised_loss_sum
 from loop.training.model_check import LAYOUTS, check_model
-from tests.support.tiny_models import VOCABULARY
+from tests.support.tiny_models import VOCABULARY, architectures, tiny_config
 
 LENGTHS = (23, 41, 12, 97, 120, 35)  # some are longer than the windows of the tiny models
 SCALE = 3.0  # of random weights, so that a token depends visibly on the others
+REASONS = {
+    "tokens attend to later ones": "attend to later ones",
+    "hidden states depend on the number of tokens": "depend on the number of tokens",
+    "not loaded as a text model": "does not load as",
+    "its own forward pass fails": "cannot run",
+}
+# Models that cannot be built in a tiny shape here, with the reason.
+UNBUILT = {
+    "gemma3n": "needs timm",
+    "gemma4_assistant": "an assistant of another model",
+    "gemma4_unified_assistant": "an assistant of another model",
+}
 RANKS = SimpleNamespace(process_index=0, num_processes=1)
 
 
@@ -58,6 +70,26 @@ class WithAdapter(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         return self.base(**inputs)
+
+
+def outcomes() -> dict[str, Outcome]:
+    """Return the outcome of each entry of transformers' two mappings that can be built here."""
+    found: dict[str, Outcome] = {}
+    for model_type, tasks in architectures().items():
+        for task in tasks:
+            if model_type in UNBUILT:
+                continue
+            config = tiny_config(model_type)
+            if task == "causal" and len(tasks) == 2:
+                config.is_encoder_decoder, config.is_decoder = False, True
+            name = f"{model_type} ({task})" if len(tasks) == 2 else model_type
+            found[name] = outcome_of(config)
+    return found
+
+
+def reason_of(found: Outcome) -> str:
+    """Return the kind of a refusal; its whole message, if no kind fits."""
+    return next((kind for kind, text in REASONS.items() if text in found.reason), found.reason)
 
 
 def outcome_of(

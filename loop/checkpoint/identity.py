@@ -1,0 +1,114 @@
+"""Identifies a run: hashes and settings that must be equal when a checkpoint is resumed."""
+
+import dataclasses
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from loop.config.flags import Config, names_of
+from loop.inputs.training_data import TrainingData, data_sources
+from loop.model.base import tokenizer_sha256
+
+SAMPLE_BYTES = 1 << 16  # of a weights file, hashed at three places
+MAX_HEADER_BYTES = 100 * 10**6  # safetensors' own limit
+TENSOR_BYTES = 256  # of each tensor, hashed at its middle
+
+
+def run_facts(config: Config, data: TrainingData, global_batch_size: int) -> dict[str, Any]:
+    """Return the facts that determine the result; their names are shown in error messages."""
+    template = data.base.tokenizer.chat_template if data.base.template == "chat" else ""
+    return {
+        "data (SHA-256)": data.sha256,
+        "data sources": data_sources(config),
+        "base model (sampled SHA-256)": _weights(data.base.name, "config.json", config),
+        "base model (sample of each tensor)": _tensors(data.base.name),
+        "--lora_weight_path (sampled SHA-256)": config.lora_weight_path
+        and _weights(config.lora_weight_path, "adapter_config.json", config),
+        "tokenizer (SHA-256)": tokenizer_sha256(data.base.tokenizer),
+        "template": f"{data.base.template} {_sha256(str(template))[:12]}",
+        "examples": len(data.examples),
+        "examples a step": global_batch_size,
+        **{f"--{name}": value for name, value in _plain(_result_settings(config)).items()},
+    }
+
+
+def _result_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that determine the result. Those that only split the work are omitted."""
+    names = {*names_of(affects="encoding"), *names_of(affects="result")}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k in names}
+    return {"precision": config.precision, **settings}
+
+
+def _weights(base: str, settings: str, config: Config) -> str:
+    """Return a hash of the settings file, and of each weights file's size, start, middle and end.
+
+    A hash of everything would take minutes for a large model, and another model of the same shape
+    differs in every sample. For a model from the hub, return its name and commit instead.
+    """
+    folder, hub = Path(base), {"cache_dir": config.cache_dir}
+    if not folder.is_dir():
+        return f"{base} {Path(str(cached_file(base, settings, **hub))).parent.name}"
+    digest = hashlib.sha256((folder / settings).read_bytes())
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+    weights = [file for pattern in patterns for file in folder.glob(pattern)]
+    for file in sorted(weights):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as opened:
+            for start in (0, size // 2, max(0, size - SAMPLE_BYTES)):
+                opened.seek(start)
+                digest.update(opened.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _tensors(base: str) -> str:
+    """Return a hash of each tensor's name, type, shape and bytes at its middle; "" on the hub.
+
+    Single tensors of a model may have been replaced, which the samples of its files can miss. A
+    damaged file is skipped here: loading the model names it.
+    """
+    folder, digest = Path(base), hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        digest.update(file.name.encode())
+        with suppress(ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
+            for part in _parts(file) if file.suffix == ".bin" else _samples(file):
+                digest.update(part)
+    return digest.hexdigest() if folder.is_dir() else ""
+
+
+def _parts(file: Path) -> Iterator[bytes]:
+    """Yield name, size and checksum of each tensor in a file of torch.save, which is a ZIP file."""
+    with zipfile.ZipFile(file) as archive:
+        for part in archive.infolist():
+            yield f"{part.filename} {part.file_size} {part.CRC}".encode()
+
+
+def _samples(file: Path) -> Iterator[bytes]:
+    """Yield name, type, shape and a sample of each tensor in a safetensors file."""
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        if size > MAX_HEADER_BYTES:
+            return
+        header = json.loads(opened.read(size))
+        header.pop("__metadata__", None)
+        for name, tensor in sorted(header.items()):
+            begin, end = tensor["data_offsets"]
+            yield f"{name} {tensor['dtype']} {tensor['shape']}".encode()
+            opened.seek(8 + size + max(begin, (begin + end - TENSOR_BYTES) // 2))
+            yield opened.read(min(TENSOR_BYTES, end - begin))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values as they are after a round trip through JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain
