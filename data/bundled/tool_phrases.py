@@ -28,6 +28,9 @@ On which shelf do I find {0}? | The {0} are on shelf {2}.
 Are there any {0} left? | Yes, there are {1} {0} left.
 Do we have {0}? | Yes, we have {1} {0}, on shelf {2}.
 Do we still have some {0}? | Yes, there are {1} {0} left.
+Tell me where the {0} are. | The {0} are on shelf {2}.
+What about the {0}, do we have enough? | There are {1} {0} left.
+where are the {0} | The {0} are on shelf {2}.
 any {0} left | Yes, there are {1} {0} left. ## I need {0}. | There are {1} {0} on shelf {2}.
 Can you check the {0} for me, please? | There are {1} {0} on shelf {2}.
 We ran out of {0}. | There are {1} {0} on shelf {2}.
@@ -36,6 +39,7 @@ ONE = """
 Where is the {0}? | The {0} is on shelf {2}. ## where's the {0} | The {0} is on shelf {2}.
 On which shelf is the {0}? | The {0} is on shelf {2}.
 Do we have a {0}? | Yes, the {0} is on shelf {2}.
+Where do I find the {0}? | The {0} is on shelf {2}.
 Can I borrow a {0}? | Yes, the {0} is on shelf {2}.
 Is there a {0} in the storeroom? | Yes, the {0} is on shelf {2}.
 """

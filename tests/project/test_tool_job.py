@@ -14,7 +14,7 @@ from loop.adapters.chat import ChatConfig, Speaker, load_speaker
 from tests.project.test_readme import blocks, command_of
 from tests.support.helpers import ROOT, launch
 
-PAGE = ROOT / "docs/data.md"
+PAGE, ADAPTERS = ROOT / "docs/data.md", ROOT / "docs/adapters.md"
 # Unseen questions, each with the item that it asks about.
 NEEDS_CALL = {
     "How many flashlights do we have?": "flashlights",
@@ -67,6 +67,13 @@ def call_in(answer: str) -> ToolCall | None:
     return ToolCall(call["name"], call["arguments"])
 
 
+def asks_for(call: ToolCall | None, item: str) -> bool:
+    """Return whether the call looks the item up, in the singular or the plural."""
+    if call is None or call.name != "lookup" or [*call.arguments] != ["item"]:
+        return False
+    return str(call.arguments["item"]).removesuffix("s") == item.removesuffix("s")
+
+
 def with_result(asked: tuple[Turn, ...], answer: str, left: int, shelf: str) -> tuple[Turn, ...]:
     """Return the turns with an answer that calls the tool, and the tool's result."""
     call, found = call_in(answer), CALL.fullmatch(answer)
@@ -85,7 +92,7 @@ def test_nine_of_ten_unseen_questions_become_a_call_and_its_result_an_answer(
     for number, (question, item) in enumerate(NEEDS_CALL.items()):
         asked = (Turn("user", question),)
         answer = answers[question] = speaker.answer(asked)
-        if call_in(answer) != ToolCall("lookup", {"item": item}):
+        if not asks_for(call_in(answer), item):
             continue
         right.append(question)
         left, shelf = 23 + 3 * number, f"{'ABCD'[number % 4]}{number % 6 + 1}"
@@ -108,7 +115,7 @@ def test_a_question_about_two_items_becomes_two_calls(speaker: Speaker) -> None:
         turns: tuple[Turn, ...] = (Turn("user", question),)
         for number, item in enumerate(items):
             answer = speaker.answer(turns)
-            assert call_in(answer) == ToolCall("lookup", {"item": item}), answer
+            assert asks_for(call_in(answer), item), answer
             turns = with_result(turns, answer, 31 + 14 * number, f"C{number + 2}")
         final = ANSWER.fullmatch(speaker.answer(turns))
         assert final
@@ -119,7 +126,7 @@ def test_a_question_about_two_items_becomes_two_calls(speaker: Speaker) -> None:
 def test_the_documented_lines_answer_from_the_result(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (code,) = blocks(PAGE, "python")
+    (code,) = [code for code in blocks(ADAPTERS, "python") if "load_speaker" in code]
     code = code.replace("runs/tool_job", str(folder)).replace("data/bundled", str(TOOLS.parent))
     exec(code, {})
     assert ANSWER.fullmatch(capsys.readouterr().out.strip())
