@@ -149,11 +149,12 @@ class Examples(Sequence[Example]):
     def largest_id(self) -> tuple[int, str]:
         """Return the largest token id, and the id of an example that has it; (-1, "") if empty."""
         largest, example = -1, ""
-        for columns in self.record_batches():
+        for number in range(len(self.parts)):
             for name in SIDES:
-                ids = columns.column(name)
-                top = pc.max(ids.values).as_py()
+                top = pc.max(self.reader.get_batch(number).column(name).values).as_py()
                 if top is not None and top > largest:
+                    columns = self._batch(number)  # raises RunError for a damaged batch
+                    ids = columns.column(name)
                     row = next(n for n, value in enumerate(ids) if top in value.values.to_numpy())
                     largest, example = top, columns.column(0)[row].as_py()
         return largest, example

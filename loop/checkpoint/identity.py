@@ -12,7 +12,7 @@ from typing import Any
 from transformers.utils import cached_file
 
 from loop.config.flags import Config, names_of
-from loop.inputs.training_data import TrainingData, data_sources
+from loop.inputs.training_data import TrainingData
 from loop.model.base import tokenizer_sha256
 
 SAMPLE_BYTES = 1 << 16  # of a weights file, hashed at three places
@@ -25,7 +25,7 @@ def run_facts(config: Config, data: TrainingData, global_batch_size: int) -> dic
     template = data.base.tokenizer.chat_template if data.base.template == "chat" else ""
     return {
         "data (SHA-256)": data.sha256,
-        "data sources": data_sources(config),
+        "data sources": [*data.source_sizes],
         "base model (sampled SHA-256)": _weights(data.base.name, "config.json", config),
         "base model (sample of each tensor)": _tensors(data.base.name),
         "--lora_weight_path (sampled SHA-256)": config.lora_weight_path

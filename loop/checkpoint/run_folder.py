@@ -169,7 +169,7 @@ def save_run(
         "finished": True,
         "max_steps": layout.total_steps,
         "data_sha256": data.sha256,
-        "data_sources": data_sources(config),
+        "data_sources": data.source_sizes,
         "chat_template_sha256": _template(config),
         "global_batch_size": global_batch_size(config, accelerator.num_processes),
         **result,

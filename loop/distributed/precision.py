@@ -10,6 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from loop.config.flags import Config
+from loop.config.model_flags import Precision
 
 # Speed of bf16 matrix products relative to fp32. Below it, bf16 spends on casts what it saves on
 # products.
@@ -33,6 +34,14 @@ def resolve_precision(config: Config) -> Config:
     return dataclasses.replace(config, mixed_precision=precision)
 
 
+def with_recorded_precision(config: Config) -> Config:
+    """Return the settings with the output folder's precision for `auto`, if one is recorded."""
+    if config.mixed_precision != "auto" or config.bf16 or config.fp16:
+        return config
+    recorded = _recorded_precision(Path(config.output_dir) / "training_config.yaml")
+    return dataclasses.replace(config, mixed_precision=recorded) if recorded else config
+
+
 def on_gpu() -> bool:
     """Return whether the ranks run on GPUs."""
     # On a GPU machine, cpu.yaml only makes the launcher set this variable: CUDA stays visible.
@@ -46,14 +55,14 @@ def slow_in_bf16(config: Config) -> str:
     return "this CPU has no bf16 instructions: --mixed_precision no is faster here"
 
 
-def _recorded_precision(file: Path) -> str:
-    """Return the precision of the run in this folder; empty if there is none."""
+def _recorded_precision(file: Path) -> Precision | None:
+    """Return the precision of the run in this folder, if there is one."""
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return ""
+        return None
     found = settings.get("mixed_precision") if isinstance(settings, dict) else None
-    return found if found in ("no", "bf16", "fp16") else ""
+    return found if found in ("no", "bf16", "fp16") else None
 
 
 def _faster_precision() -> tuple[str, str]:

@@ -9,7 +9,7 @@ from loop.config.load import read_config
 from loop.distributed.accelerator import check_ranks, examine_launch
 from loop.distributed.deepspeed_config import against_flags
 from loop.distributed.layout import plan_layout
-from loop.distributed.precision import slow_in_bf16
+from loop.distributed.precision import slow_in_bf16, with_recorded_precision
 from loop.doctor import forecast, model_and_data
 from loop.doctor.flags import DoctorConfig
 from loop.doctor.launch import Launch, find_launch, hardware_rows, launch_rows
@@ -25,7 +25,7 @@ def examine(argv: Sequence[str], first: DoctorConfig, page: Page) -> list[str]:
     errors: list[str] = []
     launch = find_launch(first, errors)
     with launch.environment():
-        config = read_config(argv, DoctorConfig, "", errors).training
+        config = with_recorded_precision(read_config(argv, DoctorConfig, "", errors).training)
         deepspeed, launch_errors = examine_launch(config)
         add_errors(launch_errors, errors)
         with collect_errors(errors):

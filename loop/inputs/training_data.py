@@ -72,8 +72,8 @@ UNSUPERVISED_CAUSES = ("no supervised token", "no answer", "no pair")
 class TrainingData:
     """The encoded examples of one run, and the base model whose tokenizer encoded them.
 
-    source: the names of the data sources. sha256: the data files' hash. held_out: the evaluation
-    examples, read from eval_sources.
+    source: the names of the data sources. sha256: the data files' hash. source_sizes: see
+    `data_sources`. held_out: the evaluation examples, read from eval_sources.
     """
 
     base: BaseModel
@@ -83,6 +83,7 @@ class TrainingData:
     held_out: Examples | None = None
     eval_sources: tuple[str, ...] = ()
     eval_sha256: str = ""
+    source_sizes: tuple[list[float], ...] = ()
 
     @property
     def facts(self) -> dict[str, str]:
@@ -149,7 +150,8 @@ def read_training_data(config: Config) -> TrainingData:
         held_out, eval_sha256 = _read_eval_data(config, base)
     names = tuple(map(display_path, config.eval_data_path or config.data_path or (DUMMY_DATA,)))
     source = _data_names(config)
-    return TrainingData(base, trained, source, sha256, held_out, names, eval_sha256)
+    sizes = tuple(data_sources(config))
+    return TrainingData(base, trained, source, sha256, held_out, names, eval_sha256, sizes)
 
 
 def _read_eval_data(config: Config, base: BaseModel) -> tuple[Examples, str]:

@@ -3,8 +3,9 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -32,7 +33,7 @@ from loop.training.loss import (
 )
 
 SAMPLED = 256  # the texts are cut from the shortest of so many examples
-TEXT_TOKENS, PREFIX_TOKENS, COMPARED_TOKENS = 44, 24, 64
+TEXT_TOKENS, PREFIX_TOKENS, COMPARED_TOKENS = 34, 18, 64
 BEYOND_TOKENS = 65  # by so many tokens is a text longer than a limit; the last is only a target
 CUT_TOKENS = 20
 # Tolerance of a hidden state's distance, relative to its norm. fp32: of the largest distance, from
@@ -127,20 +128,15 @@ class _Check:
                         f"{positions.count}, the model's number of learned positions. Give "
                         f"--model_max_length {positions.count}."
                     )
-                try:
-                    if not states:
-                        self._choose_states(text)
-                    states.append(self._states([text], self.plain))
-                except LIBRARY_ERRORS as error:
-                    raise self._cannot_run(text, limit, error) from error
+                found = _attempt(partial(self._states, [text], self.plain))
+                if not states and isinstance(found, Exception):
+                    self.states_of = logits_at_positions
+                    found = _attempt(partial(self._states, [text], self.plain))
+                if isinstance(found, Exception):
+                    raise self._cannot_run(text, limit, found) from found
+                states.append(found)
         self._check_history(texts, states, limit)
         return states
-
-    def _choose_states(self, text: Example) -> None:
-        try:
-            self._states([text], self.plain)
-        except LIBRARY_ERRORS:
-            self.states_of = logits_at_positions
 
     def _check_history(self, texts: list[Example], states: list[Tensor], limit: int | None) -> None:
         """Raise UserError if states depend on later tokens, the length or earlier passes.
@@ -155,8 +151,8 @@ class _Check:
             if not self._differs(distance):
                 continue
             remedy = NO_FLAG if text is texts[0] else f"Give --model_max_length {limit}."
-            changed = self._states([_changed(text)], self.plain)[:-1]
-            if self._differs(self._distance(changed, before[:-1])):
+            changed = self._states([_changed(text)], self.plain)[:-CUT_TOKENS]
+            if self._differs(self._distance(changed, before[:-CUT_TOKENS])):
                 cause = "tokens that attend to later ones"
                 remedy = "Set is_decoder in its config.json, or give another causal model."
             elif self._differs(self._distance(self._states([text], self.plain), before)):
@@ -218,9 +214,8 @@ class _Check:
             batches = [[0, 1, 2], *([[0, 4, 3]] if len(texts) > 3 else [])]
         worst = 0.0
         for places in batches:
-            try:
-                states = self._states([texts[place] for place in places], data)
-            except (UserError, *LIBRARY_ERRORS):
+            states = _attempt(partial(self._states, [texts[n] for n in places], data))
+            if isinstance(states, Exception):
                 return math.inf  # Such as a model that does not accept a row's inputs.
             for place in places:
                 tokens = len(expected[place])
@@ -252,19 +247,16 @@ class _Check:
 
     def _mean_loss(self, batch: MicroBatch, chunk_tokens: int) -> float:
         """Return the run's mean loss; infinite if the model changes its head's output otherwise."""
-        try:
-            loss = supervised_loss_sum(self.model, batch, chunk_tokens)
-        except LIBRARY_ERRORS:
+        loss = _attempt(partial(supervised_loss_sum, self.model, batch, chunk_tokens))
+        if isinstance(loss, Exception) or loss.numel() != 1:
             return math.inf
-        return float(loss) / len(batch.targets) if loss.numel() == 1 else math.inf
+        return float(loss) / len(batch.targets)
 
     def _use_attention(self, name: str | None) -> None:
         if name and name != self.base.config._attn_implementation:
             self.base.set_attn_implementation(name)
 
     def _cannot_run(self, text: Example, limit: int | None, error: Exception) -> UserError:
-        if type(error).__name__ == "OutOfMemoryError":
-            raise error
         tokens, reason = max(text.lengths), " ".join(f"{type(error).__name__}: {error}".split())
         short = limit is None or tokens <= limit
         remedy = NO_FLAG if short else f"Give --model_max_length {limit}."
@@ -291,6 +283,16 @@ class _Positions(TorchFunctionMode):
             if len(indices) in self.lengths and bool((indices.diff() == 1).all()):
                 self.count = min(self.count, len(args[1]) - int(indices[0]))
         return func(*args, **(kwargs or {}))
+
+
+def _attempt(run: Callable[[], Tensor]) -> Tensor | Exception:
+    """Return the result, or the error of a model that cannot run so; raises if out of memory."""
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        raise
+    except (UserError, *LIBRARY_ERRORS) as error:
+        return error
 
 
 def _longest(data: TrainingData) -> int:
@@ -357,9 +359,9 @@ def _cut(text: Example) -> Example:
 
 
 def _changed(text: Example) -> Example:
-    """Return the text with another last input of the decoder; the last token is only a target."""
+    """Return the text with other last tokens; in a pair, those of the target."""
     ids = [*(text.labels if text.is_pair else text.input_ids)]
-    ids[-2] = ids[0]
+    ids[-CUT_TOKENS:] = ids[CUT_TOKENS - 1 :: -1]
     if text.is_pair:
         return dataclasses.replace(text, labels=ids)
     return dataclasses.replace(text, input_ids=ids)

@@ -1,13 +1,16 @@
 """Another data set, another weight and another base model are never taken for the run's own."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from data.errors import UserError
+from loop import train as training
 from loop.checkpoint.identity import run_facts
 from loop.checkpoint.run_folder import is_finished
 from loop.config.flags import Config
@@ -62,6 +65,20 @@ def test_evaluation_data_that_is_named_otherwise_is_read_again(
     run("folder", *flags, str(folder))
     found = log_of(run("files", *flags, str(folder / "a.json"), str(folder / "b.json")))
     assert any("eval_loss" in entry for entry in found)
+
+
+def test_a_run_whose_data_is_removed_while_it_trains_is_saved(
+    folder: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = training.write_settings
+
+    def remove_data(*given: Any) -> None:
+        shutil.rmtree(folder)
+        write(*given)
+
+    monkeypatch.setattr(training, "write_settings", remove_data)
+    run = trainer(tiny_model, tmp_path)("run", "--data_path", str(folder), "--max_steps", "2")
+    assert json.loads((run / "trainer_state.json").read_text())["data_sources"] == [[2, 1.0]]
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])

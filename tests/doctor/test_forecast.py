@@ -10,6 +10,7 @@ import pytest
 from loop.config.flags import Config
 from loop.distributed.layout import plan_layout
 from loop.doctor import forecast
+from loop.doctor.command import main
 from loop.doctor.trial import Trial
 from loop.inputs.training_data import read_training_data
 from loop.inputs.windows import windows
@@ -22,9 +23,11 @@ __all__ = ["doctor", "right"]  # fixtures
 
 
 def test_without_flags_the_main_job_is_examined_as_launch_sh_starts_it(
-    chat_model: Path,
+    chat_model: Path, tmp_path: Path
 ) -> None:
-    done = command(sys.executable, "-m", "loop", "doctor", OMP_NUM_THREADS="1")
+    # Another output folder: runs/main_job may hold a run.
+    words = (sys.executable, "-m", "loop", "doctor", "--output_dir", tmp_path / "run")
+    done = command(*words, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     report = done.stdout
     assert "accelerate_configs/zero2.yaml: DeepSpeed ZeRO-2; 1 rank\n" in report
@@ -38,8 +41,20 @@ def test_without_flags_the_main_job_is_examined_as_launch_sh_starts_it(
     page = (ROOT / "docs" / "training.md").read_text()
     (shown,) = (text for text in page.split("```") if text.startswith("text\nlaunch\n"))
     for line in shown.splitlines()[1:]:
-        if not line.startswith(("  output  ", "  needed  ")):  # these lines depend on runs/main_job
+        if not line.startswith(("  output  ", "  needed  ")):  # these depend on the folder
             assert line in report
+
+
+def test_a_precision_that_the_output_folder_records_is_not_decided_anew(
+    right: list[str | Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(word) for word in [*right, "--mixed_precision", "auto"]]
+    main(words)
+    assert "auto: decided when the run starts" in capsys.readouterr().out
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "training_config.yaml").write_text("mixed_precision: bf16\n")
+    main(words)
+    assert "bf16, by the run's settings" in capsys.readouterr().out
 
 
 def test_only_a_terminal_gets_colours(

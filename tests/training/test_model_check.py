@@ -120,6 +120,19 @@ def test_a_row_whose_examples_are_not_run_as_alone_is_padded(
     assert losses_of(train("again", *flags)) == losses_of(expected)
 
 
+def test_a_row_that_runs_out_of_memory_is_not_padded_instead(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loop.model import packed_attention
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("found no memory")
+
+    monkeypatch.setattr(packed_attention, "per_example", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        train("run")
+
+
 @pytest.mark.parametrize(
     "config",
     [
