@@ -145,7 +145,7 @@ LOOKUP = {
     },
 }
 SHELVES = [f"{letter}{number}" for letter in "ABCD" for number in range(1, 7)]
-TOOL_KINDS = {"many": 28, "one": 14, "two": 8, "next": 4, "plain": 30}  # dialogues of each kind
+TOOL_KINDS = {"many": 28, "one": 14, "two": 14, "next": 4, "plain": 32}  # dialogues of each kind
 
 
 class _Storeroom:

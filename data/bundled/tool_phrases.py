@@ -47,6 +47,8 @@ TWO = """
 How many {0} and how many {3} do we have? | We have {1} {0} and {4} {3}.
 Where are the {0} and the {3}? | The {0} are on shelf {2}, and the {3} are on shelf {5}.
 I need {0} and {3}. | There are {1} {0} on shelf {2} and {4} {3} on shelf {5}.
+How many {0} and {3} are left? | There are {1} {0} and {4} {3} left.
+Do we have {0} and {3}? | Yes, we have {1} {0} and {4} {3}.
 """
 # The second question of a dialogue.
 NEXT = """

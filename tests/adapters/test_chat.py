@@ -11,6 +11,7 @@ from data.dialogues.conversation import Turn
 from data.errors import UserError
 from loop.adapters import chat
 from loop.adapters.chat import BASE, ChatConfig, Speaker, load_speaker, read_prompts
+from loop.adapters.printed_answer import printed
 from tests.conftest import trainer
 from tests.support.helpers import write_dialogues
 
@@ -38,8 +39,8 @@ def alone(folders: list[Path]) -> dict[str, str]:
     answers = {}
     for folder in folders:
         speaker = load_speaker(ChatConfig(adapter=(str(folder),), max_new_tokens=12))
-        answers[folder.name] = speaker.answer(QUESTION)
-        answers[BASE] = speaker.answer(QUESTION, BASE)
+        answers[folder.name] = printed(speaker.answer(QUESTION))
+        answers[BASE] = printed(speaker.answer(QUESTION, BASE))
     assert len({*answers.values()}) == 3, answers
     return answers
 
@@ -54,8 +55,8 @@ def test_an_adapter_answers_the_same_whether_or_not_others_are_loaded(
 ) -> None:
     # After switches to and from another adapter, the answers are the same.
     for name in ("fox", "owl", BASE, "fox", BASE, "owl"):
-        assert speaker.answer(QUESTION, name) == alone[name]
-    assert speaker.answer(QUESTION) == alone["fox"]
+        assert printed(speaker.answer(QUESTION, name)) == alone[name]
+    assert printed(speaker.answer(QUESTION)) == alone["fox"]
 
 
 def test_the_system_prompt_and_all_previous_turns_reach_the_model(

@@ -1,20 +1,19 @@
 """The bundled model learns from the bundled dialogues when to call a tool, and how."""
 
 import json
-import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from data.bundled.make import TOOLS
-from data.dialogues.conversation import ToolCall, Turn
+from data.dialogues.conversation import Turn
+from loop.adapters import chat
 from loop.adapters.chat import ChatConfig, Speaker, load_speaker
 from tests.project.test_readme import blocks, command_of
 from tests.support.helpers import ROOT, launch
 
-PAGE, ADAPTERS = ROOT / "docs/data.md", ROOT / "docs/adapters.md"
+PAGE = ROOT / "docs/data.md"
 # Unseen questions, each with the item that it asks about.
 NEEDS_CALL = {
     "How many flashlights do we have?": "flashlights",
@@ -38,8 +37,6 @@ PLAIN = (
     "What is a ladder used for?",
     "Who made you?",
 )
-CALL = re.compile(r"<think>([^<]+)</think>\n<tool_call>(.*)</tool_call>")
-ANSWER = re.compile(r"<think>[^<]+</think>\n([^<]+)")
 pytestmark = pytest.mark.slow
 
 
@@ -58,30 +55,25 @@ def speaker(folder: Path) -> Speaker:
     return load_speaker(ChatConfig(adapter=(str(folder),), tools=str(TOOLS)))
 
 
-def call_in(answer: str) -> ToolCall | None:
-    """Return the call of an answer that reasons, calls the tool and stops there."""
-    found = CALL.fullmatch(answer)
-    if not found:
-        return None
-    call: dict[str, Any] = json.loads(found[2])
-    return ToolCall(call["name"], call["arguments"])
-
-
-def asks_for(call: ToolCall | None, item: str) -> bool:
-    """Return whether the call looks the item up, in the singular or the plural."""
-    if call is None or call.name != "lookup" or [*call.arguments] != ["item"]:
+def asks_for(answer: Turn, item: str) -> bool:
+    """Return whether the answer is reasoning and a call for the item, singular or plural."""
+    if len(answer.calls) != 1 or answer.text or not answer.reasoning:
+        return False
+    (call,) = answer.calls
+    if call.name != "lookup" or [*call.arguments] != ["item"]:
         return False
     return str(call.arguments["item"]).removesuffix("s") == item.removesuffix("s")
 
 
-def with_result(asked: tuple[Turn, ...], answer: str, left: int, shelf: str) -> tuple[Turn, ...]:
+def is_final(answer: Turn) -> bool:
+    """Return whether the answer is reasoning and text."""
+    return bool(answer.reasoning and answer.text and not answer.calls and "<" not in answer.text)
+
+
+def with_result(asked: tuple[Turn, ...], answer: Turn, left: int, shelf: str) -> tuple[Turn, ...]:
     """Return the turns with an answer that calls the tool, and the tool's result."""
-    call, found = call_in(answer), CALL.fullmatch(answer)
-    assert call
-    assert found
     result = json.dumps({"left": left, "shelf": shelf})
-    calling = Turn("assistant", "", reasoning=found[1], calls=(call,))
-    return (*asked, calling, Turn("tool", result, name=call.name))
+    return (*asked, answer, Turn("tool", result, name=answer.calls[0].name))
 
 
 def test_nine_of_ten_unseen_questions_become_a_call_and_its_result_an_answer(
@@ -92,22 +84,22 @@ def test_nine_of_ten_unseen_questions_become_a_call_and_its_result_an_answer(
     for number, (question, item) in enumerate(NEEDS_CALL.items()):
         asked = (Turn("user", question),)
         answer = answers[question] = speaker.answer(asked)
-        if not asks_for(call_in(answer), item):
+        if not asks_for(answer, item):
             continue
         right.append(question)
         left, shelf = 23 + 3 * number, f"{'ABCD'[number % 4]}{number % 6 + 1}"
         after = speaker.answer(with_result(asked, answer, left, shelf))
         answers[f"{question} {left} {shelf}"] = after
-        text = ANSWER.fullmatch(after)
-        used += [question] if text and (str(left) in text[1] or shelf in text[1]) else []
+        found = str(left) in after.text or shelf in after.text
+        used += [question] if is_final(after) and found else []
     assert len(right) >= 9, answers
     assert len(used) >= 8, answers
 
 
 def test_an_unseen_question_without_an_item_is_answered_without_a_call(speaker: Speaker) -> None:
     answers = {question: speaker.answer((Turn("user", question),)) for question in PLAIN}
-    assert all(ANSWER.fullmatch(answer) for answer in answers.values()), answers
-    assert "Paris" in answers[PLAIN[0]]
+    assert all(map(is_final, answers.values())), answers
+    assert "Paris" in answers[PLAIN[0]].text
 
 
 def test_a_question_about_two_items_becomes_two_calls(speaker: Speaker) -> None:
@@ -115,18 +107,24 @@ def test_a_question_about_two_items_becomes_two_calls(speaker: Speaker) -> None:
         turns: tuple[Turn, ...] = (Turn("user", question),)
         for number, item in enumerate(items):
             answer = speaker.answer(turns)
-            assert asks_for(call_in(answer), item), answer
+            assert asks_for(answer, item), answer
             turns = with_result(turns, answer, 31 + 14 * number, f"C{number + 2}")
-        final = ANSWER.fullmatch(speaker.answer(turns))
-        assert final
-        assert "31" in final[1]
-        assert "45" in final[1]
+        final = speaker.answer(turns)
+        assert is_final(final)
+        assert "31" in final.text
+        assert "45" in final.text
 
 
-def test_the_documented_lines_answer_from_the_result(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+def test_the_documented_chat_takes_the_result_of_the_call(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (code,) = [code for code in blocks(ADAPTERS, "python") if "load_speaker" in code]
-    code = code.replace("runs/tool_job", str(folder)).replace("data/bundled", str(TOOLS.parent))
-    exec(code, {})
-    assert ANSWER.fullmatch(capsys.readouterr().out.strip())
+    (text,) = [text for text in blocks(PAGE, "text") if "/result" in text]
+    typed = [line.removeprefix("you: ") for line in text.splitlines() if line.startswith("you: ")]
+    lines = iter(typed)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, "/quit"))
+    chat.main(["--adapter", str(folder), "--tools", str(TOOLS)])
+    output = capsys.readouterr().out
+    assert output.count("reasoning: ") == len(typed)
+    assert 'call: lookup({"item": "telescopes"})' in output
+    assert "17" in output
+    assert "B2" in output or "Rome" in output
