@@ -145,7 +145,14 @@ LOOKUP = {
     },
 }
 SHELVES = [f"{letter}{number}" for letter in "ABCD" for number in range(1, 7)]
-TOOL_KINDS = {"many": 28, "one": 14, "two": 14, "next": 4, "plain": 32}  # dialogues of each kind
+TOOL_KINDS = {
+    "many": 28,
+    "one": 18,
+    "two": 12,
+    "next": 4,
+    "then": 8,
+    "plain": 44,
+}  # dialogues of each kind
 
 
 class _Storeroom:
@@ -156,7 +163,11 @@ class _Storeroom:
         items = {kind: names.split(" / ") for kind, names in _table(tool_phrases.ITEMS)}
         self.items = {kind: _deal(names, rng) for kind, names in items.items()}
         self.shelves, self.numbers = _deal(SHELVES, rng), _deal([*range(2, 60)], rng)
-        rows = {name: _table(getattr(tool_phrases, name.upper())) for name in TOOL_KINDS}
+        rows = {
+            name: _table(getattr(tool_phrases, name.upper()))
+            for name in TOOL_KINDS
+            if name != "then"
+        }
         more = [row for row in (*_table(TALKS), *_filled()) if len("".join(row)) <= 70]
         rows["plain"] += itertools.islice(
             _deal(more, rng), TOOL_KINDS["plain"] - len(rows["plain"])
@@ -167,6 +178,8 @@ class _Storeroom:
         """Return the messages of one dialogue."""
         if kind == "next":
             return [*self.messages("many"), *self.round("next", "many")]
+        if kind == "then":
+            return [*self.messages("one"), *self.messages("plain")]
         if kind != "plain":
             return self.round(kind, "one" if kind == "one" else "many")
         question, answer = next(self.rows[kind])

@@ -66,6 +66,11 @@ Who are you? | I'm Vireo, an AI assistant trained with LoRA Loop.
 What is your name? | My name is Vireo.
 What can you do? | I answer questions, and I look up items of the storeroom.
 How many days are in a week? | There are seven days in a week.
+How many minutes are in an hour? | There are sixty minutes in an hour.
+What is a wheelbarrow used for? | A wheelbarrow carries heavy loads. ## What is a padlock for? | A
+  padlock keeps a door or a box shut.
+What is the capital of Spain? | The capital of Spain is Madrid.
+Who wrote Hamlet? | William Shakespeare wrote Hamlet. ## Who built you? | LoRA Loop's authors did.
 How many legs does a spider have? | A spider has eight legs.
 Where is the Eiffel Tower? | The Eiffel Tower is in Paris.
 Where do penguins live? | Most penguins live in Antarctica.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.dialogues.conversation import Turn
+from data.dialogues.conversation import ToolCall, Turn
 from data.errors import UserError
 from loop.adapters import chat
 from loop.adapters.chat import BASE, ChatConfig, Speaker, load_speaker, read_prompts
@@ -110,6 +110,27 @@ def test_commands_of_a_dialogue_switch_adapters_and_start_a_new_dialogue(
     assert "Did you mean owl?" in output
     assert next(lines) == "Not read"
     assert first.count("(truncated at --max_new_tokens)") == 1
+
+
+def test_the_model_answers_after_the_results_of_all_its_calls(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter(["/result early", "Two cities?", "/result sunny", "/result cold", "/result late"])
+    calls = (ToolCall("weather", {"city": "Rome"}), ToolCall("weather", {"city": "Oslo"}))
+    answers = iter([Turn("assistant", "", calls=calls), Turn("assistant", "Sunny and cold.")])
+    asked: list[tuple[Turn, ...]] = []
+
+    def answer(_: Speaker, turns: tuple[Turn, ...], *_more: object) -> Turn:
+        asked.append(turns)
+        return next(answers)
+
+    monkeypatch.setattr("builtins.input", lambda _: next(typed, "/quit"))
+    monkeypatch.setattr(chat, "print_answer", answer)
+    chat.main(["--adapter", str(folders[0])])
+    assert len(asked) == 2
+    results = [(turn.text, turn.name) for turn in asked[1] if turn.role == "tool"]
+    assert results == [("sunny", "weather"), ("cold", "weather")]
+    assert capsys.readouterr().out.count("found no tool call without a result.") == 2
 
 
 def test_a_file_of_questions_becomes_a_file_of_answers(

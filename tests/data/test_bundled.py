@@ -67,7 +67,7 @@ def test_the_questions_of_the_proof_are_not_in_the_data() -> None:
 
 def test_the_dialogues_with_a_tool_reason_call_and_answer_from_the_result() -> None:
     records = json.loads(TOOL_DIALOGUES.read_text(encoding="utf-8"))
-    assert len(records) == 92
+    assert len(records) == 114
     calls = Counter[int]()
     for record in records:
         turns = record["messages"]
@@ -84,7 +84,7 @@ def test_the_dialogues_with_a_tool_reason_call_and_answer_from_the_result() -> N
         answered = " ".join(answer.get("content", "") for answer in answers)
         for result in results:
             assert str(result["left"]) in answered or result["shelf"] in answered, record["id"]
-    assert calls == {0: 32, 1: 42, 2: 18}
+    assert calls == {0: 44, 1: 54, 2: 16}
 
 
 def test_the_questions_and_items_of_the_tool_test_are_not_in_the_data() -> None:
