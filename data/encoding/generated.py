@@ -135,6 +135,15 @@ class AnswerMarks:
         return (answer, ()) if calls is None else (answer[: found.start()], calls)
 
 
+def printed(answer: Turn) -> str:
+    """Return an answer as lines: its reasoning, its text, and a line for each tool call."""
+    lines = [f"reasoning: {answer.reasoning}"] if answer.reasoning else []
+    lines += [answer.text] if answer.text else []
+    for call in answer.calls:
+        lines.append(f"call: {call.name}({json.dumps(call.arguments, ensure_ascii=False)})")
+    return "\n".join(lines)
+
+
 def answer_marks(template: TemplateName, tokenizer: Any, settings: RenderSettings) -> AnswerMarks:
     """Return the marks of a template, found by rendering answers of sample parts."""
     if template != "chat":

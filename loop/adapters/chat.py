@@ -16,12 +16,12 @@ from peft import PeftModel
 from data.dialogues.conversation import Dialogue, ToolCall, Turn
 from data.dialogues.formats import tools_of
 from data.encoding.encoder import prompt_ids
-from data.encoding.generated import AnswerMarks, answer_marks, without_closers
+from data.encoding.generated import AnswerMarks, answer_marks, printed, without_closers
 from data.encoding.templates import RenderSettings, prompt, template_arguments
 from data.errors import BadRecord, UserError
 from data.files.atomic_write import check_output, written_whole
 from loop.adapters.adapter import Adapter, load_base, read_adapter, with_adapter
-from loop.adapters.printed_answer import AnswerPrinter, as_json, printed
+from loop.adapters.printed_answer import AnswerPrinter, as_json
 from loop.config.parser import File, Folder, Model, Tokens, flag, nearest, parse
 from loop.model.base import as_user_error
 from loop.model.new_tokens import set_up

@@ -1,21 +1,11 @@
 """Prints a generated answer with its reasoning and tool calls apart, also while it is generated."""
 
-import json
 from typing import Any
 
 from torch import Tensor
 
 from data.dialogues.conversation import Turn
-from data.encoding.generated import AnswerMarks, without_closers
-
-
-def printed(answer: Turn) -> str:
-    """Return an answer as lines: its reasoning, its text, and a line for each tool call."""
-    lines = [f"reasoning: {answer.reasoning}"] if answer.reasoning else []
-    lines += [answer.text] if answer.text else []
-    for call in answer.calls:
-        lines.append(f"call: {call.name}({json.dumps(call.arguments, ensure_ascii=False)})")
-    return "\n".join(lines)
+from data.encoding.generated import AnswerMarks, printed, without_closers
 
 
 def as_json(answer: Turn) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from data.dialogues.conversation import ToolCall, Turn
+from data.encoding.generated import printed
 from data.errors import UserError
 from loop.adapters import chat
 from loop.adapters.chat import BASE, ChatConfig, Speaker, load_speaker, read_prompts
-from loop.adapters.printed_answer import printed
 from tests.conftest import trainer
 from tests.support.helpers import write_dialogues
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from data.dialogues.conversation import ToolCall, Turn
-from data.encoding.generated import AnswerMarks, answer_marks, without_closers
+from data.encoding.generated import AnswerMarks, answer_marks, printed, without_closers
 from data.encoding.templates import DEFAULT, plain_text, render_examples
 from data.errors import BadRecord
-from loop.adapters.printed_answer import AnswerPrinter, as_json, printed
+from loop.adapters.printed_answer import AnswerPrinter, as_json
 from tests.data.test_published_templates import CONTROL, FILES, TODAY
 from tests.support.chat_templates import CASES, DIALOGUES, LOOKUP, ROME, gpt, tokenizer_with
 
