@@ -12,6 +12,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from data.errors import RunError
+
 Tensors = dict[str, Tensor]
 # The keys of adapter_config.json that other programs read; they are written at their defaults, too.
 COMMON_KEYS = {
@@ -85,8 +87,23 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def file_name(name: str) -> str:
-    """Return a parameter's name in peft's files, which omit the adapter's name."""
-    return re.sub(r"\.default(?=\.|$)", "", name)
+    """Return a parameter's name in peft's files; a name in a file stays the same.
+
+    The files omit the adapter's name. A module that is trained whole has the base's name, and
+    DoRA's magnitude no `.weight` (peft 0.21).
+
+    >>> file_name("lm_head.modules_to_save.default.weight")
+    'lm_head.weight'
+    """
+    name = re.sub(r"\.default(?=\.|$)|\.modules_to_save(?=\.)", "", name)
+    return re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", name)
+
+
+def adapter_weights(model: PeftModel, state: Tensors) -> Tensors:
+    """Return the adapter's tensors by peft's names for files. state: by the model's names."""
+    # save_embedding_layers="auto" may contact the hub (peft 0.21, utils/save_and_load.py).
+    weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    return {name: tensor.contiguous() for name, tensor in weights.items()}
 
 
 def save_adapter(
@@ -100,14 +117,12 @@ def save_adapter(
     """On rank 0, write adapter_config.json and the adapter's weights in peft's format.
 
     state: the gathered parameters, by the model's names. expected: shapes, by names in the file.
-    The weights are read back. Raises RuntimeError for wrong names or shapes, for a value that is
-    not finite, and for an untrained adapter.
+    The weights are read back. Raises RunError for wrong names or shapes, for a value that is not
+    finite, and for an untrained adapter. The file is then kept as `rejected-<name>`.
     """
     if not accelerator.is_main_process:
         return
-    # save_embedding_layers="auto" may contact the hub (peft 0.21, utils/save_and_load.py).
-    weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
-    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    weights = adapter_weights(model, state)
     name = "adapter_model.safetensors" if safetensors else "adapter_model.bin"
     partial = folder / f"{name}.partial"
     if safetensors:
@@ -116,10 +131,11 @@ def save_adapter(
         torch.save(weights, partial)
     saved = load_file(partial) if safetensors else torch.load(partial, weights_only=True)
     try:
-        _check_saved(saved, expected, partial)
-    except RuntimeError:
-        partial.unlink()
-        raise
+        _check_saved(saved, expected, folder / name)
+    except RunError as error:
+        rejected = folder / f"rejected-{name}"
+        partial.replace(rejected)  # It may be the only copy of the weights.
+        raise RunError(f"{error} The weights are kept in {rejected.name}.") from None
     partial.replace(folder / name)
     write_json(folder / "adapter_config.json", adapter_settings(model))
 
@@ -148,14 +164,14 @@ def _check_saved(
     wrong += [name for name in saved if tuple(saved[name].shape) != expected.get(name)]
     if wrong:
         names = ", ".join(wrong[:5])
-        raise RuntimeError(f"{file}: missing, unexpected or of the wrong shape: {names}")
+        raise RunError(f"{file}: missing, unexpected or of the wrong shape: {names}.")
     infinite = [name for name, tensor in saved.items() if not tensor.isfinite().all()]
     if infinite:
-        raise RuntimeError(f"{file}: not finite: {', '.join(infinite[:5])}")
+        raise RunError(f"{file}: not finite: {', '.join(infinite[:5])}.")
     lora_b = {n: tensor for n, tensor in saved.items() if "lora_B" in n or "embedding_B" in n}
     zero = [name for name, tensor in lora_b.items() if not tensor.any()]
     if len(zero) == len(lora_b):
-        raise RuntimeError(f"{file}: every lora_B is zero: the adapter is not trained")
+        raise RunError(f"{file}: every lora_B is zero: the adapter is not trained.")
     if zero:
         names = ", ".join(name.partition(".lora_")[0] for name in zero[:5])
         print(

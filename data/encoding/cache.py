@@ -6,7 +6,6 @@ of the other parts. A batch is checked when it is first read. So a file of any s
 and takes little memory.
 """
 
-import hashlib
 import json
 import os
 import zlib
@@ -30,9 +29,10 @@ from data.dialogues.conversation import Dialogue
 from data.dialogues.sharegpt import Tally
 from data.encoding.encode import Example
 from data.errors import RunError, UserError
+from data.files.hashes import value_sha256
 from data.files.lock import locked
 
-FORMAT = "lora-loop encoded data 5"  # raise it when the layout of a file changes
+FORMAT = "lora-loop encoded data 6"  # raise it when the layout of a file changes
 OURS = FORMAT[:22].encode()
 # Ids depend on the key, on these modules of the package, and on these libraries.
 ROOT = Path(__file__).parents[1]  # the package `data`
@@ -318,10 +318,7 @@ def _plain(key: dict[str, Any]) -> dict[str, Any]:
 
 
 def _code_sha256() -> str:
-    digest = hashlib.sha256()
-    for name in CODE:
-        digest.update((ROOT / f"{name}.py").read_bytes())
-    return digest.hexdigest()
+    return value_sha256("code", {name: (ROOT / f"{name}.py").read_bytes() for name in CODE})
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

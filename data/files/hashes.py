@@ -1,4 +1,4 @@
-"""Computes the SHA-256 of files, and caches it until a file changes."""
+"""Computes the SHA-256 of structured values, and of files until they change."""
 
 import hashlib
 import json
@@ -13,6 +13,39 @@ from data.errors import UserError
 # If a file changed less than this before it was read, a later change may leave the same time stamp.
 # FAT's time stamps have steps of two seconds.
 UNSETTLED_NANOSECONDS = 3 * 10**9
+HASH_VERSION = 2  # raise it when `value_sha256`, or what is hashed with it, changes
+
+
+def value_sha256(kind: str, value: Any) -> str:
+    """Return the SHA-256 of a value's structure and content. kind: what it is, part of the hash.
+
+    The value consists of None, booleans, numbers, strings, bytes, lists, tuples and dictionaries
+    with strings as keys. Values that differ in a type or a boundary have different hashes; a tuple
+    is a list, and the order of a dictionary does not matter. Raises TypeError for other types.
+    """
+    text = json.dumps([HASH_VERSION, kind, _tagged(value)], separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tagged(value: Any) -> Any:
+    """Return a value for JSON in which each leaf and container has its type.
+
+    >>> _tagged({"b": [1, 1.0], "a": None})
+    ['dict', [['a', None], ['b', ['list', [['int', '1'], ['float', '0x1.0000000000000p+0']]]]]]
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return ["int", str(value)]
+    if isinstance(value, float):
+        return ["float", value.hex()]
+    if isinstance(value, bytes):
+        return ["bytes", value.hex()]
+    if isinstance(value, list | tuple):
+        return ["list", [_tagged(item) for item in value]]
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        return ["dict", [[name, _tagged(value[name])] for name in sorted(value)]]
+    raise TypeError(f"a hash of {type(value).__name__} is not defined")
 
 
 def file_sha256(file: Path, memory: Path | None = None) -> str:

@@ -113,7 +113,9 @@ def _named(model: PeftModel) -> dict[str, Any]:
     tensors = dict(base.named_parameters())
     saved = {*base.state_dict(keep_vars=True)}
     tensors |= {name: buffer for name, buffer in base.named_buffers() if name in saved}
-    return {n: t for n, t in tensors.items() if "lora_" not in n and "trainable_tokens" not in n}
+    # peft keeps the frozen original of a module that is trained whole.
+    added = ("lora_", "trainable_tokens", ".original_module.")
+    return {n: t for n, t in tensors.items() if not any(part in n for part in added)}
 
 
 def _base_tensors(model: PeftModel, name: str, state: Tensors, keep: bool) -> Tensors:
@@ -129,7 +131,7 @@ def _base_tensors(model: PeftModel, name: str, state: Tensors, keep: bool) -> Te
     tokens, rows = new_tokens.replaced(model).get(id(tensor), ([], ""))
     if tokens:
         value[tokens] = state[rows].to(value)
-    base_name = name.replace(".base_layer", "").replace(".token_adapter", "")
+    base_name = file_name(name.replace(".base_layer", "").replace(".token_adapter", ""))
     if not hasattr(tensor, "quant_state"):
         return {base_name: value}
     packed = tensor.quant_state.as_dict(packed=True)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from data.errors import UserError
 from loop.checkpoint import storage
-from loop.checkpoint.identity import run_facts
+from loop.checkpoint.identity import VERSION_FACT, hash_facts, run_facts
 from loop.checkpoint.storage import Checkpoint, CorruptCheckpoint
 from loop.config.flags import Config
 from loop.config.load import with_current_names, with_new_flags
@@ -24,7 +24,7 @@ from loop.distributed.layout import Layout
 from loop.distributed.signals import is_restart, record_launch
 from loop.inputs.training_data import TrainingData
 from loop.monitor.history import PriorRun
-from loop.utils import Tensors, shapes
+from loop.utils import Tensors, file_name, shapes
 
 FRESH: dict[str, Any] = {"step": 0}
 
@@ -102,6 +102,8 @@ class ResumePoint:
 
     def _broadcast(self, accelerator: Accelerator, name: str) -> Tensors:
         tensors = load_file(self.folder / name) if self.folder else {}
+        # Older checkpoints have other names for DoRA's magnitudes and modules trained whole.
+        tensors = {file_name(key): tensor for key, tensor in tensors.items()}
         return optimizer_state.broadcast_tensors(tensors, accelerator.device)
 
 
@@ -118,7 +120,7 @@ def find_resume_point(
     point = ResumePoint(run_facts(config, data, layout.global_batch_size))
     output = Path(config.output_dir)
     own = storage.list_folders(output)
-    checkpoint = find_checkpoint(config, point.facts, layout)
+    checkpoint = find_checkpoint(config, data, point.facts, layout)
     if checkpoint:
         point.folder, point.progress = checkpoint.folder, checkpoint.progress()
         print(f"resume: {checkpoint.folder}, after step {checkpoint.step} of {layout.total_steps}")
@@ -128,7 +130,9 @@ def find_resume_point(
     return point
 
 
-def find_checkpoint(config: Config, facts: dict[str, Any], layout: Layout) -> Checkpoint | None:
+def find_checkpoint(
+    config: Config, data: TrainingData, facts: dict[str, Any], layout: Layout
+) -> Checkpoint | None:
     """Return the checkpoint to resume from, None for step 0; changes no files.
 
     Raises UserError if all checkpoints are corrupt, or if data or settings differ.
@@ -145,6 +149,9 @@ def find_checkpoint(config: Config, facts: dict[str, Any], layout: Layout) -> Ch
             folders = [folder for folder in own if storage.number(folder) > newest] or folders
     checkpoint = _newest_valid(folders)
     if checkpoint:
+        if VERSION_FACT not in checkpoint.manifest["facts"]:
+            facts = {**facts, **hash_facts(config, data, hash_version=1)}
+            del facts[VERSION_FACT]
         _check_facts(checkpoint, facts, config, layout)
     return checkpoint
 

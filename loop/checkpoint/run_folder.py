@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -12,7 +11,7 @@ import yaml
 from accelerate import Accelerator, PartialState
 
 from data.errors import UserError
-from data.files.hashes import file_sha256
+from data.files.hashes import HASH_VERSION, file_sha256
 from data.files.lock import LockHeld, locked
 from loop.checkpoint.full_model import save_non_lora
 from loop.checkpoint.storage import sync
@@ -24,8 +23,9 @@ from loop.distributed.layout import Layout, global_batch_size
 from loop.distributed.signals import LAUNCH_FILE, is_restart
 from loop.inputs.training_data import TrainingData, data_sha256, data_sources
 from loop.model import new_tokens
+from loop.model.saving_check import saved_shapes
 from loop.monitor.plots import draw_at_end
-from loop.utils import save_adapter, shapes, trained_parameters, write_json
+from loop.utils import save_adapter, trained_parameters, write_json
 
 SETTINGS, STATE = "training_config.yaml", "trainer_state.json"
 LOCK = ".lock"
@@ -57,7 +57,8 @@ def is_finished(config: Config) -> bool:
             values.pop(name, None)
         values |= {key: _resolved(values.get(key)) for key in names_of(finished_check="path")}
     settings |= {name: state.get(name) for name in ("data_sha256", "chat_template_sha256")}
-    now |= {"data_sha256": data_sha256(config), "chat_template_sha256": _template(config)}
+    version = int(state.get("hash_version", 1))
+    now |= {"data_sha256": data_sha256(config, version), "chat_template_sha256": _template(config)}
     if "data_sources" in state:  # Earlier versions did not record them.
         settings["data_sources"], now["data_sources"] = state["data_sources"], data_sources(config)
     settings["examples a step"] = state.get("global_batch_size")
@@ -107,7 +108,11 @@ def locked_output_dir(config: Config) -> Iterator[None]:
             if is_main:
                 with suppress(OSError):  # An error of the block is more important.
                     if is_new and {path.name for path in folder.iterdir()} <= {LOCK, LAUNCH_FILE}:
-                        shutil.rmtree(folder)  # The run wrote nothing else.
+                        # The run wrote nothing else. The lock goes last: without it, another run
+                        # may write its own files to the folder, which then stays.
+                        (folder / LAUNCH_FILE).unlink(missing_ok=True)
+                        (folder / LOCK).unlink()
+                        folder.rmdir()
 
 
 def _remove_stop(file: Path) -> None:
@@ -155,7 +160,7 @@ def save_run(
     unwrapped = accelerator.unwrap_model(model)
     main = accelerator.is_main_process
     adapter = new_tokens.rows(unwrapped, trained_parameters(unwrapped, keep=main), keep=main)
-    expected = {**shapes(unwrapped), **new_tokens.row_shapes(unwrapped)}
+    expected = saved_shapes(unwrapped)
     save_adapter(accelerator, unwrapped, adapter, expected, folder, config.save_safetensors)
     save_non_lora(accelerator, unwrapped, folder, config)
     if not main:
@@ -168,6 +173,7 @@ def save_run(
     state = {
         "finished": True,
         "max_steps": layout.total_steps,
+        "hash_version": HASH_VERSION,
         "data_sha256": data.sha256,
         "data_sources": data.source_sizes,
         "chat_template_sha256": _template(config),

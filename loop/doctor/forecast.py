@@ -195,7 +195,7 @@ def disk_rows(
     state = "exists" if output.is_dir() else "new"
     try:
         facts = run_facts(config, data, layout.global_batch_size)
-        checkpoint = find_checkpoint(config, facts, layout)
+        checkpoint = find_checkpoint(config, data, facts, layout)
         done = checkpoint.step if checkpoint else 0
         if (output / storage.STATE).is_file():
             # Not at the top: it imports peft, which takes seconds.

@@ -28,25 +28,40 @@ from data.encoding.seq2seq import SHORT, PairLimits, encode_pairs
 from data.encoding.templates import TemplateName
 from data.errors import UserError
 from data.files.atomic_write import written_whole
-from data.files.hashes import file_sha256
+from data.files.hashes import HASH_VERSION, file_sha256, value_sha256
 from loop.config.flags import DUMMY_DATA, Config, display_path, names_of
 from loop.distributed.rank_zero import is_rank0
 from loop.model.base import BaseModel, model_end_ids, read_base_model, tokenizer_sha256
 from loop.model.packed_attention import row_inputs
 
 
-def data_sha256(config: Config) -> str:
-    """Return the data's SHA-256: of its only file, or of all files' hashes and sources' weights.
+def data_sha256(config: Config, hash_version: int = HASH_VERSION) -> str:
+    """Return the hash of the data sources: each source's weight and the SHA-256 of its files.
 
-    A file next to --preprocessed_path caches the hashes. Raises UserError for an unreadable file.
+    hash_version: that of a checkpoint or run to compare with. A file next to --preprocessed_path
+    caches the files' hashes. Raises UserError for an unreadable file.
     """
-    hashes, hash_cache = [], None
+    hash_cache = None
     if config.preprocessed_path:
         cache = Path(config.preprocessed_path).expanduser()
         hash_cache = cache.with_name(f".{cache.name}.hashes")
-    for source in config.sources:
-        hashes += [file_sha256(file, hash_cache) for file in files_of(source, config.cache_dir)]
-        hashes += [f"x {source.weight}"] if source.weight != 1.0 else []
+    sources = [
+        (
+            float(source.weight),
+            [file_sha256(file, hash_cache) for file in files_of(source, config.cache_dir)],
+        )
+        for source in config.sources
+    ]
+    if hash_version == 1:
+        return _data_sha256_1(sources)
+    return value_sha256("data", sources)
+
+
+def _data_sha256_1(sources: list[tuple[float, list[str]]]) -> str:
+    """Return the data's hash of version 1, in which sources have no boundaries."""
+    hashes: list[str] = []
+    for weight, files in sources:
+        hashes += files + ([f"x {weight}"] if weight != 1.0 else [])
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(str(hashes).encode()).hexdigest()
 
 

@@ -16,6 +16,7 @@ from data.encoding.encode import check_fast
 from data.encoding.templates import TemplateName, default_template
 from data.encoding.tokenizer import with_fastchat_tokens, with_missing_characters
 from data.errors import UserError
+from data.files.hashes import HASH_VERSION, value_sha256
 from loop.config.flags import Config
 from loop.model.bundled_model import embedded_model
 
@@ -299,10 +300,15 @@ def model_end_ids(base_config: Any, name: str) -> set[int]:
     return {end for ends in lists for end in ends if end is not None}
 
 
-def tokenizer_sha256(tokenizer: Any) -> str:
-    """Return the SHA-256 of everything that determines a text's ids."""
+def tokenizer_sha256(tokenizer: Any, hash_version: int = HASH_VERSION) -> str:
+    """Return the SHA-256 of everything that determines a text's ids.
+
+    hash_version: that of a checkpoint to compare with.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
+        if hash_version != 1:
+            return value_sha256("tokenizer", tokenizer.get_vocab())
         return hashlib.sha256(
             json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
         ).hexdigest()
@@ -311,6 +317,8 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     backend.no_truncation()
     # Templates end answers with the EOS token, which is not part of the backend.
     special = json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)
+    if hash_version != 1:
+        return value_sha256("tokenizer", [backend.to_str(), special])
     return hashlib.sha256((backend.to_str() + special).encode()).hexdigest()
 
 

@@ -1,13 +1,20 @@
 """Loads the base model in the run's precision or in 4 bits, and injects the LoRA adapter."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    load_peft_weights,
+)
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -39,7 +46,8 @@ from loop.model.quantization import (
     kept_in_fp32,
     returned_memory,
 )
-from loop.utils import gathered
+from loop.model.saving_check import check_saving
+from loop.utils import file_name, gathered
 
 
 def load_model(base_model: BaseModel, config: Config, accelerator: Accelerator) -> PeftModel:
@@ -81,6 +89,8 @@ def load_model(base_model: BaseModel, config: Config, accelerator: Accelerator) 
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         leave_inputs(with_adapter)
+    if config.lora_weight_path:
+        _restore_values(with_adapter, config.lora_weight_path)
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu:
         keep_memory()
@@ -88,6 +98,7 @@ def load_model(base_model: BaseModel, config: Config, accelerator: Accelerator) 
         _compile_layers(with_adapter)  # A compiled layer has its own dropout.
     elif on_cpu:
         replace_dropout(with_adapter)
+    check_saving(with_adapter, base_model, config.trust_remote_code)
     return with_adapter
 
 
@@ -187,6 +198,7 @@ def _add_adapter(model: Any, base_model: BaseModel, config: Config, autocast: bo
         saved = PeftConfig.from_pretrained(config.lora_weight_path)
         # peft refuses dropout with parameters; see `_set_dropout`.
         saved.lora_dropout = 0.0 if saved.target_parameters else config.lora_dropout
+        _check_trains_whole(model, saved.modules_to_save or (), config.lora_weight_path)
         with as_user_error(f"--lora_weight_path {config.lora_weight_path}"):
             # peft only warns of missing weights. Training would start from random values.
             warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -221,6 +233,35 @@ def _add_adapter(model: Any, base_model: BaseModel, config: Config, autocast: bo
     if parameters:
         _set_dropout(with_adapter, config.lora_dropout)
     return with_adapter
+
+
+def _check_trains_whole(model: Any, modules: Iterable[str], folder: str) -> None:
+    """Raise UserError for a module in 4 bits that the adapter's `modules_to_save` trains."""
+    quantised = [
+        name
+        for name, module in model.named_modules()
+        if any(f".{name}".endswith(f".{end}") for end in modules)
+        and any(hasattr(parameter, "quant_state") for parameter in module.parameters())
+    ]
+    if quantised:
+        raise UserError(
+            f"--lora_weight_path {folder}: found modules_to_save {', '.join(modules)}, and "
+            f"{quantised[0]} in 4 bits; expected modules that are not quantised. Give --q_lora "
+            "False and a base model whose files are not quantised."
+        )
+
+
+def _restore_values(with_adapter: PeftModel, folder: str) -> None:
+    """Copy an adapter's biases and modules that are trained whole from its file.
+
+    Every rank must call this. peft (0.21) loads these in the base's dtype, which rounds them.
+    """
+    saved = load_peft_weights(folder, device="cpu")
+    for name, parameter in with_adapter.named_parameters():
+        value = saved.get(file_name(name))
+        if parameter.requires_grad and "lora_" not in name and value is not None:
+            with gathered(parameter), torch.no_grad():
+                parameter.copy_(value)
 
 
 def _set_dropout(with_adapter: Any, dropout: float) -> None:

@@ -45,7 +45,7 @@ def test_a_folders_weight_is_not_that_of_its_last_file(
     resume = ["--resume_from_checkpoint", str(tmp_path / "whole")]
     with pytest.raises(UserError, match="data sources was"):
         run("other", *flags, *last, *resume)
-    run("last", *flags, *last)  # The cache has the same hash, and is encoded again.
+    run("last", *flags, *last)  # The cache has another hash, and is encoded again.
     assert log_of(tmp_path / "whole")[-1]["epoch"] != log_of(tmp_path / "last")[-1]["epoch"]
 
 

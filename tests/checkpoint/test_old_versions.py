@@ -15,6 +15,8 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from data.files.hashes import HASH_VERSION
+from loop.checkpoint.identity import VERSION_FACT
 from loop.checkpoint.run_folder import is_finished
 from loop.config.flags import Config
 from loop.config.load import ALIASES, read_config
@@ -58,6 +60,27 @@ def test_an_old_checkpoint_resumes_to_the_losses_and_adapter_of_the_old_version(
     assert {*resumed} == {*finished}
     for name, tensor in finished.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_an_old_checkpoint_of_other_data_is_refused_and_a_new_one_has_versioned_hashes(
+    moved: Path,
+) -> None:
+    settings = ("--config", "stopped/training_config.yaml")
+    text = (moved / "dialogues.json").read_text()
+    (moved / "dialogues.json").write_text(text + "\n")
+    done = command("python", ROOT / "loop/train.py", *settings, cwd=moved)
+    assert done.returncode == 2
+    assert "data (SHA-256) was" in done.stderr + done.stdout
+    assert "tokenizer (SHA-256) was" not in done.stderr + done.stdout
+    (moved / "dialogues.json").write_text(text)
+    done = command("python", ROOT / "loop/train.py", *settings, cwd=moved)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((moved / "stopped/checkpoint-6/manifest.json").read_text())["facts"]
+    assert facts[VERSION_FACT] == HASH_VERSION
+    old = json.loads((FIXTURE / "stopped/checkpoint-3/manifest.json").read_text())["facts"]
+    for name in ("data (SHA-256)", "tokenizer (SHA-256)", "base model (sampled SHA-256)"):
+        assert facts[name] != old[name]
+    assert is_finished(read_config([*settings], Config))
 
 
 @pytest.mark.usefixtures("moved")

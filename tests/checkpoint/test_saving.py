@@ -227,7 +227,7 @@ def test_an_incorrectly_saved_adapter_is_an_error(train: Train) -> None:
         (zeros, "is not trained"),
     ):
         save_file(wrong, file)
-        with pytest.raises(RuntimeError, match=complaint):
+        with pytest.raises(RunError, match=complaint):
             _check_saved(load_file(file), shapes, file)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from data.errors import UserError
 from data.files import hashes
-from data.files.hashes import file_sha256
+from data.files.hashes import HASH_VERSION, file_sha256, value_sha256
 from loop.config.flags import Config
 from loop.inputs.training_data import data_sha256
 from tests.support.helpers import wait_until, write_dialogues
@@ -133,7 +133,50 @@ def test_a_run_that_keeps_its_data_reads_it_once_and_sees_a_change(
     await_tick(tmp_path)
     config = Config(data_path=(str(data),), preprocessed_path=str(tmp_path / "kept"))
     first = data_sha256(config)
-    assert data_sha256(config) == first == sha256(data)
+    assert data_sha256(config) == first == value_sha256("data", [[1.0, [sha256(data)]]])
     assert len(reads) == 1
     write_dialogues(data, ["Hi", "Hm"])
-    assert data_sha256(config) == sha256(data) != first
+    assert data_sha256(config) == value_sha256("data", [[1.0, [sha256(data)]]]) != first
+
+
+def test_values_that_differ_in_a_type_or_a_boundary_have_different_hashes() -> None:
+    values: list[Any] = [
+        *(None, True, False, 0, 1, 1.0, "1", "", b"1", b"", "None", "ab"),
+        *([], {}, [1], [[1]], [1, 2], [[1], 2], ["a", "b"], ["ab"], ["a", ["b"]], [b"a", b"b"]),
+        *({"a": 1}, {"a": "1"}, {"a": {"b": 1}}, {"a.b": 1}, ["a", 1], [["a", 1]], ["int", "1"]),
+        *(["dict", [["a", 1]]], ["list", [1]], 0.1, 0.1 + 2**-56, -1, [b"ab", b""]),
+    ]
+    hashes = [value_sha256("a", value) for value in values]
+    assert len({*hashes}) == len(values)
+    assert value_sha256("b", 1) != value_sha256("a", 1)
+    assert value_sha256("a", {"x": 1, "y": (1, 2)}) == value_sha256("a", {"y": [1, 2], "x": 1})
+    for unknown in ({1: 2}, {1}, Path("a"), object()):
+        with pytest.raises(TypeError, match="is not defined"):
+            value_sha256("a", [unknown])
+
+
+def test_a_change_of_the_serialisation_needs_a_new_version() -> None:
+    found = value_sha256("pinned", {"a": [None, True, 1, 0.5, "ä", b"\x00"]})
+    expected = "f8b41b75fdd52c7feaf61274bafd8044a41cc22a0210253728ae1d21e73367af"
+    assert (HASH_VERSION, found) == (2, expected)
+
+
+def test_sources_that_are_named_otherwise_have_other_hashes(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    one = write_dialogues(folder / "a.json", ["Hi", "Yo"])
+    two = write_dialogues(folder / "b.json", ["And", "So"])
+    named = [
+        (f"{folder}:0.5",),
+        (str(one), f"{two}:0.5"),
+        (str(folder),),
+        (str(one), str(two)),
+        (f"{one}:0.5", f"{two}:0.5"),
+    ]
+    configs = [Config(data_path=names) for names in named]
+    assert len({data_sha256(config) for config in configs}) == len(named)
+    # The first two had the same hash, which runs and checkpoints of that time contain.
+    old = [data_sha256(config, hash_version=1) for config in configs]
+    assert old[0] == old[1]
+    assert old[0] == hashlib.sha256(str([sha256(one), sha256(two), "x 0.5"]).encode()).hexdigest()
+    assert data_sha256(Config(data_path=(str(one),)), hash_version=1) == sha256(one)

@@ -235,7 +235,7 @@ def test_a_finished_run_with_old_names_in_its_settings_is_recognised(tmp_path: P
     (tmp_path / "adapter_model.safetensors").touch()
     state = {
         "finished": True,
-        "data_sha256": data_sha256(config),
+        "data_sha256": data_sha256(config, hash_version=1),
         "chat_template_sha256": None,
         "global_batch_size": global_batch_size(config, 1),
     }
