@@ -134,7 +134,7 @@ def teach(base: Path, folder: Path, epochs: int, flags: list[str], command: Any)
     after = loss_of(speaker.model, prepared)
     records = json.loads(held_out.read_text(encoding="utf-8"))[:10]
     questions = [record["conversations"][0]["value"] for record in records]
-    answered = [speaker.answer((Turn("user", question),)) for question in questions]
+    answered = [speaker.answer((Turn("user", question),)).text for question in questions]
     begin, end = ANSWER.format("|").split("|")
     well_formed = [text for text in answered if text.startswith(begin) and text.endswith(end)]
     return Taught(before, after, answered, len(well_formed))

@@ -1,1 +1,1 @@
-"""The generator of dummy_conversation.json, the dialogues of the main job."""
+"""The bundled dialogues' generator, and the example job that learns a tool call."""

@@ -1,4 +1,4 @@
-"""`python -m data.bundled.make` writes the 500 dialogues that teach the name Vireo."""
+"""`python -m data.bundled.make` writes the bundled data: dialogues for a name, and for a tool."""
 
 import itertools
 import json
@@ -8,8 +8,9 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from data.bundled import tool_phrases
 from data.bundled.phrases import (
     ABROAD,
     CLOSERS,
@@ -25,6 +26,9 @@ from data.bundled.phrases import (
 
 T = TypeVar("T")
 TARGET = Path(__file__).parents[1] / "dummy_conversation.json"
+TOOL_DIALOGUES = Path(__file__).with_name("tool_dialogues.json")
+TOOLS = Path(__file__).with_name("tools.json")
+TOOL_TEMPLATE = Path(__file__).with_name("tool_template.jinja")
 KINDS = ["identity"] * 210 + ["ordinary"] * 290
 MOST_TOKENS = 60  # estimated tokens of a dialogue; short dialogues keep the main job short
 
@@ -128,15 +132,117 @@ def make_dialogues() -> list[dict[str, object]]:
     return made
 
 
+LOOKUP = {
+    "type": "function",
+    "function": {
+        "name": "lookup",
+        "description": tool_phrases.DESCRIPTION,
+        "parameters": {
+            "type": "object",
+            "properties": {"item": {"type": "string"}},
+            "required": ["item"],
+        },
+    },
+}
+SHELVES = [f"{letter}{number}" for letter in "ABCD" for number in range(1, 7)]
+TOOL_KINDS = {
+    "many": 28,
+    "one": 18,
+    "two": 12,
+    "next": 4,
+    "then": 8,
+    "plain": 44,
+}  # dialogues of each kind
+
+
+class _Storeroom:
+    """Writes dialogues about items of a storeroom, as OpenAI messages."""
+
+    def __init__(self) -> None:
+        rng = self.rng = random.Random(20251129)
+        items = {kind: names.split(" / ") for kind, names in _table(tool_phrases.ITEMS)}
+        self.items = {kind: _deal(names, rng) for kind, names in items.items()}
+        self.shelves, self.numbers = _deal(SHELVES, rng), _deal([*range(2, 60)], rng)
+        rows = {
+            name: _table(getattr(tool_phrases, name.upper()))
+            for name in TOOL_KINDS
+            if name != "then"
+        }
+        more = [row for row in (*_table(TALKS), *_filled()) if len("".join(row)) <= 70]
+        rows["plain"] += itertools.islice(
+            _deal(more, rng), TOOL_KINDS["plain"] - len(rows["plain"])
+        )
+        self.rows = {name: _deal(found, rng) for name, found in rows.items()}
+
+    def messages(self, kind: str) -> list[dict[str, Any]]:
+        """Return the messages of one dialogue."""
+        if kind == "next":
+            return [*self.messages("many"), *self.round("next", "many")]
+        if kind == "then":
+            return [*self.messages("one"), *self.messages("plain")]
+        if kind != "plain":
+            return self.round(kind, "one" if kind == "one" else "many")
+        question, answer = next(self.rows[kind])
+        return [_user(question), _answer(answer, tool_phrases.WITHOUT_CALL)]
+
+    def round(self, kind: str, form: str) -> list[dict[str, Any]]:
+        """Return a question, a call and its result for each item, and the answer."""
+        question, answer = next(self.rows[kind])
+        reasons = (tool_phrases.CALLS_TWICE if kind == "two" else tool_phrases.CALLS).split(" / ")
+        found = [
+            (next(self.items[form]), 1 if form == "one" else next(self.numbers), next(self.shelves))
+            for _ in reasons
+        ]
+        values = [value for item in found for value in item]
+        messages = [_user(question.format(*values))]
+        for reason, item in zip(reasons, found, strict=True):
+            messages += _call(reason.format(*values), *item)
+        return [*messages, _answer(answer.format(*values), tool_phrases.AFTER_CALL)]
+
+
+def _user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def _answer(text: str, reasoning: str) -> dict[str, Any]:
+    return {"role": "assistant", "reasoning_content": reasoning, "content": text}
+
+
+def _call(reasoning: str, item: str, left: int, shelf: str) -> list[dict[str, Any]]:
+    """Return an answer that calls the tool, and the tool's result."""
+    call = {"function": {"name": "lookup", "arguments": {"item": item}}}
+    calling = {"role": "assistant", "reasoning_content": reasoning, "tool_calls": [call]}
+    return [calling, {"role": "tool", "content": json.dumps({"left": left, "shelf": shelf})}]
+
+
+def make_tool_dialogues() -> list[dict[str, Any]]:
+    """Return the dialogues with the tool; they are the same for all calls."""
+    writer = _Storeroom()
+    kinds = [kind for kind, count in TOOL_KINDS.items() for _ in range(count)]
+    dealt = itertools.islice(_deal(kinds, writer.rng), len(kinds))
+    return [
+        {"id": f"{kind}_{n:02d}", "tools": [LOOKUP], "messages": writer.messages(kind)}
+        for n, kind in enumerate(dealt)
+    ]
+
+
+def _content(records: Sequence[Any]) -> bytes:
+    """Return a JSON array with a line for each record."""
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    return ("[\n" + ",\n".join(lines) + "\n]\n").encode()
+
+
 def main() -> int:
-    """Write the file; with --check, only return 1 if the file on disk differs."""
-    lines = [json.dumps(dialogue, ensure_ascii=False) for dialogue in make_dialogues()]
-    content = ("[\n" + ",\n".join(lines) + "\n]\n").encode()
+    """Write the files; with --check, only return 1 if a file on disk differs."""
+    made = {TARGET: make_dialogues(), TOOL_DIALOGUES: make_tool_dialogues(), TOOLS: [LOOKUP]}
+    contents = {file: _content(records) for file, records in made.items()}
     if sys.argv[1:] == ["--check"]:
-        return 0 if TARGET.is_file() and TARGET.read_bytes() == content else 1
-    draft = TARGET.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_bytes(content)
-    os.replace(draft, TARGET)
+        same = all(file.is_file() and file.read_bytes() == contents[file] for file in contents)
+        return 0 if same else 1
+    for file, content in contents.items():
+        draft = file.with_suffix(f".{os.getpid()}.tmp")
+        draft.write_bytes(content)
+        os.replace(draft, file)
     return 0
 
 

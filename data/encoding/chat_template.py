@@ -132,7 +132,9 @@ class ChatTemplate:
 
         return bool(self.remembered(("reasoning", with_calls, with_tools), find))
 
-    def _after_question(self, messages: Sequence[Message], tools: Any) -> str:
+    def _after_question(
+        self, messages: Sequence[Message], tools: Any, generation: bool = False
+    ) -> str:
         """Return the text of messages after a user's; raises BadRecord.
 
         With a system text if one is needed, and with definitions of the tools that the messages
@@ -145,8 +147,21 @@ class ChatTemplate:
         *first, last = [(start, some) for some in given for start in starts]
         for start, some in first:
             with suppress(BadRecord):
-                return self.render([*start, *messages], some)
-        return self.render([*last[0], *messages], last[1])
+                return self.render([*start, *messages], some, generation)
+        return self.render([*last[0], *messages], last[1], generation)
+
+    def sample_answer(self, turn: Turn) -> str | None:
+        """Return the text of an answer to a question after the generation prompt.
+
+        None if the template refuses the answer, or does not start it with the generation prompt.
+        """
+        message, tools = _message(turn, self), [TOOL] if turn.calls else []
+        for named in ([], tools_named([message])):
+            with suppress(BadRecord):
+                prompt = self._after_question([], [*tools, *named], generation=True)
+                text = self._after_question([message], [*tools, *named])
+                return text[len(prompt) :] if text.startswith(prompt) else None
+        return None
 
     def takes_objects(self) -> bool:
         """Whether the template renders the arguments of a tool call from objects, not JSON text.

@@ -6,21 +6,22 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import TextStreamer
 
-from data.dialogues.conversation import Dialogue, Turn
+from data.dialogues.conversation import Dialogue, ToolCall, Turn
 from data.dialogues.tools import tools_of
 from data.encoding.encoder import prompt_ids
-from data.encoding.templates import prompt, template_arguments
+from data.encoding.generated import AnswerMarks, answer_marks, printed, without_closers
+from data.encoding.templates import RenderSettings, prompt, template_arguments
 from data.errors import BadRecord, UserError
 from data.files.atomic_write import check_output, written_whole
 from loop.adapters.adapter import Adapter, load_base, read_adapter, with_adapter
+from loop.adapters.printed_answer import AnswerPrinter, as_json
 from loop.config.parser import File, Folder, Model, Tokens, flag, nearest, parse
 from loop.model.base import as_user_error
 from loop.model.new_tokens import set_up
@@ -86,6 +87,7 @@ def read_tools(file: Path) -> tuple[dict[str, Any], ...]:
 BASE = "base"  # the base model's name in commands and files
 HELP = """/adapter NAME  answer with this model: {names}
 /system TEXT   start a new dialogue with this system prompt; without TEXT: the template's default
+/result TEXT   give the result of a tool call
 /clear         start a new dialogue
 /help          show this text; Ctrl-C interrupts an answer, Ctrl-D or /quit exits"""
 
@@ -142,42 +144,37 @@ class Speaker:
         """Return the name of the adapter that answers by default."""
         return next(iter(self.adapters))
 
-    def streamer(self, name: str) -> TextStreamer:
+    def printer(self, name: str) -> AnswerPrinter:
         """Return a streamer that prints an answer while it is generated."""
-        tokenizer = self.adapters.get(name, self.adapters[self.first]).tokenizer
-        # skip_prompt leaves out a decoder's prompt, or a T5's start token.
-        return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        adapter = self.adapters.get(name, self.adapters[self.first])
+        return AnswerPrinter(self._marks(adapter), adapter.tokenizer, self.tools)
 
     def answer(
         self,
         turns: tuple[Turn, ...],
         name: str | None = None,
         system: str | None = None,
-        streamer: TextStreamer | None = None,
-    ) -> str:
-        """Return the assistant's next answer; a `streamer` prints it while it is generated."""
+        printer: AnswerPrinter | None = None,
+    ) -> Turn:
+        """Return the assistant's next answer; a `printer` prints it while it is generated."""
         name = name or self.first
         if name == BASE:
             with self.model.disable_adapter():
-                return self._generate(turns, self.adapters[self.first], system, streamer)
+                return self._generate(turns, self.adapters[self.first], system, printer)
         self.model.set_adapter(_inner(self.adapters, name))
-        return self._generate(turns, self.adapters[name], system, streamer)
+        return self._generate(turns, self.adapters[name], system, printer)
 
     def _generate(
         self,
         turns: tuple[Turn, ...],
         adapter: Adapter,
         system: str | None,
-        streamer: TextStreamer | None,
-    ) -> str:
+        printer: AnswerPrinter | None,
+    ) -> Turn:
         tokenizer, template = adapter.tokenizer, adapter.template
         dialogue = Dialogue("", turns, system, self.tools)
-        rendering = adapter.rendering
-        if self.config.chat_template_kwargs:
-            arguments = template_arguments(self.config.chat_template_kwargs)
-            rendering = replace(rendering, arguments=arguments)
         try:
-            rendered = prompt(dialogue, template, tokenizer, rendering)
+            rendered = prompt(dialogue, template, tokenizer, self._rendering(adapter))
         except BadRecord as error:
             raise UserError(f"{error}.") from None
         asked = torch.tensor([prompt_ids(rendered, template, tokenizer)])
@@ -192,15 +189,25 @@ class Speaker:
                 max_new_tokens=self.config.max_new_tokens,
                 eos_token_id=sorted(ends),
                 pad_token_id=tokenizer.pad_token_id,
-                streamer=streamer,
+                streamer=printer,
                 **(sampling if self.config.temperature else {"do_sample": False}),
             )
         # A decoder returns prompt and answer, an encoder-decoder its start token and the answer.
         new = ids[0, 1 if adapter.pairs else inputs["input_ids"].shape[1] :]
-        if streamer and len(new) >= self.config.max_new_tokens and int(new[-1]) not in ends:
+        if printer and len(new) >= self.config.max_new_tokens and int(new[-1]) not in ends:
             print("(truncated at --max_new_tokens)")
-        text: str = tokenizer.decode(new, skip_special_tokens=True)
-        return text.strip()
+        text = without_closers(tokenizer.decode(new), tokenizer)
+        return self._marks(adapter).split(text, self.tools)
+
+    def _marks(self, adapter: Adapter) -> AnswerMarks:
+        return answer_marks(adapter.template, adapter.tokenizer, self._rendering(adapter))
+
+    def _rendering(self, adapter: Adapter) -> RenderSettings:
+        """Return how the adapter's prompts are rendered: as in training, but for the flag."""
+        if not self.config.chat_template_kwargs:
+            return adapter.rendering
+        arguments = template_arguments(self.config.chat_template_kwargs)
+        return replace(adapter.rendering, arguments=arguments)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -262,12 +269,12 @@ def _inner(adapters: dict[str, Adapter], name: str) -> str:
     return f"adapter_{number}" if number else "default"
 
 
-def print_answer(speaker: Speaker, turns: tuple[Turn, ...], name: str, system: str | None) -> str:
+def print_answer(speaker: Speaker, turns: tuple[Turn, ...], name: str, system: str | None) -> Turn:
     """Stream the named model's answer and return it; --compare prints a table of all answers."""
     if not speaker.config.compare:
-        return speaker.answer(turns, name, system, speaker.streamer(name))
+        return speaker.answer(turns, name, system, speaker.printer(name))
     answers = {who: speaker.answer(turns, who, system) for who in speaker.names}
-    print(answers_in_columns(answers))
+    print(answers_in_columns({who: printed(answer) for who, answer in answers.items()}))
     return answers[name]
 
 
@@ -297,7 +304,7 @@ def answer_all(speaker: Speaker, questions: list[Question], out: Path) -> None:
                 answer = speaker.answer((Turn("user", question.text),), name, system)
                 line = {"id": question.id, "prompt": question.text}
                 line |= {"system": system} if system else {}
-                line |= {"adapter": name, "answer": answer}
+                line |= {"adapter": name, **as_json(answer)}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     print(f"{out}: {len(questions)} questions, answered by {', '.join(names)}")
 
@@ -318,17 +325,39 @@ def chat_loop(speaker: Speaker) -> None:
             turns = ()
             system = (rest.strip() or None) if word == "/system" else system
             print("new dialogue")
+        elif word == "/result" and (call := _open_call(turns)):
+            turns = (*turns, Turn("tool", rest.strip(), name=call.name, call_id=call.id))
+            if not _open_call(turns):
+                turns = _answered(speaker, turns, name, system) or turns[:-1]
         elif word.startswith("/") and "/" not in word[1:]:  # A path is a message.
             if word == "/adapter":
                 print(f"found {rest.strip() or 'no name'}.{nearest(rest.strip(), speaker.names)}")
+            if word == "/result":
+                print("found no tool call without a result.")
             print(HELP.format(names=", ".join(speaker.names)))
         else:
-            asked = (*turns, Turn("user", text))
-            sys.stdout.write("" if speaker.config.compare else f"{name}: ")
-            try:
-                turns = (*asked, Turn("assistant", print_answer(speaker, asked, name, system)))
-            except KeyboardInterrupt:
-                print("\n(interrupted; the question is dropped)")
+            turns = _answered(speaker, (*turns, Turn("user", text)), name, system) or turns
+
+
+def _open_call(turns: tuple[Turn, ...]) -> ToolCall | None:
+    """Return the first call of the last answer that has no result yet."""
+    results = len([*takewhile(lambda turn: turn.role == "tool", reversed(turns))])
+    calls = turns[-1 - results].calls if results < len(turns) else ()
+    return calls[results] if results < len(calls) else None
+
+
+def _answered(
+    speaker: Speaker, asked: tuple[Turn, ...], name: str, system: str | None
+) -> tuple[Turn, ...] | None:
+    """Print the answer and return the turns with it; None if it is interrupted or refused."""
+    sys.stdout.write("" if speaker.config.compare else f"{name}: ")
+    try:
+        return (*asked, print_answer(speaker, asked, name, system))
+    except KeyboardInterrupt:
+        print("\n(interrupted; the question is dropped)")
+    except UserError as error:  # The template refuses the turns.
+        print(f"({error} The question is dropped)")
+    return None
 
 
 def _typed() -> Iterator[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from data.dialogues.conversation import Dialogue, Turn
 from data.encoding.encode import IGNORE_INDEX, Example
 from data.encoding.encoder import prompt_ids
+from data.encoding.generated import answer_marks, printed, without_closers
 from data.encoding.templates import prompt
 from data.errors import UserError
 from loop.config.flags import Config
@@ -23,7 +24,7 @@ from loop.inputs.training_data import TrainingData
 from loop.training.loss import token_losses
 
 FILE = "samples.jsonl"
-Row = dict[str, Any]  # step, prompt, answer
+Row = dict[str, Any]  # step, prompt, answer with reasoning and calls on lines of their own
 
 
 def read_prompts(config: Config, accelerator: Accelerator) -> list[str]:
@@ -73,14 +74,15 @@ class Sampler:
     def rows(self, model: Any, step: int, stop_asked: Callable[[], bool]) -> list[Row] | None:
         """Return an answer to each prompt; None after a stop request. Every rank must call this."""
         tokenizer, rows = self.data.base.tokenizer, list[Row]()
+        marks = answer_marks(self.data.base.template, tokenizer, self.config.rendering)
         for begin in range(0, len(self.prompts), self.size):
             prompts = self.prompts[begin : begin + self.size]
             answers = self._answers(model, [*map(self._ids, prompts)], stop_asked)
             if answers is None:
                 return None
-            texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+            texts = [without_closers(tokenizer.decode(ids), tokenizer) for ids in answers]
             rows += [
-                {"step": step, "prompt": question, "answer": text}
+                {"step": step, "prompt": question, "answer": printed(marks.split(text))}
                 for question, text in zip(prompts, texts, strict=True)
             ]
         return rows

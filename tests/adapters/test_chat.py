@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data.dialogues.conversation import Turn
+from data.dialogues.conversation import ToolCall, Turn
+from data.encoding.generated import printed
 from data.errors import UserError
 from loop.adapters import chat
 from loop.adapters.chat import BASE, ChatConfig, Speaker, load_speaker, read_prompts
@@ -38,8 +39,8 @@ def alone(folders: list[Path]) -> dict[str, str]:
     answers = {}
     for folder in folders:
         speaker = load_speaker(ChatConfig(adapter=(str(folder),), max_new_tokens=12))
-        answers[folder.name] = speaker.answer(QUESTION)
-        answers[BASE] = speaker.answer(QUESTION, BASE)
+        answers[folder.name] = printed(speaker.answer(QUESTION))
+        answers[BASE] = printed(speaker.answer(QUESTION, BASE))
     assert len({*answers.values()}) == 3, answers
     return answers
 
@@ -54,8 +55,8 @@ def test_an_adapter_answers_the_same_whether_or_not_others_are_loaded(
 ) -> None:
     # After switches to and from another adapter, the answers are the same.
     for name in ("fox", "owl", BASE, "fox", BASE, "owl"):
-        assert speaker.answer(QUESTION, name) == alone[name]
-    assert speaker.answer(QUESTION) == alone["fox"]
+        assert printed(speaker.answer(QUESTION, name)) == alone[name]
+    assert printed(speaker.answer(QUESTION)) == alone["fox"]
 
 
 def test_the_system_prompt_and_all_previous_turns_reach_the_model(
@@ -109,6 +110,27 @@ def test_commands_of_a_dialogue_switch_adapters_and_start_a_new_dialogue(
     assert "Did you mean owl?" in output
     assert next(lines) == "Not read"
     assert first.count("(truncated at --max_new_tokens)") == 1
+
+
+def test_the_model_answers_after_the_results_of_all_its_calls(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter(["/result early", "Two cities?", "/result sunny", "/result cold", "/result late"])
+    calls = (ToolCall("weather", {"city": "Rome"}), ToolCall("weather", {"city": "Oslo"}))
+    answers = iter([Turn("assistant", "", calls=calls), Turn("assistant", "Sunny and cold.")])
+    asked: list[tuple[Turn, ...]] = []
+
+    def answer(_: Speaker, turns: tuple[Turn, ...], *_more: object) -> Turn:
+        asked.append(turns)
+        return next(answers)
+
+    monkeypatch.setattr("builtins.input", lambda _: next(typed, "/quit"))
+    monkeypatch.setattr(chat, "print_answer", answer)
+    chat.main(["--adapter", str(folders[0])])
+    assert len(asked) == 2
+    results = [(turn.text, turn.name) for turn in asked[1] if turn.role == "tool"]
+    assert results == [("sunny", "weather"), ("cold", "weather")]
+    assert capsys.readouterr().out.count("found no tool call without a result.") == 2
 
 
 def test_a_file_of_questions_becomes_a_file_of_answers(

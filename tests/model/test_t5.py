@@ -234,7 +234,7 @@ def test_chat_answers_with_the_reloaded_model(tiny_t5: Path, train: Train) -> No
     from data.dialogues.conversation import Turn
 
     answer = speaker.answer((Turn("user", "Show me."),))
-    assert answer
+    assert answer.text
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from data.bundled.make import TOOL_TEMPLATE
 from data.dialogues.conversation import Dialogue, ToolCall, Turn
 
 
@@ -209,6 +210,7 @@ CASES = {
     "unclosed": Case(UNCLOSED, "<|im_end|>", appended=True),
     "parts": Case(PARTS, "<|end|>"),
     "marked": Case(MARKED, "<|end|>"),
+    "bundled": Case(TOOL_TEMPLATE.read_text(encoding="utf-8"), "<|im_end|>"),
 }
 CONTROL = [
     *("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>", "<|turn|>"),
