@@ -1,7 +1,7 @@
 """Recognises the form of a record by its keys, and converts it to ShareGPT."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -79,6 +79,7 @@ def as_sharegpt(record: Any, how: Reading = DEFAULT_READING) -> dict[str, Any]:
 
 def read_form(record: Any, how: Reading = DEFAULT_READING) -> tuple[dict[str, Any], Form]:
     """Return the record in ShareGPT format, and its form; raises BadRecord."""
+    given = record
     if isinstance(record, dict):
         if not PREFERENCE_KEYS.isdisjoint(record):
             record = without_rejected(record, how.preference == "chosen")
@@ -94,7 +95,11 @@ def read_form(record: Any, how: Reading = DEFAULT_READING) -> tuple[dict[str, An
         form = Form("columns", "--columns", partial(_from_columns, how.columns), keys)
     else:
         form = recognise(record)
-    return form.convert(record, how.roles), form
+    converted = form.convert(record, how.roles)
+    if record is not given:  # The answers that are left out are counted by the form's name.
+        keys = form.keys | (given.keys() - record.keys())
+        form = replace(form, name=f"{form.name}, chosen answers", keys=keys)
+    return converted, form
 
 
 def recognise(record: Any) -> Form:

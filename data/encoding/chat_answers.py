@@ -233,7 +233,7 @@ class _Rendering:
         for number in reasoned:
             with_calls = "tool_calls" in self.messages[number]
             if not missing and not self.template.shows_reasoning(with_calls, bool(self.tools)):
-                missing = [f"the reasoning of turn {number}"]
+                missing = [f"the reasoning (thinking) of turn {number}"]
         names = [str(tool.get("function", tool).get("name")) for tool in self.tools]
         if not missing and not all(contains(full, name) for name in names):
             missing = ["the tool definitions"]

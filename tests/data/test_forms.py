@@ -16,6 +16,7 @@ from data.dialogues.sharegpt import Tally, dialogues_of
 from data.dialogues.turns import ALL_MARKS, SYSTEM_KEYS
 from data.errors import UserError
 from data.preparation import convert
+from loop.doctor import show
 from tests.support.helpers import dialogues_in
 
 Q, A, Q2, A2, SYSTEM = "Which moon?", "Ganymede.", "And next?", "Titan.", "You keep a lighthouse."
@@ -226,7 +227,11 @@ PREFERENCE: dict[str, Any] = {
 def test_preference_data_is_refused_and_chosen_answers_are_taken(name: str) -> None:
     with pytest.raises(UserError, match="--preference chosen"):
         read(PREFERENCE[name])
-    assert said(read(PREFERENCE[name], Reading("chosen"))) == ONE
+    tally = Tally()
+    (dialogue,) = dialogues_of([(PREFERENCE[name], "f: record 0")], tally, how=Reading("chosen"))
+    assert said(dialogue) == ONE
+    assert not tally.unused
+    assert "chosen answers" in str(tally)
 
 
 def test_an_answer_labelled_bad_is_counted_and_never_learnt() -> None:
@@ -257,6 +262,32 @@ def test_named_roles_are_read() -> None:
     with pytest.raises(UserError, match="--roles user=Ann or assistant=Ann"):
         read(record)
     assert said(read(record, Reading(roles={"Ann": "user", "Zed": "assistant"}))) == ONE
+
+
+FLAGS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "preference": (PREFERENCE["prompt"], ["--preference", "chosen"]),
+    "roles": (
+        {"messages": [{"role": "Ann", "content": Q}, {"role": "Zed", "content": A}]},
+        ["--roles", "user=Ann", "assistant=Zed"],
+    ),
+    "columns": ({"q1": Q, "a1": A}, ["--columns", "user=q1", "assistant=a1"]),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_the_flags_that_a_refusal_names_train_and_convert(
+    name: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, flags = FLAGS[name]
+    file, converted = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    file.write_text(json.dumps(record) + "\n")
+    model = ["--model_name_or_path", str(tiny_model)]
+    with pytest.raises(UserError, match=flags[0]):
+        show.main([*model, "--data_path", str(file)])
+    show.main([*model, "--data_path", str(file), *flags])
+    convert.main(["--in", str(file), "--out", str(converted), *flags])
+    show.main([*model, "--data_path", str(converted)])
+    assert capsys.readouterr().out.count(A) == 2
 
 
 REFUSED = {
