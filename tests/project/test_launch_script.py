@@ -77,13 +77,16 @@ def calls_of(server: socket.socket) -> int:
 
 def test_wrong_data_is_one_message_from_two_ranks(tiny_model: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.json"
-    data.write_text('[{"id": "x", "conversations": [{"from": "bot", "value": "Hi"}]}]')
+    good = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}
+    bad = {"id": "x", "conversations": [{"from": "Zed", "value": "Hi"}]}
+    # The check before the launch reads fewer records, so the ranks find this one.
+    data.write_text(json.dumps([good] * 25 + [bad]))
     done = command(
         "./launch.sh", MODEL, tiny_model, "--data_path", data, "--output_dir", tmp_path / "run",
         NUM_PROCESSES="2",
     )  # fmt: skip
     assert done.returncode == 2
-    assert f'{data}: record 0 (id "x"): turn 0 has the role "bot"' in one_message(done.stderr)
+    assert f'{data}: record 25 (id "x"): turn 0 has the role "Zed"' in one_message(done.stderr)
     assert not (tmp_path / "run").exists()
 
 
