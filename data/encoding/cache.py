@@ -37,20 +37,16 @@ OURS = FORMAT[:22].encode()
 # Ids depend on the key, on these modules of the package, and on these libraries.
 ROOT = Path(__file__).parents[1]  # the package `data`
 CODE = (
-    *("errors", "files/read", "files/json_stream"),
-    *("dialogues/conversation", "dialogues/sharegpt", "dialogues/keys"),
-    *(
-        "dialogues/forms",
-        "dialogues/columns",
-        "dialogues/formats",
-        "dialogues/pairs",
-        "dialogues/preference",
-    ),
-    *("dialogues/turns", "dialogues/tools", "dialogues/blocks", "dialogues/values"),
-    "dialogues/sources",
+    *("dialogues/blocks", "dialogues/columns", "dialogues/conversation", "dialogues/exports"),
+    *("dialogues/formats", "dialogues/forms", "dialogues/keys", "dialogues/pairs"),
+    *("dialogues/preference", "dialogues/sharegpt", "dialogues/sources", "dialogues/tools"),
+    *("dialogues/turns", "dialogues/values"),
     *("encoding/chat_answers", "encoding/chat_template", "encoding/control_tokens"),
     *("encoding/encode", "encoding/encoder", "encoding/seq2seq", "encoding/templates"),
     *("encoding/token_offsets", "encoding/tokenizer"),
+    "errors",
+    *("files/containers", "files/json_file", "files/json_loose", "files/json_stream"),
+    *("files/names", "files/read", "files/refusals", "files/splits", "files/tables"),
 )
 LIBRARIES = ("tokenizers", "transformers")
 BATCH = 1024  # examples in a record batch, and in memory while a file is written

@@ -139,7 +139,7 @@ def here(tiny_model: Path, tmp_path: Path) -> Path:
     records = [["Hi", "Yo"], ["And?", "So."]]
     bad = write_dialogues(folder / "bad.json", *records)
     text = bad.read_text().replace("d1", "b")
-    bad.write_text(text.replace('"from": "human"', '"from": "bot"').replace("bot", "human", 1))
+    bad.write_text(text.replace('"from": "human"', '"from": "Zed"').replace("Zed", "human", 1))
     write(folder / "fsdp.yaml", "distributed_type: FSDP\n")
     write(folder / "odd.yaml", (CONFIGS / "cpu.yaml").read_text() + "odd: 1\n")
     deepspeed(folder, gradient_clipping=0.5)
