@@ -1,5 +1,6 @@
 """Recognises the form of a record by its keys, and converts it to ShareGPT."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,7 +11,9 @@ from data.dialogues.conversation import Role
 from data.dialogues.exports import export_of
 from data.dialogues.formats import from_alpaca, from_messages, from_sharegpt, replaced
 from data.dialogues.pairs import (
+    ANSWERS,
     CONTEXTS,
+    QUESTIONS,
     glaive_turns,
     is_pair,
     is_turn,
@@ -135,6 +138,7 @@ def recognise(record: Any) -> Form:
         if (key != "history" or not pair) and _is_dialogue(record.get(key)):
             return _form("list of turns", key, partial(_from_list, key))
     if pair:
+        _check_one_pair(record, *pair)
         convert = partial(_from_pair, *pair)
         return _form("/".join(pair), pair[1], convert, pair[0], "history", *CONTEXTS)
     for key, value in record.items():
@@ -143,6 +147,21 @@ def recognise(record: Any) -> Form:
     if isinstance(record.get("text"), str) and marked_turns(record["text"]) is not None:
         return _form("marked text", "text", _from_text)
     raise _unknown(record)
+
+
+def _check_one_pair(record: dict[str, Any], question: str, answer: str) -> None:
+    """Raise BadRecord for a record in which several keys may be the question, or the answer.
+
+    A key that adds to a question does not count.
+    """
+    questions = [key for key in QUESTIONS if key not in CONTEXTS and is_filled(record.get(key))]
+    answers = [key for key in ANSWERS if is_filled(record.get(key))]
+    for found, part in ((questions, "question"), (answers, "answer")):
+        if len(found) > 1:
+            explanation = f"{' and '.join(map(json.dumps, found))} may each be the {part}"
+            remedy = f"Name the columns: {CONVERT} --columns user={question} assistant={answer}"
+            cause = f"several keys for the {part}"
+            raise BadRecord(cause, f"{explanation}; expected one of them", remedy)
 
 
 def _form(name: str, key: str, convert: Convert, *keys: str) -> Form:

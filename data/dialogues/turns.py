@@ -1,6 +1,7 @@
 """Reads the turns of a dialogue under the keys and role names of any project."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -202,10 +203,12 @@ def role_at(
     if role is None:
         shown = json.dumps(name, ensure_ascii=False, default=str)[:60]
         found = f"the role {shown}" if key in turn else "no role"
-        remedy = f" Name it with --roles user={name} or assistant={name}."
+        quoted = shlex.quote(str(name))
+        remedy = f"Name it with --roles user={quoted} or assistant={quoted}"
         explanation = f"turn {number} has {found}; expected {', '.join(ROLES)}"
-        remedy = remedy if isinstance(name, str) and name.isidentifier() else ""
-        raise BadRecord("unknown role", explanation, remedy.strip())
+        # The flag separates names by commas.
+        named = isinstance(name, str) and name.isprintable() and name.strip() and "," not in name
+        raise BadRecord("unknown role", explanation, remedy if named else "")
     return role
 
 

@@ -292,6 +292,8 @@ def test_the_flags_that_a_refusal_names_train_and_convert(
 
 REFUSED = {
     "two columns": {"riddle": Q, "reply_text": A},
+    "two answers": {"problem": Q, "answer": A, "solution": "Long."},
+    "two questions": {"prompt": Q, "question": "Short?", "response": A},
     "preference": {"prompt": Q, "chosen": A, "rejected": "No."},
     "tree": {"message_tree_id": "t", "prompt": {"text": Q, "role": "prompter", "replies": [
         {"text": A, "role": "assistant", "replies": []}]}},
@@ -311,6 +313,12 @@ def test_the_command_of_a_refusal_reads_the_data(
     convert.main([*shlex.split(command[1].removesuffix(",")), "--processes", "1"])
     (dialogue,), _ = dialogues_in(Path("data.jsonl"))
     assert said(dialogue) == ONE
+
+
+def test_the_flag_for_a_role_is_quoted_for_the_shell() -> None:
+    record = {"messages": [{"role": "Ann Lee", "content": Q}, {"role": "bot", "content": A}]}
+    with pytest.raises(UserError, match=r"--roles user='Ann Lee' or assistant='Ann Lee'"):
+        read(record)
 
 
 def test_text_alone_is_refused() -> None:
