@@ -18,7 +18,7 @@ USED_IN_TURNS = {
 MEANINGFUL = {
     *("image", "images", "audio", "audios", "video", "videos", "documents"),
     *("chosen", "rejected", "label", "labels", "preference", "margin"),
-    *("prefix", "refusal", "suffix"),
+    *("choices", "options", "prefix", "refusal", "suffix"),
 }
 
 

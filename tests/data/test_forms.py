@@ -257,6 +257,13 @@ def test_columns_that_are_not_used_stand_in_the_account() -> None:
     assert "hint" in str(tally)
 
 
+@pytest.mark.parametrize("key", ["choices", "options"])
+def test_a_question_without_its_choices_is_counted_as_changed(key: str) -> None:
+    tally = Tally()
+    [*dialogues_of([({"question": Q, "answer": A, key: [A, A2]}, "f: record 0")], tally)]
+    assert f'"{key}" not used: 1' in str(tally)
+
+
 def test_named_roles_are_read() -> None:
     record = {"messages": [{"role": "Ann", "content": Q}, {"role": "Zed", "content": A}]}
     with pytest.raises(UserError, match="--roles user=Ann or assistant=Ann"):
